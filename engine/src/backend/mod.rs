@@ -1,0 +1,97 @@
+//! What a device must do for the engine, and which devices there are.
+//!
+//! The contract of [`Backend`], all of it:
+//! - A backend holds buffers and weights and runs recordings, in submission order.
+//! - `submit` returns before the work is done. The recording's upload takes effect after all earlier recordings and
+//!   before its own first op; ops see the writes of earlier ops; there are no barriers in the interface.
+//! - `wait` blocks until the recording of that ticket is done and delivers its downloads. Tickets are waited for once
+//!   each and in order; at most [`MAX_IN_FLIGHT`] are open.
+//! - Shapes, ranges and lifetimes are the caller's responsibility, asserted by `Recording`; a backend that meets a
+//!   violation panics, because it is a bug above.
+//! - `alloc`, `write` and `load_weight` are for loading, before the first `submit`. Buffers start zeroed. There is no
+//!   free: everything is allocated at start, and a step creates no buffer.
+//! - Errors are only what a caller cannot foresee: out of memory, device lost.
+//! - A backend packs each weight format once, into one layout used by all its kernels, and never holds a dequantised
+//!   copy of a quantised weight.
+//!
+//! A backend knows no scheduler, memory manager, sequence or request: it cannot know what a user is.
+
+use std::io;
+
+use crate::recording::Recording;
+use crate::tensor::{BufferId, Weight, WeightFormat};
+
+pub mod cpu;
+pub mod sim;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
+
+/// Recordings submitted and not yet waited for, at most.
+pub const MAX_IN_FLIGHT: usize = 2;
+
+pub trait Backend: Send {
+    fn info(&self) -> &DeviceInfo;
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError>;
+
+    /// Fills part of a buffer while loading.
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError>;
+
+    /// Pulls the rows of a weight out of `source`, in order and each once, and packs them.
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError>;
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError>;
+
+    /// Appends the downloads of the ticket's recording to `out`.
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError>;
+}
+
+/// The claim on a recording between `submit` and `wait`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ticket(pub u64);
+
+/// A weight about to be loaded: N rows of K elements.
+#[derive(Clone, Debug)]
+pub struct WeightSpec {
+    pub name: String,
+    pub rows: u32,
+    pub cols: u32,
+    pub format: WeightFormat,
+}
+
+/// Rows of a weight in the file's own layout, `format.row_bytes(cols)` bytes each.
+pub trait RowSource {
+    /// Fills `out`, a whole number of rows, with the rows that come next.
+    fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()>;
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct DeviceInfo {
+    /// As given to `--device`: `cpu`, `vulkan:0`, `sim`.
+    pub id: String,
+    /// What people call it: "AMD EPYC, 2 threads", "llvmpipe (LLVM 19.1.7, 256 bits)".
+    pub name: String,
+    pub driver: String,
+    /// Kernel tier in use: `base`, `subgroup`, `lavapipe`, `avx2`, `plain`.
+    pub tier: String,
+    /// Memory the device has for us, where it can be asked.
+    pub memory_bytes: Option<u64>,
+    /// The largest buffer that an op may bind whole. Weights are sharded below this by the backend itself.
+    pub max_buffer_bytes: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("device {device} is out of memory: {what} needs {needed_bytes} bytes")]
+    OutOfMemory { device: String, what: String, needed_bytes: u64 },
+    #[error("device {device} was lost: {reason}")]
+    Lost { device: String, reason: String },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("cannot read weight {name}: {source}")]
+    Read { name: String, source: io::Error },
+}

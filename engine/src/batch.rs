@@ -1,0 +1,155 @@
+//! One step's plan as plain data: what the plan tower makes and the compute tower consumes.
+//!
+//! Invariant: decode slices come first; ranges of slices are consecutive and cover all tokens. A batch knows neither
+//! memory manager nor device.
+
+use std::ops::Range;
+
+use crate::op::{ATTENTION_ROWS, SAMPLED_BY_SLOT};
+use crate::request::TokenId;
+
+/// One growing list of tokens; unique for the life of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
+/// A running sequence's row in the device's block table and in `sampled`; less than `max_num_seqs`, reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId(pub u32);
+
+/// Where an input token comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputToken {
+    Id(TokenId),
+    /// What this slot sampled last, read on the device.
+    Sampled(SlotId),
+}
+
+/// Which rows of a slice go through the output layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// None: the slice ends inside the prompt.
+    None,
+    /// The last row, to choose the next token.
+    Last,
+    /// Every row, for prompt logprobs.
+    All,
+}
+
+/// One sequence's part in a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    pub sequence: SequenceId,
+    pub slot: SlotId,
+    /// Position of its first token: the sequence's `num_computed_tokens`.
+    pub start: u32,
+    /// Its tokens, as a range of the batch's flat vectors.
+    pub tokens: Range<u32>,
+    pub logits: Logits,
+    /// Whether a token is chosen from the last row.
+    pub sample: bool,
+    /// Whether the rows in `logits` must come back to the host (sampling that is not greedy, logprobs).
+    pub download_logits: bool,
+}
+
+impl Slice {
+    pub fn num_tokens(&self) -> u32 {
+        self.tokens.end - self.tokens.start
+    }
+
+    pub fn num_logit_rows(&self) -> u32 {
+        match self.logits {
+            Logits::None => 0,
+            Logits::Last => 1,
+            Logits::All => self.num_tokens(),
+        }
+    }
+}
+
+/// Cleared and refilled each step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    pub slices: Vec<Slice>,
+    pub input: Vec<InputToken>,
+    /// Cache slot of every token: `block * block_size + offset`.
+    pub slot_mapping: Vec<u32>,
+    /// New entries of the device's block table: (slot, index in its row, block id).
+    pub table_updates: Vec<(SlotId, u32, u32)>,
+}
+
+impl Batch {
+    pub fn clear(&mut self) {
+        self.slices.clear();
+        self.input.clear();
+        self.slot_mapping.clear();
+        self.table_updates.clear();
+    }
+
+    pub fn num_tokens(&self) -> u32 {
+        self.input.len() as u32
+    }
+
+    pub fn num_logit_rows(&self) -> u32 {
+        self.slices.iter().map(Slice::num_logit_rows).sum()
+    }
+}
+
+/// A batch in the device's integers; each vector is one tensor of the upload.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PackedBatch {
+    /// (tokens, 1)
+    pub ids: Vec<u32>,
+    /// (tokens, 1)
+    pub positions: Vec<u32>,
+    /// (tokens, 1)
+    pub slots: Vec<u32>,
+    /// (items, 4), as `op::Attention` states.
+    pub items: Vec<u32>,
+    /// (updates, 2), as `op::UpdateTable` states.
+    pub table_updates: Vec<u32>,
+    /// (logit rows, 1): rows of the batch that go through the output layer.
+    pub logit_rows: Vec<u32>,
+    /// (logit rows, 1): the slot that a row's choice goes to, `u32::MAX` for none.
+    pub sample_slots: Vec<u32>,
+}
+
+impl PackedBatch {
+    /// Refills `self` from `batch`; `table_cols` is the width of the device's block table.
+    pub fn pack(&mut self, batch: &Batch, table_cols: u32) {
+        self.clear();
+        self.ids.extend(batch.input.iter().map(|token| match token {
+            InputToken::Id(id) => id.0,
+            InputToken::Sampled(slot) => SAMPLED_BY_SLOT | slot.0,
+        }));
+        self.slots.extend_from_slice(&batch.slot_mapping);
+        for &(slot, index, block) in &batch.table_updates {
+            assert!(index < table_cols, "block {index} of slot {} is beyond the table", slot.0);
+            self.table_updates.extend([slot.0 * table_cols + index, block]);
+        }
+        for slice in &batch.slices {
+            self.positions.extend((0..slice.num_tokens()).map(|i| slice.start + i));
+            let mut row = slice.tokens.start;
+            while row < slice.tokens.end {
+                let num_rows = ATTENTION_ROWS.min(slice.tokens.end - row);
+                let position = slice.start + (row - slice.tokens.start);
+                self.items.extend([row, num_rows, slice.slot.0, position]);
+                row += num_rows;
+            }
+            let first = slice.tokens.end - slice.num_logit_rows();
+            for row in first..slice.tokens.end {
+                self.logit_rows.push(row);
+                let last = row + 1 == slice.tokens.end;
+                self.sample_slots.push(if last && slice.sample { slice.slot.0 } else { u32::MAX });
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.ids.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.items.clear();
+        self.table_updates.clear();
+        self.logit_rows.clear();
+        self.sample_slots.clear();
+    }
+}

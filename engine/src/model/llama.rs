@@ -1,0 +1,194 @@
+//! One forward pass of the Llama family, as ops. Families differ by data: optional norms, biases, windows, scales.
+
+use crate::backend::{Backend, DeviceError};
+use crate::model::{Inputs, Model, ModelConfig, StateLimits, alloc_f32};
+use crate::op::{Add, ArgMax, Attention, Embed, GatedAct, GatherRows, MatMul, Op, RmsNorm, Rope, StoreKv, UpdateTable};
+use crate::recording::Recording;
+use crate::tensor::{Tensor, Weight};
+
+impl Model {
+    /// Appends the pass over `inputs` to `recording`. Returns the logits, f32 (logit rows, vocab), if any row asks.
+    pub fn record(&self, inputs: &Inputs, recording: &mut Recording) -> Option<Tensor> {
+        let scratch = self.scratch.first_rows(inputs.ids.rows);
+        if let Some(entries) = inputs.table_updates {
+            recording.push(Op::UpdateTable(UpdateTable { entries, table: self.block_table }));
+        }
+        recording.push(Op::Embed(Embed {
+            ids: inputs.ids,
+            sampled: self.sampled,
+            table: self.weights.embed,
+            scale: self.config.embed_scale,
+            out: scratch.hidden,
+        }));
+        for layer in 0..self.weights.layers.len() {
+            self.record_attention(layer, inputs, &scratch, recording);
+            self.record_ffn(layer, &scratch, recording);
+        }
+        let rows = inputs.logit_rows?;
+        let last = self.scratch.last.first_rows(rows.rows);
+        let last_normed = self.scratch.last_normed.first_rows(rows.rows);
+        let logits = self.scratch.logits.first_rows(rows.rows);
+        recording.push(Op::GatherRows(GatherRows { x: scratch.hidden, rows, out: last }));
+        self.norm(last, self.weights.final_norm, last_normed, recording);
+        matmul(last_normed, self.weights.output, None, logits, recording);
+        recording.push(Op::ArgMax(ArgMax { logits, slots: inputs.sample_slots, sampled: self.sampled }));
+        Some(logits)
+    }
+
+    fn record_attention(&self, layer: usize, inputs: &Inputs, scratch: &Scratch, recording: &mut Recording) {
+        let config = &self.config;
+        let weights = &self.weights.layers[layer];
+        let cache = self.kv[layer];
+        let window = config.windows[layer];
+        self.norm(scratch.hidden, weights.attn_norm, scratch.normed, recording);
+        matmul(scratch.normed, weights.q, weights.q_bias, scratch.q, recording);
+        matmul(scratch.normed, weights.k, weights.k_bias, scratch.k, recording);
+        matmul(scratch.normed, weights.v, weights.v_bias, scratch.v, recording);
+        let (mut q, mut k) = (scratch.q, scratch.k);
+        if let Some(weight) = weights.q_norm {
+            self.norm(q.with_cols(config.head_dim), weight, scratch.q_normed.with_cols(config.head_dim), recording);
+            q = scratch.q_normed;
+        }
+        if let Some(weight) = weights.k_norm {
+            self.norm(k.with_cols(config.head_dim), weight, scratch.k_normed.with_cols(config.head_dim), recording);
+            k = scratch.k_normed;
+        }
+        let table = match self.local_rope_table {
+            Some(local) if window.is_some() => local,
+            _ => self.rope_table,
+        };
+        for x in [q, k] {
+            recording.push(Op::Rope(Rope {
+                x,
+                head_dim: config.head_dim,
+                positions: inputs.positions,
+                table,
+                style: config.rope_style,
+            }));
+        }
+        recording.push(Op::StoreKv(StoreKv { k, v: scratch.v, slots: inputs.slots, cache }));
+        recording.push(Op::Attention(Attention {
+            q,
+            cache,
+            items: inputs.items,
+            table: self.block_table,
+            num_heads: config.num_heads,
+            scale: config.attention_scale,
+            window: window.unwrap_or(0),
+            out: scratch.attn,
+        }));
+        matmul(scratch.attn, weights.attn_output, None, scratch.projected, recording);
+        self.add_branch(weights.post_attn_norm, scratch, recording);
+    }
+
+    fn record_ffn(&self, layer: usize, scratch: &Scratch, recording: &mut Recording) {
+        let weights = &self.weights.layers[layer];
+        self.norm(scratch.hidden, weights.ffn_norm, scratch.normed, recording);
+        matmul(scratch.normed, weights.gate, None, scratch.gate, recording);
+        matmul(scratch.normed, weights.up, None, scratch.up, recording);
+        recording.push(Op::GatedAct(GatedAct {
+            gate: scratch.gate,
+            up: scratch.up,
+            activation: self.config.activation,
+            out: scratch.act,
+        }));
+        matmul(scratch.act, weights.down, None, scratch.projected, recording);
+        self.add_branch(weights.post_ffn_norm, scratch, recording);
+    }
+
+    /// `hidden += projected`, through a norm where the family has one.
+    fn add_branch(&self, post_norm: Option<Tensor>, scratch: &Scratch, recording: &mut Recording) {
+        let mut y = scratch.projected;
+        if let Some(weight) = post_norm {
+            self.norm(y, weight, scratch.normed, recording);
+            y = scratch.normed;
+        }
+        recording.push(Op::Add(Add { x: scratch.hidden, y }));
+    }
+
+    fn norm(&self, x: Tensor, weight: Tensor, out: Tensor, recording: &mut Recording) {
+        recording.push(Op::RmsNorm(RmsNorm { x, weight, eps: self.config.norm_eps, out }));
+    }
+}
+
+/// Activations of a pass; each has its own buffer, so that independent ops need no barrier between them.
+#[derive(Clone, Copy)]
+pub(super) struct Scratch {
+    /// f32 (tokens, dim): the residual stream.
+    pub hidden: Tensor,
+    /// f32 (tokens, dim)
+    pub normed: Tensor,
+    /// f32 (tokens, num_heads * head_dim)
+    pub q: Tensor,
+    pub q_normed: Tensor,
+    /// f32 (tokens, num_kv_heads * head_dim)
+    pub k: Tensor,
+    pub k_normed: Tensor,
+    pub v: Tensor,
+    /// f32 (tokens, num_heads * head_dim)
+    pub attn: Tensor,
+    /// f32 (tokens, dim): what a branch adds to the residual stream.
+    pub projected: Tensor,
+    /// f32 (tokens, ffn_dim)
+    pub gate: Tensor,
+    pub up: Tensor,
+    pub act: Tensor,
+    /// f32 (max logit rows, dim)
+    pub last: Tensor,
+    pub last_normed: Tensor,
+    /// f32 (max logit rows, vocab)
+    pub logits: Tensor,
+}
+
+impl Scratch {
+    pub fn alloc(
+        config: &ModelConfig,
+        limits: &StateLimits,
+        backend: &mut dyn Backend,
+    ) -> Result<Scratch, DeviceError> {
+        let tokens = limits.max_num_batched_tokens;
+        let q_dim = config.num_heads * config.head_dim;
+        let kv_dim = config.num_kv_heads * config.head_dim;
+        let mut f32 = |label, rows, cols| alloc_f32(label, rows, cols, backend);
+        Ok(Scratch {
+            hidden: f32("hidden", tokens, config.dim)?,
+            normed: f32("normed", tokens, config.dim)?,
+            q: f32("q", tokens, q_dim)?,
+            q_normed: f32("q normed", tokens, q_dim)?,
+            k: f32("k", tokens, kv_dim)?,
+            k_normed: f32("k normed", tokens, kv_dim)?,
+            v: f32("v", tokens, kv_dim)?,
+            attn: f32("attn", tokens, q_dim)?,
+            projected: f32("projected", tokens, config.dim)?,
+            gate: f32("gate", tokens, config.ffn_dim)?,
+            up: f32("up", tokens, config.ffn_dim)?,
+            act: f32("act", tokens, config.ffn_dim)?,
+            last: f32("last", limits.max_logit_rows, config.dim)?,
+            last_normed: f32("last normed", limits.max_logit_rows, config.dim)?,
+            logits: f32("logits", limits.max_logit_rows, config.vocab_size)?,
+        })
+    }
+
+    /// The first `rows` tokens of everything that has a row a token.
+    fn first_rows(&self, rows: u32) -> Scratch {
+        Scratch {
+            hidden: self.hidden.first_rows(rows),
+            normed: self.normed.first_rows(rows),
+            q: self.q.first_rows(rows),
+            q_normed: self.q_normed.first_rows(rows),
+            k: self.k.first_rows(rows),
+            k_normed: self.k_normed.first_rows(rows),
+            v: self.v.first_rows(rows),
+            attn: self.attn.first_rows(rows),
+            projected: self.projected.first_rows(rows),
+            gate: self.gate.first_rows(rows),
+            up: self.up.first_rows(rows),
+            act: self.act.first_rows(rows),
+            ..*self
+        }
+    }
+}
+
+fn matmul(x: Tensor, weight: Weight, bias: Option<Tensor>, out: Tensor, recording: &mut Recording) {
+    recording.push(Op::MatMul(MatMul { x, weight, bias, out }));
+}

@@ -1,0 +1,179 @@
+//! A model on a device: config, weights and state. It emits ops and runs none.
+//!
+//! Invariant: this folder never mentions a scheduler, and uses a backend only to allocate while loading.
+
+use crate::backend::{Backend, DeviceError, LoadError};
+use crate::batch::PackedBatch;
+use crate::recording::Recording;
+use crate::tensor::{BufferId, KvTensor, Tensor};
+
+pub mod config;
+mod llama;
+pub mod weights;
+
+pub use config::ModelConfig;
+use llama::Scratch;
+pub use weights::{Checkpoint, Weights};
+
+/// What bounds the state of a model on a device; all of it is allocated at start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateLimits {
+    pub max_num_seqs: u32,
+    pub max_num_batched_tokens: u32,
+    /// Rows of a step that go through the output layer.
+    pub max_logit_rows: u32,
+    pub max_model_len: u32,
+    pub block_size: u32,
+    pub num_blocks: u32,
+}
+
+impl StateLimits {
+    pub fn max_blocks_per_seq(&self) -> u32 {
+        self.max_model_len.div_ceil(self.block_size)
+    }
+
+    /// Words of a step's upload, at most: the sum of `PackedBatch`'s vectors at their limits.
+    pub fn max_upload_words(&self) -> u32 {
+        let ids_positions_slots = 3 * self.max_num_batched_tokens;
+        let items = 4 * self.max_num_batched_tokens;
+        let new_blocks = self.max_num_batched_tokens.div_ceil(self.block_size) + self.max_num_seqs;
+        // A sequence admitted on a prefix hit writes its whole row of the table.
+        let table_updates = 2 * (new_blocks + self.max_num_seqs * self.max_blocks_per_seq());
+        ids_positions_slots + items + table_updates + 2 * self.max_logit_rows
+    }
+}
+
+pub struct Model {
+    pub config: ModelConfig,
+    pub limits: StateLimits,
+    weights: Weights,
+    scratch: Scratch,
+    kv: Vec<KvTensor>,
+    /// f32 (max_model_len, rotary_dim)
+    rope_table: Tensor,
+    local_rope_table: Option<Tensor>,
+    /// u32 (max_num_seqs, max_blocks_per_seq)
+    block_table: Tensor,
+    /// u32 (max_num_seqs, 1)
+    sampled: Tensor,
+    upload_buffer: BufferId,
+}
+
+/// A packed batch as tensors of a recording's upload.
+pub struct Inputs {
+    ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    items: Tensor,
+    table_updates: Option<Tensor>,
+    logit_rows: Option<Tensor>,
+    sample_slots: Tensor,
+}
+
+impl Inputs {
+    /// Appends `batch` to the recording's upload.
+    pub fn upload(batch: &PackedBatch, recording: &mut Recording) -> Inputs {
+        let non_empty = |tensor: Tensor| (tensor.rows > 0).then_some(tensor);
+        Inputs {
+            ids: recording.upload(&batch.ids, 1),
+            positions: recording.upload(&batch.positions, 1),
+            slots: recording.upload(&batch.slots, 1),
+            items: recording.upload(&batch.items, 4),
+            table_updates: non_empty(recording.upload(&batch.table_updates, 2)),
+            logit_rows: non_empty(recording.upload(&batch.logit_rows, 1)),
+            sample_slots: recording.upload(&batch.sample_slots, 1),
+        }
+    }
+}
+
+impl Model {
+    /// Loads weights and allocates all state. Progress is reported in bytes read so far.
+    pub fn load(
+        config: ModelConfig,
+        limits: StateLimits,
+        checkpoint: &mut Checkpoint,
+        backend: &mut dyn Backend,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Model, LoadError> {
+        let weights = Weights::load(&config, checkpoint, backend, progress)?;
+        let rope_table = rope_table(&config.rope, limits.max_model_len, backend)?;
+        let local_rope_table = match &config.local_rope {
+            Some(rope) => Some(self::rope_table(rope, limits.max_model_len, backend)?),
+            None => None,
+        };
+        let scratch = Scratch::alloc(&config, &limits, backend)?;
+        let kv = alloc_kv(&config, &limits, backend)?;
+        let table_cols = limits.max_blocks_per_seq();
+        let block_table = alloc_u32("block table", limits.max_num_seqs, table_cols, backend)?;
+        let sampled = alloc_u32("sampled", limits.max_num_seqs, 1, backend)?;
+        let upload_buffer = backend.alloc("step upload", u64::from(limits.max_upload_words()) * 4)?;
+        Ok(Model {
+            config,
+            limits,
+            weights,
+            scratch,
+            kv,
+            rope_table,
+            local_rope_table,
+            block_table,
+            sampled,
+            upload_buffer,
+        })
+    }
+
+    /// An empty recording whose upload goes to this model's step buffer.
+    pub fn recording(&self) -> Recording {
+        Recording::new(self.upload_buffer)
+    }
+
+    /// u32 (max_num_seqs, 1): what each slot sampled last.
+    pub fn sampled(&self) -> Tensor {
+        self.sampled
+    }
+}
+
+fn alloc_kv(
+    config: &ModelConfig,
+    limits: &StateLimits,
+    backend: &mut dyn Backend,
+) -> Result<Vec<KvTensor>, DeviceError> {
+    let block_bytes = KvTensor::block_bytes(limits.block_size, config.num_kv_heads, config.head_dim);
+    let size_bytes = u64::from(limits.num_blocks) * block_bytes;
+    (0..config.num_layers)
+        .map(|_| {
+            Ok(KvTensor {
+                k: backend.alloc("K cache", size_bytes)?,
+                v: backend.alloc("V cache", size_bytes)?,
+                num_blocks: limits.num_blocks,
+                block_size: limits.block_size,
+                num_kv_heads: config.num_kv_heads,
+                head_dim: config.head_dim,
+            })
+        })
+        .collect()
+}
+
+/// f32 (max_model_len, rotary_dim): cosines, then sines. Angles are computed in f64, because f32 loses them at large
+/// positions.
+fn rope_table(rope: &config::RopeConfig, max_model_len: u32, backend: &mut dyn Backend) -> Result<Tensor, DeviceError> {
+    let frequencies = rope.frequencies();
+    let mut table = Vec::with_capacity((max_model_len * rope.rotary_dim) as usize);
+    for position in 0..max_model_len {
+        let angles = frequencies.iter().map(|frequency| f64::from(position) * frequency);
+        table.extend(angles.clone().map(|angle| angle.cos() as f32));
+        table.extend(angles.map(|angle| angle.sin() as f32));
+    }
+    let buffer = backend.alloc("rope table", table.len() as u64 * 4)?;
+    backend.write(buffer, 0, bytemuck::cast_slice(&table))?;
+    Ok(Tensor::f32(buffer, max_model_len, rope.rotary_dim))
+}
+
+fn alloc_f32(label: &str, rows: u32, cols: u32, backend: &mut dyn Backend) -> Result<Tensor, DeviceError> {
+    let buffer = backend.alloc(label, u64::from(rows) * u64::from(cols) * 4)?;
+    Ok(Tensor::f32(buffer, rows, cols))
+}
+
+fn alloc_u32(label: &str, rows: u32, cols: u32, backend: &mut dyn Backend) -> Result<Tensor, DeviceError> {
+    let buffer = backend.alloc(label, u64::from(rows) * u64::from(cols) * 4)?;
+    Ok(Tensor::u32(buffer, rows, cols))
+}

@@ -1,0 +1,172 @@
+//! From a checkpoint to device memory: the table of tensor names, and the loader.
+//!
+//! Invariant: bytes go from the file to the backend a few rows at a time; no tensor is held whole on the host. Tensor
+//! names here are GGUF's; a checkpoint with other names translates.
+
+use std::io;
+
+use crate::backend::{Backend, LoadError, RowSource, WeightSpec};
+use crate::model::ModelConfig;
+use crate::tensor::{Tensor, Weight, WeightFormat};
+
+/// Where weights come from.
+pub enum Checkpoint {
+    /// Seeded values of a given format, for the simulator, tests and benches.
+    Random { seed: u64, format: WeightFormat },
+}
+
+/// A model's weights on a device, in the order of use.
+pub struct Weights {
+    pub embed: Weight,
+    pub layers: Vec<Layer>,
+    /// f32 (1, dim)
+    pub final_norm: Tensor,
+    /// (vocab, dim); the embedding again where the two are tied.
+    pub output: Weight,
+}
+
+pub struct Layer {
+    /// f32 (1, dim)
+    pub attn_norm: Tensor,
+    /// (num_heads * head_dim, dim)
+    pub q: Weight,
+    /// (num_kv_heads * head_dim, dim)
+    pub k: Weight,
+    /// (num_kv_heads * head_dim, dim)
+    pub v: Weight,
+    /// f32 (1, N of each); Qwen 2.
+    pub q_bias: Option<Tensor>,
+    pub k_bias: Option<Tensor>,
+    pub v_bias: Option<Tensor>,
+    /// f32 (1, head_dim); Qwen 3 and Gemma 3.
+    pub q_norm: Option<Tensor>,
+    pub k_norm: Option<Tensor>,
+    /// (dim, num_heads * head_dim)
+    pub attn_output: Weight,
+    /// f32 (1, dim); Gemma 3.
+    pub post_attn_norm: Option<Tensor>,
+    /// f32 (1, dim)
+    pub ffn_norm: Tensor,
+    /// (ffn_dim, dim)
+    pub gate: Weight,
+    pub up: Weight,
+    /// (dim, ffn_dim)
+    pub down: Weight,
+    /// f32 (1, dim); Gemma 3.
+    pub post_ffn_norm: Option<Tensor>,
+}
+
+impl Weights {
+    pub fn load(
+        config: &ModelConfig,
+        checkpoint: &mut Checkpoint,
+        backend: &mut dyn Backend,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Weights, LoadError> {
+        let mut loader = Loader { checkpoint, backend, progress, read_bytes: 0 };
+        let embed = loader.linear("token_embd.weight", config.vocab_size, config.dim)?;
+        let layers = (0..config.num_layers).map(|layer| loader.layer(config, layer)).collect::<Result<_, _>>()?;
+        let final_norm = loader.vector("output_norm.weight", config.dim)?;
+        let output = match loader.checkpoint.contains("output.weight") {
+            true => loader.linear("output.weight", config.vocab_size, config.dim)?,
+            false => embed,
+        };
+        Ok(Weights { embed, layers, final_norm, output })
+    }
+}
+
+struct Loader<'a> {
+    checkpoint: &'a mut Checkpoint,
+    backend: &'a mut dyn Backend,
+    progress: &'a mut dyn FnMut(u64),
+    read_bytes: u64,
+}
+
+impl Loader<'_> {
+    fn layer(&mut self, config: &ModelConfig, layer: u32) -> Result<Layer, LoadError> {
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        let q_dim = config.num_heads * config.head_dim;
+        let kv_dim = config.num_kv_heads * config.head_dim;
+        Ok(Layer {
+            attn_norm: self.vector(&name("attn_norm.weight"), config.dim)?,
+            q: self.linear(&name("attn_q.weight"), q_dim, config.dim)?,
+            k: self.linear(&name("attn_k.weight"), kv_dim, config.dim)?,
+            v: self.linear(&name("attn_v.weight"), kv_dim, config.dim)?,
+            q_bias: self.optional_vector(&name("attn_q.bias"), q_dim)?,
+            k_bias: self.optional_vector(&name("attn_k.bias"), kv_dim)?,
+            v_bias: self.optional_vector(&name("attn_v.bias"), kv_dim)?,
+            q_norm: self.optional_vector(&name("attn_q_norm.weight"), config.head_dim)?,
+            k_norm: self.optional_vector(&name("attn_k_norm.weight"), config.head_dim)?,
+            attn_output: self.linear(&name("attn_output.weight"), config.dim, q_dim)?,
+            post_attn_norm: self.optional_vector(&name("post_attention_norm.weight"), config.dim)?,
+            ffn_norm: self.vector(&name("ffn_norm.weight"), config.dim)?,
+            gate: self.linear(&name("ffn_gate.weight"), config.ffn_dim, config.dim)?,
+            up: self.linear(&name("ffn_up.weight"), config.ffn_dim, config.dim)?,
+            down: self.linear(&name("ffn_down.weight"), config.dim, config.ffn_dim)?,
+            post_ffn_norm: self.optional_vector(&name("post_ffw_norm.weight"), config.dim)?,
+        })
+    }
+
+    fn linear(&mut self, name: &str, rows: u32, cols: u32) -> Result<Weight, LoadError> {
+        let (format, mut source) = self.checkpoint.open(name, rows, cols)?;
+        let spec = WeightSpec { name: name.to_owned(), rows, cols, format };
+        let weight = self.backend.load_weight(&spec, source.as_mut())?;
+        self.read_bytes += u64::from(rows) * format.row_bytes(cols);
+        (self.progress)(self.read_bytes);
+        Ok(weight)
+    }
+
+    fn optional_vector(&mut self, name: &str, cols: u32) -> Result<Option<Tensor>, LoadError> {
+        self.checkpoint.contains(name).then(|| self.vector(name, cols)).transpose()
+    }
+
+    fn vector(&mut self, name: &str, cols: u32) -> Result<Tensor, LoadError> {
+        let values = self.checkpoint.read_vector(name, cols)?;
+        let buffer = self.backend.alloc(name, u64::from(cols) * 4)?;
+        self.backend.write(buffer, 0, bytemuck::cast_slice(&values))?;
+        Ok(Tensor::f32(buffer, 1, cols))
+    }
+}
+
+impl Checkpoint {
+    /// Whether there is a tensor of this GGUF name.
+    fn contains(&self, name: &str) -> bool {
+        match self {
+            Checkpoint::Random { .. } => {
+                !name.ends_with(".bias")
+                    && OPTIONAL_NORMS.iter().all(|norm| !name.ends_with(norm))
+                    && name != "output.weight"
+            }
+        }
+    }
+
+    /// A matrix of `rows` x `cols`: how it is stored, and its rows.
+    fn open(&mut self, name: &str, rows: u32, cols: u32) -> Result<(WeightFormat, Box<dyn RowSource + '_>), LoadError> {
+        let _ = (name, rows, cols);
+        match self {
+            Checkpoint::Random { seed, format } => Ok((*format, Box::new(RandomRows { state: *seed }))),
+        }
+    }
+
+    /// A vector of `cols` values.
+    fn read_vector(&mut self, name: &str, cols: u32) -> Result<Vec<f32>, LoadError> {
+        let _ = name;
+        match self {
+            Checkpoint::Random { .. } => Ok(vec![1.0; cols as usize]),
+        }
+    }
+}
+
+const OPTIONAL_NORMS: [&str; 4] =
+    ["attn_q_norm.weight", "attn_k_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight"];
+
+struct RandomRows {
+    state: u64,
+}
+
+impl RowSource for RandomRows {
+    fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()> {
+        out.fill((self.state & 0x3f) as u8);
+        Ok(())
+    }
+}

@@ -1,0 +1,127 @@
+//! A forward pass as data: one upload, ops in order, a list of downloads.
+//!
+//! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
+//! a backend may trust them. A recording runs nothing.
+
+use crate::op::{ATTENTION_ROWS, Op};
+use crate::tensor::{BufferId, DType, Tensor};
+
+/// Cleared and refilled each step; its vectors keep their capacity.
+#[derive(Debug)]
+pub struct Recording {
+    /// Where `upload` goes, from its begin, before the first op and after all earlier recordings.
+    pub upload_buffer: BufferId,
+    pub upload: Vec<u32>,
+    pub ops: Vec<Op>,
+    /// What is read back after the last op, concatenated in this order.
+    pub downloads: Vec<Tensor>,
+}
+
+impl Recording {
+    pub fn new(upload_buffer: BufferId) -> Recording {
+        Recording { upload_buffer, upload: Vec::new(), ops: Vec::new(), downloads: Vec::new() }
+    }
+
+    pub fn clear(&mut self) {
+        self.upload.clear();
+        self.ops.clear();
+        self.downloads.clear();
+    }
+
+    /// Appends `words` to the upload and returns where they will lie, as rows of `cols`.
+    pub fn upload(&mut self, words: &[u32], cols: u32) -> Tensor {
+        let offset = self.upload.len() as u32;
+        assert!((words.len() as u32).is_multiple_of(cols), "{} words in rows of {cols}", words.len());
+        self.upload.extend_from_slice(words);
+        let rows = words.len() as u32 / cols;
+        Tensor { buffer: self.upload_buffer, offset, rows, cols, dtype: DType::U32 }
+    }
+
+    pub fn push(&mut self, op: Op) {
+        check(&op);
+        self.ops.push(op);
+    }
+
+    /// Bytes that [`Backend::wait`](crate::backend::Backend::wait) will deliver.
+    pub fn download_bytes(&self) -> u64 {
+        self.downloads.iter().map(|tensor| tensor.size_bytes()).sum()
+    }
+}
+
+/// Asserts the shapes that `op.rs` states.
+fn check(op: &Op) {
+    let f32 = |tensor: Tensor, rows: u32, cols: u32| {
+        assert_eq!((tensor.rows, tensor.cols, tensor.dtype), (rows, cols, DType::F32), "{op:?}");
+    };
+    let u32 = |tensor: Tensor, rows: u32, cols: u32| {
+        assert_eq!((tensor.rows, tensor.cols, tensor.dtype), (rows, cols, DType::U32), "{op:?}");
+    };
+    match *op {
+        Op::UpdateTable(op) => {
+            u32(op.entries, op.entries.rows, 2);
+            u32(op.table, op.table.rows, op.table.cols);
+        }
+        Op::Embed(op) => {
+            u32(op.ids, op.out.rows, 1);
+            u32(op.sampled, op.sampled.rows, 1);
+            f32(op.out, op.ids.rows, op.table.cols);
+        }
+        Op::RmsNorm(op) => {
+            f32(op.x, op.out.rows, op.out.cols);
+            f32(op.weight, 1, op.x.cols);
+            f32(op.out, op.x.rows, op.x.cols);
+            assert_ne!(op.x.buffer, op.out.buffer);
+        }
+        Op::MatMul(op) => {
+            f32(op.x, op.out.rows, op.weight.cols);
+            f32(op.out, op.x.rows, op.weight.rows);
+            if let Some(bias) = op.bias {
+                f32(bias, 1, op.weight.rows);
+            }
+            assert_ne!(op.x.buffer, op.out.buffer);
+        }
+        Op::Rope(op) => {
+            f32(op.x, op.positions.rows, op.x.cols);
+            u32(op.positions, op.x.rows, 1);
+            f32(op.table, op.table.rows, op.table.cols);
+            assert!(op.table.cols.is_multiple_of(2) && op.table.cols <= op.head_dim, "{op:?}");
+            assert!(op.x.cols.is_multiple_of(op.head_dim), "{op:?}");
+        }
+        Op::StoreKv(op) => {
+            let cols = op.cache.num_kv_heads * op.cache.head_dim;
+            f32(op.k, op.slots.rows, cols);
+            f32(op.v, op.slots.rows, cols);
+            u32(op.slots, op.k.rows, 1);
+        }
+        Op::Attention(op) => {
+            f32(op.q, op.out.rows, op.num_heads * op.cache.head_dim);
+            f32(op.out, op.q.rows, op.num_heads * op.cache.head_dim);
+            u32(op.items, op.items.rows, 4);
+            u32(op.table, op.table.rows, op.table.cols);
+            assert!(op.num_heads.is_multiple_of(op.cache.num_kv_heads), "{op:?}");
+            assert!(op.items.rows <= op.q.rows && op.q.rows <= op.items.rows * ATTENTION_ROWS, "{op:?}");
+            assert_ne!(op.q.buffer, op.out.buffer);
+        }
+        Op::GatedAct(op) => {
+            f32(op.gate, op.out.rows, op.out.cols);
+            f32(op.up, op.out.rows, op.out.cols);
+            f32(op.out, op.gate.rows, op.gate.cols);
+        }
+        Op::Add(op) => {
+            f32(op.x, op.y.rows, op.y.cols);
+            f32(op.y, op.x.rows, op.x.cols);
+            assert_ne!(op.x.buffer, op.y.buffer);
+        }
+        Op::GatherRows(op) => {
+            f32(op.x, op.x.rows, op.out.cols);
+            u32(op.rows, op.out.rows, 1);
+            f32(op.out, op.rows.rows, op.x.cols);
+            assert_ne!(op.x.buffer, op.out.buffer);
+        }
+        Op::ArgMax(op) => {
+            f32(op.logits, op.slots.rows, op.logits.cols);
+            u32(op.slots, op.logits.rows, 1);
+            u32(op.sampled, op.sampled.rows, 1);
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What a client asks and what it is told: `Request` in, `Event`s out through a `Sink`.
+//!
+//! Invariant: a `Request` that exists is valid in itself; whether it fits is `EngineConfig`'s and the scheduler's to
+//! say. Token ids only: text does not enter the engine thread.
+
+use std::fmt;
+
+/// An integer of the vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TokenId(pub u32);
+
+/// What a client asked; immutable.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// For logs only.
+    pub id: String,
+    /// At least one token.
+    pub prompt: Vec<TokenId>,
+    /// Tokens to generate at most; 0 asks for prompt logprobs alone.
+    pub max_tokens: u32,
+    /// A sampled id among these ends the sequence with `FinishReason::Stop`; it is delivered as an event all the same.
+    pub stop_ids: Vec<TokenId>,
+    pub sampling: SamplingParams,
+    /// Log-probabilities of each sampled token and of this many most likely ones; `None` for none.
+    pub logprobs: Option<u32>,
+    /// The same for every prompt token but the first.
+    pub prompt_logprobs: Option<u32>,
+    /// Requests share cached prefixes only within one salt.
+    pub cache_salt: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// In (0, 1]; 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// In [0, 1); 0 keeps all.
+    pub min_p: f32,
+    /// A draw depends on (seed, position) alone.
+    pub seed: u64,
+}
+
+impl Default for SamplingParams {
+    fn default() -> SamplingParams {
+        SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Once, before the first token, where `prompt_logprobs` asked for it: one entry for each prompt token but the first.
+    Prompt(Vec<TokenLogprobs>),
+    Token {
+        id: TokenId,
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The last event of a sequence.
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+    },
+}
+
+/// Natural logarithms of probabilities under the model's own distribution (temperature 1, nothing cut off).
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    pub id: TokenId,
+    pub logprob: f32,
+    /// How many tokens are more likely, plus one.
+    pub rank: u32,
+    /// The most likely tokens, most likely first.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop id was sampled.
+    Stop,
+    /// `max_tokens` or the model's context was reached.
+    Length,
+    /// This request alone failed; the sentence says how.
+    Error(String),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt_tokens: u32,
+    /// Prompt tokens found in the prefix cache at first admission.
+    pub cached_tokens: u32,
+    pub completion_tokens: u32,
+}
+
+/// Whether a client still listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    Continue,
+    /// The client left: the sequence is aborted and its blocks are free by the end of the running step.
+    Stop,
+}
+
+/// Where a request's events go. Called on the engine thread: it must not block.
+pub trait Sink: Send {
+    fn event(&mut self, event: Event) -> Flow;
+
+    /// Whether the client is gone; asked of waiting sequences, and of running ones before each step.
+    fn is_closed(&self) -> bool;
+}
+
+impl fmt::Display for TokenId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

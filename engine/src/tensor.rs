@@ -1,0 +1,193 @@
+//! Handles to device memory: what an op reads and writes, as plain `Copy` data.
+//!
+//! Invariant: a tensor is contiguous and row-major. A handle owns nothing and is never freed; everything is
+//! allocated at start. This file knows no backend.
+
+/// A buffer of one backend, as [`Backend::alloc`](crate::backend::Backend::alloc) named it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BufferId(pub u32);
+
+/// A weight matrix of one backend, as [`Backend::load_weight`](crate::backend::Backend::load_weight) named it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WeightId(pub u32);
+
+/// Element type of an activation or of step data. Both are four bytes wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    F32,
+    U32,
+}
+
+/// `rows` x `cols` elements in `buffer`, starting `offset` elements from its begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tensor {
+    pub buffer: BufferId,
+    pub offset: u32,
+    pub rows: u32,
+    pub cols: u32,
+    pub dtype: DType,
+}
+
+impl Tensor {
+    pub fn f32(buffer: BufferId, rows: u32, cols: u32) -> Tensor {
+        Tensor { buffer, offset: 0, rows, cols, dtype: DType::F32 }
+    }
+
+    pub fn u32(buffer: BufferId, rows: u32, cols: u32) -> Tensor {
+        Tensor { buffer, offset: 0, rows, cols, dtype: DType::U32 }
+    }
+
+    /// The first `rows` rows.
+    pub fn first_rows(self, rows: u32) -> Tensor {
+        assert!(rows <= self.rows, "{rows} rows of a tensor with {}", self.rows);
+        Tensor { rows, ..self }
+    }
+
+    /// The same elements as rows of `cols`.
+    pub fn with_cols(self, cols: u32) -> Tensor {
+        assert!((self.rows * self.cols).is_multiple_of(cols), "{self:?} has no rows of {cols}");
+        Tensor { rows: self.rows * self.cols / cols, cols, ..self }
+    }
+
+    pub fn num_elements(self) -> u32 {
+        self.rows * self.cols
+    }
+
+    /// Size in bytes; elements are four bytes wide.
+    pub fn size_bytes(self) -> u64 {
+        u64::from(self.num_elements()) * 4
+    }
+
+    /// Distance from the begin of the buffer, in bytes.
+    pub fn offset_bytes(self) -> u64 {
+        u64::from(self.offset) * 4
+    }
+}
+
+/// How the elements of a weight are stored in a model file. Names and layouts are GGML's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    F32,
+    F16,
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+    IQ4NL,
+    IQ4XS,
+}
+
+impl WeightFormat {
+    pub const ALL: [WeightFormat; 15] = [
+        WeightFormat::F32,
+        WeightFormat::F16,
+        WeightFormat::BF16,
+        WeightFormat::Q4_0,
+        WeightFormat::Q4_1,
+        WeightFormat::Q5_0,
+        WeightFormat::Q5_1,
+        WeightFormat::Q8_0,
+        WeightFormat::Q2K,
+        WeightFormat::Q3K,
+        WeightFormat::Q4K,
+        WeightFormat::Q5K,
+        WeightFormat::Q6K,
+        WeightFormat::IQ4NL,
+        WeightFormat::IQ4XS,
+    ];
+
+    /// Elements in a block: the unit that shares scales.
+    pub const fn block_len(self) -> u32 {
+        match self {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::BF16 => 1,
+            WeightFormat::Q4_0
+            | WeightFormat::Q4_1
+            | WeightFormat::Q5_0
+            | WeightFormat::Q5_1
+            | WeightFormat::Q8_0
+            | WeightFormat::IQ4NL => 32,
+            _ => 256,
+        }
+    }
+
+    /// Bytes of a block in the file.
+    pub const fn block_bytes(self) -> u32 {
+        match self {
+            WeightFormat::F32 => 4,
+            WeightFormat::F16 | WeightFormat::BF16 => 2,
+            WeightFormat::Q4_0 | WeightFormat::IQ4NL => 18,
+            WeightFormat::Q4_1 => 20,
+            WeightFormat::Q5_0 => 22,
+            WeightFormat::Q5_1 => 24,
+            WeightFormat::Q8_0 => 34,
+            WeightFormat::Q2K => 84,
+            WeightFormat::Q3K => 110,
+            WeightFormat::Q4K => 144,
+            WeightFormat::Q5K => 176,
+            WeightFormat::Q6K => 210,
+            WeightFormat::IQ4XS => 136,
+        }
+    }
+
+    /// Bytes of a row of `cols` elements in the file; `cols` is a multiple of the block length.
+    pub const fn row_bytes(self, cols: u32) -> u64 {
+        (cols / self.block_len()) as u64 * self.block_bytes() as u64
+    }
+
+    /// The name that tools print: `q4_1`, `q4_k`, `iq4_nl`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            WeightFormat::F32 => "f32",
+            WeightFormat::F16 => "f16",
+            WeightFormat::BF16 => "bf16",
+            WeightFormat::Q4_0 => "q4_0",
+            WeightFormat::Q4_1 => "q4_1",
+            WeightFormat::Q5_0 => "q5_0",
+            WeightFormat::Q5_1 => "q5_1",
+            WeightFormat::Q8_0 => "q8_0",
+            WeightFormat::Q2K => "q2_k",
+            WeightFormat::Q3K => "q3_k",
+            WeightFormat::Q4K => "q4_k",
+            WeightFormat::Q5K => "q5_k",
+            WeightFormat::Q6K => "q6_k",
+            WeightFormat::IQ4NL => "iq4_nl",
+            WeightFormat::IQ4XS => "iq4_xs",
+        }
+    }
+}
+
+/// A loaded weight matrix: `rows` output features (N) x `cols` input features (K).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Weight {
+    pub id: WeightId,
+    pub rows: u32,
+    pub cols: u32,
+    pub format: WeightFormat,
+}
+
+/// The paged K and V of one layer, in two buffers.
+///
+/// Layout of each: `[block][kv_head][token in block][head_dim]` of f16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KvTensor {
+    pub k: BufferId,
+    pub v: BufferId,
+    pub num_blocks: u32,
+    pub block_size: u32,
+    pub num_kv_heads: u32,
+    pub head_dim: u32,
+}
+
+impl KvTensor {
+    /// Bytes of the K of one block (V has as many).
+    pub const fn block_bytes(block_size: u32, num_kv_heads: u32, head_dim: u32) -> u64 {
+        block_size as u64 * num_kv_heads as u64 * head_dim as u64 * 2
+    }
+}

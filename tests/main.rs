@@ -1,0 +1,24 @@
+//! The integration tests of the workspace, one binary. Each module says what it needs.
+
+/// Needs nothing: random operations against a trivially correct model.
+mod block_pool;
+/// Needs nothing: fast paths of the cpu backend against its plain twins.
+mod cpu;
+/// Needs nothing: readers and dequantisers against stored vectors, hostile files.
+mod formats;
+/// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.
+mod golden;
+/// Needs nothing: the server on `sim` over real sockets.
+mod http;
+/// Needs Vulkan drivers: every op on wgpu against the cpu twins.
+mod ops;
+/// Needs nothing: traces of steps, as expected text.
+mod scheduler;
+/// Needs nothing: every shader variant validates.
+mod shaders;
+/// Needs nothing: whole engines on `sim`, seeded, invariants after every step.
+mod simulation;
+/// Needs the two models: tokenizers, detokenizer, templates.
+mod text;
+/// Needs nothing: the rules of the tree.
+mod tidy;
