@@ -1,0 +1,39 @@
+# The commands of the README. Each does its own set-up and names its steps as it goes; none asks a question.
+
+CACHE := $(or $(FULLBORE_CACHE),$(HOME)/.cache/fullbore)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: serve test test-full test-fresh bench models drivers toolchain
+
+# Builds the server, fetches the default model and serves it.
+serve: toolchain
+	@echo "serve: building (a first build takes some minutes)"
+	cargo build --release --locked -p fullbore
+	target/release/fullbore serve $(ARGS)
+
+# Everything that CI runs.
+test: toolchain drivers
+	@scripts/test.sh
+
+# What takes too long for every change.
+test-full: test
+	@scripts/test-full.sh
+
+# Both commands above on a fresh Debian 12, in a root of its own.
+test-fresh:
+	@scripts/test-fresh.sh
+
+# Measured ratios to llama.cpp on this machine.
+bench: toolchain drivers
+	@scripts/bench.sh
+
+# The two models and the tokenizer vectors that tests read, into $(CACHE).
+models: toolchain
+	@scripts/models.sh
+
+drivers:
+	@scripts/lavapipe.sh
+
+toolchain:
+	@scripts/toolchain.sh

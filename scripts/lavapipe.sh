@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Fetches Debian's software Vulkan drivers (lavapipe) and unpacks them under target/lavapipe; installs nothing, needs no root.
+#
+#   target/lavapipe/lib            the Vulkan loader and the libraries that the drivers link to
+#   target/lavapipe/<mesa>/icd.json one driver a Mesa version: bookworm's and bookworm-backports'
+#   target/lavapipe/env            what to source: VK_DRIVER_FILES and LD_LIBRARY_PATH
+#
+# Packages come from the mirror that this machine's apt already uses, checked by apt against Debian's keyring.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$PWD/target/lavapipe
+[ -f "$out/env" ] && exit 0
+say() { echo "lavapipe: $*" >&2; }
+
+command -v apt-get >/dev/null || { say "apt-get is missing: these drivers come from Debian packages, so this needs Debian 12"; exit 1; }
+mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 'Created-By: Packages' 2>/dev/null | head -n 1 || true)
+[ -n "$mirror" ] || { say "this machine's apt has no bookworm source, so there is no mirror to ask; add one to /etc/apt/sources.list"; exit 1; }
+
+work=$out/work
+rm -rf "$out"
+mkdir -p "$out/lib" "$work"/{state/lists/partial,cache/archives/partial,debs}
+: > "$work/status"
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+for suite in bookworm bookworm-backports; do
+  echo "deb [signed-by=$keyring] $mirror $suite main"
+done > "$work/sources.list"
+
+# apt with its own state: the machine's package lists and locks stay untouched, and every package counts as absent.
+options=(-qq -o Debug::NoLocking=1 -o Dir::State="$work/state" -o Dir::State::status="$work/status" -o Dir::Cache="$work/cache"
+  -o Dir::Etc::sourcelist="$work/sources.list" -o Dir::Etc::sourceparts=- -o APT::Get::List-Cleanup=0 -o APT::Sandbox::User=
+  -o APT::Install-Recommends=0 -o Acquire::Retries=3)
+
+say "reading package lists"
+apt-get "${options[@]}" update >&2
+# What the base system has in every case, or what only python3 pulls in; unpacking it would shadow the machine's own.
+base='^(libc6|libcrypt1|libgcc-s1|gcc-12-base|libstdc\+\+6|python3.*|libpython3.*|media-types|mailcap|perl.*|libperl.*|debconf|dpkg|tar|libssl.*|tzdata|readline-common|lib(krb5|gssapi|k5|com-err|keyutils|db5|sqlite|nsl|tirpc|readline|ncurses|pcre|selinux|acl|bz2|uuid).*)=$'
+fetch() { # fetch SUITE DIRECTORY: the driver of that suite and all it links to
+  mkdir -p "$2"
+  apt-get "${options[@]}" -t "$1" --print-uris install mesa-vulkan-drivers libvulkan1 \
+    | sed -n "s/^'[^']*' \([^ _]*\)_\([^ _]*\)_.*/\1= \2/p" | sed 's/%3a/:/g' \
+    | while read -r name version; do [[ $name =~ $base ]] || echo "$name$version"; done > "$2.list"
+  (cd "$2" && xargs -a "$2.list" apt-get "${options[@]}" download >&2)
+}
+
+drivers=()
+for suite in bookworm bookworm-backports; do
+  say "fetching the driver of $suite"
+  debs=$work/debs/$suite
+  if ! fetch "$suite" "$debs"; then say "$suite cannot be had; going on without it"; continue; fi
+  for deb in "$debs"/*.deb; do dpkg-deb -x "$deb" "$work/root-$suite"; done
+  driver=$(find "$work/root-$suite" -name libvulkan_lvp.so | head -n 1)
+  [ -n "$driver" ] || { say "mesa-vulkan-drivers of $suite holds no libvulkan_lvp.so"; continue; }
+  version=$(dpkg-deb -f "$debs"/mesa-vulkan-drivers_*.deb Version | sed 's/-.*//')
+  mkdir -p "$out/$version"
+  mv "$driver" "$out/$version/"
+  printf '{"file_format_version": "1.0.0", "ICD": {"library_path": "%s", "api_version": "1.3.0"}}\n' "$out/$version/libvulkan_lvp.so" > "$out/$version/icd.json"
+  # The later suite's libraries replace the earlier one's: they are newer, and both drivers run on them.
+  find "$work/root-$suite" -name '*.so*' ! -name 'libvulkan_*' ! -path '*/vulkan/*' \( -type f -o -type l \) -exec cp -a -f {} "$out/lib/" \;
+  drivers+=("$out/$version/icd.json")
+done
+[ ${#drivers[@]} -gt 0 ] || { say "no driver could be had: tests need one, so they cannot run"; exit 1; }
+
+files=$(IFS=:; echo "${drivers[*]}")
+printf 'export VK_DRIVER_FILES=%q\nexport LD_LIBRARY_PATH=%q${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}\nexport MESA_SHADER_CACHE_DIR=%q\n' "$files" "$out/lib" "$out/shader-cache" > "$out/env"
+rm -rf "$work"
+say "drivers: $(for driver in "${drivers[@]}"; do basename "$(dirname "$driver")"; done | tr '\n' ' ')"
