@@ -1,0 +1,227 @@
+"""End to end: the official OpenAI client against the running binary, on sim, cpu and lavapipe.
+
+    python3 tests/e2e/run.py BINARY
+
+Needs the `openai` package and the default model in the cache (scripts/e2e.sh sees to both). Each device gets a server of
+its own on a free port of 127.0.0.1. Ends with `N passed, N failed`, and with status 1 if any failed.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+
+import openai
+
+BINARY = sys.argv[1]
+PROMPTS = [f"Question {i}: name {i + 2} things that a cook in {place} would buy. Answer:" for i, place in enumerate(
+    ["Rome", "Lima", "Oslo", "Cairo", "Delhi", "Kyoto", "Quito", "Paris", "Accra", "Perth", "Minsk", "Havana", "Seoul",
+     "Tunis", "Dakar", "Turin"])]
+CHAT = [{"role": "user", "content": "Name three primary colours."}]
+
+
+class Server:
+    """A running `fullbore serve`; `with` ends it."""
+
+    def __init__(self, device, *extra):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.device = device
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = open(os.path.join(os.environ.get("TMPDIR", "/tmp"), f"fullbore-e2e-{port}.log"), "w+")
+        command = [BINARY, "serve", "--model", "smollm2", "--device", device, "--port", str(port), "--max-num-seqs", "16",
+                   "--max-model-len", "1024", "--kv-memory", "128MiB", *extra]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=300)
+        deadline = time.monotonic() + 120
+        while self.get("/health/ready")[0] != 200:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.log.seek(0)
+                raise RuntimeError(f"the server on {device} did not become ready:\n{self.log.read()}")
+            time.sleep(0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        status = self.process.wait(20)
+        self.log.seek(0)
+        log = self.log.read()
+        self.log.close()
+        assert status == 0, f"the server ended with status {status}:\n{log[-2000:]}"
+        assert "panicked" not in log, log[-2000:]
+
+    def get(self, path):
+        return self.exchange(urllib.request.Request(self.url + path))
+
+    def post(self, path, body, content_type="application/json"):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.exchange(urllib.request.Request(self.url + path, data, {"Content-Type": content_type}))
+
+    @staticmethod
+    def exchange(request):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def tokens(self, prompt, count):
+        reply = self.client.completions.create(model="smollm2", prompt=prompt, max_tokens=count, temperature=0,
+                                               extra_body={"ignore_eos": True, "return_token_ids": True})
+        return reply.choices[0].token_ids
+
+    def gauge(self, name):
+        text = self.get("/metrics")[1]
+        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def models_are_listed(server):
+    ids = [model.id for model in server.client.models.list().data]
+    assert ids == ["smollm2"], ids
+
+
+def page_is_served(server):
+    status, page = server.get("/")
+    assert status == 200 and "<title>" in page and "http://" not in page.replace("http://www.w3.org", ""), page[:200]
+
+
+def chat_streams_what_it_says(server):
+    ask = {"model": "smollm2", "messages": CHAT, "max_tokens": 24, "temperature": 0}
+    whole = server.client.chat.completions.create(**ask)
+    parts = list(server.client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content, (text, whole)
+    assert parts[-1].choices == [] and parts[-1].usage == whole.usage, parts[-1]
+    reasons = [part.choices[0].finish_reason for part in parts if part.choices]
+    assert reasons[-1] == whole.choices[0].finish_reason and set(reasons[:-1]) <= {None}, reasons
+    assert whole.usage.prompt_tokens > 0 and whole.usage.completion_tokens <= 24
+
+
+def truncation_is_length_and_stop_is_stop(server):
+    whole = server.client.completions.create(model="smollm2", prompt=PROMPTS[0], max_tokens=16, temperature=0)
+    assert whole.choices[0].finish_reason == "length", whole
+    text = whole.choices[0].text
+    stop = text[len(text) // 2:][:3]
+    cut = server.client.completions.create(model="smollm2", prompt=PROMPTS[0], max_tokens=16, temperature=0, stop=stop)
+    assert cut.choices[0].finish_reason == "stop" and cut.choices[0].text == text[:text.index(stop)], (text, stop, cut)
+
+
+def logprobs_and_echo(server):
+    reply = server.client.chat.completions.create(model="smollm2", messages=CHAT, max_tokens=4, temperature=0, logprobs=True,
+                                                  top_logprobs=3)
+    for token in reply.choices[0].logprobs.content:
+        tops = [top.logprob for top in token.top_logprobs]
+        assert len(tops) == 3 and tops == sorted(tops, reverse=True) and abs(token.logprob - tops[0]) < 1e-5, token
+    reply = server.client.completions.create(model="smollm2", prompt="One two three four", max_tokens=1, temperature=0, echo=True,
+                                             logprobs=1)
+    logprobs = reply.choices[0].logprobs.token_logprobs
+    assert logprobs[0] is None and all(value <= 0 for value in logprobs[1:]) and len(logprobs) >= 5, logprobs
+    assert reply.choices[0].text.startswith("One two three four"), reply
+
+
+def seeds_repeat(server):
+    ask = lambda seed: server.client.completions.create(model="smollm2", prompt=PROMPTS[1], max_tokens=16, temperature=1.0, top_p=0.9,
+                                                        seed=seed).choices[0].text
+    first, again, other = ask(7), ask(7), ask(8)
+    assert first == again and first != other, (first, again, other)
+
+
+def prompts_as_ids_and_lists(server):
+    ids = server.client.completions.create(model="smollm2", prompt="Hello there", max_tokens=1, temperature=0,
+                                           extra_body={"return_token_ids": True}).choices[0].prompt_token_ids
+    by_text = server.tokens("Hello there", 8)
+    assert server.tokens(ids, 8) == by_text
+    both = server.client.completions.create(model="smollm2", prompt=["Hello there", "Hello there"], max_tokens=8, temperature=0)
+    assert len(both.choices) == 2 and both.choices[0].text == both.choices[1].text
+
+
+def bad_input_is_named(server):
+    good = {"model": "smollm2", "prompt": "x", "max_tokens": 1}
+    cases = [
+        ({**good, "model": "nope"}, 404, "nope"), ({**good, "temperature": -1}, 400, "temperature"),
+        ({**good, "temperature": "hot"}, 400, "temperature"), ({**good, "max_tokens": -5}, 400, "max_tokens"),
+        ({**good, "max_tokens": 10**30}, 400, "max_tokens"), ({**good, "top_p": 3}, 400, "top_p"),
+        ({**good, "prompt": [1, 2, 99999999]}, 400, "99999999"), ({**good, "prompt": "word " * 5000}, 400, "context"),
+        ({**good, "n": 10**9}, 400, "n"), (b'{"model": ', 400, "JSON"), (b"\xff\xfe", 400, "JSON"),
+        (b'{"model": "smollm2", "prompt": "x", "temperature": NaN}', 400, ""), (b"[" * 100000, 400, ""),
+        (b'{"prompt": "' + b"a" * (100 << 20) + b'"}', 413, "")]
+    for body, status, word in cases:
+        got, text = server.post("/v1/completions", body)
+        # A server that refuses a body of 100 MB may close before all of it was sent.
+        if status == 413 and got == 0:
+            continue
+        assert got == status, (str(body)[:80], got, text[:300])
+        assert word.lower() in json.loads(text)["error"]["message"].lower(), (str(body)[:80], text[:300])
+    assert server.get("/health/ready")[0] == 200
+
+
+def a_dropped_client_frees_its_blocks(server):
+    stream = server.client.completions.create(model="smollm2", prompt=PROMPTS[2], max_tokens=900, temperature=0, stream=True,
+                                              extra_body={"ignore_eos": True})
+    next(iter(stream))
+    assert server.gauge("fullbore_requests_running") == 1
+    stream.close()
+    deadline = time.monotonic() + 10
+    while server.gauge("fullbore_requests_running") != 0:
+        assert time.monotonic() < deadline, "the sequence of a client that left still runs"
+        time.sleep(0.02)
+
+
+def sixteen_streams_equal_each_alone(server):
+    count = 12
+    alone = [server.tokens(prompt, count) for prompt in PROMPTS]
+    barrier = threading.Barrier(len(PROMPTS))
+
+    def one(prompt):
+        barrier.wait()
+        return server.tokens(prompt, count)
+
+    with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = list(pool.map(one, PROMPTS))
+    for prompt, left, right in zip(PROMPTS, alone, together):
+        assert left == right, f"{prompt!r}: alone {left}, among 16 {right}"
+
+
+EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
+ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
+          bad_input_is_named, a_dropped_client_frees_its_blocks]
+
+
+def main():
+    passed, failed = 0, 0
+    for device, extra, tests in [("sim", [], EVERYWHERE), ("cpu", [], EVERYWHERE + ON_CPU), ("vulkan:llvmpipe", [], EVERYWHERE)]:
+        with contextlib.ExitStack() as stack:
+            try:
+                server = stack.enter_context(Server(device, *extra))
+            except Exception:
+                traceback.print_exc()
+                failed += len(tests)
+                continue
+            for test in tests:
+                start = time.monotonic()
+                try:
+                    test(server)
+                    passed += 1
+                    print(f"ok      {device:18} {test.__name__} ({time.monotonic() - start:.1f} s)", flush=True)
+                except Exception:
+                    failed += 1
+                    print(f"FAILED  {device:18} {test.__name__}", flush=True)
+                    traceback.print_exc()
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+main()
