@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# What `make test` leaves out for its time: the same tests with more of everything, and the fresh machine.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source target/lavapipe/env
+FULLBORE_TEST_FULL=1 cargo test --locked --workspace
+if [ "$(id -u)" = 0 ] && command -v mmdebstrap >/dev/null; then scripts/test-fresh.sh; else echo "test-full: without root and mmdebstrap the fresh machine is left out" >&2; fi
