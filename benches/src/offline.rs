@@ -1,0 +1,131 @@
+//! Offline throughput: all requests at once, tokens a second until the last has ended.
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
+use fullbore_engine::worker::{EngineHandle, SubmitError};
+
+use crate::statistics::quantile;
+use crate::workload::Workload;
+
+/// What a run measured.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct OfflineReport {
+    pub num_requests: u32,
+    pub prompt_tokens: u64,
+    pub output_tokens: u64,
+    pub elapsed_s: f64,
+    /// Output tokens of all requests a second, prefill included.
+    pub output_tokens_per_s: f64,
+    pub ttft_ms_p50: f64,
+    pub ttft_ms_p99: f64,
+    /// Mean gap between the tokens of a request, over all requests.
+    pub tpot_ms_mean: f64,
+    /// Tokens found in the prefix cache; a run with any did not measure what it says.
+    pub cached_tokens: u64,
+    /// FNV-1a over all output ids in request order, so that a faster run can be seen to do the same work.
+    pub output_hash: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    #[error("the engine refused a request: {0}")]
+    Refused(#[from] SubmitError),
+    #[error("request {index} ended early: {reason}")]
+    Failed { index: usize, reason: String },
+    #[error("the engine ended before all requests had")]
+    EngineGone,
+}
+
+/// Submits all of `workload` and waits for its end.
+pub fn run(engine: &EngineHandle, workload: Workload, vocab_size: u32) -> Result<OfflineReport, BenchError> {
+    let requests = workload.requests(vocab_size);
+    let (sender, receiver) = mpsc::channel();
+    let start = Instant::now();
+    for (index, request) in requests.into_iter().enumerate() {
+        engine.submit(request, Box::new(Timestamps { index, sender: sender.clone() }))?;
+    }
+    drop(sender);
+    let mut traces: Vec<Trace> = vec![Trace::default(); workload.num_requests as usize];
+    let mut num_running = workload.num_requests;
+    while num_running > 0 {
+        let (index, at, event) = receiver.recv().map_err(|_| BenchError::EngineGone)?;
+        let trace = &mut traces[index];
+        match event {
+            Event::Prompt(_) => {}
+            Event::Token { id, .. } => {
+                trace.first.get_or_insert(at);
+                trace.last = Some(at);
+                trace.ids.push(id.0);
+            }
+            Event::Finished { reason: FinishReason::Error(reason), .. } => {
+                return Err(BenchError::Failed { index, reason });
+            }
+            Event::Finished { usage, .. } => {
+                trace.cached_tokens = u64::from(usage.cached_tokens);
+                num_running -= 1;
+            }
+        }
+    }
+    Ok(report(&traces, workload, start, start.elapsed()))
+}
+
+fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duration) -> OfflineReport {
+    let output_tokens: u64 = traces.iter().map(|trace| trace.ids.len() as u64).sum();
+    let firsts = traces.iter().filter_map(|trace| trace.first);
+    let mut ttft_ms: Vec<f64> = firsts.map(|first| (first - start).as_secs_f64() * 1e3).collect();
+    let gaps: Vec<f64> = traces.iter().filter_map(Trace::mean_gap_ms).collect();
+    OfflineReport {
+        num_requests: workload.num_requests,
+        prompt_tokens: u64::from(workload.num_requests) * u64::from(workload.prompt_tokens),
+        output_tokens,
+        elapsed_s: elapsed.as_secs_f64(),
+        output_tokens_per_s: output_tokens as f64 / elapsed.as_secs_f64(),
+        ttft_ms_p50: quantile(&mut ttft_ms, 0.5).unwrap_or(0.0),
+        ttft_ms_p99: quantile(&mut ttft_ms, 0.99).unwrap_or(0.0),
+        tpot_ms_mean: gaps.iter().sum::<f64>() / gaps.len().max(1) as f64,
+        cached_tokens: traces.iter().map(|trace| trace.cached_tokens).sum(),
+        output_hash: format!("{:016x}", fnv1a(traces.iter().flat_map(|trace| &trace.ids))),
+    }
+}
+
+#[derive(Clone, Default)]
+struct Trace {
+    first: Option<Instant>,
+    last: Option<Instant>,
+    ids: Vec<u32>,
+    cached_tokens: u64,
+}
+
+impl Trace {
+    fn mean_gap_ms(&self) -> Option<f64> {
+        let span = self.last? - self.first?;
+        (self.ids.len() > 1).then(|| span.as_secs_f64() * 1e3 / (self.ids.len() - 1) as f64)
+    }
+}
+
+/// Stamps events on the engine thread, so that waiting for the channel is not measured.
+struct Timestamps {
+    index: usize,
+    sender: mpsc::Sender<(usize, Instant, Event)>,
+}
+
+impl Sink for Timestamps {
+    fn event(&mut self, event: Event) -> Flow {
+        match self.sender.send((self.index, Instant::now(), event)) {
+            Ok(()) => Flow::Continue,
+            Err(_) => Flow::Stop,
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+/// Fowler, Noll and Vo's hash, 64 bits.
+fn fnv1a<'a>(ids: impl Iterator<Item = &'a u32>) -> u64 {
+    let bytes = ids.flat_map(|id| id.to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}

@@ -1,0 +1,69 @@
+//! A step in one line: the log, and the snapshot format of the scheduler's tests.
+//!
+//! ```text
+//! step 12  decode a b c   prefill d[64..128/300]   blocks 41+7/64   preempt -   finish b:stop
+//! ```
+//! Blocks are referenced + cached / all. A sequence is its number, as a letter where one does.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::batch::SequenceId;
+use crate::memory::BlockCounts;
+use crate::request::FinishReason;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepTrace {
+    pub step: u64,
+    pub decoded: Vec<SequenceId>,
+    /// Range of computed tokens, and all tokens the sequence has.
+    pub prefilled: Vec<(SequenceId, Range<u32>, u32)>,
+    pub blocks: BlockCounts,
+    pub preempted: Vec<SequenceId>,
+    pub finished: Vec<(SequenceId, FinishReason)>,
+}
+
+impl StepTrace {
+    pub fn new(step: u64) -> StepTrace {
+        StepTrace { step, ..StepTrace::default() }
+    }
+
+    pub fn record(&mut self, sequence: SequenceId, computed: Range<u32>, num_tokens: u32) {
+        match computed.len() {
+            1 if computed.end == num_tokens => self.decoded.push(sequence),
+            _ => self.prefilled.push((sequence, computed, num_tokens)),
+        }
+    }
+
+    pub fn num_prefill_tokens(&self) -> u32 {
+        self.prefilled.iter().map(|(_, computed, _)| computed.len() as u32).sum()
+    }
+}
+
+impl fmt::Display for StepTrace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |items: Vec<String>| if items.is_empty() { "-".to_owned() } else { items.join(" ") };
+        let decoded = list(self.decoded.iter().map(|&id| name(id)).collect());
+        let prefill = |(id, computed, all): &(SequenceId, Range<u32>, u32)| {
+            format!("{}[{}..{}/{all}]", name(*id), computed.start, computed.end)
+        };
+        let prefilled = list(self.prefilled.iter().map(prefill).collect());
+        let preempted = list(self.preempted.iter().map(|&id| name(id)).collect());
+        let reason = |reason: &FinishReason| match reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Error(_) => "error",
+        };
+        let finished = list(self.finished.iter().map(|(id, why)| format!("{}:{}", name(*id), reason(why))).collect());
+        let BlockCounts { referenced, cached, total, .. } = self.blocks;
+        write!(f, "step {}  decode {decoded}   prefill {prefilled}   ", self.step)?;
+        write!(f, "blocks {referenced}+{cached}/{total}   preempt {preempted}   finish {finished}")
+    }
+}
+
+fn name(id: SequenceId) -> String {
+    match u8::try_from(id.0) {
+        Ok(small) if small < 26 => char::from(b'a' + small).to_string(),
+        _ => format!("#{}", id.0),
+    }
+}
