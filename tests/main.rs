@@ -12,6 +12,8 @@ mod golden;
 mod http;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
+/// Seeded numbers.
+mod random;
 /// Needs nothing: traces of steps, as expected text.
 mod scheduler;
 /// Needs nothing: every shader variant validates.
