@@ -1,1 +1,3 @@
-//! Being laid out.
+//! Model files: readers of GGUF and of safetensors, and the block formats inside them.
+
+pub mod quant;
