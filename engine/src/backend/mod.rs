@@ -40,6 +40,9 @@ pub trait Backend: Send {
     /// Pulls the rows of a weight out of `source`, in order and each once, and packs them.
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError>;
 
+    /// Bytes that `load_weight` would take, once packed.
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64;
+
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError>;
 
     /// Appends the downloads of the ticket's recording to `out`.

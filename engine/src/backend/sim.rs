@@ -300,6 +300,10 @@ impl Backend for SimBackend {
         Ok(weight)
     }
 
+    fn weight_bytes(&self, _spec: &WeightSpec) -> u64 {
+        0
+    }
+
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
         self.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
