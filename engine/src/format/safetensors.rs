@@ -178,7 +178,7 @@ fn read_header(path: &Path, file: &mut File, file_bytes: u64) -> Result<Vec<u8>>
     file.read_exact(&mut length).map_err(FormatError::io(path))?;
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER_BYTES || length > file_bytes - LENGTH_BYTES {
-        let what = format!("the header claims {length} bytes in a file of {file_bytes}, and {MAX_HEADER_BYTES} at most");
+        let what = format!("the header claims {length} bytes; the file has {file_bytes}, the limit is {MAX_HEADER_BYTES}");
         return Err(FormatError::malformed(path, what));
     }
     let mut header = vec![0; length as usize];
