@@ -18,6 +18,7 @@
 
 use std::io;
 
+use crate::format::FormatError;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat};
 
@@ -97,4 +98,8 @@ pub enum LoadError {
     Device(#[from] DeviceError),
     #[error("cannot read weight {name}: {source}")]
     Read { name: String, source: io::Error },
+    #[error("weight {name} {problem}")]
+    Shape { name: String, problem: String },
+    #[error(transparent)]
+    Format(#[from] FormatError),
 }

@@ -7,13 +7,17 @@ use crate::batch::PackedBatch;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, KvTensor, Tensor};
 
+mod checkpoint;
 pub mod config;
+mod config_gguf;
+mod config_json;
 mod llama;
 pub mod weights;
 
-pub use config::ModelConfig;
+pub use checkpoint::Checkpoint;
+pub use config::{ModelConfig, ModelConfigError};
 use llama::Scratch;
-pub use weights::{Checkpoint, Weights};
+pub use weights::Weights;
 
 /// What bounds the state of a model on a device; all of it is allocated at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
