@@ -4,6 +4,8 @@
 mod block_pool;
 /// Needs nothing: fast paths of the cpu backend against its plain twins.
 mod cpu;
+/// Ops on seeded inputs, for any backend.
+mod device;
 /// Needs nothing: readers and dequantisers against stored vectors, hostile files.
 mod formats;
 /// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.

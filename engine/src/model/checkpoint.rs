@@ -46,12 +46,7 @@ impl Checkpoint {
     }
 
     /// A matrix of `rows` x `cols`: how it is stored, and its rows.
-    pub(super) fn open(
-        &self,
-        name: &str,
-        rows: u32,
-        cols: u32,
-    ) -> Result<(WeightFormat, Box<dyn RowSource>), LoadError> {
+    pub fn open(&self, name: &str, rows: u32, cols: u32) -> Result<(WeightFormat, Box<dyn RowSource>), LoadError> {
         if let Checkpoint::Random { seed, format } = *self {
             let name_hash = name.bytes().fold(seed, |hash, byte| hash.rotate_left(8) ^ mix(u64::from(byte)));
             return Ok((format, Box::new(RandomRows { state: mix(name_hash), format })));
@@ -61,10 +56,8 @@ impl Checkpoint {
         // A vector may be stored as a column of one.
         let as_asked = (info.rows, info.cols) == (rows, cols) || (rows == 1 && (info.rows, info.cols) == (cols, 1));
         if !as_asked {
-            let problem = format!(
-                "is {} x {} in the file; the model's config calls for {rows} x {cols}",
-                info.rows, info.cols
-            );
+            let problem =
+                format!("is {} x {} in the file; the model's config calls for {rows} x {cols}", info.rows, info.cols);
             return Err(LoadError::Shape { name: name.to_owned(), problem });
         }
         let source = match self {
@@ -105,9 +98,8 @@ impl Checkpoint {
         ];
         let ends = ["token_embd.weight", "output.weight"];
         let ends = ends.map(|name| (name.to_owned(), config.vocab_size, config.dim));
-        let layers = (0..config.num_layers).flat_map(|layer| {
-            parts.iter().map(move |&(part, rows, cols)| (format!("blk.{layer}.{part}"), rows, cols))
-        });
+        let layers = (0..config.num_layers)
+            .flat_map(|layer| parts.iter().map(move |&(part, rows, cols)| (format!("blk.{layer}.{part}"), rows, cols)));
         let spec = |(name, rows, cols): (String, u32, u32)| {
             let format = match self {
                 Checkpoint::Random { format, .. } => self.contains(&name).then_some(*format)?,

@@ -67,11 +67,7 @@ impl Reader<'_> {
             max_positions: self.u32("context_length")?,
             rope_style: if family == Family::Llama { RopeStyle::Interleaved } else { RopeStyle::Halves },
             rope: self.rope(rotary_dim, if gemma { 1_000_000.0 } else { 10_000.0 })?,
-            local_rope: gemma.then_some(RopeConfig {
-                base: GEMMA3_LOCAL_BASE,
-                rotary_dim,
-                scaling: RopeScaling::None,
-            }),
+            local_rope: gemma.then_some(RopeConfig { base: GEMMA3_LOCAL_BASE, rotary_dim, scaling: RopeScaling::None }),
             windows: (0..num_layers.min(super::config::MAX_LAYERS)).map(|i| window.filter(|_| is_local(i))).collect(),
             activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
             embed_scale: if gemma { (dim as f32).sqrt() } else { 1.0 },

@@ -103,11 +103,7 @@ impl Reader<'_> {
         let theta = parameters["rope_theta"].as_f64().or(self.f64("rope_theta")?);
         let scaling = if parameters.is_object() { parameters } else { &self.config["rope_scaling"] };
         self.refuse_partial(parameters)?;
-        Ok(RopeConfig {
-            base: theta.unwrap_or(default_base),
-            rotary_dim: head_dim,
-            scaling: rope_scaling(scaling)?,
-        })
+        Ok(RopeConfig { base: theta.unwrap_or(default_base), rotary_dim: head_dim, scaling: rope_scaling(scaling)? })
     }
 
     fn local_rope(&self, head_dim: u32) -> Result<RopeConfig, ModelConfigError> {
