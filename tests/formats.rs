@@ -1,4 +1,4 @@
-//! Readers and dequantisers: PyPI's gguf is the reference for numbers, and a hostile file gets a sentence, never a panic.
+//! Readers and dequantisers: PyPI's gguf is the reference for numbers; a hostile file gets a sentence, never a panic.
 //! Needs the two models of `make test`.
 
 use std::fs;
