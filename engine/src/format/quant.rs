@@ -47,7 +47,7 @@ impl Block {
     }
 }
 
-/// Decodes one block of `format.block_bytes()` bytes. An element of a float format is a block of one: its scale times 1.
+/// Decodes one block of `format.block_bytes()` bytes. A block of a float format is one element: its scale times 1.
 pub fn decode_block(format: WeightFormat, bytes: &[u8]) -> Block {
     let mut block = Block::empty();
     decode_into(format, bytes, &mut block);
