@@ -47,6 +47,16 @@ impl StateLimits {
     }
 }
 
+/// Bytes of a model's state on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    pub kv: u64,
+    /// Activations of a step.
+    pub scratch: u64,
+    /// Block table, rope tables, upload, sampled ids.
+    pub tables: u64,
+}
+
 pub struct Model {
     pub config: ModelConfig,
     pub limits: StateLimits,
@@ -123,6 +133,19 @@ impl Model {
             sampled,
             upload_buffer,
         })
+    }
+
+    /// Bytes that `load` would allocate beside the weights.
+    pub fn footprint(config: &ModelConfig, limits: &StateLimits) -> Footprint {
+        let words = |rows: u32, cols: u32| u64::from(rows) * u64::from(cols) * 4;
+        let ropes = std::iter::once(&config.rope).chain(&config.local_rope);
+        let rope_tables: u64 = ropes.map(|rope| words(limits.max_model_len, rope.rotary_dim)).sum();
+        let slots = words(limits.max_num_seqs, limits.max_blocks_per_seq() + 1);
+        Footprint {
+            kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(),
+            scratch: Scratch::size_bytes(config, limits),
+            tables: rope_tables + slots + words(1, limits.max_upload_words()),
+        }
     }
 
     /// An empty recording whose upload goes to this model's step buffer.
