@@ -1,7 +1,8 @@
 //! The matmul's inner loops for x86 with AVX2, FMA and F16C: the one file of this backend with `unsafe` in it.
 //!
 //! A panel's columns are unpacked to f32 a chunk at a time, in cache, and multiplied with every row of x. Eight outputs
-//! share a vector; each output's sum goes over K in order, so the number of rows changes no bit.
+//! share a vector; each output's sum goes over K in order, so the number of rows changes no bit. Rows of x come in groups
+//! of six, interleaved, so that one pointer walks them all.
 
 use super::packed::{PANEL, Panel};
 
@@ -15,8 +16,32 @@ impl Avx2 {
         None
     }
 
-    pub fn mat_mul_panel(self, _panel: Panel<'_>, _x: &[f32], _out: &mut [f32]) {
+    pub fn mat_mul_panel(self, _panel: Panel<'_>, _x: &InterleavedRows, _out: &mut [f32]) {
         unreachable!("there is no Avx2 here")
+    }
+}
+
+/// Rows of x that are multiplied at once: with two vectors of outputs each they fill the registers.
+const GROUP: usize = 6;
+
+/// x as `[group][k][row in group]`; the last group has as many rows as are left.
+#[derive(Default)]
+pub struct InterleavedRows {
+    values: Vec<f32>,
+    num_rows: usize,
+}
+
+impl InterleavedRows {
+    pub fn fill(&mut self, x: &[f32], cols: usize) {
+        self.num_rows = x.len() / cols;
+        self.values.resize(x.len(), 0.0);
+        let groups = self.values.chunks_mut(GROUP * cols).zip(x.chunks(GROUP * cols));
+        for (out, x) in groups {
+            let num_rows = x.len() / cols;
+            for (row, x) in x.chunks_exact(cols).enumerate() {
+                out[row..].iter_mut().step_by(num_rows).zip(x).for_each(|(out, x)| *out = *x);
+            }
+        }
     }
 }
 
@@ -34,10 +59,10 @@ impl Avx2 {
 
     /// `out`, (rows of x, 32), is `x` times the panel's 32 rows.
     #[allow(unsafe_code)]
-    pub fn mat_mul_panel(self, panel: Panel<'_>, x: &[f32], out: &mut [f32]) {
-        assert_eq!(out.len() / PANEL, x.len() / panel.cols);
+    pub fn mat_mul_panel(self, panel: Panel<'_>, x: &InterleavedRows, out: &mut [f32]) {
+        assert!(out.len() == x.num_rows * PANEL && x.values.len() == x.num_rows * panel.cols);
         // SAFETY: an `Avx2` exists only where the features do.
-        unsafe { x86::mat_mul_panel(panel, x, out) }
+        unsafe { x86::mat_mul_panel(panel, &x.values, out) }
     }
 }
 
@@ -47,7 +72,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::super::packed::{Layout, PANEL, Panel};
-    use super::CHUNK;
+    use super::{CHUNK, GROUP};
 
     /// One column of a panel.
     type Column = [__m256; 4];
@@ -60,19 +85,18 @@ mod x86 {
             let len = CHUNK.min(panel.cols - start);
             let weights = &mut unpacked[..len * PANEL];
             unpack(panel, start, weights);
-            let mut row = 0;
-            for out in out.chunks_mut(6 * PANEL) {
-                let x = &x[row * panel.cols..];
-                let (w, k, stride) = (&*weights, start, panel.cols);
-                match out.len() / PANEL {
-                    1 => multiply::<1, 4>(w, x, k, stride, out),
-                    2 => multiply::<2, 4>(w, x, k, stride, out),
-                    3 => multiply::<3, 2>(w, x, k, stride, out),
-                    4 => multiply::<4, 2>(w, x, k, stride, out),
-                    5 => multiply::<5, 2>(w, x, k, stride, out),
-                    _ => multiply::<6, 2>(w, x, k, stride, out),
+            let groups = out.chunks_mut(GROUP * PANEL).zip(x.chunks(GROUP * panel.cols));
+            for (out, x) in groups {
+                let num_rows = out.len() / PANEL;
+                let x = &x[start * num_rows..][..len * num_rows];
+                match num_rows {
+                    1 => multiply::<1, 4>(weights, x, out),
+                    2 => multiply::<2, 4>(weights, x, out),
+                    3 => multiply::<3, 2>(weights, x, out),
+                    4 => multiply::<4, 2>(weights, x, out),
+                    5 => multiply::<5, 2>(weights, x, out),
+                    _ => multiply::<GROUP, 2>(weights, x, out),
                 }
-                row += out.len() / PANEL;
             }
         }
     }
@@ -80,29 +104,39 @@ mod x86 {
     /// Adds the products of one chunk of columns to `R` rows of output, `V` vectors wide at a time.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn multiply<const R: usize, const V: usize>(w: &[f32], x: &[f32], start: usize, stride: usize, out: &mut [f32]) {
+    fn multiply<const R: usize, const V: usize>(w: &[f32], x: &[f32], out: &mut [f32]) {
         let len = w.len() / PANEL;
-        let rows: [&[f32]; R] = std::array::from_fn(|r| &x[r * stride + start..][..len]);
-        assert_eq!(out.len(), R * PANEL);
+        assert!(out.len() == R * PANEL && x.len() == R * len);
         for first in (0..PANEL).step_by(8 * V) {
-            // SAFETY: `out` has R rows of PANEL, `first + 8 * V <= PANEL`, and `w` and each row have `len` columns.
+            // SAFETY: `out` has R rows of PANEL, `first + 8 * V <= PANEL`, and `w` and x have `len` columns.
+            // Plain loops: a closure does not carry the features into the standard library's array functions.
             unsafe {
-                let at = |r: usize, v: usize| r * PANEL + first + 8 * v;
-                let mut sums: [[__m256; V]; R] =
-                    std::array::from_fn(|r| std::array::from_fn(|v| _mm256_loadu_ps(out.as_ptr().add(at(r, v)))));
-                for k in 0..len {
-                    let column = w.as_ptr().add(k * PANEL + first);
-                    let weights: [__m256; V] = std::array::from_fn(|v| _mm256_loadu_ps(column.add(8 * v)));
+                let out = out.as_mut_ptr().add(first);
+                let mut sums = [[_mm256_setzero_ps(); V]; R];
+                for r in 0..R {
+                    for v in 0..V {
+                        sums[r][v] = _mm256_loadu_ps(out.add(r * PANEL + 8 * v));
+                    }
+                }
+                let mut column = w.as_ptr().add(first);
+                let mut x = x.as_ptr();
+                for _ in 0..len {
+                    let mut weights = [_mm256_setzero_ps(); V];
+                    for v in 0..V {
+                        weights[v] = _mm256_loadu_ps(column.add(8 * v));
+                    }
                     for r in 0..R {
-                        let x = _mm256_broadcast_ss(rows[r].get_unchecked(k));
+                        let x = _mm256_broadcast_ss(&*x.add(r));
                         for v in 0..V {
                             sums[r][v] = _mm256_fmadd_ps(x, weights[v], sums[r][v]);
                         }
                     }
+                    column = column.add(PANEL);
+                    x = x.add(R);
                 }
                 for r in 0..R {
                     for v in 0..V {
-                        _mm256_storeu_ps(out.as_mut_ptr().add(at(r, v)), sums[r][v]);
+                        _mm256_storeu_ps(out.add(r * PANEL + 8 * v), sums[r][v]);
                     }
                 }
             }
@@ -120,36 +154,15 @@ mod x86 {
             Layout::BF16 => unpack_floats(codes, out, |half| {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
             }),
-            Layout::Bytes => unpack_groups::<PANEL>(panel, start, codes, out, |column| {
-                // SAFETY: a column is 32 bytes.
-                let vector = |v: usize| unsafe { _mm_loadl_epi64(column.as_ptr().add(8 * v).cast()) };
-                std::array::from_fn(|v| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(vector(v))))
-            }),
-            Layout::Nibbles { least } => {
-                let least = _mm_set1_epi8(least);
-                let mask = _mm_set1_epi8(15);
-                unpack_groups::<{ PANEL / 2 }>(panel, start, codes, out, |column| {
-                    // SAFETY: a column is 16 bytes.
-                    let both = unsafe { _mm_loadu_si128(column.as_ptr().cast()) };
-                    let low = _mm_add_epi8(_mm_and_si128(both, mask), least);
-                    let high = _mm_add_epi8(_mm_and_si128(_mm_srli_epi16::<4>(both), mask), least);
-                    let parts = [low, _mm_srli_si128::<8>(low), high, _mm_srli_si128::<8>(high)];
-                    parts.map(|part| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)))
-                });
-            }
+            Layout::Bytes => unpack_groups::<PANEL>(panel, start, codes, out, 0),
+            Layout::Nibbles { least } => unpack_groups::<{ PANEL / 2 }>(panel, start, codes, out, least),
         }
     }
 
-    /// `scale * code - min` of whole groups; `B` is the bytes of a column.
+    /// `scale * code - min` of whole groups; `B` is the bytes of a column: 16 for nibbles above `least`, or 32.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn unpack_groups<const B: usize>(
-        panel: Panel<'_>,
-        start: usize,
-        codes: &[u8],
-        out: &mut [f32],
-        column: impl Fn(&[u8; B]) -> Column,
-    ) {
+    fn unpack_groups<const B: usize>(panel: Panel<'_>, start: usize, codes: &[u8], out: &mut [f32], least: i8) {
         let (columns, _) = codes.as_chunks::<B>();
         let (outs, _) = out.as_chunks_mut::<PANEL>();
         let groups = columns.chunks(panel.group_len).zip(outs.chunks_mut(panel.group_len));
@@ -158,18 +171,49 @@ mod x86 {
             let scales = load_column(&panel.scales[at..][..PANEL]);
             if panel.mins.is_empty() {
                 for (codes, out) in columns.iter().zip(outs) {
-                    let codes = column(codes);
-                    store_column(std::array::from_fn(|v| _mm256_mul_ps(scales[v], codes[v])), out);
+                    let mut column = widen(codes, least);
+                    for v in 0..4 {
+                        column[v] = _mm256_mul_ps(scales[v], column[v]);
+                    }
+                    store_column(column, out);
                 }
             } else {
                 let mins = load_column(&panel.mins[at..][..PANEL]);
                 for (codes, out) in columns.iter().zip(outs) {
-                    let codes = column(codes);
-                    let value = |v: usize| _mm256_sub_ps(_mm256_mul_ps(scales[v], codes[v]), mins[v]);
-                    store_column(std::array::from_fn(value), out);
+                    let mut column = widen(codes, least);
+                    for v in 0..4 {
+                        column[v] = _mm256_sub_ps(_mm256_mul_ps(scales[v], column[v]), mins[v]);
+                    }
+                    store_column(column, out);
                 }
             }
         }
+    }
+
+    /// The 32 codes of a column as floats.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn widen<const B: usize>(codes: &[u8; B], least: i8) -> Column {
+        let mut eights = [_mm_setzero_si128(); 4];
+        // SAFETY: a column is B bytes, 16 or 32.
+        unsafe {
+            if B == PANEL {
+                for v in 0..4 {
+                    eights[v] = _mm_loadl_epi64(codes.as_ptr().add(8 * v).cast());
+                }
+            } else {
+                let (mask, least) = (_mm_set1_epi8(15), _mm_set1_epi8(least));
+                let both = _mm_loadu_si128(codes.as_ptr().cast());
+                let low = _mm_add_epi8(_mm_and_si128(both, mask), least);
+                let high = _mm_add_epi8(_mm_and_si128(_mm_srli_epi16::<4>(both), mask), least);
+                eights = [low, _mm_srli_si128::<8>(low), high, _mm_srli_si128::<8>(high)];
+            }
+        }
+        let mut column = [_mm256_setzero_ps(); 4];
+        for v in 0..4 {
+            column[v] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eights[v]));
+        }
+        column
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -186,16 +230,20 @@ mod x86 {
     #[inline]
     fn load_column(values: &[f32]) -> Column {
         assert_eq!(values.len(), PANEL);
-        // SAFETY: there are 32 values.
-        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(values.as_ptr().add(8 * v)) })
+        let mut column = [_mm256_setzero_ps(); 4];
+        for v in 0..4 {
+            // SAFETY: there are 32 values.
+            column[v] = unsafe { _mm256_loadu_ps(values.as_ptr().add(8 * v)) };
+        }
+        column
     }
 
     #[target_feature(enable = "avx2,fma")]
     #[inline]
     fn store_column(column: Column, out: &mut [f32; PANEL]) {
-        for (v, vector) in column.into_iter().enumerate() {
+        for v in 0..4 {
             // SAFETY: there are 32 values.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * v), vector) };
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * v), column[v]) };
         }
     }
 }

@@ -4,18 +4,18 @@
 
 use rayon::prelude::*;
 
-use super::Memory;
-use super::avx2::Avx2;
+use super::avx2::{Avx2, InterleavedRows};
 use super::packed::{PANEL, PackedWeight};
+use super::{Memory, for_rows};
 use crate::op::MatMul;
 
 pub(super) fn run(op: MatMul, memory: &mut Memory, avx2: Option<Avx2>) {
-    let mut panels = std::mem::take(&mut memory.panels);
+    let mut scratch = std::mem::take(&mut memory.mat_mul);
     memory.write_f32(op.out, |memory, out| {
         let weight = &memory.weights[op.weight.id.0 as usize];
         let x = memory.f32(op.x);
         match avx2 {
-            Some(avx2) => fast(avx2, weight, x, &mut panels, out),
+            Some(avx2) => fast(avx2, weight, x, &mut scratch, out),
             None => plain(weight, x, out),
         }
         if let Some(bias) = op.bias {
@@ -25,7 +25,15 @@ pub(super) fn run(op: MatMul, memory: &mut Memory, avx2: Option<Avx2>) {
             }
         }
     });
-    memory.panels = panels;
+    memory.mat_mul = scratch;
+}
+
+/// What the fast path keeps between calls.
+#[derive(Default)]
+pub(super) struct Scratch {
+    x: InterleavedRows,
+    /// Outputs as `[panel][row][32]`, before they are laid out as rows.
+    panels: Vec<f32>,
 }
 
 /// The reference.
@@ -47,18 +55,15 @@ fn plain(weight: &PackedWeight, x: &[f32], out: &mut [f32]) {
 }
 
 /// A panel of 32 outputs at a time; threads share the panels.
-fn fast(avx2: Avx2, weight: &PackedWeight, x: &[f32], panels: &mut Vec<f32>, out: &mut [f32]) {
+fn fast(avx2: Avx2, weight: &PackedWeight, x: &[f32], scratch: &mut Scratch, out: &mut [f32]) {
     let num_rows = x.len() / weight.cols;
-    panels.resize(weight.num_panels() * num_rows * PANEL, 0.0);
-    let work = panels[..weight.num_panels() * num_rows * PANEL].par_chunks_mut(num_rows * PANEL).enumerate();
-    work.for_each(|(index, out)| avx2.mat_mul_panel(weight.panel(index), x, out));
-    let copy = |m: usize, row: &mut [f32]| {
+    scratch.x.fill(x, weight.cols);
+    scratch.panels.resize(weight.num_panels() * num_rows * PANEL, 0.0);
+    let work = scratch.panels.par_chunks_mut(num_rows * PANEL).enumerate();
+    work.for_each(|(index, out)| avx2.mat_mul_panel(weight.panel(index), &scratch.x, out));
+    for_rows(out, weight.rows, |m, row| {
         for (index, out) in row.chunks_mut(PANEL).enumerate() {
-            out.copy_from_slice(&panels[(index * num_rows + m) * PANEL..][..out.len()]);
+            out.copy_from_slice(&scratch.panels[(index * num_rows + m) * PANEL..][..out.len()]);
         }
-    };
-    match num_rows {
-        1 => copy(0, out),
-        _ => out.par_chunks_mut(weight.rows).enumerate().for_each(|(m, row)| copy(m, row)),
-    }
+    });
 }

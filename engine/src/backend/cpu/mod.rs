@@ -54,8 +54,7 @@ struct Memory {
     /// Buffers as words.
     buffers: Vec<Vec<u32>>,
     weights: Vec<PackedWeight>,
-    /// Output panels of a matmul before they are laid out as rows.
-    panels: Vec<f32>,
+    mat_mul: mat_mul::Scratch,
 }
 
 impl CpuBackend {
