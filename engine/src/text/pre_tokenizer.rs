@@ -57,7 +57,7 @@ static TABLE: [PreTokenizer; 9] = [
     plain(&["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"], &[DIGIT, GPT2]),
     whole_words(&["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"], &[LLAMA3]),
     plain(&["dbrx", "smaug-bpe"], &[LLAMA3]),
-    plain(&["qwen2", "qwen3", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"], &[QWEN2]),
+    plain(&["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"], &[QWEN2]),
     plain(&["qwen35"], &[QWEN35]),
     whole_words(&["tekken"], &[TEKKEN]),
     PreTokenizer { names: &["glm4"], patterns: &[LLAMA3], ignore_merges: true, add_bos: false },

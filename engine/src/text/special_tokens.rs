@@ -119,8 +119,9 @@ impl Trie {
 pub struct SpecialTokens {
     tokens: Vec<SpecialToken>,
     /// Of all tokens; leaves are places in `tokens`.
+    all: Trie,
+    /// Of those that `is_special`, from the first byte on and from the last one back.
     forward: Trie,
-    /// Of `is_special` ones, last byte first.
     backward: Trie,
     max_len: usize,
 }
@@ -130,8 +131,9 @@ impl SpecialTokens {
         let mut special = SpecialTokens::default();
         for token in tokens.filter(|token| !token.spelling.is_empty()) {
             let place = special.tokens.len() as u32;
-            special.forward.insert(token.spelling.bytes(), place);
+            special.all.insert(token.spelling.bytes(), place);
             if token.kind.is_special() {
+                special.forward.insert(token.spelling.bytes(), place);
                 special.backward.insert(token.spelling.bytes().rev(), place);
             }
             special.max_len = special.max_len.max(token.spelling.len());
@@ -141,7 +143,7 @@ impl SpecialTokens {
     }
 
     pub fn id(&self, spelling: &str) -> Option<TokenId> {
-        let (length, place) = self.forward.prefixes(spelling.bytes()).last()?;
+        let (length, place) = self.all.prefixes(spelling.bytes()).last()?;
         (length == spelling.len()).then(|| self.tokens[place as usize].id)
     }
 
@@ -175,7 +177,7 @@ impl SpecialTokens {
         let bytes = text.as_bytes();
         let mut by_length: Vec<Vec<(usize, u32)>> = vec![Vec::new(); self.max_len + 1];
         for at in 0..bytes.len() {
-            for (length, place) in self.forward.prefixes(bytes[at..].iter().copied()) {
+            for (length, place) in self.all.prefixes(bytes[at..].iter().copied()) {
                 if wanted(self.tokens[place as usize].kind) {
                     by_length[length].push((at, place));
                 }
@@ -214,7 +216,7 @@ impl SpecialTokens {
             .find(|&end| self.backward.leads_into(text.bytes().take(end).rev()));
         let closing = (last.max(text.len().saturating_sub(self.max_len))..text.len())
             .filter(is_cut)
-            .find(|&start| self.leads_into_special(text[start..].bytes()));
+            .find(|&start| self.forward.leads_into(text[start..].bytes()));
         match (opening, closing) {
             (Some(end), Some(start)) if start < end => ranges.push(0..text.len()),
             _ => {
@@ -229,9 +231,5 @@ impl SpecialTokens {
     /// Whether `text` stands in the middle of some special token's spelling, or is one.
     pub fn is_within_special(&self, text: &str) -> bool {
         self.tokens.iter().any(|token| token.kind.is_special() && token.spelling.contains(text))
-    }
-
-    fn leads_into_special(&self, bytes: impl Iterator<Item = u8> + Clone) -> bool {
-        self.forward.leads_into(bytes)
     }
 }
