@@ -11,6 +11,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
 
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Enumerator, Object, Value};
 use minijinja::{Environment, Error, ErrorKind};
 
@@ -52,8 +53,8 @@ impl ChatTemplate {
             return Err(TextError::Template(format!("its {} bytes are over {MAX_SOURCE_BYTES}", source.len())));
         }
         let mut env = Environment::new();
-        env.set_trim_blocks(true);
-        env.set_lstrip_blocks(true);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        env.set_syntax(syntax.expect("the default delimiters"));
         env.set_recursion_limit(MAX_RECURSION);
         python::install(&mut env);
         env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -86,9 +87,10 @@ impl ChatTemplate {
         env.set_fuel(Some(fuel));
         let template = env.get_template(NAME).expect("`new` added it");
         let messages: Value = messages.into_iter().map(Value::from_object).collect();
-        let context = minijinja::context! {
-            messages, add_generation_prompt, bos_token => self.bos, eos_token => self.eos, tools => (), documents => (),
-        };
+        let (bos_token, eos_token) = (self.bos.as_str(), self.eos.as_str());
+        let (tools, documents) = (Value::from(()), Value::from(()));
+        let context =
+            minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
         let mut output = Capped { bytes: Vec::new(), max_bytes };
         match template.render_captured_to(context, &mut output) {
             Ok(_) => Ok(String::from_utf8_lossy(&output.bytes).into_owned()),

@@ -8,6 +8,7 @@ use super::pre_tokenizer::PreTokenizer;
 use super::sentence_piece::SentencePiece;
 use super::special_tokens::{SpecialToken, SpecialTokens, TokenKind};
 use super::tokenizer::{Alphabet, Merger, Tokenizer};
+use crate::format::gguf::Gguf;
 use crate::request::TokenId;
 
 #[derive(Clone, Debug, Default)]
@@ -42,6 +43,10 @@ const ALWAYS_CONTROL: [&str; 8] = [
 ];
 
 impl Tokenizer {
+    pub fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, TextError> {
+        Tokenizer::from_vocab(GgufVocab::read(gguf)?)
+    }
+
     pub fn from_vocab(vocab: GgufVocab) -> Result<Tokenizer, TextError> {
         vocab.check()?;
         let kinds = vocab.kinds();
@@ -73,6 +78,23 @@ impl Tokenizer {
 }
 
 impl GgufVocab {
+    fn read(gguf: &Gguf) -> Result<GgufVocab, TextError> {
+        let missing = |key| TextError::Missing(gguf.path().to_path_buf(), key);
+        Ok(GgufVocab {
+            model: gguf.str("tokenizer.ggml.model")?.ok_or_else(|| missing("model"))?.to_string(),
+            pre: gguf.str("tokenizer.ggml.pre")?.unwrap_or_default().to_string(),
+            tokens: gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokens"))?.to_vec(),
+            scores: gguf.f32s("tokenizer.ggml.scores")?.unwrap_or_default().to_vec(),
+            token_types: gguf.i32s("tokenizer.ggml.token_type")?.unwrap_or_default().to_vec(),
+            merges: gguf.strings("tokenizer.ggml.merges")?.unwrap_or_default().to_vec(),
+            bos: gguf.u32("tokenizer.ggml.bos_token_id")?,
+            eos: gguf.u32("tokenizer.ggml.eos_token_id")?,
+            unk: gguf.u32("tokenizer.ggml.unknown_token_id")?,
+            add_bos: gguf.bool("tokenizer.ggml.add_bos_token")?,
+            add_space_prefix: gguf.bool("tokenizer.ggml.add_space_prefix")?,
+        })
+    }
+
     fn check(&self) -> Result<(), TextError> {
         let problem = |text: String| Err(TextError::Vocabulary(text));
         let num_tokens = self.tokens.len();

@@ -4,6 +4,10 @@
 //! piece of half a character leaves a [`Detokenizer`]. Knows no model, no batch and no JSON API; the engine thread never
 //! calls it.
 
+use std::path::PathBuf;
+
+use crate::format::FormatError;
+
 mod bpe;
 mod chat_template;
 mod detokenizer;
@@ -24,6 +28,10 @@ pub use tokenizer::{Special, Tokenizer};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("{0} has no tokenizer: its metadata lacks tokenizer.ggml.{1}")]
+    Missing(PathBuf, &'static str),
     #[error("tokenizer.ggml.model is {0:?}; Fullbore reads gpt2 (byte-level BPE) and llama (SentencePiece)")]
     UnknownModel(String),
     #[error("tokenizer.ggml.pre is {name:?}, which Fullbore does not know; it knows {known}")]

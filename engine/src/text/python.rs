@@ -84,7 +84,7 @@ fn string_method(state: &State, text: &str, method: &str, args: &[Value]) -> Res
     })
 }
 
-fn map_method(state: &State, map: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+fn map_method(state: &mut State, map: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     match method {
         "items" => state.apply_filter("items", std::slice::from_ref(map)),
         "get" => {

@@ -92,9 +92,6 @@ impl SentencePiece {
         Ok(SentencePiece { pieces, bytes, add_space_prefix })
     }
 
-    pub fn add_space_prefix(&self) -> bool {
-        self.add_space_prefix
-    }
 
     /// Appends the ids of `text`, which follows a special token or nothing.
     pub fn encode(&self, text: &str, ids: &mut Vec<TokenId>) {
