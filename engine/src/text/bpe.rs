@@ -66,7 +66,8 @@ pub fn builder<'m>(
             None => kept.push((left.to_string(), right.to_string())),
             Some(token) if special.contains(token) => {}
             Some(token) => {
-                let problem = format!("the merge of {left:?} and {right:?} needs the token {token:?}, which is missing");
+                let problem =
+                    format!("the merge of {left:?} and {right:?} needs the token {token:?}, which is missing");
                 return Err(TextError::Vocabulary(problem));
             }
         }

@@ -89,8 +89,7 @@ impl ChatTemplate {
         let messages: Value = messages.into_iter().map(Value::from_object).collect();
         let (bos_token, eos_token) = (self.bos.as_str(), self.eos.as_str());
         let (tools, documents) = (Value::from(()), Value::from(()));
-        let context =
-            minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
+        let context = minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
         let mut output = Capped { bytes: Vec::new(), max_bytes };
         match template.render_captured_to(context, &mut output) {
             Ok(_) => Ok(String::from_utf8_lossy(&output.bytes).into_owned()),

@@ -31,16 +31,8 @@ pub struct GgufVocab {
 }
 
 /// Ends of a turn that some files mark as ordinary tokens; they are control tokens all the same.
-const ALWAYS_CONTROL: [&str; 8] = [
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<EOT>",
-];
+const ALWAYS_CONTROL: [&str; 8] =
+    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"];
 
 impl Tokenizer {
     pub fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, TextError> {

@@ -29,8 +29,7 @@ impl Tokenizer {
         let is_byte_level = file.mentions("pre_tokenizer", "ByteLevel") || file.mentions("decoder", "ByteLevel");
         let writes_prefix = file.mentions("normalizer", "Prepend") || file.mentions("decoder", "Strip");
         let add_space_prefix = writes_prefix || file.metaspace_prepends();
-        let alphabet =
-            if is_byte_level { Alphabet::ByteLevel } else { Alphabet::SentencePiece { add_space_prefix } };
+        let alphabet = if is_byte_level { Alphabet::ByteLevel } else { Alphabet::SentencePiece { add_space_prefix } };
         let merger = Merger::Bpe(file.bpe(model, &pieces, &kinds)?);
         let special = SpecialTokens::new(added.into_iter());
         Ok(Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos: None, add_bos: bos.is_some() })
@@ -144,7 +143,8 @@ impl TokenizerJson {
 
     fn metaspace_prepends(&self) -> bool {
         any(&self.json["pre_tokenizer"], &|value| {
-            let never = value["prepend_scheme"].as_str() == Some("never") || value["add_prefix_space"] == Value::Bool(false);
+            let never =
+                value["prepend_scheme"].as_str() == Some("never") || value["add_prefix_space"] == Value::Bool(false);
             value["type"].as_str() == Some("Metaspace") && !never
         })
     }

@@ -92,7 +92,6 @@ impl SentencePiece {
         Ok(SentencePiece { pieces, bytes, add_space_prefix })
     }
 
-
     /// Appends the ids of `text`, which follows a special token or nothing.
     pub fn encode(&self, text: &str, ids: &mut Vec<TokenId>) {
         let mut escaped = String::with_capacity(text.len() + 8);
@@ -137,10 +136,7 @@ impl SentencePiece {
             self.find(text, &symbols, symbols[left].prev, left, &mut queue);
             self.find(text, &symbols, left, next, &mut queue);
         }
-        symbols
-            .into_iter()
-            .filter(|symbol| symbol.len > 0)
-            .map(|symbol| &text[symbol.start..symbol.start + symbol.len])
+        symbols.into_iter().filter(|symbol| symbol.len > 0).map(|symbol| &text[symbol.start..symbol.start + symbol.len])
     }
 
     fn find(&self, text: &str, symbols: &[Symbol], left: usize, right: usize, queue: &mut BinaryHeap<Bigram>) {

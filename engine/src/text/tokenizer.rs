@@ -96,7 +96,8 @@ impl Tokenizer {
 
     /// The text of `ids` as a whole, control tokens left out.
     pub fn decode(&self, ids: &[TokenId]) -> String {
-        let bytes: Vec<u8> = ids.iter().filter(|id| !self.is_special(**id)).flat_map(|id| self.token_bytes(*id)).collect();
+        let bytes: Vec<u8> =
+            ids.iter().filter(|id| !self.is_special(**id)).flat_map(|id| self.token_bytes(*id)).collect();
         let text = String::from_utf8_lossy(&bytes);
         text.strip_prefix(self.written_prefix()).unwrap_or(&text).to_string()
     }
