@@ -2,14 +2,19 @@
 //!
 //! Invariants: what is written in a message never becomes a special token (SEC-5), and without such writing the ids are
 //! those of the plain rendering; a template, which is part of a downloaded file, can neither run nor write without end
-//! (SEC-4). A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings
+//! (SEC-4). Fuel bounds its instructions and the bytes they make; lists that hold themselves many times over can still
+//! cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one that outruns it
+//! is not run again. A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings
 //! of special tokens: those are stood in for by characters of a private plane until the rendering has been cut into
 //! tokens and text.
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Enumerator, Object, Value};
@@ -30,11 +35,18 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     bos: String,
     eos: String,
+    deadline: Duration,
+    /// A rendering outran the deadline and may still be at it.
+    is_stuck: AtomicBool,
 }
 
 const NAME: &str = "chat_template";
-const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// Of macros that call each other; a level takes some kilobytes of stack.
+const MAX_SOURCE_BYTES: usize = 128 << 10;
+/// The parser goes one level deeper with every `-` of a source; values may nest as deep as fuel allows. Only pages that
+/// are used cost memory.
+const STACK_BYTES: usize = 256 << 20;
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Of macros that call each other.
 const MAX_RECURSION: usize = 50;
 /// One unit of fuel pays for an instruction, or for 64 bytes that are made or read.
 const FUEL: u64 = 500_000;
@@ -52,17 +64,10 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(TextError::Template(format!("its {} bytes are over {MAX_SOURCE_BYTES}", source.len())));
         }
-        let mut env = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        env.set_syntax(syntax.expect("the default delimiters"));
-        env.set_recursion_limit(MAX_RECURSION);
-        python::install(&mut env);
-        env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            let error = Error::new(ErrorKind::InvalidOperation, "raise_exception was called");
-            Err(error.with_source(Refusal(message)))
-        });
-        env.add_template_owned(NAME, source.to_string()).map_err(|error| TextError::Template(error.to_string()))?;
-        Ok(ChatTemplate { env, bos: bos.to_string(), eos: eos.to_string() })
+        let source = source.to_string();
+        let env = with_deadline(DEADLINE, move || compile(source)).map_err(|lost| lost.sentence(DEADLINE))??;
+        let (bos, eos) = (bos.to_string(), eos.to_string());
+        Ok(ChatTemplate { env, bos, eos, deadline: DEADLINE, is_stuck: AtomicBool::new(false) })
     }
 
     /// The ids of the whole prompt, a BOS token included where the template writes one.
@@ -83,19 +88,71 @@ impl ChatTemplate {
         let num_messages = messages.len() as u64;
         let fuel = FUEL + num_messages * FUEL_PER_MESSAGE + (num_bytes * MAX_PASSES / 64) as u64;
         let max_bytes = MAX_OUTPUT_BYTES + num_bytes * MAX_PASSES;
+        if self.is_stuck.load(Ordering::Relaxed) {
+            return Err(Lost::Late.sentence(self.deadline));
+        }
         let mut env = self.env.clone();
         env.set_fuel(Some(fuel));
-        let template = env.get_template(NAME).expect("`new` added it");
-        let messages: Value = messages.into_iter().map(Value::from_object).collect();
-        let (bos_token, eos_token) = (self.bos.as_str(), self.eos.as_str());
-        let (tools, documents) = (Value::from(()), Value::from(()));
-        let context = minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
-        let mut output = Capped { bytes: Vec::new(), max_bytes };
-        match template.render_captured_to(context, &mut output) {
-            Ok(_) => Ok(String::from_utf8_lossy(&output.bytes).into_owned()),
-            Err(error) => Err(reason(&error, fuel, max_bytes)),
+        let (bos_token, eos_token) = (self.bos.clone(), self.eos.clone());
+        let work = move || {
+            let messages: Value = messages.into_iter().map(Value::from_object).collect();
+            let (tools, documents) = (Value::from(()), Value::from(()));
+            let context =
+                minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
+            let template = env.get_template(NAME).expect("`compile` added it");
+            let mut output = Capped { bytes: Vec::new(), max_bytes };
+            match template.render_captured_to(context, &mut output) {
+                Ok(_) => Ok(String::from_utf8_lossy(&output.bytes).into_owned()),
+                Err(error) => Err(reason(&error, fuel, max_bytes)),
+            }
+        };
+        with_deadline(self.deadline, work).unwrap_or_else(|lost| {
+            self.is_stuck.store(matches!(lost, Lost::Late), Ordering::Relaxed);
+            Err(lost.sentence(self.deadline))
+        })
+    }
+}
+
+fn compile(source: String) -> Result<Environment<'static>, TextError> {
+    let mut env = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.expect("the default delimiters"));
+    env.set_recursion_limit(MAX_RECURSION);
+    python::install(&mut env);
+    env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        let error = Error::new(ErrorKind::InvalidOperation, "raise_exception was called");
+        Err(error.with_source(Refusal(message)))
+    });
+    env.add_template_owned(NAME, source).map_err(|error| TextError::Template(error.to_string()))?;
+    Ok(env)
+}
+
+/// Why a thread gave no result.
+enum Lost {
+    Late,
+    Failed(String),
+}
+
+impl Lost {
+    fn sentence(self, deadline: Duration) -> TextError {
+        match self {
+            Lost::Late => TextError::TemplateTime { deadline },
+            Lost::Failed(problem) => TextError::Template(problem),
         }
     }
+}
+
+/// Does `work` on a thread with a deep stack, and leaves that thread alone once the deadline is over.
+fn with_deadline<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Lost> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let thread = thread::Builder::new().name("chat-template".to_string()).stack_size(STACK_BYTES);
+    // Nobody listens any more after the deadline.
+    let spawned = thread.spawn(move || drop(sender.send(work())));
+    spawned.map_err(|error| Lost::Failed(format!("no thread could be started for it: {error}")))?;
+    receiver.recv_timeout(deadline).map_err(|error| match error {
+        mpsc::RecvTimeoutError::Timeout => Lost::Late,
+        mpsc::RecvTimeoutError::Disconnected => Lost::Failed("the template engine failed on it".to_string()),
+    })
 }
 
 impl Object for ChatMessage {
@@ -232,5 +289,28 @@ impl StandIns {
             }
         }
         Cow::Owned(restored)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::GgufVocab;
+
+    /// Two trees of 2^26 leaves, held in 26 lists each: comparing them takes no fuel and far longer than the deadline.
+    #[test]
+    fn a_template_that_outruns_the_deadline_is_not_run_again() {
+        let source = "{% set a = namespace(x=1) %}{% set b = namespace(x=1) %}{% for i in range(26) %}\
+            {% set a.x = [a.x, a.x] %}{% set b.x = [b.x, b.x] %}{% endfor %}{{ a.x == b.x }}";
+        let mut template = ChatTemplate::new(source, "", "").expect("a template");
+        template.deadline = Duration::from_millis(50);
+        let vocab = GgufVocab { model: "gpt2".to_string(), tokens: vec!["a".to_string()], ..GgufVocab::default() };
+        let tokenizer = Tokenizer::from_vocab(vocab).expect("a vocabulary");
+        for _ in 0..2 {
+            let start = std::time::Instant::now();
+            let error = template.encode(&tokenizer, &[], false).expect_err("no time");
+            assert!(matches!(error, TextError::TemplateTime { .. }), "{error}");
+            assert!(start.elapsed() < Duration::from_secs(2));
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! calls it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::format::FormatError;
 
@@ -49,4 +50,6 @@ pub enum TextError {
     TemplateFuel { fuel: u64 },
     #[error("the model's chat template writes more than {max_bytes} bytes for these messages")]
     TemplateOutput { max_bytes: usize },
+    #[error("the model's chat template works for longer than {deadline:?} on messages; start again with another one")]
+    TemplateTime { deadline: Duration },
 }

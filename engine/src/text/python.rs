@@ -15,6 +15,15 @@ pub fn install(env: &mut Environment<'static>) {
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     });
     env.add_filter("tojson", to_json);
+    // A list may hold itself many times over, so that writing one needs fuel for every item.
+    env.set_formatter(|output, state, value| match value.kind() {
+        ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => {
+            let mut text = String::new();
+            write_json(state, value, None, 0, &mut text)?;
+            Ok(output.write_str(&text)?)
+        }
+        _ => minijinja::escape_formatter(output, state, value),
+    });
     env.add_function("strftime_now", |format: &str| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         strftime(now, format)
