@@ -1,0 +1,316 @@
+//! A model's chat template: messages to token ids.
+//!
+//! Invariants: what is written in a message never becomes a special token (SEC-5), and without such writing the ids are
+//! those of the plain rendering; a template, which is part of a downloaded file, can neither run nor write without end
+//! (SEC-4). Fuel bounds its instructions and the bytes they make; lists that hold themselves many times over can still
+//! cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one that outruns it
+//! is not run again. A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings
+//! of special tokens: those are stood in for by characters of a private plane until the rendering has been cut into
+//! tokens and text.
+
+use std::borrow::Cow;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Enumerator, Object, Value};
+use minijinja::{Environment, Error, ErrorKind};
+
+use super::tokenizer::{Special, Tokenizer};
+use super::{TextError, python};
+use crate::request::TokenId;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ChatMessage {
+    pub role: String,
+    pub content: String,
+}
+
+#[derive(Debug)]
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    bos: String,
+    eos: String,
+    deadline: Duration,
+    /// A rendering outran the deadline and may still be at it.
+    is_stuck: AtomicBool,
+}
+
+const NAME: &str = "chat_template";
+const MAX_SOURCE_BYTES: usize = 128 << 10;
+/// The parser goes one level deeper with every `-` of a source; values may nest as deep as fuel allows. Only pages that
+/// are used cost memory.
+const STACK_BYTES: usize = 256 << 20;
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Of macros that call each other.
+const MAX_RECURSION: usize = 50;
+/// One unit of fuel pays for an instruction, or for 64 bytes that are made or read.
+const FUEL: u64 = 500_000;
+const FUEL_PER_MESSAGE: u64 = 5_000;
+/// Times that a template may go over all it is given.
+const MAX_PASSES: usize = 16;
+const MAX_OUTPUT_BYTES: usize = 1 << 20;
+
+/// Roles that templates compare with, and so see as they are; none is a risk.
+const KNOWN_ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+
+impl ChatTemplate {
+    /// `bos` and `eos` are the spellings that templates know as `bos_token` and `eos_token`.
+    pub fn new(source: &str, bos: &str, eos: &str) -> Result<ChatTemplate, TextError> {
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(TextError::Template(format!("its {} bytes are over {MAX_SOURCE_BYTES}", source.len())));
+        }
+        let source = source.to_string();
+        let env = with_deadline(DEADLINE, move || compile(source)).map_err(|lost| lost.sentence(DEADLINE))??;
+        let (bos, eos) = (bos.to_string(), eos.to_string());
+        Ok(ChatTemplate { env, bos, eos, deadline: DEADLINE, is_stuck: AtomicBool::new(false) })
+    }
+
+    /// The ids of the whole prompt, a BOS token included where the template writes one.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<Vec<TokenId>, TextError> {
+        let mut stand_ins = StandIns::new();
+        let safe: Vec<_> = messages.iter().map(|message| stand_ins.replace_in(message, tokenizer)).collect();
+        let rendered = self.render(safe, add_generation_prompt)?;
+        Ok(tokenizer.encode_restoring(&rendered, Special::Parse, |text| stand_ins.restore(text)))
+    }
+
+    fn render(&self, messages: Vec<ChatMessage>, add_generation_prompt: bool) -> Result<String, TextError> {
+        let num_bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        let num_messages = messages.len() as u64;
+        let fuel = FUEL + num_messages * FUEL_PER_MESSAGE + (num_bytes * MAX_PASSES / 64) as u64;
+        let max_bytes = MAX_OUTPUT_BYTES + num_bytes * MAX_PASSES;
+        if self.is_stuck.load(Ordering::Relaxed) {
+            return Err(Lost::Late.sentence(self.deadline));
+        }
+        let mut env = self.env.clone();
+        env.set_fuel(Some(fuel));
+        let (bos_token, eos_token) = (self.bos.clone(), self.eos.clone());
+        let work = move || {
+            let messages: Value = messages.into_iter().map(Value::from_object).collect();
+            let (tools, documents) = (Value::from(()), Value::from(()));
+            let context =
+                minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
+            let template = env.get_template(NAME).expect("`compile` added it");
+            let mut output = Capped { bytes: Vec::new(), max_bytes };
+            match template.render_captured_to(context, &mut output) {
+                Ok(_) => Ok(String::from_utf8_lossy(&output.bytes).into_owned()),
+                Err(error) => Err(reason(&error, fuel, max_bytes)),
+            }
+        };
+        with_deadline(self.deadline, work).unwrap_or_else(|lost| {
+            self.is_stuck.store(matches!(lost, Lost::Late), Ordering::Relaxed);
+            Err(lost.sentence(self.deadline))
+        })
+    }
+}
+
+fn compile(source: String) -> Result<Environment<'static>, TextError> {
+    let mut env = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.expect("the default delimiters"));
+    env.set_recursion_limit(MAX_RECURSION);
+    python::install(&mut env);
+    env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        let error = Error::new(ErrorKind::InvalidOperation, "raise_exception was called");
+        Err(error.with_source(Refusal(message)))
+    });
+    env.add_template_owned(NAME, source).map_err(|error| TextError::Template(error.to_string()))?;
+    Ok(env)
+}
+
+/// Why a thread gave no result.
+enum Lost {
+    Late,
+    Failed(String),
+}
+
+impl Lost {
+    fn sentence(self, deadline: Duration) -> TextError {
+        match self {
+            Lost::Late => TextError::TemplateTime { deadline },
+            Lost::Failed(problem) => TextError::Template(problem),
+        }
+    }
+}
+
+/// Does `work` on a thread with a deep stack, and leaves that thread alone once the deadline is over.
+fn with_deadline<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Lost> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let thread = thread::Builder::new().name("chat-template".to_string()).stack_size(STACK_BYTES);
+    // Nobody listens any more after the deadline.
+    let spawned = thread.spawn(move || drop(sender.send(work())));
+    spawned.map_err(|error| Lost::Failed(format!("no thread could be started for it: {error}")))?;
+    receiver.recv_timeout(deadline).map_err(|error| match error {
+        mpsc::RecvTimeoutError::Timeout => Lost::Late,
+        mpsc::RecvTimeoutError::Disconnected => Lost::Failed("the template engine failed on it".to_string()),
+    })
+}
+
+impl Object for ChatMessage {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        match key.as_str()? {
+            "role" => Some(Value::from(self.role.as_str())),
+            "content" => Some(Value::from(self.content.as_str())),
+            _ => None,
+        }
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Str(&["role", "content"])
+    }
+}
+
+/// What a template passes to `raise_exception`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refusal(String);
+
+fn reason(error: &Error, fuel: u64, max_bytes: usize) -> TextError {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(inner) = cause {
+        if let Some(Refusal(message)) = inner.downcast_ref() {
+            return TextError::Refused(message.clone());
+        }
+        match inner.downcast_ref().map(Error::kind) {
+            Some(ErrorKind::OutOfFuel) => return TextError::TemplateFuel { fuel },
+            Some(ErrorKind::WriteFailure) => return TextError::TemplateOutput { max_bytes },
+            _ => cause = inner.source(),
+        }
+    }
+    TextError::Template(error.to_string())
+}
+
+struct Capped {
+    bytes: Vec<u8>,
+    max_bytes: usize,
+}
+
+impl io::Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > self.max_bytes {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Characters that stand in for what a message must not spell while the template works: a tag that nobody can guess,
+/// then a number in two digits. Templates neither trim them nor change their case.
+struct StandIns {
+    tag: String,
+    spellings: Vec<String>,
+}
+
+/// The digits: private characters of plane 15.
+const DIGIT_BITS: u32 = 15;
+
+fn digit(value: u64) -> char {
+    let value = (value & ((1 << DIGIT_BITS) - 1)) as u32;
+    char::from_u32(0xF_0000 + value).expect("plane 15 has these characters")
+}
+
+fn value_of(digit: char) -> Option<usize> {
+    (digit as usize).checked_sub(0xF_0000)
+}
+
+impl StandIns {
+    fn new() -> StandIns {
+        let random = RandomState::new().hash_one(0);
+        StandIns { tag: (0..4).map(|place| digit(random >> (place * DIGIT_BITS))).collect(), spellings: Vec::new() }
+    }
+
+    fn replace_in(&mut self, message: &ChatMessage, tokenizer: &Tokenizer) -> ChatMessage {
+        let role = message.role.as_str();
+        let role = match role {
+            "" => String::new(),
+            role if KNOWN_ROLES.contains(&role) => role.to_string(),
+            // A template may write it into the middle of a spelling.
+            role if tokenizer.special.is_within_special(role) => self.stand_in(role),
+            role => self.replace(role, tokenizer),
+        };
+        ChatMessage { role, content: self.replace(&message.content, tokenizer) }
+    }
+
+    fn replace(&mut self, text: &str, tokenizer: &Tokenizer) -> String {
+        // Templates trim: what matters at the ends is what is there without white space.
+        let core = text.trim();
+        let start = text.len() - text.trim_start().len();
+        let mut safe = text[..start].to_string();
+        let mut done = 0;
+        for range in tokenizer.special.hazards(core) {
+            safe.push_str(&core[done..range.start]);
+            safe.push_str(&self.stand_in(&core[range.clone()]));
+            done = range.end;
+        }
+        safe.push_str(&core[done..]);
+        safe.push_str(&text[start + core.len()..]);
+        safe
+    }
+
+    fn stand_in(&mut self, spelling: &str) -> String {
+        let number = self.spellings.len() as u64;
+        assert!(number < 1 << (2 * DIGIT_BITS), "messages are far smaller than this many spellings");
+        self.spellings.push(spelling.to_string());
+        format!("{}{}{}", self.tag, digit(number >> DIGIT_BITS), digit(number))
+    }
+
+    fn restore<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        let mut parts = text.split(self.tag.as_str());
+        let first = parts.next().unwrap_or_default();
+        if first.len() == text.len() {
+            return Cow::Borrowed(text);
+        }
+        let mut restored = first.to_string();
+        for part in parts {
+            let mut chars = part.chars();
+            let digits = chars.next().and_then(value_of).zip(chars.next().and_then(value_of));
+            let spelling = digits.and_then(|(high, low)| self.spellings.get((high << DIGIT_BITS) + low));
+            match spelling {
+                Some(spelling) => {
+                    restored.push_str(spelling);
+                    restored.push_str(chars.as_str());
+                }
+                // The template has cut the stand-in; what is left of it means nothing.
+                None => restored.push_str(part),
+            }
+        }
+        Cow::Owned(restored)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::GgufVocab;
+
+    /// Two trees of 2^26 leaves, held in 26 lists each: comparing them takes no fuel and far longer than the deadline.
+    #[test]
+    fn a_template_that_outruns_the_deadline_is_not_run_again() {
+        let source = "{% set a = namespace(x=1) %}{% set b = namespace(x=1) %}{% for i in range(26) %}\
+            {% set a.x = [a.x, a.x] %}{% set b.x = [b.x, b.x] %}{% endfor %}{{ a.x == b.x }}";
+        let mut template = ChatTemplate::new(source, "", "").expect("a template");
+        template.deadline = Duration::from_millis(50);
+        let vocab = GgufVocab { model: "gpt2".to_string(), tokens: vec!["a".to_string()], ..GgufVocab::default() };
+        let tokenizer = Tokenizer::from_vocab(vocab).expect("a vocabulary");
+        for _ in 0..2 {
+            let start = std::time::Instant::now();
+            let error = template.encode(&tokenizer, &[], false).expect_err("no time");
+            assert!(matches!(error, TextError::TemplateTime { .. }), "{error}");
+            assert!(start.elapsed() < Duration::from_secs(2));
+        }
+    }
+}
