@@ -43,11 +43,11 @@ fn main(
     if row >= params.rows {
         return;
     }
-    let from = params.logits + row * params.cols;
+    let start = params.logits + row * params.cols;
     var best = 0u;
     var place = 0xffffffffu;
     for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-        let found = key(logits[from + i]);
+        let found = key(logits[start + i]);
         place = select(place, i, found > best);
         best = max(best, found);
     }

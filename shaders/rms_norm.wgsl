@@ -48,15 +48,15 @@ fn main(
     if row >= params.rows {
         return;
     }
-    let from = params.x + row * params.cols;
+    let start = params.x + row * params.cols;
     var sum = 0.0;
     for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-        let value = x[from + i];
+        let value = x[start + i];
         sum = fma(value, value, sum);
     }
     let scale = 1.0 / sqrt(sum_lanes(sum, lane) / f32(params.cols) + params.eps);
     let to = params.out + row * params.cols;
     for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-        out[to + i] = x[from + i] * scale * weight[params.weight + i];
+        out[to + i] = x[start + i] * scale * weight[params.weight + i];
     }
 }

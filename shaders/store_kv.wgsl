@@ -64,8 +64,8 @@ fn main(
     let block = slot / params.block_size;
     let row = (block * params.num_kv_heads + head) * params.block_size + slot % params.block_size;
     let to = row * params.head_words + word;
-    let k_from = params.k + 2u * i;
-    k_cache[to] = half_bits(k[k_from]) | (half_bits(k[k_from + 1u]) << 16u);
-    let v_from = params.v + 2u * i;
-    v_cache[to] = half_bits(v[v_from]) | (half_bits(v[v_from + 1u]) << 16u);
+    let k_start = params.k + 2u * i;
+    k_cache[to] = half_bits(k[k_start]) | (half_bits(k[k_start + 1u]) << 16u);
+    let v_start = params.v + 2u * i;
+    v_cache[to] = half_bits(v[v_start]) | (half_bits(v[v_start + 1u]) << 16u);
 }
