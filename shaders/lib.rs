@@ -62,6 +62,7 @@ impl Tier {
             ("LANES", lanes),
             ("COLUMNS", TILE / lanes),
             ("SPLITS", splits),
+            ("GROUP_LANES", lanes * splits),
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
             // Lanes that share an attention tile.

@@ -50,11 +50,12 @@ fn store(row: u32, shard_col: u32, sum: f32) {
 var<workgroup> partial: array<f32, {{PARTIALS}}>;
 #endif
 
-@compute @workgroup_size({{LANES}}, {{SPLITS}})
+// LANES x SPLITS, lanes first; in one dimension, because subgroups are only defined there.
+@compute @workgroup_size({{GROUP_LANES}})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_id) local: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
 #if SUBGROUPS
     @builtin(subgroup_invocation_id) subgroup_lane: u32,
 #endif
@@ -64,7 +65,8 @@ fn main(
     if tile * 32u >= params.shard_cols {
         return;
     }
-    let lane = local.x;
+    let lane = local % {{LANES}}u;
+    let own_split = local / {{LANES}}u;
     let row = params.first_row + index % params.row_tiles * {{ROWS}}u;
     let last = params.num_rows - 1u;
 #for R ROWS
@@ -73,7 +75,7 @@ fn main(
     var sum_{{R}}_{{C}} = 0.0;
 #endfor
 #endfor
-    for (var unit = local.y; unit < params.num_units; unit += {{SPLITS}}u) {
+    for (var unit = own_split; unit < params.num_units; unit += {{SPLITS}}u) {
         let in_block = unit % {{UNITS}}u;
         let at_0 = block_at(tile * 32u + lane, unit, params.num_units);
         let scales_0 = unit_scales(at_0, in_block);
@@ -116,10 +118,10 @@ fn main(
     }
 #if SPLITS > 1
 #for R ROWS
-    partial[({{R}}u * {{SPLITS}}u + local.y) * {{LANES}}u + lane] = sum_{{R}}_0;
+    partial[({{R}}u * {{SPLITS}}u + own_split) * {{LANES}}u + lane] = sum_{{R}}_0;
 #endfor
     workgroupBarrier();
-    for (var r = local.y; r < {{ROWS}}u; r += {{SPLITS}}u) {
+    for (var r = own_split; r < {{ROWS}}u; r += {{SPLITS}}u) {
         var sum = 0.0;
         for (var split = 0u; split < {{SPLITS}}u; split++) {
             sum += partial[(r * {{SPLITS}}u + split) * {{LANES}}u + lane];

@@ -35,7 +35,8 @@ pub enum ReflectError {
 /// Parses and validates `text`. Subgroup operations and immediates pass only if allowed.
 pub fn reflect(text: &str, subgroups: bool, immediates: bool) -> Result<Reflection, ReflectError> {
     let module = naga::front::wgsl::parse_str(text).map_err(|error| ReflectError::Parse(error.emit_to_string(text)))?;
-    let mut capabilities = Capabilities::empty();
+    // `pack2x16float` and its inverse, which all of WebGPU has.
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, subgroups);
     capabilities.set(Capabilities::IMMEDIATES, immediates);
     let mut validator = Validator::new(ValidationFlags::all(), capabilities);

@@ -70,7 +70,7 @@ impl Kernel {
             }
             Kernel::RmsNorm => "rms_norm",
             Kernel::MatMul(format, rows) => {
-                let partials = rows * value("LANES", &constants) * value("SPLITS", &constants);
+                let partials = rows * value("GROUP_LANES", &constants);
                 constants.extend(Layout::of(format).constants());
                 constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
                 "mat_mul"
