@@ -388,11 +388,17 @@ mod gguf {
         let with = |key: &str, value: Vec<u8>| Sample::sound(3).with_key(key, value).bytes();
         let five_deep = (0..4).fold(array(U32, 0, &[]), |inner, _| array(ARRAY, 1, &inner[4..]));
         vec![
-            (with("k", typed(STRING, &(1u64 << 40).to_le_bytes())), "the value of `k` claims 1099511627776 bytes of text"),
+            (
+                with("k", typed(STRING, &(1u64 << 40).to_le_bytes())),
+                "the value of `k` claims 1099511627776 bytes of text",
+            ),
             (with("k", array(STRING, 1 << 40, &[])), "the value of `k` claims 1099511627776 elements"),
             (with("k", array(10, 1 << 60, &[])), "the value of `k` claims 1152921504606846976 elements"),
             (with("k", array(ARRAY, u64::MAX, &[])), "the value of `k` claims 18446744073709551615 elements"),
-            (with("k", array(STRING, 1, &u64::MAX.to_le_bytes())), "the value of `k` claims 18446744073709551615 bytes"),
+            (
+                with("k", array(STRING, 1, &u64::MAX.to_le_bytes())),
+                "the value of `k` claims 18446744073709551615 bytes",
+            ),
             (with("k", five_deep), "the value of `k` nests arrays deeper than 4"),
             (with("k", typed(13, &[])), "the value of `k` is of the unknown type 13"),
             (with("k", array(13, 0, &[])), "the value of `k` is of the unknown type 13"),
@@ -401,8 +407,14 @@ mod gguf {
             (with("", typed(BOOL, &[1])), "metadata key 11 has a name of 0 bytes"),
             (with(&"k".repeat(65_536), typed(BOOL, &[1])), "metadata key 11 has a name of 65536 bytes"),
             (with("a.u8", typed(BOOL, &[1])), "the metadata key `a.u8` is there twice"),
-            (with("general.alignment", typed(U32, &24u32.to_le_bytes())), "`general.alignment` is 24, not a power of two"),
-            (with("general.alignment", typed(U32, &0u32.to_le_bytes())), "`general.alignment` is 0, not a power of two"),
+            (
+                with("general.alignment", typed(U32, &24u32.to_le_bytes())),
+                "`general.alignment` is 24, not a power of two",
+            ),
+            (
+                with("general.alignment", typed(U32, &0u32.to_le_bytes())),
+                "`general.alignment` is 0, not a power of two",
+            ),
             (with("general.alignment", typed(STRING, &text("32"))), "`general.alignment` is a string"),
             (with("general.alignment", typed(10, &(1u64 << 63).to_le_bytes())), "tensor `blocks` starts at 32"),
             (with("split.count", typed(2, &3u16.to_le_bytes())), "one of 3 parts of a split model"),
@@ -428,7 +440,10 @@ mod gguf {
             (with(|tensor| tensor.dims = vec![1 << 32]), "tensor `blocks` is too large"),
             (with(|tensor| tensor.dims = vec![32, 1 << 40, 1 << 40]), "tensor `blocks` is too large"),
             (with(|tensor| tensor.dims = vec![(1 << 32) - 32, (1 << 32) - 1]), "tensor `blocks` is too large"),
-            (with(|tensor| tensor.dims = vec![33]), "tensor `blocks` has rows of 33, no multiple of q8_0's block of 32"),
+            (
+                with(|tensor| tensor.dims = vec![33]),
+                "tensor `blocks` has rows of 33, no multiple of q8_0's block of 32",
+            ),
             (with(|tensor| tensor.format = 99), "tensor `blocks` has the format unknown (GGML type 99)"),
             (with(|tensor| tensor.format = 16), "tensor `blocks` has the format iq2_xxs (GGML type 16)"),
             (with(|tensor| tensor.start = 33), "tensor `blocks` starts at 33, no multiple of 32"),
