@@ -18,7 +18,7 @@ mod ops;
 mod random;
 /// Needs nothing: traces of steps, as expected text.
 mod scheduler;
-/// Needs nothing: every shader variant validates.
+/// Needs Vulkan drivers: every shader variant validates, and does what its op says.
 mod shaders;
 /// Needs nothing: whole engines on `sim`, seeded, invariants after every step.
 mod simulation;
