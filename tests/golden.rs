@@ -19,7 +19,7 @@ const REFERENCE_GAP: f64 = 0.05;
 const LLAMA_CPP_GAP: f64 = 0.5;
 const NLL_TOLERANCE: f64 = 0.005;
 
-const MODELS: [(&str, &str, &str); 2] = [
+pub const MODELS: [(&str, &str, &str); 2] = [
     ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2", include_str!("golden/smollm2.json")),
     ("gemma-3-270m-Q4_K_M.gguf", "gemma3", include_str!("golden/gemma3.json")),
 ];

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use fullbore_shaders::Tier;
+use fullbore_shaders::{TILE, Tier};
 use wgpu::{BindGroup, BufferUsages, PollType};
 
 use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
@@ -22,6 +22,7 @@ use buffers::{Buffers, Readback};
 use device::Device;
 pub use device::{OpenError, WgpuOptions, devices};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
+use packing::Layout;
 use pipelines::{Kernel, Pipelines, uniform_layout};
 
 /// Dispatches of a recording at most, on tiers whose parameters lie in a buffer.
@@ -163,6 +164,10 @@ impl Backend for WgpuBackend {
         self.weights.push(self.buffers.load(spec, source)?);
         let id = WeightId(self.weights.len() as u32 - 1);
         Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        u64::from(spec.rows.div_ceil(TILE)) * Layout::of(spec.format).tile_words(spec.cols) * 4
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
