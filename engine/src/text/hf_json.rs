@@ -30,7 +30,7 @@ impl Tokenizer {
         let writes_prefix = file.mentions("normalizer", "Prepend") || file.mentions("decoder", "Strip");
         let add_space_prefix = writes_prefix || file.metaspace_prepends();
         let alphabet = if is_byte_level { Alphabet::ByteLevel } else { Alphabet::SentencePiece { add_space_prefix } };
-        let merger = Merger::Bpe(file.bpe(model, &pieces, &kinds)?);
+        let merger = Merger::Bpe(file.bpe(model, &pieces, &kinds)?.into());
         let special = SpecialTokens::new(added.into_iter());
         Ok(Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos: None, add_bos: bos.is_some() })
     }
