@@ -44,7 +44,7 @@ const NAME: &str = "chat_template";
 const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// The parser goes one level deeper with every `-` of a source; values may nest as deep as fuel allows. Only pages that
 /// are used cost memory.
-const STACK_BYTES: usize = 32 << 20;
+const STACK_BYTES: usize = 128 << 20;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Of macros that call each other.
 const MAX_RECURSION: usize = 50;
