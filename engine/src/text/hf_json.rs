@@ -1,7 +1,7 @@
 //! The tokenizer as Hugging Face's `tokenizer.json` holds it.
 //!
-//! Invariant: a setting that would change ids and is not followed here is an error that names it. Added tokens are found
-//! by this crate's own search, so that [`super::Special`] means the same for every file format.
+//! Invariant: a setting that would change ids and is not followed here is an error that names it. Added tokens are
+//! found by this crate's own search, so that [`super::Special`] means the same for every file format.
 
 use serde_json::Value;
 use tokenizers::normalizers::NormalizerWrapper;
