@@ -2,11 +2,13 @@
 //!
 //! Invariants: what is written in a message never becomes a special token (SEC-5), and without such writing the ids are
 //! those of the plain rendering; a template, which is part of a downloaded file, can neither run nor write without end
-//! (SEC-4). Fuel bounds its instructions and the bytes they make; lists that hold themselves many times over can still
-//! cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one that outruns it
-//! is not run again. A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings
-//! of special tokens: those are stood in for by characters of a private plane until the rendering has been cut into
-//! tokens and text.
+//! (SEC-4).
+//!
+//! A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings of special
+//! tokens: those are stood in for by characters of a private plane until the rendering has been cut into tokens and text.
+//! Fuel bounds a template's instructions and the bytes they make. Lists that hold themselves many times over can still
+//! cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one that outruns
+//! it is not run again.
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
@@ -41,10 +43,10 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat_template";
-const MAX_SOURCE_BYTES: usize = 128 << 10;
+const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// The parser goes one level deeper with every `-` of a source; values may nest as deep as fuel allows. Only pages that
 /// are used cost memory.
-const STACK_BYTES: usize = 256 << 20;
+const STACK_BYTES: usize = 128 << 20;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Of macros that call each other.
 const MAX_RECURSION: usize = 50;

@@ -129,7 +129,8 @@ impl GgufVocab {
         let model = bpe::builder(&self.tokens, kinds, merges.into_iter())?.ignore_merges(pre.ignore_merges);
         let model = model.build().map_err(|error| TextError::Vocabulary(error.to_string()))?;
         let pre_tokenizers = [Some(pre.build()), Some(pre.build())];
-        Ok((Merger::Bpe(Bpe { normalizer: None, pre_tokenizers, model }), Alphabet::ByteLevel, pre.add_bos))
+        let bpe = Bpe { normalizer: None, pre_tokenizers, model };
+        Ok((Merger::Bpe(bpe.into()), Alphabet::ByteLevel, pre.add_bos))
     }
 
     fn sentence_piece(&self, kinds: &[TokenKind]) -> Result<(Merger, Alphabet, bool), TextError> {

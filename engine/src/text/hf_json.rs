@@ -1,7 +1,7 @@
 //! The tokenizer as Hugging Face's `tokenizer.json` holds it.
 //!
-//! Invariant: a setting that would change ids and is not followed here is an error that names it. Added tokens are found
-//! by this crate's own search, so that [`super::Special`] means the same for every file format.
+//! Invariant: a setting that would change ids and is not followed here is an error that names it. Added tokens are
+//! found by this crate's own search, so that [`super::Special`] means the same for every file format.
 
 use serde_json::Value;
 use tokenizers::normalizers::NormalizerWrapper;
@@ -30,7 +30,7 @@ impl Tokenizer {
         let writes_prefix = file.mentions("normalizer", "Prepend") || file.mentions("decoder", "Strip");
         let add_space_prefix = writes_prefix || file.metaspace_prepends();
         let alphabet = if is_byte_level { Alphabet::ByteLevel } else { Alphabet::SentencePiece { add_space_prefix } };
-        let merger = Merger::Bpe(file.bpe(model, &pieces, &kinds)?);
+        let merger = Merger::Bpe(file.bpe(model, &pieces, &kinds)?.into());
         let special = SpecialTokens::new(added.into_iter());
         Ok(Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos: None, add_bos: bos.is_some() })
     }

@@ -1,8 +1,8 @@
 //! Text in, token ids in the middle, text out: tokenizer, detokenizer, stop strings, chat template.
 //!
 //! Invariant: text from outside yields a control token only where the caller asked for it ([`Special::Parse`]), and no
-//! piece of half a character leaves a [`Detokenizer`]. Knows no model, no batch and no JSON API; the engine thread never
-//! calls it.
+//! piece of half a character leaves a [`Detokenizer`]. Knows no model, no batch and no JSON API; the engine thread
+//! never calls it.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -16,13 +16,11 @@ pub fn install(env: &mut Environment<'static>) {
     });
     env.add_filter("tojson", to_json);
     // A list may hold itself many times over, so that writing one needs fuel for every item.
-    env.set_formatter(|output, state, value| match value.kind() {
-        ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => {
-            let mut text = String::new();
-            write_json(state, value, None, 0, &mut text)?;
-            Ok(output.write_str(&text)?)
+    env.set_formatter(|output, state, value| {
+        if matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable) {
+            write_json(state, value, None, 0, &mut String::new())?;
         }
-        _ => minijinja::escape_formatter(output, state, value),
+        minijinja::escape_formatter(output, state, value)
     });
     env.add_function("strftime_now", |format: &str| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -31,7 +29,7 @@ pub fn install(env: &mut Environment<'static>) {
 }
 
 /// The argument at `index` as text; `None` where it is absent or Python's `None`.
-fn text_at<'a>(args: &'a [Value], index: usize) -> Result<Option<&'a str>, Error> {
+fn text_at(args: &[Value], index: usize) -> Result<Option<&str>, Error> {
     match args.get(index) {
         None => Ok(None),
         Some(value) if value.is_none() => Ok(None),
@@ -46,7 +44,7 @@ fn count_at(args: &[Value], index: usize) -> Option<usize> {
     args.get(index).and_then(Value::as_i64).and_then(|count| usize::try_from(count).ok())
 }
 
-fn required<'a>(args: &'a [Value], index: usize) -> Result<&'a str, Error> {
+fn required(args: &[Value], index: usize) -> Result<&str, Error> {
     text_at(args, index)?.ok_or_else(|| Error::from(ErrorKind::MissingArgument))
 }
 
@@ -210,7 +208,8 @@ fn write_json(
     let comma = if indent.is_some() { "," } else { ", " };
     match value.kind() {
         ValueKind::None | ValueKind::Undefined => out.push_str("null"),
-        ValueKind::Bool | ValueKind::Number => out.push_str(&value.to_string()),
+        ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
+        ValueKind::Number => out.push_str(&value.to_string()),
         ValueKind::Seq | ValueKind::Iterable => {
             out.push('[');
             let mut is_empty = true;
@@ -347,9 +346,9 @@ mod tests {
             ("'a,b,c'.rsplit(',', 1)[0]", "a,b"),
             ("' a  b '.split()|length", "2"),
             ("'a\\nb'.splitlines()|length", "2"),
-            ("'abc'.startswith('ab')", "true"),
-            ("'abc'.startswith(('x', 'a'))", "true"),
-            ("'abc'.endswith('ab')", "false"),
+            ("'abc'.startswith('ab')", "True"),
+            ("'abc'.startswith(('x', 'a'))", "True"),
+            ("'abc'.endswith('ab')", "False"),
             ("'hello wORLD'.title()", "Hello World"),
             ("'hELLO'.capitalize()", "Hello"),
             ("'abab'.replace('a', 'x')", "xbxb"),

@@ -40,7 +40,7 @@ pub struct Tokenizer {
 
 #[derive(Debug)]
 pub enum Merger {
-    Bpe(Bpe),
+    Bpe(Box<Bpe>),
     SentencePiece(SentencePiece),
 }
 
@@ -55,7 +55,7 @@ pub enum Alphabet {
 
 impl Tokenizer {
     pub fn encode(&self, text: &str, special: Special) -> Vec<TokenId> {
-        self.encode_restoring(text, special, |text| Cow::Borrowed(text))
+        self.encode_restoring(text, special, Cow::Borrowed)
     }
 
     /// Like `encode`; between the special tokens, `restore` is applied first, and what it brings in is content.
