@@ -122,15 +122,13 @@ fn main(
 #for T TOKENS
         let weight_{{T}} = select(0.0, exp(score_{{T}} - higher), visible_{{T}});
         total += subgroupAdd(weight_{{T}});
-#for L TILE_LANES
-        {
-            let weight = subgroupBroadcast(weight_{{T}}, {{L}}u);
-            let at = subgroupBroadcast(at_{{T}}, {{L}}u);
+        for (var t = 0u; t < {{TILE_LANES}}u; t++) {
+            let weight = subgroupShuffle(weight_{{T}}, t);
+            let at = subgroupShuffle(at_{{T}}, t);
 #for W LANE_WORDS
             value_{{W}} = fma(vec2(weight), unpack2x16float(v_cache[at + word_{{W}}]), value_{{W}});
 #endfor
         }
-#endfor
 #endfor
 #else
         scores[lane] = select(0.0, exp(score_0 - higher), visible_0);

@@ -85,11 +85,11 @@ fn main(
         let scales_{{C}} = unit_scales(at_{{C}}, in_block);
 #endif
 #endfor
-#for P 4
-        {
-            let k = unit * 32u + {{P}}u * 8u;
+        // Not unrolled: software drivers would compile twice as long, and run no faster.
+        for (var part = 0u; part < 4u; part++) {
+            let k = unit * 32u + part * 8u;
 #for C COLUMNS
-            let w_{{C}} = eight_weights(at_{{C}}, in_block, {{P}}u, scales_{{C}});
+            let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
 #endfor
             // Past the end of a row the weights are zero.
 #for R ROWS
@@ -114,7 +114,6 @@ fn main(
 #endfor
 #endfor
         }
-#endfor
     }
 #if SPLITS > 1
 #for R ROWS
