@@ -23,6 +23,6 @@ pub fn offline(args: &BenchArgs) -> Result<(), OfflineError> {
     let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
     let report = offline::run(&model.engine, workload, model.engine.vocab_size());
     model.engine.shutdown();
-    println!("{}", serde_json::to_value(report?).map_or_else(|error| error.to_string(), |json| json.to_string()));
+    println!("{}", serde_json::json!(report?));
     Ok(())
 }

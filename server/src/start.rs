@@ -119,7 +119,7 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, memory: Option<u64>) -> Res
     let max_model_len = args.max_model_len.unwrap_or(longest.min(num_blocks.saturating_mul(block_size)));
     let config = EngineConfig {
         max_num_seqs: args.max_num_seqs,
-        max_num_batched_tokens: args.max_num_batched_tokens.max(args.max_num_seqs),
+        max_num_batched_tokens: args.max_num_batched_tokens,
         max_model_len,
         block_size: args.block_size,
         num_blocks,
