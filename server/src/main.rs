@@ -27,7 +27,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
     match command {
         Command::Serve(args) => serve::serve(&args)?,
         Command::Run(args) => run::run(&args)?,
-        Command::Devices => print!("{}", devices::table(&devices::all())),
+        Command::Devices => print!("{}", devices::table(&devices::all()?)),
         Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
         Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,
     }
