@@ -5,7 +5,6 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
-use std::sync::Arc;
 
 use fullbore_engine::backend::{Backend, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
@@ -16,7 +15,7 @@ use fullbore_engine::model::{Model, ModelConfig};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::api::ServedModel;
+use crate::api::{ServedModel, unix_seconds};
 use crate::args::EngineArgs;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
@@ -76,10 +75,11 @@ impl Plan {
         Ok(ServedModel {
             name: self.name,
             tokenizer,
-            chat_template: chat_template.map(Arc::new),
+            chat_template,
             defaults,
             stop_ids,
             memory: self.memory,
+            loaded_at: unix_seconds(),
             engine: EngineHandle::spawn(engine),
         })
     }

@@ -99,11 +99,21 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::QueueFull { .. } => ApiError::overloaded(message),
-            SubmitError::Unfit(UnfitRequest::TooLong { .. }) => {
-                ApiError::invalid("max_tokens", message).with_code("context_length_exceeded")
-            }
-            SubmitError::Unfit(_) => ApiError::invalid("prompt", message),
+            SubmitError::Unfit(unfit) => unfit.into(),
             SubmitError::Stopped { .. } => ApiError::unavailable(&message),
+        }
+    }
+}
+
+impl From<UnfitRequest> for ApiError {
+    fn from(error: UnfitRequest) -> ApiError {
+        let message = error.to_string();
+        match error {
+            UnfitRequest::TooLong { prompt_tokens, max_model_len, .. } => {
+                let param = if prompt_tokens < max_model_len { "max_tokens" } else { "prompt" };
+                ApiError::invalid(param, message).with_code("context_length_exceeded")
+            }
+            UnfitRequest::Empty | UnfitRequest::NoSuchToken { .. } => ApiError::invalid("prompt", message),
         }
     }
 }
