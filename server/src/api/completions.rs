@@ -36,7 +36,7 @@ enum Input<'a> {
     Ids(&'a [Value]),
 }
 
-fn inputs(value: Option<&Value>) -> Result<Vec<Input<'_>>, ApiError> {
+fn inputs<'a>(value: Option<&'a Value>) -> Result<Vec<Input<'a>>, ApiError> {
     const EXPECTED: &str = "a string, a list of token ids, or a list of such prompts";
     let value = value.ok_or_else(|| ApiError::invalid("prompt", format!("prompt is missing; it must be {EXPECTED}")))?;
     match value {
@@ -47,7 +47,7 @@ fn inputs(value: Option<&Value>) -> Result<Vec<Input<'_>>, ApiError> {
             Err(ApiError::invalid("prompt", message))
         }
         Value::Array(items) => {
-            let input = |item| match item {
+            let input = |item: &'a Value| match item {
                 Value::String(text) => Ok(Input::Text(text)),
                 Value::Array(ids) => Ok(Input::Ids(ids)),
                 _ => Err(wrong("prompt", value, EXPECTED)),

@@ -21,6 +21,12 @@ pub struct Exchange {
     logprobs: bool,
 }
 
+#[derive(Clone, Copy)]
+enum Form {
+    Whole,
+    Chunk,
+}
+
 impl Exchange {
     pub fn read(endpoint: Endpoint, model: &ServedModel, fields: &Fields) -> Result<Exchange, ApiError> {
         let options = fields.object("stream_options")?;
@@ -46,7 +52,7 @@ impl Exchange {
         let role = |index| {
             let delta = json!({"role": "assistant", "content": ""});
             let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
-            let mut chunk = self.envelope("chat.completion.chunk", vec![choice]);
+            let mut chunk = self.envelope(Form::Chunk, vec![choice]);
             if self.return_token_ids && index == 0 {
                 chunk["prompt_token_ids"] = generation.prompt().iter().map(|id| id.0).collect();
             }
@@ -59,21 +65,13 @@ impl Exchange {
     }
 
     pub fn chunk(&self, model: &ServedModel, delta: &Delta) -> Value {
-        let object = match self.endpoint {
-            Endpoint::Completions => "text_completion",
-            Endpoint::Chat => "chat.completion.chunk",
-        };
-        self.envelope(object, vec![self.choice(model, delta, "delta")])
+        self.envelope(Form::Chunk, vec![self.choice(model, delta, Form::Chunk)])
     }
 
     /// The last chunk, where the client asked for it.
     pub fn usage_chunk(&self, generation: &Generation) -> Option<Value> {
-        let object = match self.endpoint {
-            Endpoint::Completions => "text_completion",
-            Endpoint::Chat => "chat.completion.chunk",
-        };
         self.include_usage.then(|| {
-            let mut chunk = self.envelope(object, Vec::new());
+            let mut chunk = self.envelope(Form::Chunk, Vec::new());
             chunk["usage"] = usage(generation);
             chunk
         })
@@ -87,12 +85,8 @@ impl Exchange {
             let delta = delta?;
             choices[delta.index].append(delta);
         }
-        let object = match self.endpoint {
-            Endpoint::Completions => "text_completion",
-            Endpoint::Chat => "chat.completion",
-        };
-        let whole = choices.iter().map(|choice| self.choice(model, choice, "message")).collect();
-        let mut value = self.envelope(object, whole);
+        let whole = choices.iter().map(|choice| self.choice(model, choice, Form::Whole)).collect();
+        let mut value = self.envelope(Form::Whole, whole);
         value["usage"] = usage(&generation);
         if self.return_token_ids && self.endpoint == Endpoint::Chat {
             value["prompt_token_ids"] = choices.iter().take(1).flat_map(|choice| &choice.prompt).map(|id| id.0).collect();
@@ -100,7 +94,12 @@ impl Exchange {
         Ok(value)
     }
 
-    fn envelope(&self, object: &str, choices: Vec<Value>) -> Value {
+    fn envelope(&self, form: Form, choices: Vec<Value>) -> Value {
+        let object = match (self.endpoint, form) {
+            (Endpoint::Completions, _) => "text_completion",
+            (Endpoint::Chat, Form::Whole) => "chat.completion",
+            (Endpoint::Chat, Form::Chunk) => "chat.completion.chunk",
+        };
         let mut value = json!({
             "id": self.id,
             "object": object,
@@ -114,8 +113,7 @@ impl Exchange {
         value
     }
 
-    /// `message` is what a chat calls its text here.
-    fn choice(&self, model: &ServedModel, delta: &Delta, message: &str) -> Value {
+    fn choice(&self, model: &ServedModel, delta: &Delta, form: Form) -> Value {
         let tokenizer = &model.tokenizer;
         let mut choice = json!({"index": delta.index});
         match self.endpoint {
@@ -125,11 +123,13 @@ impl Exchange {
                     if self.logprobs { logprobs::completion(tokenizer, &delta.entries) } else { Value::Null };
             }
             Endpoint::Chat => {
-                choice[message] = match message {
-                    "message" => json!({"role": "assistant", "content": delta.text, "refusal": null}),
-                    _ if delta.text.is_empty() => json!({}),
-                    _ => json!({"content": delta.text}),
-                };
+                match form {
+                    Form::Whole => {
+                        choice["message"] = json!({"role": "assistant", "content": delta.text, "refusal": null});
+                    }
+                    Form::Chunk if delta.text.is_empty() => choice["delta"] = json!({}),
+                    Form::Chunk => choice["delta"] = json!({"content": delta.text}),
+                }
                 choice["logprobs"] = if self.logprobs { logprobs::chat(tokenizer, &delta.entries) } else { Value::Null };
             }
         }

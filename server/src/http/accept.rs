@@ -3,6 +3,7 @@
 //! Invariant: no client can hold more than one permit's worth of us, nor hold it without moving bytes: heads, bodies and
 //! writes all have a time limit. A panic below ends one request with a 500. Knows no route.
 
+use std::convert::Infallible;
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
@@ -66,14 +67,14 @@ pub async fn accept<S>(
     connections: Arc<Semaphore>,
     mut stop: watch::Receiver<bool>,
 ) where
-    S: Service<Request<Incoming>, Response = Response> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
     let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stop.wait_for(|stop| *stop) => return,
+            () = stopped(&mut stop) => return,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
@@ -99,6 +100,11 @@ pub async fn accept<S>(
     }
 }
 
+/// Until `stop` says so, or nobody can say it any more.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
 async fn serve<S>(
     stream: TcpStream,
     app: Arc<App>,
@@ -106,7 +112,7 @@ async fn serve<S>(
     _permit: OwnedSemaphorePermit,
     mut stop: watch::Receiver<bool>,
 ) where
-    S: Service<Request<Incoming>, Response = Response> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
     // Tokens are small and wanted at once. Without the option they only come later.
@@ -122,7 +128,7 @@ async fn serve<S>(
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        _ = stop.wait_for(|stop| *stop) => {
+        () = stopped(&mut stop) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -132,9 +138,9 @@ async fn serve<S>(
     }
 }
 
-async fn answer<S>(app: Arc<App>, mut service: S, request: Request<Incoming>) -> Result<Response, S::Error>
+async fn answer<S>(app: Arc<App>, mut service: S, request: Request<Incoming>) -> Result<Response, Infallible>
 where
-    S: Service<Request<Incoming>, Response = Response>,
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
 {
     let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
     // The panic's message is in the log already.
