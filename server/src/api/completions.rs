@@ -38,7 +38,8 @@ enum Input<'a> {
 
 fn inputs<'a>(value: Option<&'a Value>) -> Result<Vec<Input<'a>>, ApiError> {
     const EXPECTED: &str = "a string, a list of token ids, or a list of such prompts";
-    let value = value.ok_or_else(|| ApiError::invalid("prompt", format!("prompt is missing; it must be {EXPECTED}")))?;
+    let value =
+        value.ok_or_else(|| ApiError::invalid("prompt", format!("prompt is missing; it must be {EXPECTED}")))?;
     match value {
         Value::String(text) => Ok(vec![Input::Text(text)]),
         Value::Array(items) if items.iter().all(Value::is_number) => Ok(vec![Input::Ids(items)]),

@@ -89,7 +89,8 @@ impl Exchange {
         let mut value = self.envelope(Form::Whole, whole);
         value["usage"] = usage(&generation);
         if self.return_token_ids && self.endpoint == Endpoint::Chat {
-            value["prompt_token_ids"] = choices.iter().take(1).flat_map(|choice| &choice.prompt).map(|id| id.0).collect();
+            value["prompt_token_ids"] =
+                choices.iter().take(1).flat_map(|choice| &choice.prompt).map(|id| id.0).collect();
         }
         Ok(value)
     }
@@ -130,7 +131,8 @@ impl Exchange {
                     Form::Chunk if delta.text.is_empty() => choice["delta"] = json!({}),
                     Form::Chunk => choice["delta"] = json!({"content": delta.text}),
                 }
-                choice["logprobs"] = if self.logprobs { logprobs::chat(tokenizer, &delta.entries) } else { Value::Null };
+                choice["logprobs"] =
+                    if self.logprobs { logprobs::chat(tokenizer, &delta.entries) } else { Value::Null };
             }
         }
         choice["finish_reason"] = json!(delta.finish_reason);

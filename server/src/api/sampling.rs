@@ -73,7 +73,11 @@ impl Sampling {
     pub fn jobs(&self, id: &str, prompts: Vec<Prompt>) -> Result<Vec<Job>, ApiError> {
         let num_choices = prompts.len() * self.n as usize;
         if num_choices > MAX_CHOICES {
-            let message = format!("{} prompts with n = {} make {num_choices} choices; at most {MAX_CHOICES} are made at once", prompts.len(), self.n);
+            let message = format!(
+                "{} prompts with n = {} make {num_choices} choices; at most {MAX_CHOICES} are made at once",
+                prompts.len(),
+                self.n
+            );
             return Err(ApiError::invalid("n", message));
         }
         let pairs = prompts.iter().flat_map(|prompt| (0..self.n).map(move |nth| (prompt, nth)));

@@ -127,7 +127,8 @@ pub fn json_response(value: &Value) -> Response {
 /// What no route took.
 pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
     let error = if rejection.is_not_found() {
-        ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this path; the API is under /v1").with_code("not_found")
+        ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this path; the API is under /v1")
+            .with_code("not_found")
     } else if rejection.find::<MethodNotAllowed>().is_some() {
         let message = "this path does not take this method";
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).with_code("method_not_allowed")

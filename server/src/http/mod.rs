@@ -1,7 +1,7 @@
 //! HTTP: what every route shares. Invariant: the model is set once; every limit on a client is in [`accept::Limits`].
 
-use std::sync::OnceLock;
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::api::ServedModel;
@@ -47,7 +47,8 @@ impl App {
         if self.draining.load(Ordering::Relaxed) {
             return Err(ApiError::unavailable("the server is shutting down"));
         }
-        let model = self.model().ok_or_else(|| ApiError::unavailable("the model is being loaded; try again shortly"))?;
+        let model =
+            self.model().ok_or_else(|| ApiError::unavailable("the model is being loaded; try again shortly"))?;
         match model.engine.stopped() {
             Some(reason) => Err(ApiError::unavailable(&format!("the engine has stopped: {reason}"))),
             None => Ok(model),

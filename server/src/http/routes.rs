@@ -53,12 +53,7 @@ where
     }
 }
 
-async fn generate<S, B>(
-    endpoint: Endpoint,
-    app: Arc<App>,
-    headers: HeaderMap,
-    body: S,
-) -> Result<Response, ApiError>
+async fn generate<S, B>(endpoint: Endpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Result<Response, ApiError>
 where
     S: Stream<Item = Result<B, warp::Error>>,
     B: Buf,
