@@ -9,12 +9,11 @@ use std::time::{Duration, Instant};
 
 use fullbore::http::accept::Limits;
 use fullbore::serve::Server;
-use fullbore::start::Plan;
+use fullbore::start::{self, Plan};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
-use fullbore_engine::memory::capacity::MemoryTable;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, Weight};
 use serde_json::{Value, json};
@@ -69,6 +68,10 @@ impl Backend for Gated {
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
         self.sim.load_weight(spec, source)
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        self.sim.weight_bytes(spec)
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
@@ -137,7 +140,7 @@ impl Harness {
     fn load(&self, config: EngineConfig, change: fn(&mut Bundle)) {
         let mut bundle = Bundle::simulated();
         change(&mut bundle);
-        let memory = MemoryTable::new(&bundle.config, &config.state_limits(), bundle.total_bytes);
+        let memory = start::memory_table(&bundle.config, &config, 0);
         let backend = Box::new(Gated { sim: SimBackend::new(SimOptions::default()), gate: self.gate.clone() });
         let plan = Plan { name: "sim-model".to_owned(), bundle, backend, config, memory };
         self.server.as_ref().expect("running").set_model(plan.load().expect("the simulator loads"));
@@ -325,7 +328,7 @@ fn the_model_is_listed_with_what_it_takes() {
     assert!(card["created"].as_u64().is_some_and(|created| created > 1_700_000_000), "{card}");
     assert!(card["owned_by"].is_string() && card["device"].is_string(), "{card}");
     let bundle = Bundle::simulated();
-    let table = MemoryTable::new(&bundle.config, &Setup::default().config.state_limits(), bundle.total_bytes);
+    let table = start::memory_table(&bundle.config, &Setup::default().config, 0);
     assert_eq!(card["memory_bytes"], table.total());
 }
 

@@ -11,7 +11,7 @@ use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable};
-use fullbore_engine::model::{Model, ModelConfig};
+use fullbore_engine::model::{Footprint, Model, ModelConfig, Weights};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -56,10 +56,19 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
         "sim" => Bundle::simulated(),
         _ => Bundle::open(&fetch::fetch(&args.model.model)?)?,
     };
-    let config = engine_config(args, &bundle, device.memory_bytes)?;
-    let memory = MemoryTable::new(&bundle.config, &config.state_limits(), bundle.total_bytes);
+    let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
+    let free_bytes = device.memory_bytes.unwrap_or(UNKNOWN_MEMORY).saturating_sub(weights);
+    let config = engine_config(args, &bundle, free_bytes)?;
+    let memory = memory_table(&bundle.config, &config, weights);
     let default_name = if Path::new(&args.model.model).exists() { &bundle.name } else { &args.model.model };
     Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory })
+}
+
+/// Where memory will go, with `weights` bytes of it for weights.
+pub fn memory_table(model: &ModelConfig, config: &EngineConfig, weights: u64) -> MemoryTable {
+    let Footprint { kv, scratch, tables } = Model::footprint(model, &config.state_limits());
+    let EngineConfig { num_blocks, block_size, .. } = *config;
+    MemoryTable { weights, kv, scratch, tables, num_blocks, block_size, kv_bytes_per_token: model.kv_bytes_per_token() }
 }
 
 impl Plan {
@@ -101,7 +110,7 @@ const DEFAULT_MODEL_LEN: u32 = 8192;
 /// What the KV cache takes where a device does not say how much it has.
 const UNKNOWN_MEMORY: u64 = 2 << 30;
 
-fn engine_config(args: &EngineArgs, bundle: &Bundle, memory: Option<u64>) -> Result<EngineConfig, StartError> {
+fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<EngineConfig, StartError> {
     let max_positions = bundle.config.max_positions;
     if let Some(asked) = args.max_model_len.filter(|&asked| asked > max_positions) {
         return Err(StartError::BeyondModel { asked, model: bundle.name.clone(), max_positions });
@@ -111,9 +120,13 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, memory: Option<u64>) -> Res
     let num_blocks = match args.kv_blocks {
         Some(num_blocks) => num_blocks,
         None => {
-            let free = memory.unwrap_or(UNKNOWN_MEMORY).saturating_sub(bundle.total_bytes);
-            let budget = args.kv_memory.unwrap_or_else(|| default_budget(args, &bundle.config, longest, free));
-            capacity::num_blocks(&bundle.config, budget, block_size, args.max_model_len.unwrap_or(1))?
+            let budget = args.kv_memory.unwrap_or_else(|| default_budget(args, &bundle.config, longest, free_bytes));
+            capacity::num_blocks(
+                bundle.config.kv_bytes_per_token(),
+                budget,
+                block_size,
+                args.max_model_len.unwrap_or(1),
+            )?
         }
     };
     let max_model_len = args.max_model_len.unwrap_or(longest.min(num_blocks.saturating_mul(block_size)));
@@ -132,8 +145,8 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, memory: Option<u64>) -> Res
 }
 
 /// Enough for every sequence at its longest, but at most half of what is free.
-fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free: u64) -> u64 {
+fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_bytes: u64) -> u64 {
     let blocks = u64::from(args.max_num_seqs) * u64::from(longest.div_ceil(args.block_size.max(1)));
     let all = blocks * u64::from(args.block_size.max(1)) * config.kv_bytes_per_token();
-    all.min(free / 2)
+    all.min(free_bytes / 2)
 }
