@@ -1,8 +1,8 @@
 // `out = x @ weight^T + bias`: a workgroup computes ROWS rows of a tile of 32 columns.
 //
-// A lane holds COLUMNS columns of the tile, LANES apart, and the units of 32 along K that its split owns: every SPLITS-th.
-// A sum runs along K within a split, one fma a value, then over the splits. That order is the same for every ROWS, so the
-// bits of a row do not depend on how many rows there are.
+// A lane holds COLUMNS columns of the tile, LANES apart, and the units of 32 along K that its split owns: every
+// SPLITS-th. A sum runs along K within a split, one fma a value, then over the splits. That order is the same for every
+// ROWS, so the bits of a row do not depend on how many rows there are.
 #include "grid.wgsl"
 
 struct Params {
@@ -10,7 +10,7 @@ struct Params {
     bias: u32,
     out: u32,
     has_bias: u32,
-    // The rows of x that this dispatch covers: `first_row ..  num_rows`.
+    // The rows of x that this dispatch covers: `first_row .. num_rows`.
     first_row: u32,
     num_rows: u32,
     // K, and its units of 32.

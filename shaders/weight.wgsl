@@ -77,8 +77,9 @@ fn looked_up(code: vec4<u32>) -> vec4<f32> {
 // Values `8 * part ..` of a unit; `scales` is its `unit_scales`.
 fn eight_weights(at: u32, unit: u32, part: u32, scales: vec4<f32>) -> mat2x4<f32> {
 #if FLOAT == 1
-    let a = vec4(word(at, part * 8u), word(at, part * 8u + 1u), word(at, part * 8u + 2u), word(at, part * 8u + 3u));
-    let b = vec4(word(at, part * 8u + 4u), word(at, part * 8u + 5u), word(at, part * 8u + 6u), word(at, part * 8u + 7u));
+    let i = part * 8u;
+    let a = vec4(word(at, i), word(at, i + 1u), word(at, i + 2u), word(at, i + 3u));
+    let b = vec4(word(at, i + 4u), word(at, i + 5u), word(at, i + 6u), word(at, i + 7u));
     return mat2x4(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b));
 #endif
 #if FLOAT > 1

@@ -1,7 +1,7 @@
 //! Device memory: buffers by id, weights by shard, and the two buffers that results come back through.
 //!
-//! Invariant: allocated at start; a step creates none, except that a readback grows when a recording first asks for more
-//! than any before it. Buffers start zeroed (wgpu's guarantee).
+//! Invariant: allocated at start; a step creates none, except that a readback grows when a recording first asks for
+//! more than any before it. Buffers start zeroed (wgpu's guarantee).
 
 use std::sync::{Arc, Mutex, PoisonError};
 

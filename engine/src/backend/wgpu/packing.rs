@@ -158,13 +158,11 @@ impl Block {
         }
         let codes = &self.codes[..units * UNIT as usize];
         let mut plane = |at: u32, shift: u32, bits: u32| {
-            if bits > 0 {
-                let a_word = (32 / bits) as usize;
-                let words = &mut words[at as usize..];
-                for (word, codes) in words.iter_mut().zip(codes.chunks_exact(a_word)) {
-                    let field = |code: &u8| u32::from(code >> shift) & ((1 << bits) - 1);
-                    *word = codes.iter().rev().fold(0, |word, code| word << bits | field(code));
-                }
+            let Some(a_word) = 32u32.checked_div(bits) else { return };
+            let words = &mut words[at as usize..];
+            for (word, codes) in words.iter_mut().zip(codes.chunks_exact(a_word as usize)) {
+                let field = |code: &u8| u32::from(code >> shift) & ((1 << bits) - 1);
+                *word = codes.iter().rev().fold(0, |word, code| word << bits | field(code));
             }
         };
         plane(layout.low_at(), 0, layout.low_bits);
