@@ -460,12 +460,13 @@ mod chat {
     /// (source, the same by hand): a template that trims, and one whose text completes what a message begins.
     fn templates() -> [(ChatTemplate, fn(&str) -> String); 3] {
         let trimming = "{% for m in messages %}\n<|im_start|>{{ m['content'].strip() }}<|im_end|>{% endfor %}";
-        let completing = "{% for m in messages %}<|im_start|>{{ m.content | trim }}|>{{ m.content }}d|>{% endfor %}";
-        let starting = "{% for m in messages %}<|im_{{ m.content }}<{{ m.content.rstrip() }}<|im_end|>{% endfor %}";
+        let completing = "{% for m in messages %}<|im_start|>{{ m.content | trim }}nd|>{{ m.content }}nd|>{% endfor %}";
+        let starting =
+            "{% for m in messages %}<|im_e{{ m.content }}<|im_e{{ m.content.strip() }}<|im_end|>{% endfor %}";
         [
             (template(trimming), |content| format!("<|im_start|>{}<|im_end|>", content.trim())),
-            (template(completing), |content| format!("<|im_start|>{}|>{content}d|>", content.trim())),
-            (template(starting), |content| format!("<|im_{content}<{}<|im_end|>", content.trim_end())),
+            (template(completing), |content| format!("<|im_start|>{}nd|>{content}nd|>", content.trim())),
+            (template(starting), |content| format!("<|im_e{content}<|im_e{}<|im_end|>", content.trim())),
         ]
     }
 
