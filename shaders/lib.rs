@@ -1,1 +1,97 @@
-//! Placeholder.
+//! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
+//!
+//! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
+//! like its op. This crate knows no wgpu, no device and no weight file.
+//!
+//! ```text
+//! #include "file.wgsl"
+//! #if NAME  |  #if !NAME  |  #if NAME == 4        (also > and <)     ... #else ... #endif
+//! #for NAME COUNT ... #endfor                     NAME runs from 0 to COUNT - 1
+//! {{NAME}}                                        the value
+//! ```
+
+mod compose;
+mod reflect;
+
+pub use compose::{ComposeError, compose};
+pub use reflect::{Access, ReflectError, Reflection, reflect};
+
+/// What a kernel is composed with; a later entry hides an earlier one of the same name.
+pub type Constants = Vec<(&'static str, u32)>;
+
+/// Which variant of the kernels a device gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tier {
+    /// Needs nothing beyond WebGPU: no subgroups, parameters in a uniform buffer.
+    Base,
+    /// Subgroups of at least 8 lanes, parameters as immediates.
+    Subgroup,
+    /// As `Subgroup`, for software Vulkan, where a load costs 15 multiply-adds and a barrier 70: one subgroup of 8 is a
+    /// workgroup, nothing goes through workgroup memory.
+    Lavapipe,
+}
+
+impl Tier {
+    pub const ALL: [Tier; 3] = [Tier::Base, Tier::Subgroup, Tier::Lavapipe];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Tier::Base => "base",
+            Tier::Subgroup => "subgroup",
+            Tier::Lavapipe => "lavapipe",
+        }
+    }
+
+    /// Rows of activations that a matmul variant holds in registers, ascending. Every variant adds in the same order.
+    /// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them.
+    pub const fn mat_mul_rows(self) -> &'static [u32] {
+        match self {
+            Tier::Base => &[1, 4],
+            Tier::Subgroup | Tier::Lavapipe => &[1, 4, 8],
+        }
+    }
+
+    /// What every kernel of this tier is composed with.
+    pub fn constants(self) -> Constants {
+        let flag = |tier: Tier| u32::from(self == tier);
+        let (lanes, splits) = if self == Tier::Lavapipe { (8, 1) } else { (32, 8) };
+        vec![
+            ("IMMEDIATES", 1 - flag(Tier::Base)),
+            ("SUBGROUPS", 1 - flag(Tier::Base)),
+            ("ONE_SUBGROUP", flag(Tier::Lavapipe)),
+            // Lanes that share a tile of 32 columns, columns of a lane, and lanes that share a column by splitting K.
+            ("LANES", lanes),
+            ("COLUMNS", TILE / lanes),
+            ("SPLITS", splits),
+            ("GROUP_LANES", lanes * splits),
+            // Lanes that share a row in reductions.
+            ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
+            // Lanes that share an attention tile.
+            ("TILE_LANES", lanes),
+        ]
+    }
+}
+
+/// Columns of a packed weight that lie together.
+pub const TILE: u32 = 32;
+
+/// Invocations of a workgroup of the element-wise kernels.
+pub const ELEMENT_LANES: u32 = 64;
+
+/// The kernels' files, and what they include.
+pub const FILES: [(&str, &str); 14] = [
+    ("add.wgsl", include_str!("add.wgsl")),
+    ("arg_max.wgsl", include_str!("arg_max.wgsl")),
+    ("attention.wgsl", include_str!("attention.wgsl")),
+    ("embed.wgsl", include_str!("embed.wgsl")),
+    ("gated_act.wgsl", include_str!("gated_act.wgsl")),
+    ("gather_rows.wgsl", include_str!("gather_rows.wgsl")),
+    ("grid.wgsl", include_str!("grid.wgsl")),
+    ("mat_mul.wgsl", include_str!("mat_mul.wgsl")),
+    ("params.wgsl", include_str!("params.wgsl")),
+    ("rms_norm.wgsl", include_str!("rms_norm.wgsl")),
+    ("rope.wgsl", include_str!("rope.wgsl")),
+    ("store_kv.wgsl", include_str!("store_kv.wgsl")),
+    ("update_table.wgsl", include_str!("update_table.wgsl")),
+    ("weight.wgsl", include_str!("weight.wgsl")),
+];

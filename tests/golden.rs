@@ -1,1 +1,133 @@
-//! Being laid out.
+//! Both real models against numpy in float32 and against llama.cpp: greedy ids until the reference itself is undecided,
+//! and the likelihood of a passage. Goldens: `golden/{smollm2,gemma3}.json`, by `llama_cpp.py` and `reference.py`.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use fullbore_engine::backend::Backend;
+use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::format::gguf::Gguf;
+use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
+use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
+use serde_json::Value;
+
+/// A reference whose two best logits are nearer than this has not decided.
+const REFERENCE_GAP: f64 = 0.05;
+/// The same for llama.cpp, which rounds activations to eight bits.
+const LLAMA_CPP_GAP: f64 = 0.5;
+const NLL_TOLERANCE: f64 = 0.005;
+
+pub const MODELS: [(&str, &str, &str); 2] = [
+    ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2", include_str!("golden/smollm2.json")),
+    ("gemma-3-270m-Q4_K_M.gguf", "gemma3", include_str!("golden/gemma3.json")),
+];
+
+#[test]
+fn the_cpu_follows_both_references() {
+    for (file, name, golden) in MODELS {
+        let backend = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
+        follow(file, name, golden, Box::new(backend));
+    }
+}
+
+/// Runs every case of a golden at once, and its passage, on `backend`.
+pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>) {
+    let golden: Value = serde_json::from_str(golden).expect("goldens are JSON");
+    let device = backend.info().id.clone();
+    let mut engine = engine(file, backend);
+    let passage = ids(&golden["passage"]);
+    let request = Request { prompt: passage.clone(), prompt_logprobs: Some(0), ..Request::default() };
+    let passage_events = add(&mut engine, request);
+    let cases = golden["cases"].as_array().expect("cases");
+    let events: Vec<Events> = cases.iter().map(|case| add(&mut engine, greedy(&ids(&case["prompt"])))).collect();
+    while engine.step().expect("the device is there") {}
+    engine.check();
+
+    let events_of_passage = passage_events.lock().expect("no sink panics");
+    let Some(Event::Prompt(logprobs)) = events_of_passage.first() else { panic!("{events_of_passage:?}") };
+    assert_eq!(logprobs.len(), passage.len() - 1);
+    let nll = -logprobs.iter().map(|entry| f64::from(entry.logprob)).sum::<f64>() / logprobs.len() as f64;
+    let wanted = golden["passage_nll"].as_f64().expect("a number");
+    println!("{name} on {device}: mean NLL {nll:.5}, reference {wanted:.5}");
+    assert!((nll - wanted).abs() < NLL_TOLERANCE, "{name} on {device}: mean NLL {nll}, reference {wanted}");
+
+    let mut num_compared = 0;
+    for (case, events) in cases.iter().zip(&events) {
+        let actual = tokens(&events.lock().expect("no sink panics"));
+        for (reference, gap) in [("reference", REFERENCE_GAP), ("llama_cpp", LLAMA_CPP_GAP)] {
+            let gaps = case[format!("{reference}_gaps").as_str()].as_array().expect("gaps");
+            let decided = gaps.iter().position(|value| value.as_f64().expect("a number") < gap).unwrap_or(gaps.len());
+            let wanted = &ids(&case[reference])[..decided];
+            assert_eq!(&actual[..decided], wanted, "{name} on {device} against {reference}: {}", case["text"]);
+            num_compared += decided;
+        }
+    }
+    assert!(num_compared > 50, "only {num_compared} tokens were decided enough to compare");
+}
+
+pub type Events = Arc<Mutex<Vec<Event>>>;
+
+pub struct Collect(pub Events);
+
+impl Sink for Collect {
+    fn event(&mut self, event: Event) -> Flow {
+        self.0.lock().expect("no sink panics").push(event);
+        Flow::Continue
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+pub fn add(engine: &mut Engine, request: Request) -> Events {
+    let events = Events::default();
+    engine.add(request, Box::new(Collect(events.clone())));
+    events
+}
+
+pub fn tokens(events: &[Event]) -> Vec<TokenId> {
+    let id = |event: &Event| match event {
+        Event::Token { id, .. } => Some(*id),
+        _ => None,
+    };
+    events.iter().filter_map(id).collect()
+}
+
+pub fn greedy(prompt: &[TokenId]) -> Request {
+    Request { prompt: prompt.to_vec(), max_tokens: 48, ..Request::default() }
+}
+
+fn ids(value: &Value) -> Vec<TokenId> {
+    let id = |value: &Value| TokenId(value.as_u64().expect("an id") as u32);
+    value.as_array().expect("ids").iter().map(id).collect()
+}
+
+/// An engine for a model in the cache folder.
+pub fn engine(file: &str, mut backend: Box<dyn Backend>) -> Engine {
+    let config = EngineConfig {
+        max_num_seqs: 16,
+        max_num_batched_tokens: 64,
+        max_model_len: 512,
+        num_blocks: 128,
+        max_logit_rows: 16,
+        ..EngineConfig::default()
+    };
+    let gguf = Gguf::open(&model_path(file)).unwrap_or_else(|error| panic!("{error}"));
+    let model_config = ModelConfig::from_gguf(&gguf).unwrap_or_else(|error| panic!("{error}"));
+    let mut checkpoint = Checkpoint::Gguf(gguf);
+    let limits = config.state_limits();
+    let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2))
+}
+
+/// A model that `scripts/models.sh` has fetched.
+pub fn model_path(file: &str) -> PathBuf {
+    let cache = std::env::var_os("FULLBORE_CACHE").map(PathBuf::from);
+    let home = || PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache/fullbore");
+    let path = cache.unwrap_or_else(home).join("models").join(file);
+    assert!(path.exists(), "{} is missing: run `make test`, which fetches the models", path.display());
+    path
+}

@@ -4,6 +4,8 @@
 mod block_pool;
 /// Needs nothing: fast paths of the cpu backend against its plain twins.
 mod cpu;
+/// Ops on seeded inputs, for any backend.
+mod device;
 /// Needs nothing: readers and dequantisers against stored vectors, hostile files.
 mod formats;
 /// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.
@@ -12,9 +14,11 @@ mod golden;
 mod http;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
+/// Seeded numbers.
+mod random;
 /// Needs nothing: traces of steps, as expected text.
 mod scheduler;
-/// Needs nothing: every shader variant validates.
+/// Needs Vulkan drivers: every shader variant validates, and does what its op says.
 mod shaders;
 /// Needs nothing: whole engines on `sim`, seeded, invariants after every step.
 mod simulation;

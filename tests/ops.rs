@@ -1,1 +1,51 @@
-//! Being laid out.
+//! Every op on every Vulkan driver and tier against the cpu twins, and both real models on lavapipe against the
+//! references of `golden.rs`. Needs Vulkan drivers (`make test` fetches two versions of lavapipe): fails without one.
+
+use fullbore_engine::backend::Backend;
+use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
+use fullbore_engine::backend::wgpu::{WgpuBackend, WgpuOptions, devices};
+use fullbore_shaders::Tier;
+
+use crate::device::{Device, run_every_op};
+use crate::golden;
+
+fn open(selector: &str, tier: Option<Tier>) -> WgpuBackend {
+    let options = WgpuOptions { selector: selector.to_owned(), tier, checked: true, ..WgpuOptions::default() };
+    WgpuBackend::open(&options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn device_ids() -> Vec<String> {
+    let ids: Vec<String> = devices().into_iter().map(|device| device.id).collect();
+    assert!(!ids.is_empty(), "no Vulkan driver: run `make test`, which fetches lavapipe");
+    ids
+}
+
+#[test]
+fn every_op_is_near_its_twin_on_every_driver_and_tier() {
+    let options = CpuOptions { plain: true, ..CpuOptions::default() };
+    let twins = run_every_op(&mut Device::new(Box::new(CpuBackend::new(options).expect("threads can be started"))));
+    for id in device_ids() {
+        for tier in Tier::ALL {
+            let backend = open(&id, Some(tier));
+            let name = format!("{}, {}, tier {}", id, backend.info().driver, backend.info().tier);
+            println!("{name}");
+            let outputs = run_every_op(&mut Device::new(Box::new(backend)));
+            assert_eq!(outputs.len(), twins.len());
+            outputs.iter().zip(&twins).for_each(|(output, twin)| output.assert_near(twin, &name));
+        }
+    }
+}
+
+#[test]
+fn smollm2_on_lavapipe_follows_both_references() {
+    let (file, name, text) = golden::MODELS[0];
+    let newest = device_ids().pop().expect("asserted above");
+    golden::follow(file, name, text, Box::new(open(&newest, None)));
+}
+
+#[test]
+fn gemma3_on_lavapipe_follows_both_references() {
+    let (file, name, text) = golden::MODELS[1];
+    let newest = device_ids().pop().expect("asserted above");
+    golden::follow(file, name, text, Box::new(open(&newest, None)));
+}

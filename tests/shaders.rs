@@ -1,1 +1,610 @@
-//! Being laid out.
+//! Every shader variant validates, and does what its op says, on every driver there is and on every tier.
+//!
+//! Needs Vulkan drivers (`make test` fetches two versions of lavapipe); without one these tests fail. Expected values
+//! are computed here, in f64 and without tiles.
+
+use fullbore_engine::backend::wgpu::pipelines::Kernel;
+use fullbore_engine::backend::wgpu::{OpenError, WgpuBackend, WgpuOptions, devices};
+use fullbore_engine::backend::{Backend, DeviceError, RowSource, WeightSpec};
+use fullbore_engine::format::quant::dequantize_row;
+use fullbore_engine::op::*;
+use fullbore_engine::recording::Recording;
+use fullbore_engine::tensor::{BufferId, KvTensor, Tensor, Weight, WeightFormat};
+use fullbore_shaders::{FILES, Tier, compose, reflect};
+use half::f16;
+
+/// WebGPU's guarantee, which every tier keeps to.
+const MAX_WORKGROUP_BYTES: u32 = 16 << 10;
+
+#[test]
+fn every_variant_validates() {
+    for tier in Tier::ALL {
+        for kernel in Kernel::all(tier, &[32, 64, 80, 96, 128, 256]) {
+            let (name, constants) = kernel.source(tier);
+            let text = compose(name, &constants).unwrap_or_else(|error| panic!("{tier:?} {kernel:?}: {error}"));
+            let extras = tier != Tier::Base;
+            let reflection = reflect(&text, extras, extras).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+            assert!(reflection.workgroup_bytes <= MAX_WORKGROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
+            assert!(reflection.workgroup_size.iter().product::<u32>() <= 256, "{tier:?} {kernel:?}: {reflection:?}");
+            assert!(reflection.params_bytes <= 64 && !reflection.storage.is_empty(), "{tier:?} {kernel:?}");
+        }
+    }
+}
+
+#[test]
+fn composing_fails_with_a_place() {
+    let problem = |constants| compose("mat_mul", &constants).expect_err("ROWS is missing").to_string();
+    assert!(problem(Tier::Base.constants()).starts_with("weight.wgsl:"), "{}", problem(Tier::Base.constants()));
+    assert_eq!(compose("nothing", &vec![]).unwrap_err().message, "there is no file nothing.wgsl");
+    assert!(reflect("fn main() { let x: u32 = 1.5; }", false, false).is_err());
+    for (file, text) in FILES {
+        assert!(text.starts_with("// "), "{file} opens with what it is");
+    }
+}
+
+#[test]
+fn devices_are_chosen_by_name_and_refused_by_name() {
+    let found = devices();
+    assert!(!found.is_empty(), "no Vulkan driver: run `make test`, which fetches lavapipe");
+    let open = |selector: &str, tier| {
+        let options = WgpuOptions { selector: selector.to_owned(), tier, ..WgpuOptions::default() };
+        WgpuBackend::open(&options)
+    };
+    for device in &found {
+        assert!(device.driver.contains("subgroups") && device.max_buffer_bytes > 0, "{device:?}");
+        let backend = open(&device.id, None).expect("a listed device opens");
+        assert_eq!((&backend.info().id, &backend.info().tier), (&device.id, &device.tier));
+    }
+    let error = open("vulkan:no such gpu", None).err().expect("no such device").to_string();
+    assert!(error.contains("no such gpu") && error.contains(&found[0].id), "{error}");
+    if found.iter().all(|device| device.tier == "lavapipe") {
+        assert!(matches!(open("", None), Err(OpenError::NotFound { .. })), "software Vulkan is never chosen unnamed");
+    }
+    let mut backend = open(&found[0].id, None).expect("a listed device opens");
+    match backend.alloc("K cache", 1 << 50) {
+        Err(DeviceError::OutOfMemory { what, needed_bytes, .. }) => {
+            assert_eq!((what.as_str(), needed_bytes), ("K cache", 1 << 50));
+        }
+        other => panic!("a petabyte was {other:?}"),
+    }
+}
+
+/// A backend under test.
+struct Rig {
+    name: String,
+    backend: WgpuBackend,
+    upload: BufferId,
+}
+
+fn rig(id: &str, tier: Tier, checked: bool, max_binding_bytes: Option<u64>) -> Rig {
+    let options = WgpuOptions { selector: id.to_owned(), tier: Some(tier), checked, max_binding_bytes };
+    let mut backend = WgpuBackend::open(&options).expect("a listed device opens");
+    let upload = backend.alloc("upload", 1 << 20).expect("memory");
+    Rig { name: format!("{id} {} checked {checked}", tier.name()), backend, upload }
+}
+
+/// Every tier on the first driver, with and without bounds checks; its own tier on every other one.
+fn rigs() -> Vec<Rig> {
+    let found = devices();
+    assert!(!found.is_empty(), "no Vulkan driver: run `make test`, which fetches lavapipe");
+    let all = Tier::ALL.into_iter().map(|tier| rig(&found[0].id, tier, tier == Tier::Base, None));
+    let others = found[1..].iter().map(|device| {
+        let tier = Tier::ALL.into_iter().find(|tier| tier.name() == device.tier).expect("a tier");
+        rig(&device.id, tier, false, None)
+    });
+    all.chain(others).collect()
+}
+
+struct Rows<'a>(&'a [u8]);
+
+impl RowSource for Rows<'_> {
+    fn read_rows(&mut self, out: &mut [u8]) -> std::io::Result<()> {
+        let (now, later) = self.0.split_at(out.len());
+        out.copy_from_slice(now);
+        self.0 = later;
+        Ok(())
+    }
+}
+
+impl Rig {
+    fn words(&mut self, words: &[u32], cols: u32) -> Tensor {
+        let buffer = self.backend.alloc("words", words.len() as u64 * 4).expect("memory");
+        self.backend.write(buffer, 0, bytemuck::cast_slice(words)).expect("a device");
+        Tensor::u32(buffer, words.len() as u32 / cols, cols)
+    }
+
+    fn floats(&mut self, values: &[f32], cols: u32) -> Tensor {
+        let words = self.words(bytemuck::cast_slice(values), cols);
+        Tensor::f32(words.buffer, words.rows, cols)
+    }
+
+    fn zeros(&mut self, rows: u32, cols: u32) -> Tensor {
+        self.floats(&vec![0.0; (rows * cols) as usize], cols)
+    }
+
+    fn weight(&mut self, format: WeightFormat, rows: u32, cols: u32, bytes: &[u8]) -> Weight {
+        let spec = WeightSpec { name: "weight".to_owned(), rows, cols, format };
+        self.backend.load_weight(&spec, &mut Rows(bytes)).expect("a loaded weight")
+    }
+
+    fn run(&mut self, ops: &[Op], download: Tensor) -> Vec<f32> {
+        let mut recording = Recording::new(self.upload);
+        ops.iter().for_each(|op| recording.push(*op));
+        recording.downloads.push(download);
+        let ticket = self.backend.submit(&recording).expect("a device");
+        let mut bytes = Vec::new();
+        self.backend.wait(ticket, &mut bytes).expect("a device");
+        bytemuck::pod_collect_to_vec(&bytes)
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn word(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) as u32
+    }
+
+    fn below(&mut self, end: u32) -> u32 {
+        self.word() % end
+    }
+
+    /// Between -1 and 1.
+    fn float(&mut self) -> f32 {
+        self.word() as f32 / (1u32 << 30) as f32 - 1.0
+    }
+
+    fn floats(&mut self, count: u32) -> Vec<f32> {
+        (0..count).map(|_| self.float()).collect()
+    }
+
+    /// Rows of a weight: random codes, finite scales, some of them subnormal in f16.
+    fn weight(&mut self, format: WeightFormat, rows: u32, cols: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for _ in 0..rows * cols / format.block_len() {
+            let mut block: Vec<u8> = (0..format.block_bytes()).map(|_| self.word() as u8).collect();
+            for at in scale_places(format) {
+                let scale = self.float() * [0.02, 1e-6][usize::from(self.below(8) == 0)];
+                block[*at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+            }
+            match format {
+                WeightFormat::F32 => block.copy_from_slice(&self.float().to_le_bytes()),
+                WeightFormat::BF16 => block.copy_from_slice(&self.float().to_le_bytes()[2..]),
+                _ => {}
+            }
+            bytes.extend(block);
+        }
+        bytes
+    }
+}
+
+/// Where a block's f16 lie.
+fn scale_places(format: WeightFormat) -> &'static [usize] {
+    match format {
+        WeightFormat::F32 | WeightFormat::BF16 => &[],
+        WeightFormat::F16
+        | WeightFormat::Q4_0
+        | WeightFormat::Q5_0
+        | WeightFormat::Q8_0
+        | WeightFormat::IQ4NL
+        | WeightFormat::IQ4XS => &[0],
+        WeightFormat::Q4_1 | WeightFormat::Q5_1 | WeightFormat::Q4K | WeightFormat::Q5K => &[0, 2],
+        WeightFormat::Q2K => &[80, 82],
+        WeightFormat::Q3K => &[108],
+        WeightFormat::Q6K => &[208],
+    }
+}
+
+fn dequantized(format: WeightFormat, cols: u32, bytes: &[u8]) -> Vec<f32> {
+    let rows = bytes.chunks_exact(format.row_bytes(cols) as usize);
+    let values = rows.map(|row| {
+        let mut values = vec![0.0; cols as usize];
+        dequantize_row(format, row, &mut values);
+        values
+    });
+    values.flatten().collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Each value within `relative` of the sum of magnitudes that made it.
+fn assert_close(name: &str, got: &[f32], expected: &[(f64, f64)], relative: f64) {
+    assert_eq!(got.len(), expected.len(), "{name}");
+    for (index, (got, (value, magnitude))) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(*got) - value).abs();
+        assert!(error <= relative * magnitude + 1e-30, "{name}: element {index} is {got}, expected {value}");
+    }
+}
+
+/// `x @ weight^T + bias` with sums of magnitudes.
+fn mat_mul(x: &[f32], weight: &[f32], bias: &[f32], inner: usize) -> Vec<(f64, f64)> {
+    let mut out = Vec::new();
+    for x in x.chunks_exact(inner) {
+        for (column, weight) in weight.chunks_exact(inner).enumerate() {
+            let bias = f64::from(bias.get(column).copied().unwrap_or(0.0));
+            let products = x.iter().zip(weight).map(|(x, w)| f64::from(*x) * f64::from(*w));
+            let magnitude = products.clone().map(f64::abs).sum::<f64>() + bias.abs();
+            out.push((products.sum::<f64>() + bias, magnitude));
+        }
+    }
+    out
+}
+
+#[test]
+fn mat_mul_is_right_and_no_row_depends_on_how_many_there_are() {
+    const N: u32 = 80;
+    const K: u32 = 512;
+    const MAX_M: u32 = 65;
+    for mut rig in rigs() {
+        for format in WeightFormat::ALL {
+            let mut random = Random(7);
+            let name = format!("{} {}", rig.name, format.name());
+            let bytes = random.weight(format, N, K);
+            let x = random.floats(MAX_M * K);
+            let weight = rig.weight(format, N, K, &bytes);
+            let x_tensor = rig.floats(&x, K);
+            // The product of the first M rows lies from row 0 + 1 + ... + (M - 1) on; then each row's alone.
+            let prefixes = MAX_M * (MAX_M + 1) / 2;
+            let out = rig.zeros(prefixes + MAX_M, N);
+            let product = |first: u32, rows: u32, at: u32| {
+                Op::MatMul(MatMul {
+                    x: Tensor { offset: first * K, rows, ..x_tensor },
+                    weight,
+                    bias: None,
+                    out: Tensor { offset: at * N, rows, ..out },
+                })
+            };
+            let of_prefix = (1..=MAX_M).map(|rows| product(0, rows, rows * (rows - 1) / 2));
+            let of_row = (0..MAX_M).map(|row| product(row, 1, prefixes + row));
+            let got = rig.run(&of_prefix.chain(of_row).collect::<Vec<_>>(), out);
+            let all = &got[(MAX_M * (MAX_M - 1) / 2 * N) as usize..][..(MAX_M * N) as usize];
+            assert_close(&name, all, &mat_mul(&x, &dequantized(format, K, &bytes), &[], K as usize), 2e-6);
+            for rows in 1..=MAX_M {
+                let some = &got[(rows * (rows - 1) / 2 * N) as usize..][..(rows * N) as usize];
+                assert!(bits(some) == bits(&all[..some.len()]), "{name}: {rows} rows differ from the same among 65");
+            }
+            assert!(bits(&got[(prefixes * N) as usize..]) == bits(all), "{name}: a row alone differs");
+        }
+    }
+}
+
+#[test]
+fn mat_mul_takes_a_bias_short_rows_and_shards() {
+    for mut whole in rigs().into_iter().take(Tier::ALL.len()) {
+        let tier = Tier::ALL.into_iter().find(|tier| whole.name.contains(tier.name())).expect("a tier");
+        let mut split = rig(&devices()[0].id, tier, false, Some(5 << 10));
+        for (format, rows, cols) in
+            [(WeightFormat::F32, 70, 40), (WeightFormat::F16, 33, 6), (WeightFormat::Q4_1, 200, 96)]
+        {
+            let mut random = Random(11);
+            let bytes = random.weight(format, rows, cols);
+            let (x, bias) = (random.floats(5 * cols), random.floats(rows));
+            let product = |rig: &mut Rig| {
+                let weight = rig.weight(format, rows, cols, &bytes);
+                let (x, bias) = (rig.floats(&x, cols), rig.floats(&bias, rows));
+                let out = rig.zeros(5, rows);
+                rig.run(&[Op::MatMul(MatMul { x, weight, bias: Some(bias), out })], out)
+            };
+            let got = product(&mut whole);
+            let expected = mat_mul(&x, &dequantized(format, cols, &bytes), &bias, cols as usize);
+            assert_close(&whole.name, &got, &expected, 2e-6);
+            assert_eq!(bits(&product(&mut split)), bits(&got), "{} in shards", whole.name);
+        }
+    }
+}
+
+#[test]
+fn embed_gives_the_exact_values_of_every_format() {
+    const ROWS: u32 = 70;
+    for mut rig in rigs() {
+        for max_bytes in [None, Some(40 << 10)] {
+            if max_bytes.is_some() {
+                let device = rig.backend.info().clone();
+                let tier = Tier::ALL.into_iter().find(|tier| tier.name() == device.tier).expect("a tier");
+                rig = self::rig(&device.id, tier, false, max_bytes);
+            }
+            for format in WeightFormat::ALL {
+                let cols = if format.block_len() == 1 { 40 } else { 512 };
+                let mut random = Random(3);
+                let bytes = random.weight(format, ROWS, cols);
+                let table = rig.weight(format, ROWS, cols, &bytes);
+                let ids = rig.words(&[0, 69, SAMPLED_BY_SLOT | 1, 31, 32, SAMPLED_BY_SLOT, 69, 64], 1);
+                let sampled = rig.words(&[5, 68], 1);
+                let out = rig.zeros(8, cols);
+                let got = rig.run(&[Op::Embed(Embed { ids, sampled, table, scale: 8.0, out })], out);
+                let values = dequantized(format, cols, &bytes);
+                let rows = [0, 69, 68, 31, 32, 5, 69, 64];
+                let row = |row: usize| values[row * cols as usize..][..cols as usize].iter().map(|value| value * 8.0);
+                let expected: Vec<f32> = rows.into_iter().flat_map(row).collect();
+                // A zero may come out with the other sign.
+                assert!(got == expected, "{} {}", rig.name, format.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn element_wise_ops_do_what_they_say() {
+    for mut rig in rigs() {
+        let mut random = Random(5);
+        let (gate, up) = (random.floats(6 * 50), random.floats(6 * 50));
+        let gate: Vec<f32> = gate.iter().map(|value| value * 30.0).collect();
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let out = rig.zeros(6, 50);
+            let op = GatedAct { gate: rig.floats(&gate, 50), up: rig.floats(&up, 50), activation, out };
+            let got = rig.run(&[Op::GatedAct(op)], out);
+            let expected: Vec<(f64, f64)> = gate
+                .iter()
+                .zip(&up)
+                .map(|(gate, up)| {
+                    let gate = f64::from(*gate);
+                    let activated = match activation {
+                        Activation::Silu => gate / (1.0 + (-gate).exp()),
+                        Activation::GeluTanh => {
+                            0.5 * gate * (1.0 + (0.7978845608028654 * (gate + 0.044715 * gate.powi(3))).tanh())
+                        }
+                    };
+                    (activated * f64::from(*up), gate.abs() * f64::from(up.abs()))
+                })
+                .collect();
+            assert_close(&rig.name, &got, &expected, 1e-6);
+        }
+        let x = rig.floats(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2);
+        let rows = rig.words(&[2, 0, 2], 1);
+        let out = rig.zeros(3, 2);
+        assert_eq!(rig.run(&[Op::GatherRows(GatherRows { x, rows, out })], out), [5.0, 6.0, 1.0, 2.0, 5.0, 6.0]);
+        let y = rig.floats(&[10.0, 20.0], 2);
+        let second = Tensor { offset: 2, rows: 1, ..x };
+        assert_eq!(rig.run(&[Op::Add(Add { x: second, y })], x), [1.0, 2.0, 13.0, 24.0, 5.0, 6.0]);
+        let table = rig.words(&[7; 6], 3);
+        let entries = rig.words(&[4, 40, 0, 10], 2);
+        let got = rig.run(&[Op::UpdateTable(UpdateTable { entries, table })], table);
+        assert_eq!(bits(&got), [10, 7, 7, 7, 40, 7], "{}", rig.name);
+    }
+}
+
+#[test]
+fn a_grid_may_be_longer_than_one_dimension() {
+    let mut rig = rigs().remove(0);
+    let count = 65_535 * 64 + 100;
+    let x: Vec<f32> = (0..count).map(|index| (index % 1000) as f32).collect();
+    let (x_tensor, y) = (rig.floats(&x, count), rig.floats(&vec![1.0; count as usize], count));
+    let got = rig.run(&[Op::Add(Add { x: x_tensor, y })], x_tensor);
+    assert!(got.iter().zip(&x).all(|(got, x)| *got == x + 1.0));
+}
+
+#[test]
+fn rms_norm_and_rope_do_what_they_say() {
+    for mut rig in rigs() {
+        let mut random = Random(9);
+        let (x, weight) = (random.floats(3 * 300), random.floats(300));
+        let out = rig.zeros(3, 300);
+        let op = RmsNorm { x: rig.floats(&x, 300), weight: rig.floats(&weight, 300), eps: 1e-5, out };
+        let got = rig.run(&[Op::RmsNorm(op)], out);
+        let mut expected = Vec::new();
+        for x in x.chunks_exact(300) {
+            let mean = x.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / 300.0;
+            let values = x.iter().zip(&weight).map(|(x, w)| f64::from(*x) * f64::from(*w) / (mean + 1e-5).sqrt());
+            expected.extend(values.map(|value| (value, value.abs())));
+        }
+        assert_close(&rig.name, &got, &expected, 1e-6);
+
+        // Two heads of 10, of which 8 rotate.
+        let x = random.floats(3 * 20);
+        let positions = [4, 0, 9];
+        let angle = |position: u32, pair: u32| f64::from(position) * 0.3_f64.powi(pair as i32);
+        let row = |position| {
+            let cosines = (0..4).map(move |pair| angle(position, pair).cos() as f32);
+            cosines.chain((0..4).map(move |pair| angle(position, pair).sin() as f32))
+        };
+        let table: Vec<f32> = (0..10).flat_map(row).collect();
+        for style in [RopeStyle::Interleaved, RopeStyle::Halves] {
+            let x_tensor = rig.floats(&x, 20);
+            let (positions_tensor, table) = (rig.words(&positions, 1), rig.floats(&table, 8));
+            let op = Rope { x: x_tensor, head_dim: 10, positions: positions_tensor, table, style };
+            let got = rig.run(&[Op::Rope(op)], x_tensor);
+            let mut expected: Vec<(f64, f64)> = x.iter().map(|x| (f64::from(*x), 1e-3)).collect();
+            for (token, position) in positions.into_iter().enumerate() {
+                for (head, pair) in (0..2).flat_map(|head| (0..4).map(move |pair| (head, pair))) {
+                    let start = token * 20 + head * 10;
+                    let (a, b) = match style {
+                        RopeStyle::Interleaved => (start + 2 * pair, start + 2 * pair + 1),
+                        RopeStyle::Halves => (start + pair, start + pair + 4),
+                    };
+                    let (sine, cosine) = angle(position, pair as u32).sin_cos();
+                    let (left, right) = (f64::from(x[a]), f64::from(x[b]));
+                    expected[a] = (left * cosine - right * sine, 1.0);
+                    expected[b] = (left * sine + right * cosine, 1.0);
+                }
+            }
+            assert_close(&rig.name, &got, &expected, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn arg_max_prefers_the_lowest_index_and_reports_what_is_not_finite() {
+    const COLS: u32 = 1000;
+    for mut rig in rigs() {
+        let mut random = Random(13);
+        let mut rows: Vec<Vec<f32>> = (0..8).map(|_| random.floats(COLS)).collect();
+        rows[0][777] = 5.0;
+        (rows[1][301], rows[1][300], rows[1][999]) = (3.0, 3.0, 3.0);
+        rows[2][5] = f32::NAN;
+        rows[3][999] = f32::INFINITY;
+        rows[4][0] = f32::NEG_INFINITY;
+        rows[5].iter_mut().for_each(|value| *value = -4.0);
+        (rows[5][900], rows[5][17]) = (0.0, -0.0);
+        rows[6].iter_mut().for_each(|value| *value = value.abs() * -1e30 - 1.0);
+        let expected_6 = rows[6].iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).expect("a row").0 as u32;
+        let logits = rig.floats(&rows.concat(), COLS);
+        let slots = rig.words(&[3, 1, 0, 2, 6, 5, 4, u32::MAX], 1);
+        let sampled = rig.words(&[99; 8], 1);
+        let got = rig.run(&[Op::ArgMax(ArgMax { logits, slots, sampled })], sampled);
+        let expected = [NON_FINITE, 300, NON_FINITE, 777, expected_6, 17, NON_FINITE, 99];
+        assert_eq!(bits(&got), expected, "{}", rig.name);
+    }
+}
+
+/// A cache with a head count and size, and where a sequence's positions lie in it.
+struct Cache {
+    tensor: KvTensor,
+    table: Tensor,
+    blocks: Vec<u32>,
+}
+
+const BLOCK_SIZE: u32 = 16;
+const KV_HEADS: u32 = 2;
+
+impl Cache {
+    /// Room for 7 blocks; row 1 of the table is a sequence whose blocks are in no order.
+    fn new(rig: &mut Rig, head_dim: u32) -> Cache {
+        let blocks = vec![4, 0, 6, 2, 5];
+        let size_bytes = 7 * KvTensor::block_bytes(BLOCK_SIZE, KV_HEADS, head_dim);
+        let k = rig.backend.alloc("k", size_bytes).expect("memory");
+        let v = rig.backend.alloc("v", size_bytes).expect("memory");
+        let tensor = KvTensor { k, v, num_blocks: 7, block_size: BLOCK_SIZE, num_kv_heads: KV_HEADS, head_dim };
+        let table = [vec![1; 5], blocks.clone()].concat();
+        Cache { tensor, table: rig.words(&table, 5), blocks }
+    }
+
+    fn slots(&self, positions: std::ops::Range<u32>) -> Vec<u32> {
+        let slot = |position: u32| self.blocks[(position / BLOCK_SIZE) as usize] * BLOCK_SIZE + position % BLOCK_SIZE;
+        positions.map(slot).collect()
+    }
+}
+
+#[test]
+fn store_kv_rounds_to_nearest_even() {
+    for mut rig in rigs() {
+        let mut random = Random(17);
+        let edges =
+            [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, -1e9, 5.96e-8, 2.98e-8, 2.99e-8, 8.9e-8, 6.1e-5, 6.09e-5];
+        let mut value = |index: usize| match edges.get(index) {
+            Some(edge) => *edge,
+            None => random.float() * 10f32.powi(-(random.below(10) as i32)),
+        };
+        let k: Vec<f32> = (0..3 * 2 * 20).map(&mut value).collect();
+        let v: Vec<f32> = (100..100 + 3 * 2 * 20).map(&mut value).collect();
+        let cache = Cache::new(&mut rig, 20);
+        let slots = [4 * BLOCK_SIZE + 1, 15, 6 * BLOCK_SIZE];
+        let op =
+            StoreKv { k: rig.floats(&k, 40), v: rig.floats(&v, 40), slots: rig.words(&slots, 1), cache: cache.tensor };
+        for (values, buffer) in [(&k, cache.tensor.k), (&v, cache.tensor.v)] {
+            let got = rig.run(&[Op::StoreKv(op)], Tensor::u32(buffer, 7 * BLOCK_SIZE * KV_HEADS, 10));
+            let mut expected = vec![0u16; (7 * BLOCK_SIZE * KV_HEADS * 20) as usize];
+            for (token, slot) in slots.into_iter().enumerate() {
+                for (head, i) in (0..2).flat_map(|head| (0..20).map(move |i| (head, i))) {
+                    let (block, offset) = ((slot / BLOCK_SIZE) as usize, (slot % BLOCK_SIZE) as usize);
+                    let at = ((block * 2 + head) * BLOCK_SIZE as usize + offset) * 20 + i;
+                    expected[at] = f16::from_f32(values[token * 40 + head * 20 + i]).to_bits();
+                }
+            }
+            let got: Vec<u16> = bits(&got).into_iter().flat_map(|word| [word as u16, (word >> 16) as u16]).collect();
+            assert_eq!(got, expected, "{}", rig.name);
+        }
+    }
+}
+
+/// One row of one head, over the positions that it sees.
+fn attention_row(q: &[f32], k: &[Vec<f32>], v: &[Vec<f32>], scale: f64) -> Vec<(f64, f64)> {
+    let half = |value: f32| f64::from(f16::from_f32(value).to_f32());
+    let dot = |key: &Vec<f32>| q.iter().zip(key).map(|(q, k)| f64::from(*q) * half(*k)).sum::<f64>() * scale;
+    let scores: Vec<f64> = k.iter().map(dot).collect();
+    let highest = scores.iter().copied().fold(f64::MIN, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - highest).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let sum = |i: usize, map: fn(f64) -> f64| {
+        weights.iter().zip(v).map(|(weight, value)| weight / total * map(half(value[i]))).sum::<f64>()
+    };
+    (0..q.len()).map(|i| (sum(i, |value| value), sum(i, f64::abs))).collect()
+}
+
+/// Items that cut rows `0..rows`, at positions `start..`, into pieces of at most `piece`.
+fn items(rows: u32, start: u32, piece: u32) -> Vec<u32> {
+    let firsts = (0..rows).step_by(piece as usize);
+    firsts.flat_map(|first| [first, piece.min(rows - first), 1, start + first]).collect()
+}
+
+#[test]
+fn attention_is_right_and_no_row_depends_on_its_chunk() {
+    const ROWS: u32 = 75;
+    const HEADS: u32 = 6;
+    for mut rig in rigs() {
+        for (head_dim, window) in [(64, 0), (40, 0), (64, 20), (256, 33)] {
+            let mut random = Random(u64::from(head_dim));
+            let name = format!("{} head {head_dim} window {window}", rig.name);
+            let q: Vec<f32> = random.floats(ROWS * HEADS * head_dim).iter().map(|value| value * 3.0).collect();
+            let (k, v) = (random.floats(ROWS * KV_HEADS * head_dim), random.floats(ROWS * KV_HEADS * head_dim));
+            let cache = Cache::new(&mut rig, head_dim);
+            let slots = cache.slots(0..ROWS);
+            let store = StoreKv {
+                k: rig.floats(&k, KV_HEADS * head_dim),
+                v: rig.floats(&v, KV_HEADS * head_dim),
+                slots: rig.words(&slots, 1),
+                cache: cache.tensor,
+            };
+            let q_tensor = rig.floats(&q, HEADS * head_dim);
+            let attend = |rig: &mut Rig, start: u32, piece: u32| {
+                let rows = ROWS - start;
+                let out = rig.zeros(rows, HEADS * head_dim);
+                let op = Attention {
+                    q: Tensor { offset: start * HEADS * head_dim, rows, ..q_tensor },
+                    cache: cache.tensor,
+                    items: rig.words(&items(rows, start, piece), 4),
+                    table: cache.table,
+                    num_heads: HEADS,
+                    scale: 0.125,
+                    window,
+                    out,
+                };
+                rig.run(&[Op::StoreKv(store), Op::Attention(op)], out)
+            };
+            let got = attend(&mut rig, 0, ATTENTION_ROWS);
+            let dim = head_dim as usize;
+            let mut expected = Vec::new();
+            for (row, head) in (0..ROWS as usize).flat_map(|row| (0..HEADS as usize).map(move |head| (row, head))) {
+                let first = if window == 0 { 0 } else { (row + 1).saturating_sub(window as usize) };
+                let kv_head = head / (HEADS / KV_HEADS) as usize;
+                let of = |values: &[f32]| {
+                    let at = |position: usize| (position * KV_HEADS as usize + kv_head) * dim;
+                    (first..=row).map(|position| values[at(position)..][..dim].to_vec()).collect::<Vec<_>>()
+                };
+                let q = &q[(row * HEADS as usize + head) * dim..][..dim];
+                expected.extend(attention_row(q, &of(&k), &of(&v), 0.125));
+            }
+            assert_close(&name, &got, &expected, 1e-5);
+            for (start, piece) in [(0, 1), (0, 5), (7, 8), (33, 3), (74, 1)] {
+                let part = attend(&mut rig, start, piece);
+                let same = &got[(start * HEADS * head_dim) as usize..];
+                assert!(bits(&part) == bits(same), "{name}: rows from {start} in items of {piece}");
+            }
+        }
+    }
+}
+
+#[test]
+fn two_recordings_in_flight_see_each_other_in_order() {
+    for mut rig in rigs() {
+        let x = rig.floats(&[0.0; 4], 4);
+        let mut tickets = Vec::new();
+        let mut recording = Recording::new(rig.upload);
+        for step in 1..=2u32 {
+            recording.clear();
+            let words = recording.upload(&bytemuck::cast::<[f32; 4], [u32; 4]>([step as f32; 4]), 4);
+            let y = Tensor::f32(words.buffer, 1, 4);
+            recording.push(Op::Add(Add { x, y }));
+            recording.downloads.extend([x, y.first_rows(1)]);
+            tickets.push(rig.backend.submit(&recording).expect("a device"));
+        }
+        for (ticket, expected) in tickets.into_iter().zip([[1.0, 1.0], [3.0, 2.0]]) {
+            let mut bytes = Vec::new();
+            rig.backend.wait(ticket, &mut bytes).expect("a device");
+            let got: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+            assert_eq!(got, [[expected[0]; 4], [expected[1]; 4]].concat(), "{}", rig.name);
+        }
+    }
+}

@@ -1,1 +1,395 @@
-//! Being laid out.
+//! Whole engines on the simulator: thousands of seeded workloads, every invariant after every step, and each request's
+//! events equal to those it gets alone. Bugs are planted from here, through plain data, and must be caught each time.
+//! A failure names its seed; `FULLBORE_SIM_SEED=<seed>` runs that one.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId};
+use fullbore_engine::tensor::WeightFormat;
+
+use crate::random::Random;
+
+const NUM_WORKLOADS: u64 = 2500;
+const VOCAB_SIZE: u32 = 1024;
+/// A request with this token in its prompt fails, alone.
+const POISONOUS: u32 = 7;
+
+#[test]
+fn every_request_gets_what_it_gets_alone() {
+    let one = std::env::var("FULLBORE_SIM_SEED").ok().map(|seed| seed.parse().expect("a seed is a number"));
+    let seeds = one.map_or(0..NUM_WORKLOADS, |seed| seed..seed + 1);
+    let mut seen = Seen::default();
+    for seed in seeds {
+        let workload = Workload::random(seed);
+        let result = catch_unwind(AssertUnwindSafe(|| workload.run(&mut |_, _| {}, &mut seen)));
+        let difference = result.unwrap_or_else(|_| panic!("seed {seed} broke an invariant"));
+        assert_eq!(difference, None, "seed {seed}");
+    }
+    if one.is_none() {
+        seen.check();
+    }
+}
+
+/// A workload is worth little if it never takes the rare branches.
+#[derive(Debug, Default)]
+struct Seen {
+    preemptions: u64,
+    cached_tokens: u64,
+    aborts: u64,
+    failures: u64,
+}
+
+impl Seen {
+    fn check(&self) {
+        assert!(self.preemptions > 500, "{self:?}");
+        assert!(self.cached_tokens > 1000, "{self:?}");
+        assert!(self.aborts > 500, "{self:?}");
+        assert!(self.failures > 50, "{self:?}");
+    }
+}
+
+#[test]
+fn planted_bugs_are_caught_each_time() {
+    let bugs: [(&str, Bug); 6] = [
+        ("a wrong block in the device's table", wrong_table_block),
+        ("a table entry that is not uploaded", missing_table_entry),
+        ("a cache slot off by one", wrong_slot),
+        ("a chunk boundary off by one", wrong_boundary),
+        ("two sequences' rows swapped", swapped_rows),
+        ("a hash that names a block with other contents", wrong_hash),
+    ];
+    for (name, bug) in bugs {
+        let mut num_planted = 0;
+        for seed in 0..60 {
+            let workload = Workload::for_bugs(seed);
+            let mut planted = false;
+            let mut plant = |engine: &mut Engine, step: u32| planted = planted || bug(engine, step, &workload);
+            let result = catch_unwind(AssertUnwindSafe(|| workload.run(&mut plant, &mut Seen::default())));
+            let caught = result.map_or(true, |difference| difference.is_some());
+            assert_eq!(caught, planted, "{name}, seed {seed}");
+            num_planted += u32::from(planted);
+        }
+        assert!(num_planted >= 30, "{name} was planted {num_planted} times only");
+    }
+}
+
+/// Changes the planned step; returns whether it found a place to.
+type Bug = fn(&mut Engine, u32, &Workload) -> bool;
+
+fn wrong_table_block(engine: &mut Engine, _: u32, workload: &Workload) -> bool {
+    let batch = engine.batch_mut();
+    let sampling = |slot| batch.slices.iter().any(|slice| slice.slot == slot && slice.sample);
+    let Some(index) = batch.table_updates.iter().position(|&(slot, ..)| sampling(slot)) else { return false };
+    let block = &mut batch.table_updates[index].2;
+    *block = (*block + 1) % workload.config.num_blocks;
+    true
+}
+
+fn missing_table_entry(engine: &mut Engine, step: u32, _: &Workload) -> bool {
+    let batch = engine.batch_mut();
+    let sampling = |slot| batch.slices.iter().any(|slice| slice.slot == slot && slice.sample);
+    // The row of a slot starts as zeros, and entry 0 of block 0 is then right by chance.
+    let wanted = |&(slot, _, block): &(_, u32, u32)| block != 0 && sampling(slot);
+    match batch.table_updates.iter().position(wanted) {
+        Some(index) if step < 8 => {
+            batch.table_updates.remove(index);
+            true
+        }
+        _ => false,
+    }
+}
+
+fn wrong_slot(engine: &mut Engine, _: u32, _: &Workload) -> bool {
+    let batch = engine.batch_mut();
+    let Some(slice) = batch.slices.iter().find(|slice| slice.sample) else { return false };
+    let slot = &mut batch.slot_mapping[slice.tokens.start as usize];
+    *slot ^= 1;
+    true
+}
+
+fn wrong_boundary(engine: &mut Engine, _: u32, _: &Workload) -> bool {
+    let Some(slice) = engine.batch_mut().slices.iter_mut().find(|slice| slice.sample && slice.start > 0) else {
+        return false;
+    };
+    slice.start -= 1;
+    true
+}
+
+fn swapped_rows(engine: &mut Engine, _: u32, _: &Workload) -> bool {
+    let slices = &mut engine.batch_mut().slices;
+    let [first, second, ..] = slices.as_mut_slice() else { return false };
+    std::mem::swap(&mut first.slot, &mut second.slot);
+    true
+}
+
+/// What a hash without its salt, parent or tail would do: a request finds a block that holds something else.
+fn wrong_hash(engine: &mut Engine, step: u32, workload: &Workload) -> bool {
+    let block_size = workload.config.block_size;
+    let later = workload.requests.iter().find(|planned| planned.arrival == step + 1);
+    let Some(later) = later.filter(|later| later.request.prompt.len() as u32 > block_size) else { return false };
+    let cache = engine.cache_mut();
+    let mut table = cache.open(&[], later.request.cache_salt, 0);
+    let known = cache.open(&later.request.prompt, later.request.cache_salt, u32::MAX);
+    let room = cache.grow(&mut table, block_size).is_ok();
+    let plants = room && known.num_blocks() == 0;
+    cache.free(known);
+    if plants {
+        cache.publish(&mut table, &later.request.prompt[..block_size as usize]);
+    }
+    cache.free(table);
+    plants
+}
+
+struct Workload {
+    config: EngineConfig,
+    requests: Vec<PlannedRequest>,
+}
+
+struct PlannedRequest {
+    request: Request,
+    /// Step before which it is handed in.
+    arrival: u32,
+    /// Step at which its client leaves, seen by the engine when it asks.
+    leaves_at: Option<u32>,
+    /// Events after which its client answers `Stop`.
+    max_events: usize,
+}
+
+impl Workload {
+    fn random(seed: u64) -> Workload {
+        let mut random = Random::new(seed);
+        let config = random_config(&mut random);
+        let prefixes: Vec<Vec<TokenId>> = (0..3).map(|_| random_tokens(&mut random, 80)).collect();
+        let requests = (0..random.between(1, 12)).map(|_| {
+            let leaves = random.one_in(6);
+            PlannedRequest {
+                request: random_request(&mut random, &config, &prefixes),
+                arrival: random.between(0, 12),
+                leaves_at: leaves.then(|| random.between(0, 60)),
+                max_events: if random.one_in(8) { random.between(0, 5) as usize } else { usize::MAX },
+            }
+        });
+        let requests = requests.collect();
+        Workload { config, requests }
+    }
+
+    /// Nobody leaves, prompts differ, each samples many tokens, and memory is not so short that a row is recomputed.
+    fn for_bugs(seed: u64) -> Workload {
+        let mut random = Random::new(seed);
+        let block_size = [2, 4, 8][random.below(3) as usize];
+        let config = EngineConfig {
+            max_num_seqs: 4,
+            max_num_batched_tokens: 24,
+            max_model_len: 64,
+            block_size,
+            num_blocks: 6 * 64 / block_size,
+            max_logit_rows: 4,
+            prefix_cache: true,
+            ..EngineConfig::default()
+        };
+        let requests = (0..6).map(|_| {
+            let num_tokens = random.between(10, 40) as usize;
+            let request =
+                Request { prompt: random_tokens(&mut random, num_tokens), max_tokens: 12, ..Request::default() };
+            PlannedRequest { request, arrival: random.between(0, 12), leaves_at: None, max_events: usize::MAX }
+        });
+        let requests = requests.collect();
+        Workload { config, requests }
+    }
+
+    /// Runs it all, with a chance to change each planned step, and returns the first difference to running alone.
+    fn run(&self, change: &mut dyn FnMut(&mut Engine, u32), seen: &mut Seen) -> Option<String> {
+        let mut engine = engine(self.config);
+        let mut clients: Vec<Option<Client>> = self.requests.iter().map(|_| None).collect();
+        for step in 0.. {
+            assert!(step < 20_000, "no end");
+            for (planned, client) in self.requests.iter().zip(&mut clients) {
+                if planned.arrival == step {
+                    let new = Client::new(planned.max_events);
+                    engine.add(planned.request.clone(), Box::new(new.clone()));
+                    *client = Some(new);
+                }
+                if let (Some(client), Some(true)) = (&client, planned.leaves_at.map(|leaves_at| leaves_at <= step)) {
+                    client.left.store(true, Ordering::Relaxed);
+                }
+            }
+            let had_work = !engine.is_idle();
+            let planned = engine.plan();
+            engine.check();
+            assert!(planned || engine.is_idle(), "there is work, and nothing runs");
+            if planned {
+                let num_tokens = engine.batch_mut().num_tokens();
+                assert!(num_tokens <= self.config.max_num_batched_tokens);
+                assert!(engine.batch_mut().num_logit_rows() <= self.config.max_logit_rows);
+                change(&mut engine, step);
+                engine.submit().expect("the simulator is never lost");
+                engine.complete().expect("the simulator is never lost");
+                engine.check();
+            }
+            if !had_work && clients.iter().all(Option::is_some) {
+                break;
+            }
+        }
+        let stats = engine.stats();
+        seen.preemptions += stats.num_preemptions;
+        seen.cached_tokens += stats.cached_tokens;
+        seen.aborts += stats.num_aborted;
+        seen.failures += stats.num_failed;
+        let pairs = self.requests.iter().zip(clients.iter().flatten());
+        pairs.enumerate().find_map(|(index, (planned, client))| {
+            let difference = client.difference(&alone(&planned.request))?;
+            Some(format!("request {index}: {difference}"))
+        })
+    }
+}
+
+fn random_config(random: &mut Random) -> EngineConfig {
+    let max_num_seqs = random.between(1, 8);
+    let block_size = [1, 2, 3, 4, 8, 16, 32][random.below(7) as usize];
+    let max_model_len = random.between(16, 160);
+    let least_blocks = max_model_len.div_ceil(block_size);
+    EngineConfig {
+        max_num_seqs,
+        max_num_batched_tokens: max_num_seqs + random.between(0, 60),
+        max_model_len,
+        block_size,
+        num_blocks: least_blocks + random.below(least_blocks),
+        max_waiting: 64,
+        max_logit_rows: max_num_seqs + random.between(0, 8),
+        prefix_cache: !random.one_in(4),
+    }
+}
+
+fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<TokenId>]) -> Request {
+    let prompt_len = random.between(1, config.max_model_len - 1);
+    let max_tokens = random.between(0, (config.max_model_len - prompt_len).min(30));
+    let shared = &prefixes[random.below(3) as usize][..random.below(81) as usize];
+    let own = random_tokens(random, 160);
+    let mut prompt: Vec<TokenId> = shared.iter().copied().chain(own).take(prompt_len as usize).collect();
+    if random.one_in(24) {
+        let index = random.below(prompt_len) as usize;
+        prompt[index] = TokenId(POISONOUS);
+    }
+    let stop_ids = if random.one_in(3) { (8..8 + random.between(1, 100)).map(TokenId).collect() } else { Vec::new() };
+    Request {
+        id: String::new(),
+        prompt,
+        max_tokens,
+        stop_ids,
+        sampling: SamplingParams {
+            temperature: if random.one_in(4) { 0.8 } else { 0.0 },
+            top_k: random.below(50),
+            seed: u64::from(random.below(4)),
+            ..SamplingParams::default()
+        },
+        logprobs: random.one_in(8).then(|| random.below(4)),
+        prompt_logprobs: (max_tokens == 0 || random.one_in(8)).then(|| random.below(3)),
+        cache_salt: u64::from(random.below(2)),
+    }
+}
+
+/// Never the poisonous one.
+fn random_tokens(random: &mut Random, num_tokens: usize) -> Vec<TokenId> {
+    (0..num_tokens).map(|_| TokenId(8 + random.below(VOCAB_SIZE - 8))).collect()
+}
+
+fn engine(config: EngineConfig) -> Engine {
+    config.check().expect("the workload is valid");
+    let options = SimOptions { poisonous_token: Some(POISONOUS), ..SimOptions::default() };
+    let mut backend = Box::new(SimBackend::new(options));
+    let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+    let model_config = ModelConfig { windows: vec![None, Some(24)], ..ModelConfig::tiny(VOCAB_SIZE, 2) };
+    let limits = config.state_limits();
+    let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2))
+}
+
+/// All events of a request that has an engine for itself, with room to spare and one chunk for its prompt.
+fn alone(request: &Request) -> Vec<Event> {
+    let config = EngineConfig {
+        max_num_seqs: 1,
+        max_num_batched_tokens: 256,
+        max_model_len: 256,
+        block_size: 16,
+        num_blocks: 16,
+        max_waiting: 1,
+        max_logit_rows: 256,
+        prefix_cache: false,
+    };
+    let mut engine = engine(config);
+    let client = Client::new(usize::MAX);
+    engine.add(request.clone(), Box::new(client.clone()));
+    while engine.step().expect("the simulator is never lost") {}
+    client.events()
+}
+
+/// A client that notes what it is told and may leave.
+#[derive(Clone)]
+struct Client {
+    events: Arc<Mutex<Vec<Event>>>,
+    left: Arc<AtomicBool>,
+    max_events: usize,
+}
+
+impl Client {
+    fn new(max_events: usize) -> Client {
+        Client { events: Arc::default(), left: Arc::default(), max_events }
+    }
+
+    fn events(&self) -> Vec<Event> {
+        self.events.lock().expect("no client panics").clone()
+    }
+
+    /// What differs from `expected`; a client that left early has a beginning of it.
+    fn difference(&self, expected: &[Event]) -> Option<String> {
+        let events = self.events();
+        let left = self.left.load(Ordering::Relaxed) || events.len() > self.max_events;
+        if events.len() < expected.len() && !left {
+            return Some(format!("{} events of {}", events.len(), expected.len()));
+        }
+        let pairs = events.iter().zip(expected);
+        let differs = |(event, expected): &(&Event, &Event)| without_cached(event) != without_cached(expected);
+        let (event, expected) = pairs.into_iter().find(differs)?;
+        Some(format!("{event:.200?}, and alone {expected:.200?}"))
+    }
+}
+
+/// How much a cache helped is the one thing that company may change.
+fn without_cached(event: &Event) -> Event {
+    let mut event = event.clone();
+    if let Event::Finished { usage, .. } = &mut event {
+        usage.cached_tokens = 0;
+    }
+    event
+}
+
+impl Sink for Client {
+    fn event(&mut self, event: Event) -> Flow {
+        let mut events = self.events.lock().expect("no client panics");
+        let ended = matches!(events.last(), Some(Event::Finished { .. }));
+        assert!(!ended, "an event after the last");
+        assert!(events.len() <= self.max_events, "an event after Stop");
+        events.push(event);
+        if events.len() <= self.max_events { Flow::Continue } else { Flow::Stop }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.left.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn a_poisoned_request_fails_alone_and_says_so() {
+    let request = Request { prompt: vec![TokenId(8), TokenId(POISONOUS)], max_tokens: 4, ..Request::default() };
+    let events = alone(&request);
+    let [Event::Finished { reason: FinishReason::Error(sentence), .. }] = events.as_slice() else {
+        panic!("{events:?}")
+    };
+    assert!(sentence.contains("not finite"), "{sentence}");
+}

@@ -116,6 +116,11 @@ impl Engine {
         &mut self.batch
     }
 
+    /// The memory manager, for a test that plants a bug there.
+    pub fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+
     /// Queues a request. That it fits is the caller's to have checked with [`EngineConfig::fits`].
     pub fn add(&mut self, request: Request, sink: Box<dyn Sink>) -> SequenceId {
         let id = SequenceId(self.next_id);
@@ -256,23 +261,21 @@ impl Engine {
                 choices.push(Choice::None);
                 continue;
             };
-            if slice.logits == Logits::All {
-                client.take_prompt_rows(slice.start, rows, vocab);
-            }
-            let choice = match (slice.sample, rows) {
+            let mut choice = match (slice.sample, rows) {
                 (false, _) => Choice::None,
                 (true, []) => greedy(sampled[slice.slot.0 as usize]),
                 (true, rows) => {
                     let last = &rows[rows.len() - vocab..];
                     let position = slice.start + slice.num_tokens();
-                    match sampler::sample(last, &client.request.sampling, position) {
-                        Some(token) => Choice::Token(token),
-                        None => Choice::Failed(BROKEN_ROW.to_owned()),
-                    }
+                    sampler::sample(last, &client.request.sampling, position).map_or_else(broken_row, Choice::Token)
                 }
             };
+            if slice.logits == Logits::All && client.take_prompt_rows(slice.start, rows, vocab).is_none() {
+                choice = broken_row();
+            }
             if let (Choice::Token(token), Some(num_top)) = (&choice, client.request.logprobs) {
-                logprobs.push((slice.sequence, sampler::logprobs(&rows[rows.len() - vocab..], *token, num_top)));
+                let chosen = sampler::logprobs(&rows[rows.len() - vocab..], *token, num_top);
+                logprobs.extend(chosen.map(|chosen| (slice.sequence, chosen)));
             }
             choices.push(choice);
         }
@@ -282,7 +285,8 @@ impl Engine {
     fn tell(&mut self, outcome: Outcome, logprobs: Option<TokenLogprobs>) {
         let Some(client) = self.clients.get_mut(&outcome.sequence) else { return };
         let mut flow = Flow::Continue;
-        let prompt_done = outcome.token.is_some() || outcome.finished.is_some();
+        let failed = matches!(outcome.finished, Some((FinishReason::Error(_), _)));
+        let prompt_done = !failed && (outcome.token.is_some() || outcome.finished.is_some());
         if prompt_done && !client.prompt_logprobs.is_empty() {
             flow = client.sink.event(Event::Prompt(std::mem::take(&mut client.prompt_logprobs)));
         }
@@ -292,8 +296,9 @@ impl Engine {
             flow = client.sink.event(Event::Token { id, logprobs });
         }
         match (outcome.finished, flow) {
-            (Some((reason, usage)), _) => self.finish(outcome.sequence, reason, usage),
-            (None, Flow::Stop) => self.abort(outcome.sequence),
+            // A client that has left is told nothing more.
+            (_, Flow::Stop) => self.abort(outcome.sequence),
+            (Some((reason, usage)), Flow::Continue) => self.finish(outcome.sequence, reason, usage),
             (None, Flow::Continue) => {}
         }
     }
@@ -320,24 +325,29 @@ impl Engine {
 }
 
 impl Client {
-    /// Rows of logits of the prompt from position `start` on; row p tells of token p + 1.
-    fn take_prompt_rows(&mut self, start: u32, rows: &[f32], vocab: usize) {
-        let Some(num_top) = self.request.prompt_logprobs else { return };
+    /// Rows of logits of the prompt from position `start` on; row p tells of token p + 1. `None` if one is not finite.
+    fn take_prompt_rows(&mut self, start: u32, rows: &[f32], vocab: usize) -> Option<()> {
+        let Some(num_top) = self.request.prompt_logprobs else { return Some(()) };
         // A recomputed prefix brings its rows again.
         self.prompt_logprobs.truncate(start as usize);
         let next_tokens = self.request.prompt.iter().skip(start as usize + 1);
         let entries = rows.chunks_exact(vocab).zip(next_tokens);
-        self.prompt_logprobs.extend(entries.map(|(row, &token)| sampler::logprobs(row, token, num_top)));
+        for (row, &token) in entries {
+            self.prompt_logprobs.push(sampler::logprobs(row, token, num_top)?);
+        }
+        Some(())
     }
 }
 
-const BROKEN_ROW: &str = "the model's output was not finite (NaN or infinity); this request was ended";
-
 fn greedy(id: u32) -> Choice {
     match id {
-        NON_FINITE => Choice::Failed(BROKEN_ROW.to_owned()),
+        NON_FINITE => broken_row(),
         id => Choice::Token(TokenId(id)),
     }
+}
+
+fn broken_row() -> Choice {
+    Choice::Failed("the model's output was not finite (NaN or infinity); this request was ended".to_owned())
 }
 
 /// Each slice with its first row of the step's logits.

@@ -47,8 +47,10 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: u32) -> Option<
     candidates.last().map(|&(id, _)| TokenId(id))
 }
 
-/// The log-probability and rank of `token`, and the `num_top` most likely tokens, lowest id first among equals.
-pub fn logprobs(logits: &[f32], token: TokenId, num_top: u32) -> TokenLogprobs {
+/// The log-probability and rank of `token`, and the `num_top` most likely tokens, lowest id first among equals; `None`
+/// for a row with a NaN or an infinity.
+pub fn logprobs(logits: &[f32], token: TokenId, num_top: u32) -> Option<TokenLogprobs> {
+    arg_max(logits)?;
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
     let log_sum = f64::from(max) + sum.ln();
@@ -62,12 +64,12 @@ pub fn logprobs(logits: &[f32], token: TokenId, num_top: u32) -> TokenLogprobs {
     }
     order.truncate(num_top);
     order.sort_unstable_by(likelier);
-    TokenLogprobs {
+    Some(TokenLogprobs {
         id: token,
         logprob: logprob(chosen),
         rank: 1 + logits.iter().filter(|&&logit| logit > chosen).count() as u32,
         top: order.into_iter().map(|id| (TokenId(id), logprob(logits[id as usize]))).collect(),
-    }
+    })
 }
 
 /// The largest, lowest id first; `None` if any logit is not finite.
@@ -161,11 +163,12 @@ mod tests {
 
     #[test]
     fn logprobs_sum_to_one_and_rank() {
-        let all = logprobs(&LOGITS, TokenId(2), 5);
+        let all = logprobs(&LOGITS, TokenId(2), 5).expect("finite");
         assert_eq!(all.rank, 2);
         let sum: f32 = all.top.iter().map(|(_, logprob)| logprob.exp()).sum();
         assert!((sum - 1.0).abs() < 1e-6);
         assert_eq!(all.top.iter().map(|(id, _)| id.0).collect::<Vec<_>>(), [1, 2, 0, 4, 3]);
-        assert_eq!(logprobs(&LOGITS, TokenId(2), 0).top, []);
+        assert_eq!(logprobs(&LOGITS, TokenId(2), 0).expect("finite").top, []);
+        assert_eq!(logprobs(&[0.0, f32::NAN], TokenId(0), 1), None);
     }
 }

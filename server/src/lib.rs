@@ -1,1 +1,14 @@
-//! Placeholder while the workspace is laid out.
+//! The server: HTTP, JSON, server-sent events, a chat page and the command line around one engine.
+//!
+//! Invariant: the only crate with an async runtime. Text is made and read here, never on the engine thread; the engine
+//! sees token ids, and what it says comes back through a bounded channel that never blocks it. It knows no kernels.
+
+pub mod api;
+pub mod args;
+pub mod bench;
+pub mod devices;
+pub mod fetch;
+pub mod http;
+pub mod run;
+pub mod serve;
+pub mod start;

@@ -1,2 +1,35 @@
-//! The command line.
-fn main() {}
+//! The command line: reads arguments, calls the library, and turns an error into one sentence and an exit status.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::Parser;
+use fullbore::args::{Args, BenchCommand, Command};
+use fullbore::{bench, devices, fetch, run, serve};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let quiet = matches!(args.command, Command::Run(_) | Command::Bench { .. });
+    let level = if quiet { "warn" } else { "info,wgpu=warn,naga=warn" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match command(args.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fullbore: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(command: Command) -> Result<(), Box<dyn Error>> {
+    match command {
+        Command::Serve(args) => serve::serve(&args)?,
+        Command::Run(args) => run::run(&args)?,
+        Command::Devices => print!("{}", devices::table(&devices::all()?)),
+        Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
+        Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,
+    }
+    Ok(())
+}

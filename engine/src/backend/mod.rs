@@ -18,6 +18,7 @@
 
 use std::io;
 
+use crate::format::FormatError;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat};
 
@@ -39,6 +40,9 @@ pub trait Backend: Send {
 
     /// Pulls the rows of a weight out of `source`, in order and each once, and packs them.
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError>;
+
+    /// Bytes that `load_weight` would take, once packed.
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64;
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError>;
 
@@ -94,4 +98,8 @@ pub enum LoadError {
     Device(#[from] DeviceError),
     #[error("cannot read weight {name}: {source}")]
     Read { name: String, source: io::Error },
+    #[error("weight {name} {problem}")]
+    Shape { name: String, problem: String },
+    #[error(transparent)]
+    Format(#[from] FormatError),
 }

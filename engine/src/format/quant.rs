@@ -47,7 +47,7 @@ impl Block {
     }
 }
 
-/// Decodes one block of `format.block_bytes()` bytes. An element of a float format is a block of one: its scale, times 1.
+/// Decodes one block of `format.block_bytes()` bytes. A block of a float format is one element: its scale times 1.
 pub fn decode_block(format: WeightFormat, bytes: &[u8]) -> Block {
     let mut block = Block::empty();
     decode_into(format, bytes, &mut block);
@@ -75,9 +75,10 @@ pub fn dequantize_row(format: WeightFormat, bytes: &[u8], out: &mut [f32]) {
 }
 
 fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
-    let (elements, _) = bytes.as_chunks::<N>();
-    for (out, element) in out.iter_mut().zip(elements) {
-        *out = value(*element);
+    let mut element = [0; N];
+    for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(N)) {
+        element.copy_from_slice(bytes);
+        *out = value(element);
     }
 }
 

@@ -117,7 +117,8 @@ struct Index {
 fn add_shards(table: &mut TensorTable, dir: &Path) -> Result<()> {
     let path = dir.join(INDEX_FILE);
     let json = read_capped(&path, MAX_JSON_BYTES)?;
-    let index: Index = serde_json::from_slice(&json).map_err(|error| FormatError::malformed(&path, error.to_string()))?;
+    let index: Index =
+        serde_json::from_slice(&json).map_err(|error| FormatError::malformed(&path, error.to_string()))?;
     let shards: BTreeSet<&str> = index.weight_map.0.values().map(String::as_str).collect();
     for shard in shards {
         if !is_plain_file_name(shard) {
@@ -178,7 +179,8 @@ fn read_header(path: &Path, file: &mut File, file_bytes: u64) -> Result<Vec<u8>>
     file.read_exact(&mut length).map_err(FormatError::io(path))?;
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER_BYTES || length > file_bytes - LENGTH_BYTES {
-        let what = format!("the header claims {length} bytes; the file has {file_bytes}, the limit is {MAX_HEADER_BYTES}");
+        let what =
+            format!("the header claims {length} bytes; the file has {file_bytes}, the limit is {MAX_HEADER_BYTES}");
         return Err(FormatError::malformed(path, what));
     }
     let mut header = vec![0; length as usize];

@@ -1,10 +1,9 @@
 //! Bytes a block, and how many blocks a budget buys.
 //!
-//! Invariant: what a table promises is what `Model::load` allocates; a test holds the two against each other.
+//! Invariant: plain numbers in, plain numbers out. A model says what it takes with a [`MemoryTable`]; this file knows
+//! none.
 
 use std::fmt;
-
-use crate::model::{ModelConfig, StateLimits};
 
 /// Where a device's memory goes (the start-up table), in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,12 +37,12 @@ pub struct BudgetTooSmall {
 
 /// Whole blocks that `budget_bytes` of KV memory hold, refused where one sequence of `max_model_len` would not fit.
 pub fn num_blocks(
-    config: &ModelConfig,
+    kv_bytes_per_token: u64,
     budget_bytes: u64,
     block_size: u32,
     max_model_len: u32,
 ) -> Result<u32, BudgetTooSmall> {
-    let block_bytes = config.kv_bytes_per_token() * u64::from(block_size);
+    let block_bytes = kv_bytes_per_token * u64::from(block_size);
     let num_blocks = u32::try_from(budget_bytes / block_bytes).unwrap_or(u32::MAX).min(u32::MAX / block_size);
     let needed = max_model_len.div_ceil(block_size);
     match num_blocks >= needed {
@@ -59,30 +58,6 @@ pub fn num_blocks(
 }
 
 impl MemoryTable {
-    /// `weight_bytes` is what the backend says its packed weights take.
-    pub fn new(config: &ModelConfig, limits: &StateLimits, weight_bytes: u64) -> MemoryTable {
-        let words = |rows: u32, cols: u32| u64::from(rows) * u64::from(cols) * 4;
-        let q_dim = config.num_heads * config.head_dim;
-        let kv_dim = config.num_kv_heads * config.head_dim;
-        let token =
-            3 * words(1, config.dim) + 3 * words(1, q_dim) + 3 * words(1, kv_dim) + 3 * words(1, config.ffn_dim);
-        let logit_row = 2 * words(1, config.dim) + words(1, config.vocab_size);
-        let scratch = u64::from(limits.max_num_batched_tokens) * token + u64::from(limits.max_logit_rows) * logit_row;
-        let ropes = std::iter::once(&config.rope).chain(&config.local_rope);
-        let tables = ropes.map(|rope| words(limits.max_model_len, rope.rotary_dim)).sum::<u64>()
-            + words(limits.max_num_seqs, limits.max_blocks_per_seq() + 1)
-            + u64::from(limits.max_upload_words()) * 4;
-        MemoryTable {
-            weights: weight_bytes,
-            kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(),
-            scratch,
-            tables,
-            num_blocks: limits.num_blocks,
-            block_size: limits.block_size,
-            kv_bytes_per_token: config.kv_bytes_per_token(),
-        }
-    }
-
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.scratch + self.tables
     }

@@ -2,6 +2,7 @@
 //!
 //! Invariant: a `ModelConfig` that exists can be run; whatever we do not run is refused by name while reading.
 
+use crate::format::FormatError;
 use crate::op::{Activation, RopeStyle};
 
 /// The architecture families; they differ by data below, not by code.
@@ -66,7 +67,77 @@ pub enum RopeScaling {
     Divisors(Vec<f32>),
 }
 
+/// Why a model cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelConfigError {
+    #[error("this model has {what}, which Fullbore does not run yet")]
+    Unsupported { what: String },
+    #[error("the model file does not say {key}")]
+    Missing { key: String },
+    #[error("the model file's {key} {problem}")]
+    Bad { key: String, problem: String },
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+impl ModelConfigError {
+    pub(super) fn unsupported(what: impl Into<String>) -> ModelConfigError {
+        ModelConfigError::Unsupported { what: what.into() }
+    }
+
+    /// An architecture outside the families, named with the reason where we know it.
+    pub(super) fn architecture(name: &str) -> ModelConfigError {
+        let lower = name.to_lowercase();
+        let reason = if lower.contains("moe") || lower.contains("mixtral") {
+            ", a mixture of experts (MoE)"
+        } else if lower.contains("conditionalgeneration") || lower.contains("vl") {
+            ", a model of images and text (vision)"
+        } else {
+            ""
+        };
+        Self::unsupported(format!("the architecture {name}{reason} (llama, mistral, qwen2, qwen3 and gemma3 run)"))
+    }
+}
+
+pub(super) const MAX_LAYERS: u32 = 1024;
+const MAX_WIDTH: u32 = 1 << 20;
+
 impl ModelConfig {
+    /// Holds every number against what the ops can take; their products then fit.
+    pub(super) fn check(&self) -> Result<(), ModelConfigError> {
+        let bad = |key: &str, problem: String| Err(ModelConfigError::Bad { key: key.to_owned(), problem });
+        let ranges = [
+            ("number of layers", self.num_layers, 1, MAX_LAYERS),
+            ("width", self.dim, 1, MAX_WIDTH),
+            ("number of heads", self.num_heads, 1, 1024),
+            ("number of KV heads", self.num_kv_heads, 1, self.num_heads),
+            ("head size", self.head_dim, 4, 1024),
+            ("feed-forward width", self.ffn_dim, 1, MAX_WIDTH),
+            ("vocabulary size", self.vocab_size, 1, 1 << 24),
+            ("context length", self.max_positions, 1, 1 << 28),
+            ("rotated width", self.rope.rotary_dim, 2, self.head_dim),
+        ];
+        for (key, value, least, most) in ranges {
+            if value < least || value > most {
+                return bad(key, format!("is {value}; from {least} to {most} can be run"));
+            }
+        }
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            return bad("number of KV heads", format!("is {} for {} heads", self.num_kv_heads, self.num_heads));
+        }
+        // Two f16 share a word of the cache.
+        if !self.head_dim.is_multiple_of(2) || !self.rope.rotary_dim.is_multiple_of(2) {
+            return bad("head size", "is odd".to_owned());
+        }
+        let positive = |value: f64| value.is_finite() && value > 0.0;
+        let bases = std::iter::once(&self.rope).chain(&self.local_rope).map(|rope| rope.base);
+        let scales = [f64::from(self.embed_scale), f64::from(self.attention_scale), f64::from(self.norm_eps)];
+        match bases.chain(scales).all(positive) {
+            true => Ok(()),
+            false => bad("norm epsilon, rope base or scale", "is not a positive number".to_owned()),
+        }
+    }
+
     /// Bytes of K and V of one token over all layers, in f16.
     pub fn kv_bytes_per_token(&self) -> u64 {
         u64::from(self.num_layers) * u64::from(self.num_kv_heads) * u64::from(self.head_dim) * 2 * 2

@@ -169,6 +169,15 @@ impl Scratch {
         })
     }
 
+    /// Bytes that `alloc` takes.
+    pub fn size_bytes(config: &ModelConfig, limits: &StateLimits) -> u64 {
+        let q_dim = config.num_heads * config.head_dim;
+        let kv_dim = config.num_kv_heads * config.head_dim;
+        let per_token = u64::from(3 * config.dim + 3 * q_dim + 3 * kv_dim) + 3 * u64::from(config.ffn_dim);
+        let per_logit_row = u64::from(2 * config.dim) + u64::from(config.vocab_size);
+        4 * (u64::from(limits.max_num_batched_tokens) * per_token + u64::from(limits.max_logit_rows) * per_logit_row)
+    }
+
     /// The first `rows` tokens of everything that has a row a token.
     fn first_rows(&self, rows: u32) -> Scratch {
         Scratch {

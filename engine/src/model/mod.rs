@@ -7,13 +7,17 @@ use crate::batch::PackedBatch;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, KvTensor, Tensor};
 
+mod checkpoint;
 pub mod config;
+mod config_gguf;
+mod config_json;
 mod llama;
 pub mod weights;
 
-pub use config::ModelConfig;
+pub use checkpoint::Checkpoint;
+pub use config::{ModelConfig, ModelConfigError};
 use llama::Scratch;
-pub use weights::{Checkpoint, Weights};
+pub use weights::Weights;
 
 /// What bounds the state of a model on a device; all of it is allocated at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,16 @@ impl StateLimits {
         let table_updates = 2 * (new_blocks + self.max_num_seqs * self.max_blocks_per_seq());
         ids_positions_slots + items + table_updates + 2 * self.max_logit_rows
     }
+}
+
+/// Bytes of a model's state on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    pub kv: u64,
+    /// Activations of a step.
+    pub scratch: u64,
+    /// Block table, rope tables, upload, sampled ids.
+    pub tables: u64,
 }
 
 pub struct Model {
@@ -119,6 +133,19 @@ impl Model {
             sampled,
             upload_buffer,
         })
+    }
+
+    /// Bytes that `load` would allocate beside the weights.
+    pub fn footprint(config: &ModelConfig, limits: &StateLimits) -> Footprint {
+        let words = |rows: u32, cols: u32| u64::from(rows) * u64::from(cols) * 4;
+        let ropes = std::iter::once(&config.rope).chain(&config.local_rope);
+        let rope_tables: u64 = ropes.map(|rope| words(limits.max_model_len, rope.rotary_dim)).sum();
+        let slots = words(limits.max_num_seqs, limits.max_blocks_per_seq() + 1);
+        Footprint {
+            kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(),
+            scratch: Scratch::size_bytes(config, limits),
+            tables: rope_tables + slots + words(1, limits.max_upload_words()),
+        }
     }
 
     /// An empty recording whose upload goes to this model's step buffer.

@@ -3,17 +3,9 @@
 //! Invariant: bytes go from the file to the backend a few rows at a time; no tensor is held whole on the host. Tensor
 //! names here are GGUF's; a checkpoint with other names translates.
 
-use std::io;
-
-use crate::backend::{Backend, LoadError, RowSource, WeightSpec};
-use crate::model::ModelConfig;
-use crate::tensor::{Tensor, Weight, WeightFormat};
-
-/// Where weights come from.
-pub enum Checkpoint {
-    /// Seeded values of a given format, for the simulator, tests and benches.
-    Random { seed: u64, format: WeightFormat },
-}
+use crate::backend::{Backend, LoadError, WeightSpec};
+use crate::model::{Checkpoint, ModelConfig};
+use crate::tensor::{Tensor, Weight};
 
 /// A model's weights on a device, in the order of use.
 pub struct Weights {
@@ -57,6 +49,12 @@ pub struct Layer {
 }
 
 impl Weights {
+    /// Bytes that the weights would take on `backend`, without loading them.
+    pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
+        let matrices = checkpoint.matrices(config);
+        matrices.iter().map(|spec| backend.weight_bytes(spec)).sum()
+    }
+
     pub fn load(
         config: &ModelConfig,
         checkpoint: &mut Checkpoint,
@@ -125,48 +123,5 @@ impl Loader<'_> {
         let buffer = self.backend.alloc(name, u64::from(cols) * 4)?;
         self.backend.write(buffer, 0, bytemuck::cast_slice(&values))?;
         Ok(Tensor::f32(buffer, 1, cols))
-    }
-}
-
-impl Checkpoint {
-    /// Whether there is a tensor of this GGUF name.
-    fn contains(&self, name: &str) -> bool {
-        match self {
-            Checkpoint::Random { .. } => {
-                !name.ends_with(".bias")
-                    && OPTIONAL_NORMS.iter().all(|norm| !name.ends_with(norm))
-                    && name != "output.weight"
-            }
-        }
-    }
-
-    /// A matrix of `rows` x `cols`: how it is stored, and its rows.
-    fn open(&mut self, name: &str, rows: u32, cols: u32) -> Result<(WeightFormat, Box<dyn RowSource + '_>), LoadError> {
-        let _ = (name, rows, cols);
-        match self {
-            Checkpoint::Random { seed, format } => Ok((*format, Box::new(RandomRows { state: *seed }))),
-        }
-    }
-
-    /// A vector of `cols` values.
-    fn read_vector(&mut self, name: &str, cols: u32) -> Result<Vec<f32>, LoadError> {
-        let _ = name;
-        match self {
-            Checkpoint::Random { .. } => Ok(vec![1.0; cols as usize]),
-        }
-    }
-}
-
-const OPTIONAL_NORMS: [&str; 4] =
-    ["attn_q_norm.weight", "attn_k_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight"];
-
-struct RandomRows {
-    state: u64,
-}
-
-impl RowSource for RandomRows {
-    fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()> {
-        out.fill((self.state & 0x3f) as u8);
-        Ok(())
     }
 }

@@ -1,1 +1,210 @@
-//! Being laid out.
+//! The cpu backend: the twin that every kernel is held against, and the device of a machine without a GPU.
+//!
+//! One file an op; each holds the plain twin, which is the reference. Only the matmul has a fast variant, in `avx2.rs`,
+//! equal to its twin bit for bit. Invariant: a number depends on its own row alone, never on how many rows, threads or
+//! chunks there are.
+
+use std::collections::VecDeque;
+
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::op::Op;
+use crate::recording::Recording;
+use crate::tensor::{BufferId, Tensor, Weight, WeightId};
+
+mod add;
+mod arg_max;
+mod attention;
+mod avx2;
+mod embed;
+mod gated_act;
+mod gather_rows;
+mod mat_mul;
+mod packed;
+mod rms_norm;
+mod rope;
+mod store_kv;
+mod update_table;
+
+use avx2::Avx2;
+use packed::PackedWeight;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// 0 for one a core.
+    pub num_threads: usize,
+    /// Whether to run the plain twin of everything, for tests.
+    pub plain: bool,
+}
+
+pub struct CpuBackend {
+    info: DeviceInfo,
+    pool: ThreadPool,
+    avx2: Option<Avx2>,
+    memory: Memory,
+    num_submitted: u64,
+    in_flight: VecDeque<(u64, Vec<u8>)>,
+}
+
+/// What ops work on.
+#[derive(Default)]
+struct Memory {
+    /// Buffers as words.
+    buffers: Vec<Vec<u32>>,
+    weights: Vec<PackedWeight>,
+    mat_mul: mat_mul::Scratch,
+}
+
+impl CpuBackend {
+    pub fn new(options: CpuOptions) -> Result<CpuBackend, DeviceError> {
+        let name = |index| format!("cpu {index}");
+        let builder = ThreadPoolBuilder::new().num_threads(options.num_threads).thread_name(name);
+        let lost = |error: rayon::ThreadPoolBuildError| DeviceError::Lost {
+            device: "cpu".to_owned(),
+            reason: format!("its threads cannot be started: {error}"),
+        };
+        let pool = builder.build().map_err(lost)?;
+        let avx2 = if options.plain { None } else { Avx2::detect() };
+        let num_threads = pool.current_num_threads();
+        let info = DeviceInfo {
+            id: "cpu".to_owned(),
+            name: format!("{}, {num_threads} threads", cpu_name()),
+            driver: format!("fullbore {}", env!("CARGO_PKG_VERSION")),
+            tier: if avx2.is_some() { "avx2" } else { "plain" }.to_owned(),
+            memory_bytes: memory_bytes(),
+            max_buffer_bytes: u64::MAX,
+        };
+        Ok(CpuBackend { info, pool, avx2, memory: Memory::default(), num_submitted: 0, in_flight: VecDeque::new() })
+    }
+}
+
+impl Memory {
+    fn u32(&self, tensor: Tensor) -> &[u32] {
+        &self.buffers[tensor.buffer.0 as usize][range(tensor)]
+    }
+
+    fn f32(&self, tensor: Tensor) -> &[f32] {
+        bytemuck::cast_slice(self.u32(tensor))
+    }
+
+    /// Lets `work` write one tensor while it reads any that lies in another buffer.
+    fn write_f32(&mut self, out: Tensor, work: impl FnOnce(&Memory, &mut [f32])) {
+        let mut words = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
+        work(self, bytemuck::cast_slice_mut(&mut words[range(out)]));
+        self.buffers[out.buffer.0 as usize] = words;
+    }
+
+    fn write_u32(&mut self, out: Tensor, work: impl FnOnce(&Memory, &mut [u32])) {
+        let mut words = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
+        work(self, &mut words[range(out)]);
+        self.buffers[out.buffer.0 as usize] = words;
+    }
+
+    fn run(&mut self, op: &Op, avx2: Option<Avx2>) {
+        match *op {
+            Op::UpdateTable(op) => update_table::run(op, self),
+            Op::Embed(op) => embed::run(op, self),
+            Op::RmsNorm(op) => rms_norm::run(op, self),
+            Op::MatMul(op) => mat_mul::run(op, self, avx2),
+            Op::Rope(op) => rope::run(op, self),
+            Op::StoreKv(op) => store_kv::run(op, self),
+            Op::Attention(op) => attention::run(op, self),
+            Op::GatedAct(op) => gated_act::run(op, self),
+            Op::Add(op) => add::run(op, self),
+            Op::GatherRows(op) => gather_rows::run(op, self),
+            Op::ArgMax(op) => arg_max::run(op, self),
+        }
+    }
+}
+
+fn range(tensor: Tensor) -> std::ops::Range<usize> {
+    let start = tensor.offset as usize;
+    start..start + tensor.num_elements() as usize
+}
+
+/// Calls `work` with each row of `out`, on all threads where there is enough to do.
+fn for_rows(out: &mut [f32], cols: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    const WORTH_A_HAND_OVER: usize = 1 << 14;
+    match out.len() < WORTH_A_HAND_OVER {
+        true => out.chunks_exact_mut(cols).enumerate().for_each(|(row, out)| work(row, out)),
+        false => out.par_chunks_exact_mut(cols).enumerate().for_each(|(row, out)| work(row, out)),
+    }
+}
+
+impl Backend for CpuBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        let out_of_memory = || DeviceError::OutOfMemory {
+            device: self.info.id.clone(),
+            what: label.to_owned(),
+            needed_bytes: size_bytes,
+        };
+        let num_words = usize::try_from(size_bytes.div_ceil(4)).map_err(|_| out_of_memory())?;
+        if self.info.memory_bytes.is_some_and(|memory_bytes| size_bytes > memory_bytes) {
+            return Err(out_of_memory());
+        }
+        // Zeroed pages come from the system when they are first touched.
+        self.memory.buffers.push(vec![0; num_words]);
+        Ok(BufferId(self.memory.buffers.len() as u32 - 1))
+    }
+
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.memory.buffers[buffer.0 as usize]);
+        bytes[offset_bytes as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        let packed = PackedWeight::load(spec, source, &self.pool)?;
+        self.memory.weights.push(packed);
+        let id = WeightId(self.memory.weights.len() as u32 - 1);
+        Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        PackedWeight::size_bytes(spec)
+    }
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
+        let memory = &mut self.memory;
+        memory.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
+        let avx2 = self.avx2;
+        // The whole pass runs on a thread of the pool, so that an op costs no hand-over from outside.
+        self.pool.install(|| recording.ops.iter().for_each(|op| memory.run(op, avx2)));
+        let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
+        for &tensor in &recording.downloads {
+            downloads.extend_from_slice(bytemuck::cast_slice(self.memory.u32(tensor)));
+        }
+        self.num_submitted += 1;
+        self.in_flight.push_back((self.num_submitted, downloads));
+        Ok(Ticket(self.num_submitted))
+    }
+
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+        let (oldest, downloads) = self.in_flight.pop_front().expect("a recording is in flight");
+        assert_eq!(oldest, ticket.0, "tickets are waited for in order");
+        out.extend_from_slice(&downloads);
+        Ok(())
+    }
+}
+
+/// What Linux calls the processor; the architecture elsewhere.
+fn cpu_name() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// All of the machine's memory, on Linux.
+fn memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,1 +1,206 @@
-//! Being laid out.
+//! The backend for GPUs: a recording becomes one upload, one compute pass and one submit.
+//!
+//! Invariant: a step creates no buffer, and nothing of a pipeline's making (bind groups are made once for each kernel and
+//! set of buffers). Weights stay packed. For one (N, K, format) every matmul variant adds in the same order.
+
+use std::collections::{HashMap, VecDeque};
+
+use fullbore_shaders::{TILE, Tier};
+use wgpu::{BindGroup, BufferUsages, PollType};
+
+use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::recording::Recording;
+use crate::tensor::{BufferId, Weight, WeightId};
+
+mod buffers;
+mod device;
+mod encode;
+pub mod packing;
+pub mod pipelines;
+
+use buffers::{Buffers, Readback};
+use device::Device;
+pub use device::{OpenError, WgpuOptions, devices};
+use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
+use packing::Layout;
+use pipelines::{Kernel, Pipelines, uniform_layout};
+
+/// Dispatches of a recording at most, on tiers whose parameters lie in a buffer.
+const MAX_DISPATCHES: u64 = 8192;
+/// Workgroups along one dimension at most (WebGPU's guarantee).
+const MAX_WORKGROUPS: u32 = 65_535;
+
+pub struct WgpuBackend {
+    device: Device,
+    buffers: Buffers,
+    /// By weight id.
+    weights: Vec<Vec<Shard>>,
+    pipelines: Pipelines,
+    bind_groups: HashMap<(Kernel, [BufferId; MAX_BUFFERS]), BindGroup>,
+    /// Where parameters lie on tiers without immediates.
+    uniforms: Option<Uniforms>,
+    /// One for each recording in flight.
+    readbacks: [Readback; MAX_IN_FLIGHT],
+    in_flight: VecDeque<wgpu::SubmissionIndex>,
+    num_submitted: u64,
+    /// Refilled each step.
+    dispatches: Vec<Dispatch>,
+}
+
+/// The parameters of a recording's dispatches, `stride` bytes apart.
+struct Uniforms {
+    buffer: wgpu::Buffer,
+    group: BindGroup,
+    stride: usize,
+    /// Refilled each step.
+    bytes: Vec<u8>,
+}
+
+impl WgpuBackend {
+    pub fn open(options: &WgpuOptions) -> Result<WgpuBackend, OpenError> {
+        let device = Device::open(options)?;
+        let layout = (device.tier == Tier::Base).then(|| uniform_layout(&device.device));
+        let uniforms = layout.as_ref().map(|layout| Uniforms::new(&device, layout)).transpose();
+        let refused =
+            |error: DeviceError| OpenError::Refused { device: device.info.id.clone(), reason: error.to_string() };
+        Ok(WgpuBackend {
+            uniforms: uniforms.map_err(refused)?,
+            buffers: Buffers::new(&device),
+            weights: Vec::new(),
+            pipelines: Pipelines::new(&device, layout),
+            bind_groups: HashMap::new(),
+            readbacks: std::array::from_fn(|_| Readback::new()),
+            in_flight: VecDeque::new(),
+            num_submitted: 0,
+            dispatches: Vec::new(),
+            device,
+        })
+    }
+
+    /// Makes what the dispatches need and does not exist yet.
+    fn prepare(&mut self) {
+        for dispatch in &self.dispatches {
+            let key = (dispatch.kernel, dispatch.buffers);
+            if self.bind_groups.contains_key(&key) {
+                continue;
+            }
+            let pipeline = self.pipelines.get(dispatch.kernel);
+            let entries: Vec<_> = (0..pipeline.num_buffers)
+                .map(|binding| wgpu::BindGroupEntry {
+                    binding: binding as u32,
+                    resource: self.buffers.get(dispatch.buffers[binding]).as_entire_binding(),
+                })
+                .collect();
+            let group = self.device.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &pipeline.storage,
+                entries: &entries,
+            });
+            self.bind_groups.insert(key, group);
+        }
+    }
+
+    fn record_pass(&mut self, encoder: &mut wgpu::CommandEncoder) {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        for (index, dispatch) in self.dispatches.iter().enumerate() {
+            pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
+            pass.set_bind_group(0, &self.bind_groups[&(dispatch.kernel, dispatch.buffers)], &[]);
+            match &self.uniforms {
+                Some(uniforms) => pass.set_bind_group(1, &uniforms.group, &[(index * uniforms.stride) as u32]),
+                None => pass.set_immediates(0, bytemuck::cast_slice(&dispatch.params[..dispatch.num_params])),
+            }
+            let x = dispatch.workgroups.min(MAX_WORKGROUPS);
+            pass.dispatch_workgroups(x, dispatch.workgroups.div_ceil(x), 1);
+        }
+    }
+}
+
+impl Uniforms {
+    fn new(device: &Device, layout: &wgpu::BindGroupLayout) -> Result<Uniforms, DeviceError> {
+        let params_bytes = MAX_PARAMS * 4;
+        let alignment = device.device.limits().min_uniform_buffer_offset_alignment as usize;
+        let stride = params_bytes.next_multiple_of(alignment);
+        let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
+        let buffer = buffers::create(device, "params", MAX_DISPATCHES * stride as u64, usage)?;
+        let size = std::num::NonZeroU64::new(params_bytes as u64);
+        let binding = wgpu::BufferBinding { buffer: &buffer, offset: 0, size };
+        let group = device.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some("params"),
+            layout,
+            entries: &[wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(binding) }],
+        });
+        Ok(Uniforms { buffer, group, stride, bytes: Vec::new() })
+    }
+
+    /// Takes effect before the next submit, after all earlier ones.
+    fn write(&mut self, queue: &wgpu::Queue, dispatches: &[Dispatch]) {
+        assert!(dispatches.len() as u64 <= MAX_DISPATCHES, "{} dispatches in one recording", dispatches.len());
+        self.bytes.clear();
+        for dispatch in dispatches {
+            self.bytes.extend_from_slice(bytemuck::cast_slice(&dispatch.params));
+            self.bytes.resize(self.bytes.len().next_multiple_of(self.stride), 0);
+        }
+        queue.write_buffer(&self.buffer, 0, &self.bytes);
+    }
+}
+
+impl Backend for WgpuBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.device.info
+    }
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        self.buffers.alloc(label, size_bytes)
+    }
+
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.buffers.write(buffer, offset_bytes, data)
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        for kernel in Kernel::of_format(spec.format, self.device.tier) {
+            self.pipelines.compile(kernel);
+        }
+        self.weights.push(self.buffers.load(spec, source)?);
+        let id = WeightId(self.weights.len() as u32 - 1);
+        Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        u64::from(spec.rows.div_ceil(TILE)) * Layout::of(spec.format).tile_words(spec.cols) * 4
+    }
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        assert!(self.in_flight.len() < MAX_IN_FLIGHT, "{MAX_IN_FLIGHT} recordings are in flight");
+        self.device.check()?;
+        if !recording.upload.is_empty() {
+            let upload = self.buffers.get(recording.upload_buffer);
+            self.device.queue.write_buffer(upload, 0, bytemuck::cast_slice(&recording.upload));
+        }
+        self.dispatches.clear();
+        let mut ops = Encoder { tier: self.device.tier, weights: &self.weights, out: &mut self.dispatches };
+        recording.ops.iter().for_each(|op| ops.op(op));
+        if let Some(uniforms) = &mut self.uniforms {
+            uniforms.write(&self.device.queue, &self.dispatches);
+        }
+        self.prepare();
+        let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        self.record_pass(&mut encoder);
+        let readback = &mut self.readbacks[self.num_submitted as usize % MAX_IN_FLIGHT];
+        readback.record(&self.device, &recording.downloads, &self.buffers, &mut encoder)?;
+        self.in_flight.push_back(self.device.queue.submit([encoder.finish()]));
+        readback.map();
+        self.num_submitted += 1;
+        Ok(Ticket(self.num_submitted - 1))
+    }
+
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+        let num_waited = self.num_submitted - self.in_flight.len() as u64;
+        assert_eq!(ticket.0, num_waited, "tickets are waited for once each and in order");
+        let submission_index = self.in_flight.pop_front();
+        let done = self.device.device.poll(PollType::Wait { submission_index, timeout: None });
+        self.device.check()?;
+        done.map_err(|error| self.device.lost(&error.to_string()))?;
+        self.readbacks[ticket.0 as usize % MAX_IN_FLIGHT].take(&self.device, out)
+    }
+}

@@ -1,0 +1,182 @@
+//! Device memory: buffers by id, weights by shard, and the two buffers that results come back through.
+//!
+//! Invariant: allocated at start; a step creates none, except that a readback grows when a recording first asks for more
+//! than any before it. Buffers start zeroed (wgpu's guarantee).
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fullbore_shaders::TILE;
+use rayon::prelude::*;
+use wgpu::{BufferUsages, MapMode, PollType};
+
+use super::device::Device;
+use super::encode::{Shard, fills_blocks, rows_per_shard};
+use super::packing::{Layout, pack_tile};
+use crate::backend::{DeviceError, LoadError, RowSource, WeightSpec};
+use crate::tensor::{BufferId, Tensor};
+
+/// Bytes of a weight on their way to the device at one time, about.
+const LOAD_BYTES: u64 = 8 << 20;
+
+pub(super) struct Buffers {
+    device: Device,
+    buffers: Vec<wgpu::Buffer>,
+}
+
+impl Buffers {
+    pub fn new(device: &Device) -> Buffers {
+        Buffers { device: device.clone(), buffers: Vec::new() }
+    }
+
+    pub fn get(&self, id: BufferId) -> &wgpu::Buffer {
+        &self.buffers[id.0 as usize]
+    }
+
+    pub fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
+        let buffer = create(&self.device, label, size_bytes.max(4), usage)?;
+        self.buffers.push(buffer);
+        Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    pub fn write(&mut self, id: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.device.queue.write_buffer(self.get(id), offset_bytes, data);
+        self.flush()
+    }
+
+    /// Packs a weight shard by shard, a few tiles of rows at a time.
+    pub fn load(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Vec<Shard>, LoadError> {
+        assert!(fills_blocks(spec.format, spec.cols), "{}: rows of {} {}", spec.name, spec.cols, spec.format.name());
+        let tile_words = Layout::of(spec.format).tile_words(spec.cols);
+        let shard_rows = rows_per_shard(tile_words, self.device.max_shard_bytes);
+        let mut shards = Vec::new();
+        for first_row in (0..spec.rows).step_by(shard_rows as usize) {
+            let num_rows = shard_rows.min(spec.rows - first_row);
+            let size_bytes = u64::from(num_rows.div_ceil(TILE)) * tile_words * 4;
+            let buffer = self.alloc(&spec.name, size_bytes)?;
+            self.load_shard(spec, num_rows, tile_words, buffer, source)?;
+            shards.push(Shard { buffer, first_row, num_rows });
+        }
+        Ok(shards)
+    }
+
+    fn load_shard(
+        &mut self,
+        spec: &WeightSpec,
+        num_rows: u32,
+        tile_words: u64,
+        buffer: BufferId,
+        source: &mut dyn RowSource,
+    ) -> Result<(), LoadError> {
+        let row_bytes = spec.format.row_bytes(spec.cols);
+        let tiles_at_once = (LOAD_BYTES / (tile_words * 4)).max(1);
+        let rows_at_once = (tiles_at_once * u64::from(TILE)).min(u64::from(num_rows)) as u32;
+        let mut offset_bytes = 0;
+        for first in (0..num_rows).step_by(rows_at_once as usize) {
+            let rows = rows_at_once.min(num_rows - first);
+            let mut bytes = vec![0; (u64::from(rows) * row_bytes) as usize];
+            let read = |source| LoadError::Read { name: spec.name.clone(), source };
+            source.read_rows(&mut bytes).map_err(read)?;
+            let mut words = vec![0u32; (u64::from(rows.div_ceil(TILE)) * tile_words) as usize];
+            let tiles = words.par_chunks_mut(tile_words as usize);
+            tiles
+                .zip(bytes.par_chunks(row_bytes as usize * TILE as usize))
+                .for_each(|(words, rows)| pack_tile(spec.format, spec.cols, rows, words));
+            self.write(buffer, offset_bytes, bytemuck::cast_slice(&words))?;
+            offset_bytes += words.len() as u64 * 4;
+        }
+        Ok(())
+    }
+
+    /// Hands over what has been written, so that staging memory does not pile up while loading.
+    fn flush(&self) -> Result<(), DeviceError> {
+        self.device.queue.submit([]);
+        self.device.device.poll(PollType::wait_indefinitely()).map_err(|error| self.device.lost(&error.to_string()))?;
+        self.device.check()
+    }
+}
+
+/// A buffer, or the reason why there is none.
+pub(super) fn create(
+    device: &Device,
+    label: &str,
+    size_bytes: u64,
+    usage: BufferUsages,
+) -> Result<wgpu::Buffer, DeviceError> {
+    if usage.contains(BufferUsages::STORAGE) && size_bytes > device.info.max_buffer_bytes {
+        return Err(device.out_of_memory(label, size_bytes));
+    }
+    let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let descriptor = wgpu::BufferDescriptor { label: Some(label), size: size_bytes, usage, mapped_at_creation: false };
+    let buffer = device.device.create_buffer(&descriptor);
+    match pollster::block_on(scope.pop()) {
+        Some(_) => Err(device.out_of_memory(label, size_bytes)),
+        None => device.check().map(|()| buffer),
+    }
+}
+
+/// Takes the downloads of one recording at a time back to the host.
+pub(super) struct Readback {
+    buffer: Option<wgpu::Buffer>,
+    size_bytes: u64,
+    mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>>,
+}
+
+impl Readback {
+    pub fn new() -> Readback {
+        Readback { buffer: None, size_bytes: 0, mapped: Arc::default() }
+    }
+
+    /// Records the copies of `downloads`, one after another.
+    pub fn record(
+        &mut self,
+        device: &Device,
+        downloads: &[Tensor],
+        buffers: &Buffers,
+        encoder: &mut wgpu::CommandEncoder,
+    ) -> Result<(), DeviceError> {
+        self.size_bytes = downloads.iter().map(|tensor| tensor.size_bytes()).sum();
+        if self.size_bytes == 0 {
+            return Ok(());
+        }
+        let capacity = self.buffer.as_ref().map_or(0, wgpu::Buffer::size);
+        if capacity < self.size_bytes {
+            let size_bytes = self.size_bytes.next_power_of_two().max(1 << 16);
+            let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
+            self.buffer = Some(create(device, "readback", size_bytes, usage)?);
+        }
+        if let Some(buffer) = &self.buffer {
+            let mut to = 0;
+            for tensor in downloads.iter().filter(|tensor| tensor.size_bytes() > 0) {
+                let from = buffers.get(tensor.buffer);
+                encoder.copy_buffer_to_buffer(from, tensor.offset_bytes(), buffer, to, tensor.size_bytes());
+                to += tensor.size_bytes();
+            }
+        }
+        Ok(())
+    }
+
+    /// To be called after the submit that holds the copies.
+    pub fn map(&self) {
+        let Some(buffer) = self.buffer.as_ref().filter(|_| self.size_bytes > 0) else { return };
+        let mapped = self.mapped.clone();
+        buffer.map_async(MapMode::Read, ..self.size_bytes, move |result| {
+            *mapped.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        });
+    }
+
+    /// Appends the bytes to `out`; the submission is done.
+    pub fn take(&mut self, device: &Device, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+        let Some(buffer) = self.buffer.as_ref().filter(|_| self.size_bytes > 0) else { return Ok(()) };
+        match self.mapped.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return Err(device.lost(&error.to_string())),
+            None => return Err(device.lost("results were not mapped when their submission was done")),
+        }
+        let view = buffer.get_mapped_range(..self.size_bytes).map_err(|error| device.lost(&error.to_string()))?;
+        out.extend_from_slice(&view);
+        drop(view);
+        buffer.unmap();
+        Ok(())
+    }
+}

@@ -1,0 +1,210 @@
+//! Adapters, the choice among them, and an open device with what can go wrong with it.
+//!
+//! Invariant: a device is chosen by the selector alone, never replaced by another one; software Vulkan only by name.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fullbore_shaders::Tier;
+use wgpu::{Features, InstanceFlags, Limits};
+
+use crate::backend::{DeviceError, DeviceInfo};
+
+/// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
+const MAX_SHARD_BYTES: u64 = 1 << 30;
+
+#[derive(Clone, Debug, Default)]
+pub struct WgpuOptions {
+    /// `vulkan:0`, `metal`, or `vulkan:` and a part of the adapter's name or driver; empty for the best hardware GPU.
+    pub selector: String,
+    /// Instead of the tier that the adapter's features give.
+    pub tier: Option<Tier>,
+    /// Splits weights into smaller shards than the device asks for.
+    pub max_binding_bytes: Option<u64>,
+    /// Whether shaders are compiled with bounds checks.
+    pub checked: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("no device answers to {selector:?}; there is {found}")]
+    NotFound { selector: String, found: String },
+    #[error("device {device} cannot run the {tier} tier, which needs {needs}")]
+    Tier { device: String, tier: &'static str, needs: &'static str },
+    #[error("device {device} cannot be opened: {reason}")]
+    Refused { device: String, reason: String },
+}
+
+/// An open device; clones share it.
+#[derive(Clone)]
+pub(super) struct Device {
+    pub device: wgpu::Device,
+    pub queue: wgpu::Queue,
+    pub info: DeviceInfo,
+    pub tier: Tier,
+    pub checked: bool,
+    pub max_shard_bytes: u64,
+    /// Why the device was lost, once it was.
+    lost: Arc<Mutex<Option<String>>>,
+}
+
+/// All adapters, with the tier that each would use.
+pub fn devices() -> Vec<DeviceInfo> {
+    adapters().iter().map(|(id, adapter)| describe(id, adapter, natural_tier(adapter))).collect()
+}
+
+/// Adapters by id, `vulkan:0` and so on, in the driver's order.
+fn adapters() -> Vec<(String, wgpu::Adapter)> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::PRIMARY;
+    descriptor.flags = InstanceFlags::empty();
+    let instance = wgpu::Instance::new(descriptor);
+    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
+    let mut counts = std::collections::HashMap::new();
+    let named = found.into_iter().map(|adapter| {
+        let api = adapter.get_info().backend.to_str();
+        let count = counts.entry(api).or_insert(0);
+        let id = format!("{api}:{count}");
+        *count += 1;
+        (id, adapter)
+    });
+    named.collect()
+}
+
+fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier) -> DeviceInfo {
+    let info = adapter.get_info();
+    let limits = adapter.limits();
+    let mut features = vec![];
+    if adapter.features().contains(Features::SUBGROUP) {
+        features.push(format!("subgroups of {} to {}", info.subgroup_min_size, info.subgroup_max_size));
+    }
+    for (feature, name) in [(Features::SHADER_F16, "f16"), (Features::IMMEDIATES, "immediates")] {
+        if adapter.features().contains(feature) {
+            features.push(name.to_owned());
+        }
+    }
+    DeviceInfo {
+        id: id.to_owned(),
+        name: info.name,
+        driver: format!("{} {}; {}", info.driver, info.driver_info, features.join(", ")),
+        tier: tier.name().to_owned(),
+        memory_bytes: (info.device_type == wgpu::DeviceType::Cpu).then(host_memory_bytes).flatten(),
+        max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
+    }
+}
+
+/// What the system could still hand out, where it says so.
+fn host_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Whether every subgroup lies inside one row of 32 invocations, and has 8 lanes to hand values round.
+fn has_subgroups(adapter: &wgpu::Adapter) -> bool {
+    let info = adapter.get_info();
+    adapter.features().contains(Features::SUBGROUP | Features::IMMEDIATES)
+        && info.subgroup_min_size >= 8
+        && info.subgroup_max_size <= 32
+}
+
+fn has_subgroups_of_8(adapter: &wgpu::Adapter) -> bool {
+    has_subgroups(adapter) && adapter.get_info().subgroup_max_size == 8
+}
+
+fn natural_tier(adapter: &wgpu::Adapter) -> Tier {
+    match adapter.get_info().device_type {
+        wgpu::DeviceType::Cpu if has_subgroups_of_8(adapter) => Tier::Lavapipe,
+        _ if has_subgroups(adapter) => Tier::Subgroup,
+        _ => Tier::Base,
+    }
+}
+
+fn matches(selector: &str, id: &str, info: &wgpu::AdapterInfo) -> bool {
+    let Some((api, rest)) = selector.split_once(':') else { return selector == info.backend.to_str() };
+    let rest = rest.to_lowercase();
+    let within = |text: &str| text.to_lowercase().contains(&rest);
+    selector == id
+        || (api == info.backend.to_str()
+            && rest.parse::<u32>().is_err()
+            && (within(&info.name) || within(&info.driver_info)))
+}
+
+/// Better hardware first.
+fn rank(info: &wgpu::AdapterInfo) -> u32 {
+    match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        _ => 3,
+    }
+}
+
+fn choose(selector: &str) -> Result<(String, wgpu::Adapter), OpenError> {
+    let mut all = adapters();
+    let found = all.iter().map(|(id, adapter)| format!("{id} ({})", adapter.get_info().name)).collect::<Vec<_>>();
+    let found = if found.is_empty() { "none at all".to_owned() } else { found.join(", ") };
+    all.retain(|(id, adapter)| {
+        let info = adapter.get_info();
+        if selector.is_empty() { rank(&info) < 3 } else { matches(selector, id, &info) }
+    });
+    all.sort_by_key(|(_, adapter)| rank(&adapter.get_info()));
+    let not_found = || OpenError::NotFound { selector: selector.to_owned(), found };
+    all.into_iter().next().ok_or_else(not_found)
+}
+
+impl Device {
+    pub fn open(options: &WgpuOptions) -> Result<Device, OpenError> {
+        let (id, adapter) = choose(&options.selector)?;
+        let tier = options.tier.unwrap_or_else(|| natural_tier(&adapter));
+        let (fits, needs) = match tier {
+            Tier::Base => (true, "nothing"),
+            Tier::Subgroup => (has_subgroups(&adapter), "immediates and subgroups of 8 to 32 lanes"),
+            Tier::Lavapipe => (has_subgroups_of_8(&adapter), "immediates and subgroups of 8 lanes"),
+        };
+        let info = describe(&id, &adapter, tier);
+        if !fits {
+            return Err(OpenError::Tier { device: info.id, tier: tier.name(), needs });
+        }
+        let limits = adapter.limits();
+        let features = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
+        let request = adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("fullbore"),
+            required_features: features,
+            required_limits: Limits {
+                max_immediate_size: if tier == Tier::Base { 0 } else { limits.max_immediate_size.min(128) },
+                ..limits
+            },
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            ..Default::default()
+        });
+        let refused =
+            |error: wgpu::RequestDeviceError| OpenError::Refused { device: id.clone(), reason: error.to_string() };
+        let (device, queue) = pollster::block_on(request).map_err(refused)?;
+        let lost = Arc::new(Mutex::new(None));
+        let note = lost.clone();
+        device.set_device_lost_callback(move |reason, message| {
+            let message = if message.is_empty() { format!("{reason:?}") } else { message };
+            note.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+        });
+        let largest = info.max_buffer_bytes.min(MAX_SHARD_BYTES);
+        let max_shard_bytes = options.max_binding_bytes.map_or(largest, |bytes| bytes.min(largest));
+        Ok(Device { device, queue, info, tier, checked: options.checked, max_shard_bytes, lost })
+    }
+
+    /// An error if the device is gone.
+    pub fn check(&self) -> Result<(), DeviceError> {
+        match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(reason) => Err(self.lost(reason)),
+            None => Ok(()),
+        }
+    }
+
+    pub fn lost(&self, reason: &str) -> DeviceError {
+        DeviceError::Lost { device: self.info.id.clone(), reason: reason.to_owned() }
+    }
+
+    pub fn out_of_memory(&self, what: &str, needed_bytes: u64) -> DeviceError {
+        DeviceError::OutOfMemory { device: self.info.id.clone(), what: what.to_owned(), needed_bytes }
+    }
+}

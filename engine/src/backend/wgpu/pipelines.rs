@@ -1,0 +1,187 @@
+//! Kernels as pipelines: compiled at load, looked up in a step.
+//!
+//! Invariant: one pipeline for each kernel variant of the device's tier. Kernels that depend on a model's shape are
+//! compiled when the shape is first met. The only `unsafe` of this backend is here.
+
+use std::collections::HashMap;
+
+use fullbore_shaders::{Access, Constants, Tier, compose, reflect};
+use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
+
+use super::device::Device;
+use super::packing::Layout;
+use crate::tensor::WeightFormat;
+
+/// A kernel variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    UpdateTable,
+    Embed(WeightFormat),
+    RmsNorm,
+    /// A format, and the rows of activations that a workgroup holds.
+    MatMul(WeightFormat, u32),
+    Rope,
+    StoreKv,
+    /// Words of a head in the cache.
+    Attention(u32),
+    GatedAct,
+    Add,
+    GatherRows,
+    ArgMax,
+}
+
+impl Kernel {
+    /// Those that no shape or format decides.
+    const GENERAL: [Kernel; 8] = [
+        Kernel::UpdateTable,
+        Kernel::RmsNorm,
+        Kernel::Rope,
+        Kernel::StoreKv,
+        Kernel::GatedAct,
+        Kernel::Add,
+        Kernel::GatherRows,
+        Kernel::ArgMax,
+    ];
+
+    /// Those that read weights of `format`.
+    pub fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
+        let rows = tier.mat_mul_rows().iter().map(move |&rows| Kernel::MatMul(format, rows));
+        rows.chain([Kernel::Embed(format)])
+    }
+
+    /// Every variant for a tier, with attention for `head_dims`.
+    pub fn all(tier: Tier, head_dims: &[u32]) -> Vec<Kernel> {
+        let formats = WeightFormat::ALL.into_iter().flat_map(|format| Kernel::of_format(format, tier));
+        let heads = head_dims.iter().map(|head_dim| Kernel::Attention(head_dim / 2));
+        Kernel::GENERAL.into_iter().chain(formats).chain(heads).collect()
+    }
+
+    /// Its file, and what the file is composed with.
+    pub fn source(self, tier: Tier) -> (&'static str, Constants) {
+        let mut constants = tier.constants();
+        let value = |name: &str, constants: &Constants| {
+            constants.iter().find(|(found, _)| *found == name).map_or(0, |(_, value)| *value)
+        };
+        let name = match self {
+            Kernel::UpdateTable => "update_table",
+            Kernel::Embed(format) => {
+                constants.extend(Layout::of(format).constants());
+                "embed"
+            }
+            Kernel::RmsNorm => "rms_norm",
+            Kernel::MatMul(format, rows) => {
+                let partials = rows * value("GROUP_LANES", &constants);
+                constants.extend(Layout::of(format).constants());
+                constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
+                "mat_mul"
+            }
+            Kernel::Rope => "rope",
+            Kernel::StoreKv => "store_kv",
+            Kernel::Attention(head_words) => {
+                let lanes = value("TILE_LANES", &constants);
+                let lane_words = head_words.div_ceil(lanes);
+                constants.extend([("HEAD_WORDS", head_words), ("LANE_WORDS", lane_words), ("TOKENS", 32 / lanes)]);
+                "attention"
+            }
+            Kernel::GatedAct => "gated_act",
+            Kernel::Add => "add",
+            Kernel::GatherRows => "gather_rows",
+            Kernel::ArgMax => "arg_max",
+        };
+        (name, constants)
+    }
+}
+
+pub(super) struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    /// Of group 0.
+    pub storage: BindGroupLayout,
+    pub num_buffers: usize,
+}
+
+pub(super) struct Pipelines {
+    device: Device,
+    pipelines: HashMap<Kernel, Pipeline>,
+    /// Of group 1, the parameters; on tiers without immediates.
+    uniform: Option<BindGroupLayout>,
+}
+
+impl Pipelines {
+    pub fn new(device: &Device, uniform: Option<BindGroupLayout>) -> Pipelines {
+        let mut pipelines = Pipelines { device: device.clone(), pipelines: HashMap::new(), uniform };
+        for kernel in Kernel::GENERAL {
+            pipelines.compile(kernel);
+        }
+        pipelines
+    }
+
+    pub fn get(&mut self, kernel: Kernel) -> &Pipeline {
+        self.compile(kernel);
+        &self.pipelines[&kernel]
+    }
+
+    pub fn compile(&mut self, kernel: Kernel) {
+        if self.pipelines.contains_key(&kernel) {
+            return;
+        }
+        let tier = self.device.tier;
+        let (name, constants) = kernel.source(tier);
+        let text = compose(name, &constants).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+        let immediates = tier != Tier::Base;
+        let reflection = reflect(&text, immediates, immediates).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+        let device = &self.device.device;
+        let entries: Vec<_> = reflection.storage.iter().enumerate().map(storage_entry).collect();
+        let storage =
+            device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
+        let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(name),
+            bind_group_layouts: &[Some(&storage), self.uniform.as_ref()][..1 + usize::from(self.uniform.is_some())],
+            immediate_size: if immediates { reflection.params_bytes } else { 0 },
+        });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(name),
+            layout: Some(&layout),
+            module: &self.module(name, text),
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: None,
+        });
+        let num_buffers = reflection.storage.len();
+        self.pipelines.insert(kernel, Pipeline { pipeline, storage, num_buffers });
+    }
+
+    #[allow(unsafe_code)]
+    fn module(&self, name: &str, text: String) -> wgpu::ShaderModule {
+        let descriptor =
+            wgpu::ShaderModuleDescriptor { label: Some(name), source: wgpu::ShaderSource::Wgsl(text.into()) };
+        if self.device.checked {
+            return self.device.device.create_shader_module(descriptor);
+        }
+        // SAFETY: the text is our own and naga has validated it; its loops end by construction, and the same kernels
+        // run with all checks in the tests.
+        unsafe { self.device.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+    }
+}
+
+fn storage_entry((binding, access): (usize, &Access)) -> BindGroupLayoutEntry {
+    let ty = BufferBindingType::Storage { read_only: *access == Access::Read };
+    buffer_entry(binding as u32, ty, false)
+}
+
+/// The layout of the parameters where there are no immediates: one uniform with a dynamic offset.
+pub(super) fn uniform_layout(device: &wgpu::Device) -> BindGroupLayout {
+    let entries = [buffer_entry(0, BufferBindingType::Uniform, true)];
+    device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some("params"), entries: &entries })
+}
+
+fn buffer_entry(binding: u32, ty: BufferBindingType, has_dynamic_offset: bool) -> BindGroupLayoutEntry {
+    BindGroupLayoutEntry {
+        binding,
+        visibility: ShaderStages::COMPUTE,
+        ty: BindingType::Buffer { ty, has_dynamic_offset, min_binding_size: None },
+        count: None,
+    }
+}

@@ -1,0 +1,224 @@
+//! Where weights come from: a GGUF file, a safetensors directory, or a seed.
+//!
+//! Invariant: tensors are asked for by their GGUF names, and one that does not have the shape the config calls for is
+//! refused by name. This file is the one place that knows Hugging Face's names.
+
+use std::io;
+
+use crate::backend::{LoadError, RowSource, WeightSpec};
+use crate::format::TensorInfo;
+use crate::format::gguf::Gguf;
+use crate::format::quant::dequantize_row;
+use crate::format::safetensors::SafetensorsDir;
+use crate::model::ModelConfig;
+use crate::model::config::Family;
+use crate::tensor::WeightFormat;
+
+pub enum Checkpoint {
+    Gguf(Gguf),
+    Safetensors {
+        dir: SafetensorsDir,
+        family: Family,
+    },
+    /// Seeded values of a given format, for the simulator, tests and benches.
+    Random {
+        seed: u64,
+        format: WeightFormat,
+    },
+}
+
+impl Checkpoint {
+    /// Bytes of all tensors in the file or files.
+    pub fn total_bytes(&self) -> u64 {
+        match self {
+            Checkpoint::Gguf(file) => file.total_tensor_bytes(),
+            Checkpoint::Safetensors { dir, .. } => dir.total_tensor_bytes(),
+            Checkpoint::Random { .. } => 0,
+        }
+    }
+
+    /// Whether there is a tensor of this GGUF name.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        match self {
+            Checkpoint::Random { .. } => MATRICES.iter().chain(&NORMS).any(|part| name.ends_with(part)),
+            _ => self.info(name).is_some(),
+        }
+    }
+
+    /// A matrix of `rows` x `cols`: how it is stored, and its rows.
+    pub fn open(&self, name: &str, rows: u32, cols: u32) -> Result<(WeightFormat, Box<dyn RowSource>), LoadError> {
+        if let Checkpoint::Random { seed, format } = *self {
+            let name_hash = name.bytes().fold(seed, |hash, byte| hash.rotate_left(8) ^ mix(u64::from(byte)));
+            return Ok((format, Box::new(RandomRows { state: mix(name_hash), format })));
+        }
+        let missing = || LoadError::Shape { name: name.to_owned(), problem: "is not in the model file".to_owned() };
+        let info = self.info(name).ok_or_else(missing)?;
+        // A vector may be stored as a column of one.
+        let as_asked = (info.rows, info.cols) == (rows, cols) || (rows == 1 && (info.rows, info.cols) == (cols, 1));
+        if !as_asked {
+            let problem =
+                format!("is {} x {} in the file; the model's config calls for {rows} x {cols}", info.rows, info.cols);
+            return Err(LoadError::Shape { name: name.to_owned(), problem });
+        }
+        let source = match self {
+            Checkpoint::Gguf(file) => file.rows(&info.name)?,
+            Checkpoint::Safetensors { dir, .. } => dir.rows(&info.name)?,
+            Checkpoint::Random { .. } => unreachable!("answered above"),
+        };
+        Ok((info.format, source))
+    }
+
+    /// A vector of `cols` values.
+    pub(super) fn read_vector(&self, name: &str, cols: u32) -> Result<Vec<f32>, LoadError> {
+        if let Checkpoint::Random { .. } = self {
+            return Ok(vec![1.0; cols as usize]);
+        }
+        let (format, mut source) = self.open(name, 1, cols)?;
+        let mut bytes = vec![0; format.row_bytes(cols) as usize];
+        source.read_rows(&mut bytes).map_err(|source| LoadError::Read { name: name.to_owned(), source })?;
+        let mut values = vec![0.0; cols as usize];
+        dequantize_row(format, &bytes, &mut values);
+        if self.stores_norms_less_one() && name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|value| *value += 1.0);
+        }
+        Ok(values)
+    }
+
+    /// Every matrix that `Weights::load` would open.
+    pub(super) fn matrices(&self, config: &ModelConfig) -> Vec<WeightSpec> {
+        let (q_dim, kv_dim) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let parts = [
+            ("attn_q.weight", q_dim, config.dim),
+            ("attn_k.weight", kv_dim, config.dim),
+            ("attn_v.weight", kv_dim, config.dim),
+            ("attn_output.weight", config.dim, q_dim),
+            ("ffn_gate.weight", config.ffn_dim, config.dim),
+            ("ffn_up.weight", config.ffn_dim, config.dim),
+            ("ffn_down.weight", config.dim, config.ffn_dim),
+        ];
+        let ends = ["token_embd.weight", "output.weight"];
+        let ends = ends.map(|name| (name.to_owned(), config.vocab_size, config.dim));
+        let layers = (0..config.num_layers)
+            .flat_map(|layer| parts.iter().map(move |&(part, rows, cols)| (format!("blk.{layer}.{part}"), rows, cols)));
+        let spec = |(name, rows, cols): (String, u32, u32)| {
+            let format = match self {
+                Checkpoint::Random { format, .. } => self.contains(&name).then_some(*format)?,
+                _ => self.info(&name)?.format,
+            };
+            Some(WeightSpec { name, rows, cols, format })
+        };
+        layers.chain(ends).filter_map(spec).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        match self {
+            Checkpoint::Gguf(file) => file.tensor(name),
+            Checkpoint::Safetensors { dir, family } => dir.tensor(&hugging_face_name(name, *family)?),
+            Checkpoint::Random { .. } => None,
+        }
+    }
+
+    /// Gemma multiplies by 1 + weight; converters to GGUF add the 1, safetensors files have the weight alone.
+    fn stores_norms_less_one(&self) -> bool {
+        matches!(self, Checkpoint::Safetensors { family: Family::Gemma3, .. })
+    }
+}
+
+/// What a plain Llama has.
+const MATRICES: [&str; 8] = [
+    "token_embd.weight",
+    "attn_q.weight",
+    "attn_k.weight",
+    "attn_v.weight",
+    "attn_output.weight",
+    "ffn_gate.weight",
+    "ffn_up.weight",
+    "ffn_down.weight",
+];
+const NORMS: [&str; 3] = ["attn_norm.weight", "ffn_norm.weight", "output_norm.weight"];
+
+fn hugging_face_name(name: &str, family: Family) -> Option<String> {
+    match name {
+        "token_embd.weight" => return Some("model.embed_tokens.weight".to_owned()),
+        "output_norm.weight" => return Some("model.norm.weight".to_owned()),
+        "output.weight" => return Some("lm_head.weight".to_owned()),
+        _ => {}
+    }
+    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+    let (part, kind) = part.rsplit_once('.')?;
+    let part = match (part, family) {
+        ("attn_norm", _) => "input_layernorm",
+        ("attn_q", _) => "self_attn.q_proj",
+        ("attn_k", _) => "self_attn.k_proj",
+        ("attn_v", _) => "self_attn.v_proj",
+        ("attn_q_norm", _) => "self_attn.q_norm",
+        ("attn_k_norm", _) => "self_attn.k_norm",
+        ("attn_output", _) => "self_attn.o_proj",
+        ("ffn_norm", Family::Gemma3) => "pre_feedforward_layernorm",
+        ("ffn_norm", _) | ("post_attention_norm", Family::Gemma3) => "post_attention_layernorm",
+        ("post_ffw_norm", Family::Gemma3) => "post_feedforward_layernorm",
+        ("ffn_gate", _) => "mlp.gate_proj",
+        ("ffn_up", _) => "mlp.up_proj",
+        ("ffn_down", _) => "mlp.down_proj",
+        _ => return None,
+    };
+    Some(format!("model.layers.{layer}.{part}.{kind}"))
+}
+
+/// Finite values of any format: random codes under fixed scales, about as large as a trained model's weights.
+struct RandomRows {
+    state: u64,
+    format: WeightFormat,
+}
+
+impl RowSource for RandomRows {
+    fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()> {
+        for block in out.chunks_exact_mut(self.format.block_bytes() as usize) {
+            for byte in block.iter_mut() {
+                self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                *byte = (mix(self.state) >> 32) as u8;
+            }
+            for &(at, half) in half_scales(self.format) {
+                block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+            }
+            match self.format {
+                // Exponents of 2^-5 and below.
+                WeightFormat::F32 => block[3] = block[3] & 0x80 | 0x3c,
+                WeightFormat::F16 => block[1] = block[1] & 0x83 | 0x28,
+                WeightFormat::BF16 => block[1] = block[1] & 0x80 | 0x3c,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a block's f16 scales lie, and the bits of one that suits the format's codes.
+fn half_scales(format: WeightFormat) -> &'static [(usize, u16)] {
+    // 2^-7, 2^-8, 2^-11 and 2^-13 as f16, and minus 2^-4.
+    const D4: u16 = 0x2000;
+    const D5: u16 = 0x1c00;
+    const D8: u16 = 0x1000;
+    const DK: u16 = 0x0800;
+    const MIN: u16 = 0xac00;
+    match format {
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::BF16 => &[],
+        WeightFormat::Q4_0 => &[(0, D4)],
+        WeightFormat::Q4_1 => &[(0, D4), (2, MIN)],
+        WeightFormat::Q5_0 => &[(0, D5)],
+        WeightFormat::Q5_1 => &[(0, D5), (2, MIN)],
+        WeightFormat::Q8_0 | WeightFormat::IQ4NL => &[(0, D8)],
+        WeightFormat::Q2K => &[(80, DK), (82, DK)],
+        WeightFormat::Q3K => &[(108, DK)],
+        WeightFormat::Q4K | WeightFormat::Q5K => &[(0, DK), (2, DK)],
+        WeightFormat::Q6K => &[(208, 0x0100)],
+        WeightFormat::IQ4XS => &[(0, 0x0100)],
+    }
+}
+
+/// SplitMix64's output function.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

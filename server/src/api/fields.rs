@@ -1,0 +1,118 @@
+//! Fields of a JSON object, each read as one type within one range. Invariant: every refusal names the field, shows the
+//! value and says what it may be. `null` is as good as absent; fields that nobody asks for are ignored.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use serde_json::{Map, Value};
+
+use crate::http::error::ApiError;
+
+#[derive(Clone, Copy)]
+pub struct Fields<'a>(pub &'a Map<String, Value>);
+
+/// Fields of the API that change the answer and that we do not have: all but the value that changes nothing is refused.
+const UNSUPPORTED: [&str; 25] = [
+    "audio",
+    "best_of",
+    "frequency_penalty",
+    "function_call",
+    "functions",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "min_tokens",
+    "prediction",
+    "presence_penalty",
+    "prompt_logprobs",
+    "repetition_penalty",
+    "response_format",
+    "skip_special_tokens",
+    "structured_outputs",
+    "suffix",
+    "tool_choice",
+    "tools",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "web_search_options",
+];
+
+impl<'a> Fields<'a> {
+    pub fn get(&self, name: &str) -> Option<&'a Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    pub fn bool(&self, name: &str) -> Result<Option<bool>, ApiError> {
+        self.read(name, "true or false", Value::as_bool)
+    }
+
+    pub fn string(&self, name: &str) -> Result<Option<&'a str>, ApiError> {
+        self.read(name, "a string", Value::as_str)
+    }
+
+    pub fn object(&self, name: &str) -> Result<Option<Fields<'a>>, ApiError> {
+        self.read(name, "an object", |value| value.as_object().map(Fields))
+    }
+
+    pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
+        let expected = format!("an integer from {} to {}", range.start(), range.end());
+        self.read(name, expected, |value| value.as_i64().filter(|number| range.contains(number)))
+    }
+
+    pub fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>, ApiError> {
+        let expected = format!("a number from {} to {}", range.start(), range.end());
+        let number = |value: &Value| value.as_f64().filter(|number| range.contains(number));
+        Ok(self.read(name, expected, number)?.map(|number| number as f32))
+    }
+
+    fn read<T>(
+        &self,
+        name: &str,
+        expected: impl Display,
+        convert: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, ApiError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        convert(value).map(Some).ok_or_else(|| wrong(name, value, expected))
+    }
+
+    pub fn refuse_unsupported(&self) -> Result<(), ApiError> {
+        for name in UNSUPPORTED {
+            if self.get(name).is_some_and(|value| !changes_nothing(name, value)) {
+                let message = format!("{name} is not supported by this server; leave it out");
+                return Err(ApiError::invalid(name, message));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `name` is `value`, but must be `expected`.
+pub fn wrong(name: &str, value: &Value, expected: impl Display) -> ApiError {
+    const SHOWN: usize = 60;
+    let mut shown = value.to_string();
+    if shown.len() > SHOWN {
+        shown.truncate(shown.floor_char_boundary(SHOWN));
+        shown.push_str("...");
+    }
+    ApiError::invalid(name, format!("{name} is {shown}; it must be {expected}"))
+}
+
+fn changes_nothing(name: &str, value: &Value) -> bool {
+    match name {
+        "frequency_penalty" | "presence_penalty" | "min_tokens" => value.as_f64() == Some(0.0),
+        "repetition_penalty" | "best_of" => value.as_f64() == Some(1.0),
+        "skip_special_tokens" => *value == true,
+        "tool_choice" => *value == "none" || *value == "auto",
+        "response_format" => value["type"] == "text",
+        _ => match value {
+            Value::Bool(value) => !value,
+            Value::String(text) => text.is_empty(),
+            Value::Array(items) => items.is_empty(),
+            Value::Object(fields) => fields.is_empty(),
+            _ => false,
+        },
+    }
+}

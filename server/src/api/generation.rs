@@ -1,0 +1,276 @@
+//! The choices of one HTTP request while they grow: events in, text out.
+//!
+//! Invariant: dropping a `Generation` ends its sequences. A choice's channel holds all its events, so the engine never
+//! waits for a client: `max_tokens` tokens, one event for the prompt and one for the end. Detokenizing and stop strings
+//! happen where a `Generation` is polled, never on the engine thread.
+
+use std::future::poll_fn;
+use std::task::{Context, Poll};
+
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs, Usage};
+use fullbore_engine::text::{Detokenizer, StopStrings};
+use fullbore_engine::worker::EngineHandle;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+use super::ServedModel;
+use crate::http::error::ApiError;
+
+/// One choice to be made.
+pub struct Job {
+    pub request: Request,
+    /// Which of its prompt's choices it is.
+    pub nth: u32,
+    pub stops: Vec<String>,
+    /// Text to begin with: the prompt's.
+    pub echo: Option<String>,
+}
+
+/// What has come to a choice since the last.
+#[derive(Debug, Default)]
+pub struct Delta {
+    pub index: usize,
+    pub text: String,
+    pub token_ids: Vec<TokenId>,
+    pub entries: Vec<Entry>,
+    /// Only in a choice's first.
+    pub prompt: Vec<TokenId>,
+    /// Only in its last: `stop` or `length`.
+    pub finish_reason: Option<&'static str>,
+}
+
+/// A token where log-probabilities were asked for; a prompt's first token has none.
+#[derive(Debug)]
+pub struct Entry {
+    pub id: TokenId,
+    /// Characters of the choice's text before it.
+    pub offset: usize,
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+pub struct Generation {
+    engine: EngineHandle,
+    choices: Vec<Choice>,
+    /// Where the next look for events begins, so that no choice starves another.
+    turn: usize,
+}
+
+struct Choice {
+    nth: u32,
+    /// `None` once the choice has ended.
+    receiver: Option<Receiver<Event>>,
+    num_prompt_tokens: u32,
+    num_tokens: u32,
+    stop_ids: Vec<TokenId>,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    /// Characters detokenized so far.
+    offset: usize,
+    /// Taken by the first token or the end.
+    start: Option<Start>,
+    /// What has not been handed on; text that may belong to a stop string is in `stops`.
+    pending: Delta,
+}
+
+struct Start {
+    prompt: Vec<TokenId>,
+    /// For the offsets of the prompt's own tokens.
+    detokenizer: Detokenizer,
+    echo: Option<String>,
+    wants_entries: bool,
+    logprobs: Vec<TokenLogprobs>,
+}
+
+impl Generation {
+    /// Hands all jobs to the engine, or none: a refusal of one drops those before it.
+    pub fn submit(model: &ServedModel, jobs: Vec<Job>) -> Result<Generation, ApiError> {
+        let submit = |(index, job): (usize, Job)| {
+            // Checked before the channel is made, because its size is the client's word.
+            model.engine.config().fits(&job.request, model.engine.vocab_size()).map_err(ApiError::from)?;
+            let (sender, receiver) = channel(job.request.max_tokens as usize + 2);
+            let choice = Choice::new(model, index, &job, receiver);
+            model.engine.submit(job.request, Box::new(ChannelSink(sender)))?;
+            Ok(choice)
+        };
+        let choices = jobs.into_iter().enumerate().map(submit).collect::<Result<_, ApiError>>()?;
+        Ok(Generation { engine: model.engine.clone(), choices, turn: 0 })
+    }
+
+    pub fn num_choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// The prompt of the first choice, until that has begun.
+    pub fn prompt(&self) -> &[TokenId] {
+        self.choices.first().and_then(|choice| choice.start.as_ref()).map_or(&[], |start| &start.prompt)
+    }
+
+    /// What was read and written until now; a prompt counts once however many choices it has.
+    pub fn usage(&self) -> Usage {
+        let first_choices = self.choices.iter().filter(|choice| choice.nth == 0);
+        Usage {
+            prompt_tokens: first_choices.map(|choice| choice.num_prompt_tokens).sum(),
+            completion_tokens: self.choices.iter().map(|choice| choice.num_tokens).sum(),
+            cached_tokens: 0,
+        }
+    }
+
+    pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        poll_fn(|context| self.poll_next(context)).await
+    }
+
+    /// The next piece of any choice; `None` when all have ended.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Delta, ApiError>>> {
+        let num_choices = self.choices.len();
+        for look in 0..num_choices {
+            let index = (self.turn + look) % num_choices;
+            if let Poll::Ready(delta) = self.choices[index].poll_delta(context) {
+                self.turn = index + 1;
+                return Poll::Ready(Some(delta.map_err(|sentence| self.error(sentence))));
+            }
+        }
+        let ended = self.choices.iter().all(|choice| choice.receiver.is_none());
+        if ended { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    fn error(&self, sentence: String) -> ApiError {
+        match self.engine.stopped() {
+            Some(reason) => ApiError::unavailable(&format!("the engine has stopped: {reason}")),
+            None => ApiError::internal(sentence),
+        }
+    }
+}
+
+impl Choice {
+    fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Event>) -> Choice {
+        let detokenizer = Detokenizer::new(model.tokenizer.clone());
+        Choice {
+            nth: job.nth,
+            receiver: Some(receiver),
+            num_prompt_tokens: job.request.prompt.len() as u32,
+            num_tokens: 0,
+            stop_ids: job.request.stop_ids.clone(),
+            stops: StopStrings::new(job.stops.clone()),
+            offset: 0,
+            start: Some(Start {
+                prompt: job.request.prompt.clone(),
+                detokenizer: detokenizer.clone().with_special(true),
+                echo: job.echo.clone(),
+                wants_entries: job.request.prompt_logprobs.is_some(),
+                logprobs: Vec::new(),
+            }),
+            detokenizer,
+            pending: Delta { index, ..Delta::default() },
+        }
+    }
+
+    /// Ready with the next piece; pending while there is none, and for good once the choice has ended.
+    fn poll_delta(&mut self, context: &mut Context<'_>) -> Poll<Result<Delta, String>> {
+        while let Some(receiver) = &mut self.receiver {
+            let Poll::Ready(event) = receiver.poll_recv(context) else { break };
+            let Some(event) = event else { return Poll::Ready(Err("the engine ended".to_owned())) };
+            if let Some(delta) = self.take(event).transpose() {
+                return Poll::Ready(delta);
+            }
+        }
+        Poll::Pending
+    }
+
+    fn take(&mut self, event: Event) -> Result<Option<Delta>, String> {
+        match event {
+            Event::Prompt(logprobs) => {
+                if let Some(start) = &mut self.start {
+                    start.logprobs = logprobs;
+                }
+                Ok(None)
+            }
+            Event::Token { id, logprobs } => {
+                self.begin();
+                Ok(self.take_token(id, logprobs))
+            }
+            Event::Finished { reason: FinishReason::Error(sentence), .. } => Err(sentence),
+            Event::Finished { reason, .. } => {
+                self.begin();
+                let rest = self.detokenizer.finish();
+                let scan = self.stops.push(&rest);
+                self.pending.text += &scan.text;
+                if !scan.stopped {
+                    self.pending.text += &self.stops.finish();
+                }
+                let stopped = scan.stopped || reason == FinishReason::Stop;
+                Ok(Some(self.end(if stopped { "stop" } else { "length" })))
+            }
+        }
+    }
+
+    /// Puts what belongs before the first token.
+    fn begin(&mut self) {
+        let Some(mut start) = self.start.take() else { return };
+        if start.wants_entries {
+            let mut logprobs = start.logprobs.into_iter();
+            for (index, &id) in start.prompt.iter().enumerate() {
+                let logprobs = if index == 0 { None } else { logprobs.next() };
+                self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
+                self.offset += start.detokenizer.push(id).chars().count();
+            }
+        }
+        if let Some(echo) = start.echo {
+            self.offset = echo.chars().count();
+            self.pending.text = echo;
+        }
+        self.pending.prompt = start.prompt;
+    }
+
+    fn take_token(&mut self, id: TokenId, logprobs: Option<TokenLogprobs>) -> Option<Delta> {
+        self.num_tokens += 1;
+        self.pending.token_ids.push(id);
+        if logprobs.is_some() {
+            self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
+        }
+        // What ends a text is no part of it, even where it is an ordinary token.
+        let text = if self.stop_ids.contains(&id) { String::new() } else { self.detokenizer.push(id) };
+        self.offset += text.chars().count();
+        let scan = self.stops.push(&text);
+        self.pending.text += &scan.text;
+        if scan.stopped {
+            return Some(self.end("stop"));
+        }
+        (!self.pending.text.is_empty()).then(|| self.flush())
+    }
+
+    /// The last piece; the engine hears of it by the closed channel, if it does not know.
+    fn end(&mut self, finish_reason: &'static str) -> Delta {
+        self.receiver = None;
+        Delta { finish_reason: Some(finish_reason), ..self.flush() }
+    }
+
+    fn flush(&mut self) -> Delta {
+        let empty = Delta { index: self.pending.index, ..Delta::default() };
+        std::mem::replace(&mut self.pending, empty)
+    }
+}
+
+impl Delta {
+    /// This piece and the next as one.
+    pub fn append(&mut self, next: Delta) {
+        self.text += &next.text;
+        self.token_ids.extend(next.token_ids);
+        self.entries.extend(next.entries);
+        self.prompt.extend(next.prompt);
+        self.finish_reason = next.finish_reason;
+    }
+}
+
+struct ChannelSink(Sender<Event>);
+
+impl Sink for ChannelSink {
+    fn event(&mut self, event: Event) -> Flow {
+        match self.0.try_send(event) {
+            Ok(()) => Flow::Continue,
+            Err(_) => Flow::Stop,
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+}

@@ -1,0 +1,50 @@
+//! Log-probabilities as JSON, in the two shapes that the API has. Invariant: a token's bytes are exact in both: chats
+//! give them as numbers, completions as `bytes:\xe2\x80` where they are no text of their own.
+
+use fullbore_engine::request::{TokenId, TokenLogprobs};
+use fullbore_engine::text::Tokenizer;
+use serde_json::{Map, Value, json};
+
+use super::generation::Entry;
+
+/// `{"content": [...]}` of a chat.
+pub fn chat(tokenizer: &Tokenizer, entries: &[Entry]) -> Value {
+    let token = |id: TokenId, logprob: f32| {
+        let bytes = tokenizer.token_bytes(id);
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        json!({"token": text, "logprob": logprob, "bytes": bytes})
+    };
+    let entry = |logprobs: &TokenLogprobs| {
+        let mut value = token(logprobs.id, logprobs.logprob);
+        value["top_logprobs"] = logprobs.top.iter().map(|&(id, logprob)| token(id, logprob)).collect();
+        value
+    };
+    let content: Vec<Value> = entries.iter().filter_map(|entry| entry.logprobs.as_ref()).map(entry).collect();
+    json!({"content": content, "refusal": null})
+}
+
+/// The four lists of a completion.
+pub fn completion(tokenizer: &Tokenizer, entries: &[Entry]) -> Value {
+    let spelling = |id: TokenId| spelling(tokenizer.token_bytes(id));
+    let top = |logprobs: &TokenLogprobs| {
+        let alternatives = logprobs.top.iter().map(|&(id, logprob)| (spelling(id), json!(logprob)));
+        let mut map: Map<String, Value> = alternatives.collect();
+        // Always there, also when it is not among the most likely ones.
+        map.entry(spelling(logprobs.id)).or_insert(json!(logprobs.logprob));
+        map
+    };
+    let given = |entry: &Entry| entry.logprobs.as_ref().map(|logprobs| logprobs.logprob);
+    json!({
+        "tokens": entries.iter().map(|entry| spelling(entry.id)).collect::<Vec<_>>(),
+        "token_logprobs": entries.iter().map(given).collect::<Vec<_>>(),
+        "top_logprobs": entries.iter().map(|entry| entry.logprobs.as_ref().map(top)).collect::<Vec<_>>(),
+        "text_offset": entries.iter().map(|entry| entry.offset).collect::<Vec<_>>(),
+    })
+}
+
+fn spelling(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes).unwrap_or_else(|error| {
+        let digits: String = error.as_bytes().iter().map(|byte| format!("\\x{byte:02x}")).collect();
+        format!("bytes:{digits}")
+    })
+}

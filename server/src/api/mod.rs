@@ -1,0 +1,71 @@
+//! OpenAI's API without its transport: a JSON body becomes requests, events become JSON.
+//!
+//! Invariant: a whole answer is the sum of the chunks of the same answer streamed; both come from [`Delta`]s. Text is
+//! made and read here, outside the engine thread. Knows no socket.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fullbore_engine::bundle::SamplingDefaults;
+use fullbore_engine::memory::capacity::MemoryTable;
+use fullbore_engine::request::TokenId;
+use fullbore_engine::text::{ChatTemplate, Tokenizer};
+use fullbore_engine::worker::EngineHandle;
+use serde_json::Value;
+
+use crate::http::error::ApiError;
+
+mod chat;
+mod completions;
+mod exchange;
+mod fields;
+mod generation;
+mod logprobs;
+pub mod models;
+mod sampling;
+
+pub use exchange::Exchange;
+pub use generation::{Delta, Generation, Job};
+
+use fields::Fields;
+
+/// A loaded model with its engine, and all that text needs.
+pub struct ServedModel {
+    /// What clients call it.
+    pub name: String,
+    pub tokenizer: Arc<Tokenizer>,
+    pub chat_template: Option<ChatTemplate>,
+    /// Of the model's makers; a request's own values come first.
+    pub defaults: SamplingDefaults,
+    pub stop_ids: Vec<TokenId>,
+    pub memory: MemoryTable,
+    /// Unix seconds.
+    pub loaded_at: u64,
+    pub engine: EngineHandle,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    Completions,
+    Chat,
+}
+
+/// Reads a body: how to answer, and what to run.
+pub fn prepare(endpoint: Endpoint, model: &ServedModel, body: &Value) -> Result<(Exchange, Vec<Job>), ApiError> {
+    let object = body.as_object().ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))?;
+    let fields = Fields(object);
+    if let Some(asked) = fields.string("model")?.filter(|asked| *asked != model.name) {
+        return Err(ApiError::unknown_model(asked, &model.name));
+    }
+    fields.refuse_unsupported()?;
+    let exchange = Exchange::read(endpoint, model, &fields)?;
+    let jobs = match endpoint {
+        Endpoint::Completions => completions::jobs(model, &exchange.id, &fields)?,
+        Endpoint::Chat => chat::jobs(model, &exchange.id, &fields)?,
+    };
+    Ok((exchange, jobs))
+}
+
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,148 @@
+//! What completions and chats ask of the engine in the same words. Invariant: a request made here is within the ranges
+//! that `request.rs` states; that it fits the model's context is the engine's to say.
+
+use fullbore_engine::request::{Request, SamplingParams, TokenId};
+use serde_json::Value;
+
+use super::fields::{Fields, wrong};
+use super::generation::Job;
+use super::{ServedModel, fields};
+use crate::http::error::ApiError;
+use crate::start::random;
+
+/// Choices of one HTTP request at most, over all its prompts.
+pub const MAX_CHOICES: usize = 128;
+/// Alternatives of one token at most.
+pub const MAX_LOGPROBS: i64 = 20;
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 256;
+
+/// The fields that both endpoints have.
+pub struct Sampling {
+    pub max_tokens: Option<u32>,
+    n: u32,
+    params: SamplingParams,
+    stops: Vec<String>,
+    stop_ids: Vec<TokenId>,
+}
+
+/// A prompt, and what its choices do beside sampling.
+pub struct Prompt {
+    pub ids: Vec<TokenId>,
+    pub max_tokens: u32,
+    pub logprobs: Option<u32>,
+    /// The prompt's text, where it is to be repeated.
+    pub echo: Option<String>,
+}
+
+impl Sampling {
+    /// `least_tokens` is the smallest `max_tokens` that makes sense.
+    pub fn read(model: &ServedModel, fields: &Fields, least_tokens: u32) -> Result<Sampling, ApiError> {
+        let limit = |name| fields.integer(name, i64::from(least_tokens)..=i64::from(u32::MAX));
+        let max_tokens = limit("max_completion_tokens")?.or(limit("max_tokens")?);
+        let top_p = fields.number("top_p", 0.0..=1.0)?.or(model.defaults.top_p).unwrap_or(1.0);
+        if top_p <= 0.0 {
+            return Err(ApiError::invalid("top_p", "top_p is 0; it must be above 0 and at most 1"));
+        }
+        // -1 is vLLM's way to say all.
+        let top_k = fields.integer("top_k", -1..=i64::from(u32::MAX))?.map(|top_k| u32::try_from(top_k).unwrap_or(0));
+        let defaults = &model.defaults;
+        let params = SamplingParams {
+            temperature: fields.number("temperature", 0.0..=2.0)?.or(defaults.temperature).unwrap_or(1.0),
+            top_p,
+            top_k: top_k.or(defaults.top_k).unwrap_or(0),
+            min_p: fields.number("min_p", 0.0..=1.0)?.or(defaults.min_p).unwrap_or(0.0),
+            seed: seed(fields)?,
+        };
+        Ok(Sampling {
+            max_tokens: max_tokens.map(|max_tokens| max_tokens as u32),
+            n: fields.integer("n", 1..=MAX_CHOICES as i64)?.map_or(1, |n| n as u32),
+            params,
+            stops: stops(fields)?,
+            stop_ids: stop_ids(model, fields)?,
+        })
+    }
+
+    /// What is left of the model's context after a prompt; at least 1, so that a prompt that fills it is refused as such.
+    pub fn rest_of_context(model: &ServedModel, num_prompt_tokens: usize) -> u32 {
+        let num_prompt_tokens = u32::try_from(num_prompt_tokens).unwrap_or(u32::MAX);
+        model.engine.config().max_model_len.saturating_sub(num_prompt_tokens).max(1)
+    }
+
+    /// `n` choices for each prompt, each with a seed of its own.
+    pub fn jobs(&self, id: &str, prompts: Vec<Prompt>) -> Result<Vec<Job>, ApiError> {
+        let num_choices = prompts.len() * self.n as usize;
+        if num_choices > MAX_CHOICES {
+            let message = format!(
+                "{} prompts with n = {} make {num_choices} choices; at most {MAX_CHOICES} are made at once",
+                prompts.len(),
+                self.n
+            );
+            return Err(ApiError::invalid("n", message));
+        }
+        let pairs = prompts.iter().flat_map(|prompt| (0..self.n).map(move |nth| (prompt, nth)));
+        let job = |(prompt, nth): (&Prompt, u32)| {
+            let seed = self.params.seed.wrapping_add(u64::from(nth));
+            let wants_prompt = prompt.echo.is_some();
+            let request = Request {
+                id: id.to_owned(),
+                prompt: prompt.ids.clone(),
+                max_tokens: prompt.max_tokens,
+                stop_ids: self.stop_ids.clone(),
+                sampling: SamplingParams { seed, ..self.params.clone() },
+                logprobs: prompt.logprobs,
+                prompt_logprobs: prompt.logprobs.filter(|_| wants_prompt),
+                cache_salt: 0,
+            };
+            Job { request, nth, stops: self.stops.clone(), echo: prompt.echo.clone() }
+        };
+        Ok(pairs.map(job).collect())
+    }
+}
+
+/// A number of the client's, of any sign, or one of ours.
+fn seed(fields: &Fields) -> Result<u64, ApiError> {
+    let Some(value) = fields.get("seed") else { return Ok(random()) };
+    let seed = value.as_u64().or(value.as_i64().map(|seed| seed as u64));
+    seed.ok_or_else(|| wrong("seed", value, "an integer of 64 bits"))
+}
+
+fn stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let Some(value) = fields.get("stop") else { return Ok(Vec::new()) };
+    let expected = || format!("a string, or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_BYTES} bytes each");
+    let refuse = || wrong("stop", value, expected());
+    let texts = match value {
+        Value::String(_) => std::slice::from_ref(value),
+        Value::Array(items) if items.len() <= MAX_STOPS => items.as_slice(),
+        _ => return Err(refuse()),
+    };
+    let text = |item: &Value| {
+        let text = item.as_str().filter(|text| (1..=MAX_STOP_BYTES).contains(&text.len()));
+        text.map(str::to_owned).ok_or_else(refuse)
+    };
+    texts.iter().map(text).collect()
+}
+
+fn stop_ids(model: &ServedModel, fields: &Fields) -> Result<Vec<TokenId>, ApiError> {
+    let mut stop_ids = match fields.bool("ignore_eos")?.unwrap_or(false) {
+        true => Vec::new(),
+        false => model.stop_ids.clone(),
+    };
+    if let Some(value) = fields.get("stop_token_ids") {
+        let items = value.as_array().filter(|items| items.len() <= MAX_STOPS);
+        let expected = format!("a list of at most {MAX_STOPS} token ids");
+        let items = items.ok_or_else(|| wrong("stop_token_ids", value, expected))?;
+        for item in items {
+            stop_ids.push(token_id(model, "stop_token_ids", item)?);
+        }
+    }
+    Ok(stop_ids)
+}
+
+/// One token id of a list in field `name`.
+pub fn token_id(model: &ServedModel, name: &str, value: &Value) -> Result<TokenId, ApiError> {
+    let vocab_size = model.engine.vocab_size();
+    let id = value.as_u64().filter(|&id| id < u64::from(vocab_size));
+    let expected = || format!("token ids below {vocab_size}, or text");
+    id.map(|id| TokenId(id as u32)).ok_or_else(|| fields::wrong(name, value, expected()))
+}

@@ -1,0 +1,28 @@
+//! `fullbore bench offline`: one engine, all requests at once, one line of JSON. It knows no HTTP.
+
+use fullbore_bench::offline::{self, BenchError};
+use fullbore_bench::workload::Workload;
+
+use crate::args::BenchArgs;
+use crate::start::{self, StartError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum OfflineError {
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Bench(#[from] BenchError),
+}
+
+pub fn offline(args: &BenchArgs) -> Result<(), OfflineError> {
+    let mut engine_args = args.engine.clone();
+    // All are submitted before the first is admitted.
+    engine_args.max_waiting = engine_args.max_waiting.max(args.num_requests);
+    let model = start::plan(&engine_args, None)?.load()?;
+    let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
+    let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
+    let report = offline::run(&model.engine, workload, model.engine.vocab_size());
+    model.engine.shutdown();
+    println!("{}", serde_json::json!(report?));
+    Ok(())
+}

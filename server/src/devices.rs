@@ -1,0 +1,87 @@
+//! Which device a name means. Invariant: the choice is logged by the caller, and there is no silent fall-back: only
+//! `auto` may end at the CPU, and a name that fits nothing is an error that lists what there is.
+
+use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
+use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, wgpu as adapters};
+use fullbore_engine::memory::capacity::human_bytes;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceChoiceError {
+    #[error("there is no device {0}: `fullbore devices` lists them; cpu, sim and auto are names too")]
+    Unknown(String),
+    #[error(transparent)]
+    Gpu(#[from] adapters::OpenError),
+    #[error(transparent)]
+    Cpu(#[from] DeviceError),
+}
+
+/// Every device of this machine; the simulator is none.
+pub fn all() -> Result<Vec<DeviceInfo>, DeviceChoiceError> {
+    let cpu = cpu()?.info().clone();
+    Ok(std::iter::once(cpu).chain(adapters::devices()).collect())
+}
+
+/// Opens the device that `wanted` means: for `auto` the best hardware GPU, else the CPU; software Vulkan only by name.
+pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+    match wanted {
+        "cpu" => Ok(cpu()?),
+        "sim" => Ok(Box::new(SimBackend::new(SimOptions::default()))),
+        "auto" => match gpu("") {
+            Err(adapters::OpenError::NotFound { .. }) => Ok(cpu()?),
+            opened => Ok(opened?),
+        },
+        // An empty selector would mean the best there is.
+        "" => Err(DeviceChoiceError::Unknown(wanted.to_owned())),
+        _ => Ok(gpu(wanted)?),
+    }
+}
+
+fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
+    Ok(Box::new(CpuBackend::new(CpuOptions::default())?))
+}
+
+fn gpu(selector: &str) -> Result<Box<dyn Backend>, adapters::OpenError> {
+    let options = adapters::WgpuOptions { selector: selector.to_owned(), ..adapters::WgpuOptions::default() };
+    Ok(Box::new(adapters::WgpuBackend::open(&options)?))
+}
+
+/// What `fullbore devices` prints.
+pub fn table(devices: &[DeviceInfo]) -> String {
+    let cells = |device: &DeviceInfo| {
+        let memory = device.memory_bytes.map_or_else(|| "unknown".to_owned(), human_bytes);
+        [device.id.clone(), device.name.clone(), memory, device.tier.clone(), device.driver.clone()]
+    };
+    let head = ["device", "name", "memory", "tier", "driver and features"].map(str::to_owned);
+    let rows: Vec<[String; 5]> = std::iter::once(head).chain(devices.iter().map(cells)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; 5] = std::array::from_fn(width);
+    let line = |row: &[String; 5]| {
+        let padded: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        padded.join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_mean_devices() {
+        for name in ["cpu", "sim"] {
+            assert_eq!(open(name).expect("always there").info().id, name);
+        }
+        assert!(matches!(open("").err(), Some(DeviceChoiceError::Unknown(_))));
+        let sentence = open("vulkan:no-such-device").err().expect("not there").to_string();
+        assert!(sentence.contains("vulkan:no-such-device"), "{sentence}");
+    }
+
+    #[test]
+    fn columns_stand_below_each_other() {
+        let device = |id: &str| DeviceInfo { id: id.to_owned(), tier: "plain".to_owned(), ..DeviceInfo::default() };
+        let text = table(&[device("cpu"), device("vulkan:0")]);
+        let columns: Vec<_> = text.lines().skip(1).map(|line| line.find("plain")).collect();
+        assert_eq!(columns, [text.find("tier"); 2]);
+    }
+}

@@ -1,0 +1,142 @@
+//! Errors as OpenAI's API has them: `{"error": {"message", "type", "param", "code"}}`.
+//!
+//! Invariant: every failure that a client sees comes from here, and its sentence names the thing.
+
+use std::convert::Infallible;
+
+use fullbore_engine::config::UnfitRequest;
+use fullbore_engine::worker::SubmitError;
+use serde_json::{Value, json};
+use warp::http::StatusCode;
+use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use warp::reject::{InvalidHeader, MethodNotAllowed, Rejection};
+use warp::reply::Response;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    pub status: StatusCode,
+    pub message: String,
+    /// The field of the request that is at fault.
+    pub param: Option<String>,
+    pub code: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, message: impl Into<String>) -> ApiError {
+        ApiError { status, message: message.into(), param: None, code: None }
+    }
+
+    fn with_code(self, code: &'static str) -> ApiError {
+        ApiError { code: Some(code), ..self }
+    }
+
+    /// A field of the request is wrong.
+    pub fn invalid(param: &str, message: impl Into<String>) -> ApiError {
+        ApiError { param: Some(param.to_owned()), ..ApiError::new(StatusCode::BAD_REQUEST, message) }
+    }
+
+    /// The body is no JSON object.
+    pub fn not_json(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, message).with_code("invalid_json")
+    }
+
+    pub fn unknown_model(asked: &str, served: &str) -> ApiError {
+        let message = format!("the model {asked} does not exist here; this server has {served}");
+        let error = ApiError::new(StatusCode::NOT_FOUND, message).with_code("model_not_found");
+        ApiError { param: Some("model".to_owned()), ..error }
+    }
+
+    pub fn body_too_large(max_bytes: u64) -> ApiError {
+        let message = format!("the request body is larger than the {max_bytes} bytes that are taken");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).with_code("request_too_large")
+    }
+
+    pub fn body_too_slow(seconds: u64) -> ApiError {
+        let message = format!("the request body had not arrived after {seconds} seconds");
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, message).with_code("request_timeout")
+    }
+
+    pub fn body_broken() -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, "the request body ended early")
+    }
+
+    pub fn overloaded(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full")
+    }
+
+    pub fn unavailable(message: &str) -> ApiError {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("unavailable")
+    }
+
+    pub fn internal(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("internal_error")
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    pub fn json(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind(), "param": self.param, "code": self.code}})
+    }
+
+    pub fn response(&self) -> Response {
+        let mut response = json_response(&self.json());
+        *response.status_mut() = self.status;
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> ApiError {
+        let message = error.to_string();
+        match error {
+            SubmitError::QueueFull { .. } => ApiError::overloaded(message),
+            SubmitError::Unfit(unfit) => unfit.into(),
+            SubmitError::Stopped { .. } => ApiError::unavailable(&message),
+        }
+    }
+}
+
+impl From<UnfitRequest> for ApiError {
+    fn from(error: UnfitRequest) -> ApiError {
+        let message = error.to_string();
+        match error {
+            UnfitRequest::TooLong { prompt_tokens, max_model_len, .. } => {
+                let param = if prompt_tokens < max_model_len { "max_tokens" } else { "prompt" };
+                ApiError::invalid(param, message).with_code("context_length_exceeded")
+            }
+            UnfitRequest::Empty | UnfitRequest::NoSuchToken { .. } => ApiError::invalid("prompt", message),
+        }
+    }
+}
+
+pub fn json_response(value: &Value) -> Response {
+    let mut response = Response::new(value.to_string().into());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// What no route took.
+pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
+    let error = if rejection.is_not_found() {
+        ApiError::new(StatusCode::NOT_FOUND, "there is nothing at this path; the API is under /v1")
+            .with_code("not_found")
+    } else if rejection.find::<MethodNotAllowed>().is_some() {
+        let message = "this path does not take this method";
+        ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).with_code("method_not_allowed")
+    } else if let Some(header) = rejection.find::<InvalidHeader>() {
+        ApiError::new(StatusCode::BAD_REQUEST, header.to_string())
+    } else {
+        tracing::error!(?rejection, "a rejection without an answer");
+        ApiError::internal("the server met an error of its own")
+    };
+    Ok(error.response())
+}

@@ -1,0 +1,129 @@
+//! `/metrics` in Prometheus' text format. Invariant: the engine's numbers are read when asked for and kept nowhere else;
+//! only what the engine cannot know (HTTP answers and times as clients see them) is counted here.
+
+use std::time::Duration;
+
+use fullbore_engine::engine::EngineStats;
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+};
+use warp::http::StatusCode;
+use warp::http::header::{CONTENT_TYPE, HeaderValue};
+use warp::reply::Response;
+
+use super::App;
+use crate::api::ServedModel;
+
+pub struct HttpMetrics {
+    registry: Registry,
+    responses: IntCounterVec,
+    refused_connections: IntCounter,
+    first_token: Histogram,
+    duration: Histogram,
+}
+
+/// Seconds: from a token of a small model to a long answer of a large one.
+const BUCKETS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
+
+impl HttpMetrics {
+    pub fn new() -> HttpMetrics {
+        let registry = Registry::new();
+        let histogram = |name, help| {
+            let options = HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
+            register(&registry, Histogram::with_opts(options))
+        };
+        let responses = Opts::new("fullbore_http_responses_total", "HTTP responses by status.");
+        let refused = "Connections refused because too many were open.";
+        HttpMetrics {
+            first_token: histogram("fullbore_time_to_first_token_seconds", "From a request's body to its first token."),
+            duration: histogram("fullbore_request_duration_seconds", "From a request's body to its last token."),
+            responses: register(&registry, IntCounterVec::new(responses, &["status"])),
+            refused_connections: register(&registry, IntCounter::new("fullbore_connections_refused_total", refused)),
+            registry,
+        }
+    }
+
+    pub fn count_response(&self, status: StatusCode) {
+        self.responses.with_label_values(&[status.as_str()]).inc();
+    }
+
+    pub fn count_refused_connection(&self) {
+        self.refused_connections.inc();
+    }
+
+    pub fn observe_first_token(&self, since: Duration) {
+        self.first_token.observe(since.as_secs_f64());
+    }
+
+    pub fn observe_end(&self, since: Duration) {
+        self.duration.observe(since.as_secs_f64());
+    }
+}
+
+pub fn metrics(app: &App) -> Response {
+    let mut families = app.metrics.registry.gather();
+    if let Some(model) = app.model() {
+        families.extend(engine_registry(model).gather());
+    }
+    let mut text = Vec::new();
+    TextEncoder::new().encode(&families, &mut text).expect("metrics are valid text");
+    let mut response = Response::new(text.into());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(prometheus::TEXT_FORMAT));
+    response
+}
+
+fn engine_registry(model: &ServedModel) -> Registry {
+    let registry = Registry::new();
+    let stats = model.engine.stats();
+    let waiting = model.engine.num_waiting();
+    let gauges: [(&str, &str, f64); 4] = [
+        ("fullbore_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
+        ("fullbore_requests_waiting", "Sequences that wait for admission.", waiting as f64),
+        ("fullbore_last_step_seconds", "The last step, from submission to its results.", stats.last_step_ms / 1e3),
+        ("fullbore_stalled_seconds", "How long work has waited for a step.", model.engine.stalled_for().as_secs_f64()),
+    ];
+    for (name, help, value) in gauges {
+        register(&registry, Gauge::new(name, help)).set(value);
+    }
+    for (name, help, value) in counters(&stats) {
+        register(&registry, IntCounter::new(name, help)).inc_by(value);
+    }
+    let blocks = Opts::new("fullbore_kv_blocks", "KV blocks by state; cached ones are free for others to take.");
+    let blocks = register(&registry, GaugeVec::new(blocks, &["state"]));
+    for (state, count) in
+        [("free", stats.blocks.free), ("cached", stats.blocks.cached), ("used", stats.blocks.referenced)]
+    {
+        blocks.with_label_values(&[state]).set(f64::from(count));
+    }
+    let finished = Opts::new("fullbore_requests_finished_total", "Sequences by how they ended.");
+    let finished = register(&registry, IntCounterVec::new(finished, &["reason"]));
+    let reasons = [
+        ("stop", stats.num_stopped),
+        ("length", stats.num_length),
+        ("error", stats.num_failed),
+        ("aborted", stats.num_aborted),
+    ];
+    for (reason, count) in reasons {
+        finished.with_label_values(&[reason]).inc_by(count);
+    }
+    registry
+}
+
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 6] {
+    [
+        ("fullbore_steps_total", "Steps done.", stats.num_steps),
+        ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
+        ("fullbore_tokens_prefilled_total", "Tokens computed for prompts, again ones included.", stats.prefill_tokens),
+        ("fullbore_prompt_tokens_total", "Prompt tokens of sequences that have ended.", stats.prompt_tokens),
+        ("fullbore_prefix_cache_hit_tokens_total", "Those that the prefix cache had.", stats.cached_tokens),
+        ("fullbore_preemptions_total", "Sequences sent back to wait because blocks ran out.", stats.num_preemptions),
+    ]
+}
+
+/// Names and labels are constants of this file, so a refusal is a bug of it.
+fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
+    let metric = metric.expect("a valid name");
+    registry.register(Box::new(metric.clone())).expect("a name used once");
+    metric
+}

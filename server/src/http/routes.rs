@@ -1,0 +1,120 @@
+//! The table of routes. Invariant: every answer, also to what no route takes, has OpenAI's shape.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Buf;
+use futures_util::{Stream, StreamExt};
+use serde_json::Value;
+use tokio::time::timeout;
+use warp::Filter;
+use warp::http::HeaderMap;
+use warp::http::header::{CONTENT_LENGTH, EXPECT};
+use warp::reply::{Reply, Response};
+
+use super::accept::Limits;
+use super::error::{self, ApiError, json_response};
+use super::{App, health, metrics, page, stream};
+use crate::api::{self, Endpoint, Generation};
+
+pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone + Send + 'static {
+    let with_app = warp::any().map(move || app.clone());
+    let page = warp::path::end().and(warp::get()).map(page::page);
+    let script = warp::path!("page.js").and(warp::get()).map(page::script);
+    let style = warp::path!("page.css").and(warp::get()).map(page::style);
+    let live = warp::path!("health" / "live").and(warp::get()).map(health::live);
+    let ready = warp::path!("health" / "ready").and(warp::get()).and(with_app.clone());
+    let ready = ready.map(|app: Arc<App>| health::ready(&app));
+    let metrics = warp::path!("metrics").and(warp::get()).and(with_app.clone());
+    let metrics = metrics.map(|app: Arc<App>| metrics::metrics(&app));
+    let models = warp::path!("v1" / "models").and(warp::get()).and(with_app.clone());
+    let models = models.map(|app: Arc<App>| match app.serving() {
+        Ok(model) => json_response(&api::models::list(model)),
+        Err(error) => error.response(),
+    });
+    let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
+    let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
+    let generate = completions.or(chat).unify().and(warp::post()).and(with_app);
+    let generate = generate.and(warp::header::headers_cloned()).and(warp::body::stream()).then(generate_reply);
+    let api = models.or(generate).unify();
+    let rest = page.or(script).unify().or(style).unify().or(live).unify().or(ready).unify().or(metrics).unify();
+    api.or(rest).unify().recover(error::recover).unify()
+}
+
+async fn generate_reply<S, B>(endpoint: Endpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Response
+where
+    S: Stream<Item = Result<B, warp::Error>>,
+    B: Buf,
+{
+    match generate(endpoint, app, headers, body).await {
+        Ok(response) => response,
+        Err(error) => error.response(),
+    }
+}
+
+async fn generate<S, B>(endpoint: Endpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Result<Response, ApiError>
+where
+    S: Stream<Item = Result<B, warp::Error>>,
+    B: Buf,
+{
+    let body = read_body(&app.limits, &headers, body).await?;
+    let arrived = Instant::now();
+    let model = app.serving()?.clone();
+    // Templates and tokenizers are plain computation, and a long prompt's takes its time.
+    let prepared = {
+        let model = model.clone();
+        let prepare = move || api::prepare(endpoint, &model, &parse(&body)?);
+        tokio::task::spawn_blocking(prepare).await
+    };
+    let (exchange, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
+    let generation = Generation::submit(&model, jobs)?;
+    match exchange.stream {
+        true => Ok(stream::response(app, model, exchange, generation, arrived)),
+        false => {
+            let value = exchange.collect(&model, generation).await?;
+            app.metrics.observe_end(arrived.elapsed());
+            Ok(json_response(&value))
+        }
+    }
+}
+
+fn parse(body: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(body).map_err(|error| ApiError::not_json(format!("the request body is not JSON: {error}")))
+}
+
+/// What a body over the limit may still send before the answer, so that a client that writes first and reads then gets
+/// it; more is cut off.
+const MAX_DISCARDED_BYTES: u64 = 256 << 20;
+
+async fn read_body<S, B>(limits: &Limits, headers: &HeaderMap, body: S) -> Result<Vec<u8>, ApiError>
+where
+    S: Stream<Item = Result<B, warp::Error>>,
+    B: Buf,
+{
+    let max_bytes = limits.max_body_bytes;
+    let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > max_bytes) && headers.contains_key(EXPECT) {
+        return Err(ApiError::body_too_large(max_bytes));
+    }
+    let read = async {
+        let mut body = std::pin::pin!(body);
+        let mut bytes = Vec::new();
+        let mut num_bytes = 0;
+        while let Some(chunk) = body.next().await {
+            let mut chunk = chunk.map_err(|_| ApiError::body_broken())?;
+            num_bytes += chunk.remaining() as u64;
+            if num_bytes > MAX_DISCARDED_BYTES {
+                break;
+            }
+            if num_bytes > max_bytes {
+                bytes = Vec::new();
+                continue;
+            }
+            bytes.extend_from_slice(&chunk.copy_to_bytes(chunk.remaining()));
+        }
+        if num_bytes > max_bytes { Err(ApiError::body_too_large(max_bytes)) } else { Ok(bytes) }
+    };
+    let too_slow = |_| ApiError::body_too_slow(limits.body_timeout.as_secs());
+    timeout(limits.body_timeout, read).await.map_err(too_slow)?
+}

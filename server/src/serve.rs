@@ -1,0 +1,133 @@
+//! `fullbore serve`: listen, load, announce, and end in order.
+//!
+//! Invariant: the port answers from the start, with "loading" until the model is there. The end is in order too: no new
+//! connections, a while for what runs, then the engine, then the rest.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::api::ServedModel;
+use crate::args::ServeArgs;
+use crate::http::accept::{self, Limits};
+use crate::http::{App, routes};
+use crate::start::{self, StartError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("cannot listen on {address}: {source}; choose another with --host and --port")]
+    Listen { address: SocketAddr, source: io::Error },
+    #[error("cannot start the server's threads: {0}")]
+    Runtime(#[from] io::Error),
+    #[error("loading the model failed in a way it should not; the log says more")]
+    LoaderDied,
+}
+
+/// A listening server; without a model it answers that it is loading.
+pub struct Server {
+    address: SocketAddr,
+    app: Arc<App>,
+    connections: Arc<Semaphore>,
+    stop: watch::Sender<bool>,
+    acceptor: JoinHandle<()>,
+}
+
+impl Server {
+    pub async fn start(host: IpAddr, port: u16, limits: Limits) -> Result<Server, ServeError> {
+        let address = SocketAddr::new(host, port);
+        let listen = |source| ServeError::Listen { address, source };
+        let listener = TcpListener::bind(address).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let connections = Arc::new(Semaphore::new(limits.max_connections));
+        let app = Arc::new(App::new(limits));
+        let (stop, stopped) = watch::channel(false);
+        let service = warp::service(routes::routes(app.clone()));
+        let acceptor = tokio::spawn(accept::accept(listener, app.clone(), service, connections.clone(), stopped));
+        Ok(Server { address, app, connections, stop, acceptor })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on requests are served.
+    pub fn set_model(&self, model: ServedModel) {
+        self.app.set_model(model);
+    }
+
+    /// Refuses what is new, gives what runs until `grace` is over, and ends the engine.
+    pub async fn shutdown(self, grace: Duration) {
+        self.app.drain();
+        // The acceptor may be gone already.
+        let _ = self.stop.send(true);
+        let _ = self.acceptor.await;
+        let all = self.app.limits.max_connections as u32;
+        let done = timeout(grace, self.connections.acquire_many(all)).await.is_ok();
+        if let Some(model) = self.app.model() {
+            let engine = model.engine.clone();
+            // A device that no longer answers must not keep the process.
+            let _ = timeout(ENGINE_GRACE, tokio::task::spawn_blocking(move || engine.shutdown())).await;
+        }
+        if !done {
+            // Streams that were told of the end above still have to send it.
+            let _ = timeout(LAST_WORDS, self.connections.acquire_many(all)).await;
+        }
+    }
+}
+
+const GRACE: Duration = Duration::from_secs(5);
+const ENGINE_GRACE: Duration = Duration::from_secs(5);
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The command: ends after SIGINT or SIGTERM.
+pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
+    if args.dry_run {
+        println!("{}", start::plan(&args.engine, args.served_model_name.as_deref())?.memory);
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(run(args));
+    // A load that was interrupted goes on in its thread; the process does not wait for it.
+    runtime.shutdown_background();
+    result
+}
+
+async fn run(args: &ServeArgs) -> Result<(), ServeError> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let limits = Limits { max_connections: args.max_connections.clamp(1, MAX_CONNECTIONS), ..Limits::default() };
+    let server = Server::start(args.host, args.port, limits).await?;
+    let (engine_args, name) = (args.engine.clone(), args.served_model_name.clone());
+    let load = tokio::task::spawn_blocking(move || {
+        let plan = start::plan(&engine_args, name.as_deref())?;
+        eprintln!("{}", plan.memory);
+        plan.load()
+    });
+    tokio::select! {
+        loaded = load => server.set_model(loaded.map_err(|_| ServeError::LoaderDied)??),
+        _ = interrupt.recv() => return Ok(()),
+        _ = terminate.recv() => return Ok(()),
+    }
+    println!("listening on http://{}", server.address());
+    // A closed standard output is no reason to stop serving.
+    let _ = io::stdout().flush();
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    tracing::info!("ending: waiting for open requests");
+    server.shutdown(GRACE).await;
+    Ok(())
+}
+
+/// Well below the limit of a semaphore's permits, which are counted in 32 bits above.
+const MAX_CONNECTIONS: usize = 1 << 20;

@@ -1,0 +1,62 @@
+// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; one workgroup a row.
+#include "grid.wgsl"
+
+struct Params {
+    x: u32,
+    weight: u32,
+    out: u32,
+    rows: u32,
+    cols: u32,
+    eps: f32,
+}
+#include "params.wgsl"
+
+// (rows, cols)
+@group(0) @binding(0) var<storage, read> x: array<f32>;
+// (1, cols)
+@group(0) @binding(1) var<storage, read> weight: array<f32>;
+// (rows, cols)
+@group(0) @binding(2) var<storage, read_write> out: array<f32>;
+
+#if ONE_SUBGROUP
+fn sum_lanes(value: f32, lane: u32) -> f32 {
+    return subgroupAdd(value);
+}
+#else
+var<workgroup> sums: array<f32, {{ROW_LANES}}>;
+
+fn sum_lanes(value: f32, lane: u32) -> f32 {
+    sums[lane] = value;
+    workgroupBarrier();
+    for (var width = {{ROW_LANES}}u / 2u; width > 0u; width /= 2u) {
+        if lane < width {
+            sums[lane] += sums[lane + width];
+        }
+        workgroupBarrier();
+    }
+    return sums[0];
+}
+#endif
+
+@compute @workgroup_size({{ROW_LANES}})
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = workgroup_index(group, groups);
+    if row >= params.rows {
+        return;
+    }
+    let start = params.x + row * params.cols;
+    var sum = 0.0;
+    for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
+        let value = x[start + i];
+        sum = fma(value, value, sum);
+    }
+    let scale = 1.0 / sqrt(sum_lanes(sum, lane) / f32(params.cols) + params.eps);
+    let to = params.out + row * params.cols;
+    for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
+        out[to + i] = x[start + i] * scale * weight[params.weight + i];
+    }
+}
