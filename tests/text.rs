@@ -457,8 +457,10 @@ mod chat {
         assert_eq!(ids, [TokenId(1), x, end]);
     }
 
+    type ByHand = fn(&str) -> String;
+
     /// (source, the same by hand): a template that trims, and one whose text completes what a message begins.
-    fn templates() -> [(ChatTemplate, fn(&str) -> String); 3] {
+    fn templates() -> [(ChatTemplate, ByHand); 3] {
         let trimming = "{% for m in messages %}\n<|im_start|>{{ m['content'].strip() }}<|im_end|>{% endfor %}";
         let completing = "{% for m in messages %}<|im_start|>{{ m.content | trim }}nd|>{{ m.content }}nd|>{% endfor %}";
         let starting =
