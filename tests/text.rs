@@ -457,15 +457,18 @@ mod chat {
         assert_eq!(ids, [TokenId(1), x, end]);
     }
 
+    type ByHand = fn(&str) -> String;
+
     /// (source, the same by hand): a template that trims, and one whose text completes what a message begins.
-    fn templates() -> [(ChatTemplate, fn(&str) -> String); 3] {
+    fn templates() -> [(ChatTemplate, ByHand); 3] {
         let trimming = "{% for m in messages %}\n<|im_start|>{{ m['content'].strip() }}<|im_end|>{% endfor %}";
-        let completing = "{% for m in messages %}<|im_start|>{{ m.content | trim }}|>{{ m.content }}d|>{% endfor %}";
-        let starting = "{% for m in messages %}<|im_{{ m.content }}<{{ m.content.rstrip() }}<|im_end|>{% endfor %}";
+        let completing = "{% for m in messages %}<|im_start|>{{ m.content | trim }}nd|>{{ m.content }}nd|>{% endfor %}";
+        let starting =
+            "{% for m in messages %}<|im_e{{ m.content }}<|im_e{{ m.content.strip() }}<|im_end|>{% endfor %}";
         [
             (template(trimming), |content| format!("<|im_start|>{}<|im_end|>", content.trim())),
-            (template(completing), |content| format!("<|im_start|>{}|>{content}d|>", content.trim())),
-            (template(starting), |content| format!("<|im_{content}<{}<|im_end|>", content.trim_end())),
+            (template(completing), |content| format!("<|im_start|>{}nd|>{content}nd|>", content.trim())),
+            (template(starting), |content| format!("<|im_e{content}<|im_e{}<|im_end|>", content.trim())),
         ]
     }
 
@@ -548,7 +551,7 @@ mod chat {
             "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
             "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x.join([n.x, n.x]) %}{% endfor %}",
             "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x]|tojson %}{% endfor %}",
-            "{% set n = namespace(x=[]) %}{% for i in range(100000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x|tojson }}",
+            "{% set n = namespace(x=0) %}{% for i in range(99999) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x|tojson }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
             "{% macro f(n) %}{% for i in range(9) %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}",
             "{% include 'chat_template' %}",

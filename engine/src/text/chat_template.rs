@@ -4,11 +4,11 @@
 //! those of the plain rendering; a template, which is part of a downloaded file, can neither run nor write without end
 //! (SEC-4).
 //!
-//! A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings of special
-//! tokens: those are stood in for by characters of a private plane until the rendering has been cut into tokens and text.
-//! Fuel bounds a template's instructions and the bytes they make. Lists that hold themselves many times over can still
-//! cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one that outruns
-//! it is not run again.
+//! A template may test and cut messages as it likes, so a message reaches it as it is, save for the spellings of
+//! special tokens: those are stood in for by characters of a private plane until the rendering has been cut into tokens
+//! and text. Fuel bounds a template's instructions and the bytes they make. Lists that hold themselves many times over
+//! can still cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one
+//! that outruns it is not run again.
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};

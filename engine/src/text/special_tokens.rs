@@ -233,3 +233,45 @@ impl SpecialTokens {
         self.tokens.iter().any(|token| token.kind.is_special() && token.spelling.contains(text))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn special(spellings: &[(&str, TokenKind)]) -> SpecialTokens {
+        SpecialTokens::new((0..).zip(spellings).map(|(id, &(spelling, kind))| SpecialToken {
+            id: TokenId(id),
+            spelling: spelling.to_string(),
+            kind,
+            strip_left: false,
+            strip_right: false,
+        }))
+    }
+
+    #[test]
+    fn longer_spellings_go_first_and_then_the_left_ones() {
+        let tokens = special(&[("ab", TokenKind::Control), ("bcd", TokenKind::Control), ("c", TokenKind::UserDefined)]);
+        let split = |text| tokens.split(text, |_| true);
+        let token = |id| Fragment::Token(TokenId(id));
+        assert_eq!(split("abcd"), [Fragment::Text("a"), token(1)]);
+        assert_eq!(split("ababc"), [token(0), token(0), token(2)]);
+        assert_eq!(tokens.split("abc", |kind| !kind.is_special()), [Fragment::Text("ab"), token(2)]);
+        assert_eq!(split(""), []);
+    }
+
+    #[test]
+    fn hazards_are_spellings_and_the_parts_of_one_at_the_ends() {
+        let tokens =
+            special(&[("<ab>", TokenKind::Control), ("xéx", TokenKind::Control), ("uv", TokenKind::UserDefined)]);
+        let hazards =
+            |text: &'static str| tokens.hazards(text).into_iter().map(|range| &text[range]).collect::<Vec<_>>();
+        assert_eq!(hazards("ab> - <ab> - <ab"), ["ab>", "<ab>", "<ab"]);
+        assert_eq!(hazards("- <ab - ab> uv -"), [""; 0]);
+        assert_eq!(hazards("<ab><ab>"), ["<ab>", "<ab>"]);
+        assert_eq!(hazards("éx - xé"), ["éx", "xé"]);
+        // Here the end of one and the start of another are the same character.
+        assert_eq!(hazards("x"), ["x"]);
+        assert_eq!(hazards("éxé"), ["éxé"]);
+        assert_eq!(hazards(""), [""; 0]);
+    }
+}
