@@ -1,4 +1,4 @@
-//! From arguments to a running engine: the model is opened, the device chosen, memory planned and printed, weights loaded.
+//! From arguments to a running engine: device chosen, model opened, memory planned, weights loaded.
 //!
 //! Invariant: a plan allocates nothing on the device; what it prints is what loading takes.
 

@@ -1,5 +1,5 @@
-//! `/metrics` in Prometheus' text format. Invariant: the engine's numbers are read when asked for and kept nowhere else;
-//! only what the engine cannot know (HTTP answers and times as clients see them) is counted here.
+//! `/metrics` in Prometheus' text format. Invariant: the engine's numbers are read when asked for and kept nowhere
+//! else; only what the engine cannot know (HTTP answers and times as clients see them) is counted here.
 
 use std::time::Duration;
 
