@@ -66,7 +66,7 @@ pub struct EngineArgs {
     /// KV blocks, instead of --kv-memory.
     #[arg(long, conflicts_with = "kv_memory")]
     pub kv_blocks: Option<u32>,
-    /// Memory for the KV cache, such as 256MiB or 4GiB [default: enough for all requests, at most half of what is free].
+    /// Memory for the KV cache, such as 256MiB or 4GiB [default: 2048 tokens a request, at most half of what is free].
     #[arg(long, value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
     /// Never share the KV of equal prompt prefixes.

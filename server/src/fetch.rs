@@ -74,10 +74,10 @@ pub fn fetch(model: &str) -> Result<PathBuf, FetchError> {
     }
     let path = Path::new(model);
     let repo = model.split(':').next().unwrap_or(model);
-    let is_repo = repo.split('/').count() == 2 && !repo.starts_with(['/', '.']) && !repo.ends_with('/');
+    let names_file = repo.ends_with(".gguf") || repo.starts_with(['/', '.']) || repo.ends_with('/');
     match path.exists() {
         true => Ok(path.to_owned()),
-        false if is_repo && !model.ends_with(".gguf") || is_repo && model.contains(':') => fetch_repository(model),
+        false if repo.split('/').count() == 2 && !names_file => fetch_repository(model),
         false => Err(FetchError::Unknown(model.to_owned())),
     }
 }

@@ -1,6 +1,7 @@
 //! The command line: reads arguments, calls the library, and turns an error into one sentence and an exit status.
 
 use std::error::Error;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -13,7 +14,8 @@ fn main() -> ExitCode {
     let quiet = matches!(args.command, Command::Run(_) | Command::Bench { .. });
     let level = if quiet { "warn" } else { "info,wgpu=warn,naga=warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
     match command(args.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

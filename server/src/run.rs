@@ -23,7 +23,8 @@ pub enum RunError {
 }
 
 pub fn run(args: &RunArgs) -> Result<(), RunError> {
-    let model = start::plan(&EngineArgs::new(args.model.clone()), None)?.load()?;
+    let engine_args = EngineArgs { max_num_seqs: 1, ..EngineArgs::new(args.model.clone()) };
+    let model = start::plan(&engine_args, None)?.load()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let result = runtime.block_on(answer(&model, args));
     model.engine.shutdown();

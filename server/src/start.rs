@@ -1,4 +1,4 @@
-//! From arguments to a running engine: the model is opened, the device chosen, memory planned and printed, weights loaded.
+//! From arguments to a running engine: device chosen, model opened, memory planned, weights loaded.
 //!
 //! Invariant: a plan allocates nothing on the device; what it prints is what loading takes.
 
@@ -107,7 +107,9 @@ pub fn random() -> u64 {
 
 /// Unless asked otherwise a sequence may be this long, so that a model made for 128k tokens does not claim all memory.
 const DEFAULT_MODEL_LEN: u32 = 8192;
-/// What the KV cache takes where a device does not say how much it has.
+/// Of a request, prompt and answer, as far as memory is concerned.
+const USUAL_LEN: u32 = 2048;
+/// What counts as free where a device does not say.
 const UNKNOWN_MEMORY: u64 = 2 << 30;
 
 fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<EngineConfig, StartError> {
@@ -144,9 +146,10 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
     Ok(config)
 }
 
-/// Enough for every sequence at its longest, but at most half of what is free.
+/// Enough for every sequence at a usual length, and for one at its longest, but at most half of what is free.
 fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_bytes: u64) -> u64 {
-    let blocks = u64::from(args.max_num_seqs) * u64::from(longest.div_ceil(args.block_size.max(1)));
-    let all = blocks * u64::from(args.block_size.max(1)) * config.kv_bytes_per_token();
-    all.min(free_bytes / 2)
+    let block_size = u64::from(args.block_size.max(1));
+    let usual = u64::from(args.max_num_seqs) * u64::from(longest.min(USUAL_LEN));
+    let tokens = usual.max(u64::from(longest)).next_multiple_of(block_size);
+    (tokens * config.kv_bytes_per_token()).min(free_bytes / 2)
 }

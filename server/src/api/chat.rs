@@ -1,5 +1,5 @@
-//! `/v1/chat/completions`: messages through the model's template. Invariant: what is written in a message never becomes a
-//! special token; the template sees to that.
+//! `/v1/chat/completions`: messages through the model's template. Invariant: what is written in a message never becomes
+//! a special token; the template sees to that.
 
 use fullbore_engine::text::ChatMessage;
 use serde_json::Value;

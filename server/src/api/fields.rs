@@ -91,10 +91,9 @@ impl<'a> Fields<'a> {
 
 /// `name` is `value`, but must be `expected`.
 pub fn wrong(name: &str, value: &Value, expected: impl Display) -> ApiError {
-    const SHOWN: usize = 60;
     let mut shown = value.to_string();
-    if shown.len() > SHOWN {
-        shown.truncate(shown.floor_char_boundary(SHOWN));
+    if let Some((end, _)) = shown.char_indices().nth(60) {
+        shown.truncate(end);
         shown.push_str("...");
     }
     ApiError::invalid(name, format!("{name} is {shown}; it must be {expected}"))

@@ -63,7 +63,7 @@ impl Sampling {
         })
     }
 
-    /// What is left of the model's context after a prompt; at least 1, so that a prompt that fills it is refused as such.
+    /// What is left of the model's context after a prompt; at least 1, so that a prompt that fills it is refused.
     pub fn rest_of_context(model: &ServedModel, num_prompt_tokens: usize) -> u32 {
         let num_prompt_tokens = u32::try_from(num_prompt_tokens).unwrap_or(u32::MAX);
         model.engine.config().max_model_len.saturating_sub(num_prompt_tokens).max(1)

@@ -1,7 +1,7 @@
 //! The accept loop: connections in, each with its limits, warp's service on every one.
 //!
-//! Invariant: no client can hold more than one permit's worth of us, nor hold it without moving bytes: heads, bodies and
-//! writes all have a time limit. A panic below ends one request with a 500. Knows no route.
+//! Invariant: a connection holds one permit, and no client holds one without moving bytes: heads, bodies and writes all
+//! have a time limit. A panic below ends one request with a 500. Knows no route.
 
 use std::convert::Infallible;
 use std::io;
@@ -154,7 +154,8 @@ async fn refuse(mut stream: TcpStream) -> io::Result<()> {
     let error = ApiError::unavailable("too many connections are open; try again later");
     let body = error.json().to_string();
     let text = format!(
-        "HTTP/1.1 {}\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        "HTTP/1.1 {}\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
         error.status,
         body.len()
     );

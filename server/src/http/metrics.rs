@@ -1,5 +1,5 @@
-//! `/metrics` in Prometheus' text format. Invariant: the engine's numbers are read when asked for and kept nowhere else;
-//! only what the engine cannot know (HTTP answers and times as clients see them) is counted here.
+//! `/metrics` in Prometheus' text format. Invariant: the engine's numbers are read when asked for and kept nowhere
+//! else; only what the engine cannot know (HTTP answers and times as clients see them) is counted here.
 
 use std::time::Duration;
 
@@ -26,8 +26,8 @@ pub struct HttpMetrics {
 /// Seconds: from a token of a small model to a long answer of a large one.
 const BUCKETS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
 
-impl HttpMetrics {
-    pub fn new() -> HttpMetrics {
+impl Default for HttpMetrics {
+    fn default() -> HttpMetrics {
         let registry = Registry::new();
         let histogram = |name, help| {
             let options = HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
@@ -43,7 +43,9 @@ impl HttpMetrics {
             registry,
         }
     }
+}
 
+impl HttpMetrics {
     pub fn count_response(&self, status: StatusCode) {
         self.responses.with_label_values(&[status.as_str()]).inc();
     }

@@ -26,7 +26,7 @@ pub struct App {
 
 impl App {
     pub fn new(limits: Limits) -> App {
-        App { limits, metrics: HttpMetrics::new(), model: OnceLock::new(), draining: AtomicBool::new(false) }
+        App { limits, metrics: HttpMetrics::default(), model: OnceLock::new(), draining: AtomicBool::new(false) }
     }
 
     pub fn set_model(&self, model: ServedModel) {

@@ -1,7 +1,7 @@
 //! Answers as server-sent events, by a body of our own.
 //!
-//! Invariant: each frame is `data: {...}` and an empty line; the last is `data: [DONE]`, except after an error, which is
-//! the last event itself. Dropping the body drops the generation's receivers, and so frees its blocks.
+//! Invariant: each frame is `data: {...}` and an empty line; the last is `data: [DONE]`, except after an error, which
+//! is the last event itself. Dropping the body drops the generation's receivers, and so frees its blocks.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
