@@ -26,3 +26,5 @@ mod simulation;
 mod text;
 /// Needs nothing: the rules of the tree.
 mod tidy;
+/// Needs nothing: tiny models of every family against `transformers`; what a config.json is refused for.
+mod tiny;
