@@ -65,12 +65,8 @@ fn chunks_give_the_same_bits() {
 #[test]
 fn configs_are_read_as_meant() {
     let llama = ModelConfig::from_json(&config("llama")).expect("a config");
-    let scaling = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_positions: 32.0,
-    };
+    let scaling =
+        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_positions: 32.0 };
     assert_eq!((llama.family, &llama.rope.scaling), (Family::Llama, &scaling));
     assert!(folder("llama").join("model-00002-of-00002.safetensors").is_file(), "llama is to lie in two shards");
     let mistral = ModelConfig::from_json(&config("mistral")).expect("a config");
@@ -220,7 +216,8 @@ fn weights_of_another_shape_are_refused_by_name() {
     }
 }
 
-/// All events of a greedy request with whole rows of log-probabilities, its prompt in chunks of `max_num_batched_tokens`.
+/// All events of a greedy request with whole rows of log-probabilities, its prompt in chunks of
+/// `max_num_batched_tokens`.
 fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32) -> Vec<Event> {
     let config = EngineConfig {
         max_num_seqs: 1,
@@ -242,8 +239,7 @@ fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32) -> Vec<Event
     let mut engine = Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2));
     let num_top = Some(VOCAB_SIZE as u32);
     let prompt = prompt.to_vec();
-    let request =
-        Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() };
+    let request = Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() };
     let events = add(&mut engine, request);
     while engine.step().expect("the cpu is never lost") {}
     engine.check();

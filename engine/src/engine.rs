@@ -1,8 +1,8 @@
 //! Where plan meets compute: the scheduler's batch becomes a recording, and what comes back becomes events.
 //!
-//! Driven from outside: [`Engine::begin`] plans and submits a step, [`Engine::complete`] waits and publishes. This is the
-//! plain loop, one step at a time. Invariant: out of blocks is the scheduler's ordinary branch; the only error is the
-//! device's. The engine has no thread, and no branch on the kind of device.
+//! Driven from outside: [`Engine::begin`] plans and submits a step, [`Engine::complete`] waits and publishes. This is
+//! the plain loop, one step at a time. Invariant: out of blocks is the scheduler's ordinary branch; the only error is
+//! the device's. The engine has no thread, and no branch on the kind of device.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -30,7 +30,8 @@ pub struct UpdateTable {
     pub table: Tensor,
 }
 
-/// An input id with this bit set is not a token: its low bits name a slot, and the token is what that slot sampled last.
+/// An input id with this bit set is not a token: its low bits name a slot, and the token is what that slot sampled
+/// last.
 pub const SAMPLED_BY_SLOT: u32 = 1 << 31;
 
 /// `out[t] = scale * table[id(t)]`.

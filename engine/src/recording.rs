@@ -50,12 +50,6 @@ impl Recording {
 
 /// Asserts the shapes that `op.rs` states.
 fn check(op: &Op) {
-    let f32 = |tensor: Tensor, rows: u32, cols: u32| {
-        assert_eq!((tensor.rows, tensor.cols, tensor.dtype), (rows, cols, DType::F32), "{op:?}");
-    };
-    let u32 = |tensor: Tensor, rows: u32, cols: u32| {
-        assert_eq!((tensor.rows, tensor.cols, tensor.dtype), (rows, cols, DType::U32), "{op:?}");
-    };
     match *op {
         Op::UpdateTable(op) => {
             u32(op.entries, op.entries.rows, 2);
@@ -124,4 +118,14 @@ fn check(op: &Op) {
             u32(op.sampled, op.sampled.rows, 1);
         }
     }
+}
+
+#[track_caller]
+fn f32(tensor: Tensor, rows: u32, cols: u32) {
+    assert_eq!((tensor.rows, tensor.cols, tensor.dtype), (rows, cols, DType::F32));
+}
+
+#[track_caller]
+fn u32(tensor: Tensor, rows: u32, cols: u32) {
+    assert_eq!((tensor.rows, tensor.cols, tensor.dtype), (rows, cols, DType::U32));
 }

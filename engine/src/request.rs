@@ -51,7 +51,8 @@ impl Default for SamplingParams {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Once, before the first token, where `prompt_logprobs` asked for it: one entry for each prompt token but the first.
+    /// Once, before the first token, where `prompt_logprobs` asked for it: one entry for each prompt token but the
+    /// first.
     Prompt(Vec<TokenLogprobs>),
     Token {
         id: TokenId,

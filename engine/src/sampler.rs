@@ -1,7 +1,7 @@
 //! From a row of logits to a token, on the host, for rows that are not greedy or ask for log-probabilities.
 //!
-//! Filters apply in this order: temperature, top-k, top-p, min-p; a token must pass all, and top-p and min-p look at the
-//! distribution after temperature and top-k. A draw depends on (seed, position) alone. A pure function; no state.
+//! Filters apply in this order: temperature, top-k, top-p, min-p; a token must pass all, and top-p and min-p look at
+//! the distribution after temperature and top-k. A draw depends on (seed, position) alone. A pure function; no state.
 
 use crate::request::{SamplingParams, TokenId, TokenLogprobs};
 

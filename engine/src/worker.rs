@@ -1,8 +1,8 @@
 //! The one thread that owns an engine, and the handle that everyone else has.
 //!
 //! Invariant: requests and events are the only traffic; one hop in per request, one hop out per token. `submit` never
-//! blocks: a full queue is an answer. When the device is lost the thread ends, every client is told, and the handle says
-//! why from then on.
+//! blocks: a full queue is an answer. When the device is lost the thread ends, every client is told, and the handle
+//! says why from then on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};

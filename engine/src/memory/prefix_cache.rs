@@ -1,9 +1,9 @@
 //! Full blocks findable by all tokens up to their end.
 //!
-//! A block's key is a keyed 128-bit SipHash (Aumasson and Bernstein 2012) of its parent's key and its tokens; the first
-//! parent is a hash of the salt. The key of the hash is drawn at start, so that a client cannot aim for a collision, and
-//! tokens are compared on a hit, so that a collision cannot leak or corrupt.
-//! Invariant: at most one entry a key and one a block. The cache knows no reference counts.
+//! A block's key is a keyed 128-bit SipHash (Aumasson and Bernstein 2012) of its parent's key and its tokens; the
+//! first parent is a hash of the salt. The key of the hash is drawn at start, so that a client cannot aim for a
+//! collision, and tokens are compared on a hit, so that a collision cannot leak or corrupt. Invariant: at most one
+//! entry a key and one a block. The cache knows no reference counts.
 
 use std::collections::HashMap;
 use std::hash::Hasher;

@@ -14,6 +14,8 @@ use crate::model::ModelConfig;
 use crate::model::config::Family;
 use crate::tensor::WeightFormat;
 
+// There is one, while a model loads.
+#[allow(clippy::large_enum_variant)]
 pub enum Checkpoint {
     Gguf(Gguf),
     Safetensors {

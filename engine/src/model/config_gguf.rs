@@ -4,6 +4,7 @@
 
 use super::config::{Family, ModelConfig, ModelConfigError, RopeConfig, RopeScaling};
 use crate::format::gguf::{Gguf, Value};
+use crate::format::quant::dequantize_row;
 use crate::op::{Activation, RopeStyle};
 use crate::tensor::WeightFormat;
 
@@ -104,8 +105,8 @@ impl Reader<'_> {
         }
         let mut bytes = vec![0; tensor.size_bytes as usize];
         self.file.rows(NAME)?.read_rows(&mut bytes).map_err(|error| bad(&error.to_string()))?;
-        let (words, _) = bytes.as_chunks::<4>();
-        let divisors: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+        let mut divisors = vec![0.0; (rotary_dim / 2) as usize];
+        dequantize_row(tensor.format, &bytes, &mut divisors);
         match divisors.iter().all(|divisor| divisor.is_finite() && *divisor > 0.0) {
             true => Ok(Some(divisors)),
             false => Err(bad("holds a number that is not positive")),

@@ -1,8 +1,8 @@
 //! The matmul's inner loops for x86 with AVX2, FMA and F16C: the one file of this backend with `unsafe` in it.
 //!
-//! A panel's columns are unpacked to f32 a chunk at a time, in cache, and multiplied with every row of x. Eight outputs
-//! share a vector; each output's sum goes over K in order, so the number of rows changes no bit. Rows of x come in groups
-//! of six, interleaved, so that one pointer walks them all.
+//! A panel's columns are unpacked to f32 a chunk at a time, in cache, and multiplied with every row of x. Eight
+//! outputs share a vector; each output's sum goes over K in order, so the number of rows changes no bit. Rows of x
+//! come in groups of six, interleaved, so that one pointer walks them all.
 
 use super::packed::{PANEL, Panel};
 
@@ -163,15 +163,14 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     #[inline]
     fn unpack_groups<const B: usize>(panel: Panel<'_>, start: usize, codes: &[u8], out: &mut [f32], least: i8) {
-        let (columns, _) = codes.as_chunks::<B>();
-        let (outs, _) = out.as_chunks_mut::<PANEL>();
-        let groups = columns.chunks(panel.group_len).zip(outs.chunks_mut(panel.group_len));
-        for (group, (columns, outs)) in groups.enumerate() {
+        let groups = codes.chunks(panel.group_len * B).zip(out.chunks_mut(panel.group_len * PANEL));
+        for (group, (codes, out)) in groups.enumerate() {
+            let columns = codes.chunks_exact(B).zip(out.chunks_exact_mut(PANEL));
             let at = (start / panel.group_len + group) * PANEL;
             let scales = load_column(&panel.scales[at..][..PANEL]);
             if panel.mins.is_empty() {
-                for (codes, out) in columns.iter().zip(outs) {
-                    let mut column = widen(codes, least);
+                for (codes, out) in columns {
+                    let mut column = widen::<B>(codes, least);
                     for v in 0..4 {
                         column[v] = _mm256_mul_ps(scales[v], column[v]);
                     }
@@ -179,8 +178,8 @@ mod x86 {
                 }
             } else {
                 let mins = load_column(&panel.mins[at..][..PANEL]);
-                for (codes, out) in columns.iter().zip(outs) {
-                    let mut column = widen(codes, least);
+                for (codes, out) in columns {
+                    let mut column = widen::<B>(codes, least);
                     for v in 0..4 {
                         column[v] = _mm256_sub_ps(_mm256_mul_ps(scales[v], column[v]), mins[v]);
                     }
@@ -193,7 +192,8 @@ mod x86 {
     /// The 32 codes of a column as floats.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn widen<const B: usize>(codes: &[u8; B], least: i8) -> Column {
+    fn widen<const B: usize>(codes: &[u8], least: i8) -> Column {
+        assert_eq!(codes.len(), B);
         let mut eights = [_mm_setzero_si128(); 4];
         // SAFETY: a column is B bytes, 16 or 32.
         unsafe {
@@ -219,8 +219,7 @@ mod x86 {
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
     fn unpack_floats(codes: &[u8], out: &mut [f32], value: impl Fn(__m128i) -> __m256) {
-        let (eights, _) = codes.as_chunks::<16>();
-        for (half, out) in eights.iter().zip(out.chunks_exact_mut(8)) {
+        for (half, out) in codes.chunks_exact(16).zip(out.chunks_exact_mut(8)) {
             // SAFETY: sixteen bytes in, eight floats out.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr(), value(_mm_loadu_si128(half.as_ptr().cast()))) };
         }
@@ -240,7 +239,8 @@ mod x86 {
 
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn store_column(column: Column, out: &mut [f32; PANEL]) {
+    fn store_column(column: Column, out: &mut [f32]) {
+        assert_eq!(out.len(), PANEL);
         for v in 0..4 {
             // SAFETY: there are 32 values.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * v), column[v]) };

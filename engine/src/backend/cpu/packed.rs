@@ -1,7 +1,7 @@
 //! Weights as the cpu reads them: panels of 32 rows, interleaved, so that a vector holds one column of eight rows.
 //!
-//! Codes stay codes: four bits where a format's span sixteen values, else eight; floats keep their type. Scales and mins
-//! are f32, one a row and group. Invariant: an unpacked value equals `dequantize_row` bit for bit.
+//! Codes stay codes: four bits where a format's span sixteen values, else eight; floats keep their type. Scales and
+//! mins are f32, one a row and group. Invariant: an unpacked value equals `dequantize_row` bit for bit.
 
 use half::{bf16, f16};
 use rayon::ThreadPool;
