@@ -1094,9 +1094,11 @@ fn a_lost_device_is_told_to_everyone() {
 fn no_panic_reaches_a_client() {
     let server = Setup { pace: Pace::Panic, ..Setup::default() }.start();
     let reply = server.post("/v1/completions", &json!({"prompt": "x"}));
-    let error = reply.error(500);
+    let error = reply.error(503);
     assert!(!error["message"].as_str().expect("text").contains("planted"), "{error}");
-    server.wait_for("the engine's end", |server| server.post("/v1/completions", &json!({"prompt": "x"})).status == 503);
+    server.post("/v1/completions", &json!({"prompt": "x"})).error(503);
+    let ready = server.get("/health/ready").error(503);
+    assert!(ready["message"].as_str().expect("text").contains("bug of its own"), "{ready}");
     assert_eq!(server.get("/health/live").status, 200);
 }
 

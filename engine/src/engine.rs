@@ -170,6 +170,7 @@ impl Engine {
 
     /// Records the planned batch and hands it to the device.
     pub fn submit(&mut self) -> Result<(), DeviceError> {
+        let begun = Instant::now();
         self.packed.pack(&self.batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
         let inputs = Inputs::upload(&self.packed, &mut self.recording);
@@ -185,16 +186,16 @@ impl Engine {
             self.recording.downloads.extend(wanted.map(rows));
         }
         let ticket = self.backend.submit(&self.recording)?;
-        self.in_flight = Some((ticket, Instant::now()));
+        self.in_flight = Some((ticket, begun));
         Ok(())
     }
 
     /// Waits for the submitted step and tells the clients what it brought.
     pub fn complete(&mut self) -> Result<(), DeviceError> {
-        let (ticket, submitted) = self.in_flight.take().expect("a step was submitted");
+        let (ticket, begun) = self.in_flight.take().expect("a step was submitted");
         self.downloads.clear();
         self.backend.wait(ticket, &mut self.downloads)?;
-        self.stats.last_step_ms = submitted.elapsed().as_secs_f64() * 1e3;
+        self.stats.last_step_ms = begun.elapsed().as_secs_f64() * 1e3;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
         self.stats.prefill_tokens += u64::from(self.trace.num_prefill_tokens());

@@ -150,8 +150,20 @@ struct Worker {
     num_received: u64,
 }
 
+/// Says that the engine has stopped even when its thread unwinds: a panic is our bug, and nobody may wait for it.
+struct StoppedOnUnwind(Arc<Shared>);
+
+impl Drop for StoppedOnUnwind {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            lock(&self.0.state).stopped = Some("it met a bug of its own; restart the server, and report it".to_owned());
+        }
+    }
+}
+
 impl Worker {
     fn run(mut self) {
+        let _guard = StoppedOnUnwind(self.shared.clone());
         let reason = loop {
             match self.receive() {
                 Received::Work => {}
