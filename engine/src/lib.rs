@@ -1,7 +1,35 @@
 //! Fullbore's engine: plans and computes; knows no HTTP, no async runtime, no JSON API.
 //!
-//! Two towers meet in one file. Request, sequence, memory and scheduler make a [`batch::Batch`], plain data. Op,
-//! recording, model and backend consume it. They meet in `engine.rs`; neither imports the other.
+//! # Architecture
+//!
+//! Two towers meet in one file.
+//!
+//! - **Plan**: [`request`], [`sequence`], [`memory`] and [`scheduler`] decide which tokens run next and make a
+//!   [`batch::Batch`], plain data. Nothing there knows a device.
+//! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
+//!   knows a request.
+//! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it.
+//! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
+//!   opens a model with all that comes with it. The engine thread never touches text.
+//!
+//! A step: `Scheduler::schedule` fills a `Batch`; `PackedBatch` writes it as integers; `Model::record` appends ops;
+//! `Backend::submit` starts them; `Backend::wait` brings sampled ids and the logits that were asked for; then
+//! `Scheduler::complete`, and events go to each request's `Sink`.
+//!
+//! # What must stay true
+//!
+//! - A request's tokens do not depend on its neighbours, on chunking, on sharing or on preemption: every matmul has one
+//!   accumulation order for each (N, K, format), and attention goes over tiles aligned to absolute positions.
+//! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
+//! - All device memory is allocated at start. A step creates no buffer.
+//! - The scheduler has no clock and no chance: the same state gives the same batch.
+//! - Files are hostile: every count is held against the bytes left before anything is allocated for it.
+//!
+//! # Where this differs from the design page
+//!
+//! - The engine runs one step at a time; the interfaces allow two in flight.
+//! - Sampling that is not greedy happens on the host, from downloaded logits; greedy choice is on the device.
+//! - There is no `limits.rs` and no `fleet/` yet, and no CUDA backend.
 
 pub mod backend;
 pub mod batch;
