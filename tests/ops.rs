@@ -39,13 +39,14 @@ fn every_op_is_near_its_twin_on_every_driver_and_tier() {
 #[test]
 fn smollm2_on_lavapipe_follows_both_references() {
     let (file, name, text) = golden::MODELS[0];
-    let newest = device_ids().pop().expect("asserted above");
-    golden::follow(file, name, text, Box::new(open(&newest, None)));
+    for id in device_ids() {
+        golden::follow(file, name, text, Box::new(open(&id, None)));
+    }
 }
 
 #[test]
 fn gemma3_on_lavapipe_follows_both_references() {
     let (file, name, text) = golden::MODELS[1];
-    let newest = device_ids().pop().expect("asserted above");
-    golden::follow(file, name, text, Box::new(open(&newest, None)));
+    // Its embedding is larger than what one binding of software Vulkan holds: two shards.
+    golden::follow(file, name, text, Box::new(open(&device_ids()[0], None)));
 }
