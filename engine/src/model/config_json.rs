@@ -18,7 +18,7 @@ impl ModelConfig {
             "Gemma3ForCausalLM" => Family::Gemma3,
             name => return Err(ModelConfigError::architecture(name)),
         };
-        reader.refuse_extras()?;
+        reader.refuse_extras(family)?;
         let config = reader.config(family)?;
         config.check()?;
         Ok(config)
@@ -37,7 +37,10 @@ impl Reader<'_> {
         let num_heads = self.u32("num_attention_heads")?;
         let default_head_dim = dim.checked_div(num_heads).unwrap_or(0);
         let head_dim = self.optional_u32("head_dim")?.unwrap_or(default_head_dim);
-        let scores_width = self.f64("query_pre_attn_scalar")?.filter(|_| gemma).unwrap_or(f64::from(head_dim));
+        let scores_width = match gemma {
+            true => self.f64("query_pre_attn_scalar")?.unwrap_or(256.0),
+            false => f64::from(head_dim),
+        };
         Ok(ModelConfig {
             family,
             num_layers,
@@ -73,10 +76,16 @@ impl Reader<'_> {
     }
 
     fn windows(&self, family: Family, num_layers: u32) -> Result<Vec<Option<u32>>, ModelConfigError> {
-        let window = self.optional_u32("sliding_window")?.filter(|&window| window > 0);
-        let qwen = matches!(family, Family::Qwen2 | Family::Qwen3);
-        let enabled = !qwen || self.config["use_sliding_window"].as_bool().unwrap_or(false);
-        let window = window.filter(|_| enabled);
+        let enabled = match family {
+            // Mistral's layers have windows; Llama's do not, whatever is left over in its config.
+            Family::Llama => self.config["architectures"][0] == "MistralForCausalLM",
+            Family::Qwen2 | Family::Qwen3 => self.config["use_sliding_window"].as_bool().unwrap_or(false),
+            Family::Gemma3 => true,
+        };
+        let window = self.optional_u32("sliding_window")?.filter(|&window| enabled && window > 0);
+        if family == Family::Gemma3 && window.is_none() {
+            return Err(missing("sliding_window"));
+        }
         if let Some(types) = self.config["layer_types"].as_array() {
             let kinds = types.iter().map(Value::as_str);
             let known = kinds.clone().all(|kind| matches!(kind, Some("sliding_attention" | "full_attention")));
@@ -86,7 +95,7 @@ impl Reader<'_> {
             return Ok(kinds.map(|kind| window.filter(|_| kind == Some("sliding_attention"))).collect());
         }
         let pattern = self.optional_u32("sliding_window_pattern")?.unwrap_or(6).max(1);
-        let first_local = self.optional_u32("max_window_layers")?.unwrap_or(0);
+        let first_local = self.optional_u32("max_window_layers")?.unwrap_or(28);
         let is_local = |layer: u32| match family {
             Family::Gemma3 => !(layer + 1).is_multiple_of(pattern),
             Family::Qwen2 | Family::Qwen3 => layer >= first_local,
@@ -97,8 +106,10 @@ impl Reader<'_> {
 
     /// Older files have `rope_theta` and `rope_scaling`; newer ones `rope_parameters`, a kind of layer each for Gemma.
     fn rope(&self, head_dim: u32, gemma: bool) -> Result<RopeConfig, ModelConfigError> {
-        let parameters = &self.config["rope_parameters"];
-        let parameters = if gemma { &parameters["full_attention"] } else { parameters };
+        let mut parameters = &self.config["rope_parameters"];
+        if gemma && !parameters.is_null() {
+            parameters = parameters.get("full_attention").ok_or_else(|| missing("rope_parameters.full_attention"))?;
+        }
         let default_base = if gemma { 1_000_000.0 } else { 10_000.0 };
         let theta = parameters["rope_theta"].as_f64().or(self.f64("rope_theta")?);
         let scaling = if parameters.is_object() { parameters } else { &self.config["rope_scaling"] };
@@ -107,9 +118,10 @@ impl Reader<'_> {
     }
 
     fn local_rope(&self, head_dim: u32) -> Result<RopeConfig, ModelConfigError> {
-        let theta = self.config["rope_parameters"]["sliding_attention"]["rope_theta"].as_f64();
-        let base = theta.or(self.f64("rope_local_base_freq")?).unwrap_or(10_000.0);
-        Ok(RopeConfig { base, rotary_dim: head_dim, scaling: RopeScaling::None })
+        let parameters = &self.config["rope_parameters"]["sliding_attention"];
+        let base = parameters["rope_theta"].as_f64().or(self.f64("rope_local_base_freq")?).unwrap_or(10_000.0);
+        self.refuse_partial(parameters)?;
+        Ok(RopeConfig { base, rotary_dim: head_dim, scaling: rope_scaling(parameters)? })
     }
 
     fn refuse_partial(&self, parameters: &Value) -> Result<(), ModelConfigError> {
@@ -120,17 +132,21 @@ impl Reader<'_> {
         }
     }
 
-    fn refuse_extras(&self) -> Result<(), ModelConfigError> {
+    fn refuse_extras(&self, family: Family) -> Result<(), ModelConfigError> {
         let quantization = &self.config["quantization_config"];
         if !quantization.is_null() {
             let method = quantization["quant_method"].as_str().unwrap_or("unknown").to_uppercase();
             return Err(ModelConfigError::unsupported(format!("{method} weights (quantization_config)")));
         }
-        let biases = if self.config["architectures"][0] == "LlamaForCausalLM" { "attention_bias" } else { "mlp_bias" };
-        for key in ["mlp_bias", biases] {
+        // Qwen 2 always has biases of its own, and takes no word on it.
+        let attention = (family != Family::Qwen2).then_some("attention_bias");
+        for key in attention.into_iter().chain(["mlp_bias"]) {
             if self.config[key].as_bool() == Some(true) {
                 return Err(ModelConfigError::unsupported(format!("biases where its family has none ({key})")));
             }
+        }
+        if self.config["use_bidirectional_attention"].as_bool() == Some(true) {
+            return Err(ModelConfigError::unsupported("attention to later tokens (use_bidirectional_attention)"));
         }
         for key in ["final_logit_softcapping", "attn_logit_softcapping"] {
             if !self.config[key].is_null() {
@@ -171,12 +187,19 @@ fn rope_scaling(scaling: &Value) -> Result<RopeScaling, ModelConfigError> {
     match kind {
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear { factor: number("factor")? }),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max_positions: number("original_max_position_embeddings")?,
-        }),
+        Some("llama3") => {
+            let (low_freq_factor, high_freq_factor) = (number("low_freq_factor")?, number("high_freq_factor")?);
+            if high_freq_factor <= low_freq_factor {
+                return Err(bad("rope_scaling.high_freq_factor", "is not above low_freq_factor"));
+            }
+            let original_max_positions = number("original_max_position_embeddings")?;
+            Ok(RopeScaling::Llama3 {
+                factor: number("factor")?,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_positions,
+            })
+        }
         Some(kind) => Err(ModelConfigError::unsupported(format!("position scaling of type {kind}"))),
     }
 }
