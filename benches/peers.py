@@ -160,7 +160,7 @@ def report(args, servers, samples):
         result = {"when": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{cpu}, {os.cpu_count()} threads",
                   "system": platform.platform(), "peer": f"llama.cpp through xllamacpp {version('xllamacpp')}",
                   "model": os.path.basename(args.model), "prompt": PROMPT, "output": OUTPUT, "streams": args.streams,
-                  "command": " ".join(sys.argv), "rows": rows}
+                  "command": f"make bench, --runs {args.runs}", "rows": rows}
         with open(args.out, "w") as out:
             json.dump(result, out, indent=1)
 

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+use fullbore_engine::backend::sim::{CostModel, Fidelity, SimBackend, SimOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
@@ -300,9 +300,13 @@ fn random_tokens(random: &mut Random, num_tokens: usize) -> Vec<TokenId> {
 }
 
 fn engine(config: EngineConfig) -> Engine {
-    config.check().expect("the workload is valid");
     let options = SimOptions { poisonous_token: Some(POISONOUS), ..SimOptions::default() };
-    let mut backend = Box::new(SimBackend::new(options));
+    engine_on(SimBackend::new(options), config)
+}
+
+fn engine_on(backend: SimBackend, config: EngineConfig) -> Engine {
+    config.check().expect("the workload is valid");
+    let mut backend = Box::new(backend);
     let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model_config = ModelConfig { windows: vec![None, Some(24)], ..ModelConfig::tiny(VOCAB_SIZE, 2) };
     let limits = config.state_limits();
@@ -392,4 +396,48 @@ fn a_poisoned_request_fails_alone_and_says_so() {
         panic!("{events:?}")
     };
     assert!(sentence.contains("not finite"), "{sentence}");
+}
+
+/// The cost fidelity takes the same steps as the exact one, and its clock is the sum that the cost model states.
+#[test]
+fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
+    let cost =
+        CostModel { ns_per_step: 1e6, ns_per_mega_mac: 2e5, ns_per_weight_megabyte: 3e5, ns_per_attended_token: 100.0 };
+    let config =
+        EngineConfig { max_num_seqs: 2, max_logit_rows: 2, max_num_batched_tokens: 8, ..EngineConfig::default() };
+    let run = |fidelity| {
+        let backend = SimBackend::new(SimOptions { fidelity, cost, ..SimOptions::default() });
+        let clock = backend.clock();
+        let mut engine = engine_on(backend, config);
+        for first in [10, 60] {
+            let prompt = (first..first + 11).map(TokenId).collect();
+            let request = Request { prompt, max_tokens: 5, ..Request::default() };
+            engine.add(request, Box::new(Client::new(usize::MAX)));
+        }
+        let mut traces = Vec::new();
+        while engine.step().expect("the simulator is never lost") {
+            traces.push(engine.trace().to_string());
+        }
+        (traces, clock.now())
+    };
+    let (traces, elapsed) = run(Fidelity::Cost);
+    assert_eq!((traces.clone(), elapsed), run(Fidelity::Exact));
+    // Shapes of `ModelConfig::tiny`: q, k, v, output, gate, up, down of two layers, for every token.
+    let layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64;
+    let (num_tokens, num_sampled, num_steps) = (2.0 * (11.0 + 4.0), 2.0 * 5.0, traces.len() as f64);
+    let embedding = f64::from(VOCAB_SIZE) * 64.0;
+    let macs = num_tokens * 2.0 * f64::from(layer) + num_sampled * embedding;
+    // Each step reads all weights; the output matrix only where a token is sampled.
+    let num_sampling_steps = traces.iter().filter(|trace| samples(trace)).count() as f64;
+    let bytes = 4.0 * (num_steps * 2.0 * f64::from(layer) + num_sampling_steps * embedding);
+    // Two layers see 1, 2, .. 15 positions, for each of two sequences.
+    let attended = 2.0 * 2.0 * (15.0 * 16.0 / 2.0);
+    let wanted = num_steps * 1e6 + macs / 1e6 * 2e5 + bytes / 1e6 * 3e5 + attended * 100.0;
+    let difference = (elapsed.as_nanos() as f64 - wanted).abs();
+    assert!(difference <= num_steps, "{elapsed:?} for {wanted} ns");
+}
+
+/// Whether a step decodes, or computes the last token of a prompt.
+fn samples(trace: &str) -> bool {
+    !trace.contains("decode -") || trace.contains("..11/11")
 }
