@@ -23,7 +23,8 @@ const POISONOUS: u32 = 7;
 #[test]
 fn every_request_gets_what_it_gets_alone() {
     let one = std::env::var("FULLBORE_SIM_SEED").ok().map(|seed| seed.parse().expect("a seed is a number"));
-    let seeds = one.map_or(0..NUM_WORKLOADS, |seed| seed..seed + 1);
+    let more = if std::env::var_os("FULLBORE_TEST_FULL").is_some() { 20 } else { 1 };
+    let seeds = one.map_or(0..more * NUM_WORKLOADS, |seed| seed..seed + 1);
     let mut seen = Seen::default();
     for seed in seeds {
         let workload = Workload::random(seed);
@@ -267,7 +268,10 @@ fn random_config(random: &mut Random) -> EngineConfig {
 }
 
 fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<TokenId>]) -> Request {
-    let prompt_len = random.between(1, config.max_model_len - 1);
+    let prompt_len = match random.one_in(10) {
+        true => config.max_model_len,
+        false => random.between(1, config.max_model_len),
+    };
     let max_tokens = random.between(0, (config.max_model_len - prompt_len).min(30));
     let shared = &prefixes[random.below(3) as usize][..random.below(81) as usize];
     let own = random_tokens(random, 160);

@@ -252,6 +252,7 @@ fn weights_of_another_shape_are_refused_by_name() {
     let cases = [
         (ModelConfig { ffn_dim: 64, ..config.clone() }, "blk.0.ffn_gate.weight"),
         (ModelConfig { num_layers: 3, windows: vec![None; 3], ..config.clone() }, "blk.2.attn_norm.weight"),
+        (ModelConfig { num_layers: 1, windows: vec![None; 1], ..config.clone() }, "model.layers.1."),
         (ModelConfig { vocab_size: 256, ..config }, "token_embd.weight"),
     ];
     for (config, tensor) in cases {

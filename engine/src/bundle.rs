@@ -48,6 +48,8 @@ pub enum BundleError {
     UnknownKind(PathBuf),
     #[error("{}: its tokenizer has {tokens} tokens and its weights only {vocab_size}", path.display())]
     VocabularyTooLarge { path: PathBuf, tokens: usize, vocab_size: u32 },
+    #[error("{}: config.json does not tie the output to the embedding, and lm_head.weight is missing", .0.display())]
+    NoOutput(PathBuf),
     #[error(transparent)]
     Format(#[from] FormatError),
     #[error(transparent)]
@@ -132,6 +134,9 @@ impl Bundle {
 
     fn from_safetensors(dir: SafetensorsDir) -> Result<Bundle, BundleError> {
         let config = ModelConfig::from_json(dir.config_json())?;
+        if dir.config_json()["tie_word_embeddings"] == false && dir.tensor("lm_head.weight").is_none() {
+            return Err(BundleError::NoOutput(dir.path().to_owned()));
+        }
         let tokenizer = Tokenizer::from_json(&dir.tokenizer_json()?)?;
         let null = Value::Null;
         let tokenizer_config = dir.tokenizer_config_json().unwrap_or(&null);

@@ -225,7 +225,9 @@ impl Scheduler {
             let hit_limit = if sequence.wants_prompt_logprobs(0) { 0 } else { sequence.num_tokens() - 1 };
             sequence.table = cache.open(&sequence.tokens, sequence.request.cache_salt, hit_limit);
             let num_cached = sequence.table.num_blocks() * cache.block_size();
-            let needed = cache.blocks_for(sequence.num_tokens() + 1) - sequence.table.num_blocks();
+            // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
+            let known_next = (sequence.num_tokens() + 1).min(self.config.max_model_len);
+            let needed = cache.blocks_for(known_next) - sequence.table.num_blocks();
             sequence.num_computed_tokens = num_cached;
             let num_tokens = budget.fit(&sequence);
             if num_tokens == 0 || needed + promised > cache.num_available() {

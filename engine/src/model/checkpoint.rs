@@ -3,6 +3,7 @@
 //! Invariant: tensors are asked for by their GGUF names, and one that does not have the shape the config calls for is
 //! refused by name. This file is the one place that knows Hugging Face's names.
 
+use std::collections::HashSet;
 use std::io;
 
 use crate::backend::{LoadError, RowSource, WeightSpec};
@@ -84,6 +85,29 @@ impl Checkpoint {
             values.iter_mut().for_each(|value| *value += 1.0);
         }
         Ok(values)
+    }
+
+    /// Refuses a file with tensors beside the `used` ones (by GGUF name): without them the numbers would be wrong.
+    pub(super) fn refuse_others(&self, used: &HashSet<String>) -> Result<(), LoadError> {
+        let other = match self {
+            // `rope_freqs` is read with the config.
+            Checkpoint::Gguf(file) => {
+                file.tensors().find(|tensor| tensor.name != "rope_freqs.weight" && !used.contains(&tensor.name))
+            }
+            Checkpoint::Safetensors { dir, family } => {
+                let used: HashSet<String> = used.iter().filter_map(|name| hugging_face_name(name, *family)).collect();
+                let mut others = dir.tensors().filter(|tensor| !used.contains(&tensor.name));
+                others.find(|tensor| !tensor.name.ends_with("rotary_emb.inv_freq"))
+            }
+            Checkpoint::Random { .. } => None,
+        };
+        match other {
+            Some(tensor) => Err(LoadError::Shape {
+                name: tensor.name.clone(),
+                problem: "is in the model file, and Fullbore would not use it: its answers would be wrong".to_owned(),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Every matrix that `Weights::load` would open.

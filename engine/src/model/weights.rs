@@ -3,6 +3,8 @@
 //! Invariant: bytes go from the file to the backend a few rows at a time; no tensor is held whole on the host. Tensor
 //! names here are GGUF's; a checkpoint with other names translates.
 
+use std::collections::HashSet;
+
 use crate::backend::{Backend, LoadError, WeightSpec};
 use crate::model::{Checkpoint, ModelConfig};
 use crate::tensor::{Tensor, Weight};
@@ -61,7 +63,7 @@ impl Weights {
         backend: &mut dyn Backend,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Weights, LoadError> {
-        let mut loader = Loader { checkpoint, backend, progress, read_bytes: 0 };
+        let mut loader = Loader { checkpoint, backend, progress, read_bytes: 0, used: HashSet::new() };
         let embed = loader.linear("token_embd.weight", config.vocab_size, config.dim)?;
         let layers = (0..config.num_layers).map(|layer| loader.layer(config, layer)).collect::<Result<_, _>>()?;
         let final_norm = loader.vector("output_norm.weight", config.dim)?;
@@ -69,6 +71,7 @@ impl Weights {
             true => loader.linear("output.weight", config.vocab_size, config.dim)?,
             false => embed,
         };
+        loader.checkpoint.refuse_others(&loader.used)?;
         Ok(Weights { embed, layers, final_norm, output })
     }
 }
@@ -78,6 +81,8 @@ struct Loader<'a> {
     backend: &'a mut dyn Backend,
     progress: &'a mut dyn FnMut(u64),
     read_bytes: u64,
+    /// Names of the tensors that have been asked for.
+    used: HashSet<String>,
 }
 
 impl Loader<'_> {
@@ -106,6 +111,7 @@ impl Loader<'_> {
     }
 
     fn linear(&mut self, name: &str, rows: u32, cols: u32) -> Result<Weight, LoadError> {
+        self.used.insert(name.to_owned());
         let (format, mut source) = self.checkpoint.open(name, rows, cols)?;
         let spec = WeightSpec { name: name.to_owned(), rows, cols, format };
         let weight = self.backend.load_weight(&spec, source.as_mut())?;
@@ -119,6 +125,7 @@ impl Loader<'_> {
     }
 
     fn vector(&mut self, name: &str, cols: u32) -> Result<Tensor, LoadError> {
+        self.used.insert(name.to_owned());
         let values = self.checkpoint.read_vector(name, cols)?;
         let buffer = self.backend.alloc(name, u64::from(cols) * 4)?;
         self.backend.write(buffer, 0, bytemuck::cast_slice(&values))?;
