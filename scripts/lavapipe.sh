@@ -13,7 +13,8 @@ out=$PWD/target/lavapipe
 say() { echo "lavapipe: $*" >&2; }
 
 command -v apt-get >/dev/null || { say "apt-get is missing: these drivers come from Debian packages, so this needs Debian 12"; exit 1; }
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 'Created-By: Packages' 2>/dev/null | head -n 1 || true)
+# What apt would ask for an update names its mirror, on a machine that has never fetched a list, too.
+mirror=$(apt-get -o Debug::NoLocking=1 --print-uris update 2>/dev/null | sed -n "s#^'\(.*\)/dists/bookworm/InRelease'.*#\1#p" | head -n 1 || true)
 [ -n "$mirror" ] || { say "this machine's apt has no bookworm source, so there is no mirror to ask; add one to /etc/apt/sources.list"; exit 1; }
 
 work=$out/work

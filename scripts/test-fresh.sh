@@ -21,7 +21,7 @@ cleanup() {
 trap cleanup EXIT
 
 say "making a Debian 12 root"
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 'Created-By: Packages' | head -n 1)
+mirror=$(apt-get -o Debug::NoLocking=1 --print-uris update | sed -n "s#^'\(.*\)/dists/bookworm/InRelease'.*#\1#p" | head -n 1)
 mmdebstrap --quiet --variant=minbase --include=git,build-essential,python3-pip,ca-certificates,apt bookworm "$root" "$mirror"
 say "adding the Rust toolchain of this machine"
 mkdir -p "$root/opt"
@@ -43,7 +43,8 @@ inside() {
 }
 
 say "make serve"
-inside 'make serve ARGS="--port 18080" > ~/serve.log 2>&1 & echo $! > ~/serve.pid
+inside 'set -m
+  make serve ARGS="--port 18080" > ~/serve.log 2>&1 & echo $! > ~/serve.pid
   for _ in $(seq 1200); do
     if python3 -c "import urllib.request; urllib.request.urlopen(\"http://127.0.0.1:18080/health/ready\")" 2>/dev/null; then break; fi
     kill -0 $(cat ~/serve.pid) 2>/dev/null || { cat ~/serve.log; exit 1; }
@@ -61,7 +62,9 @@ assert reply["usage"]["completion_tokens"] > 0
 print("completion:", reply["choices"][0]["message"]["content"])
 PY
   status=$?
-  pkill -INT -P $(cat ~/serve.pid) || kill -INT $(cat ~/serve.pid)
+  # The server and the make above it are one process group.
+  kill -INT -- -$(cat ~/serve.pid)
+  wait
   exit $status'
 say "make test"
 inside 'make test'

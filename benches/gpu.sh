@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What a machine with a GPU measures in one call, without a network: devices, then tokens a second at several widths.
+#
+#   benches/gpu.sh BINARY MODEL OUT [DEVICE]
+#
+# BINARY is a release build of fullbore, MODEL a GGUF file or a folder, OUT a folder for the results, DEVICE as in
+# `--device` (default: auto, which takes the best hardware GPU). Each run is one JSON file; a run that fails leaves its log.
+set -euo pipefail
+[ $# -ge 3 ] || { echo "usage: benches/gpu.sh BINARY MODEL OUT [DEVICE]" >&2; exit 2; }
+binary=$1 model=$2 out=$3 device=${4:-auto}
+mkdir -p "$out"
+"$binary" devices | tee "$out/devices.txt"
+"$binary" run "Name three primary colours." --model "$model" --device "$device" --max-tokens 48 --temperature 0 \
+  > "$out/run.txt" 2> "$out/run.log" || echo "gpu: the model does not run on $device; see $out/run.log" >&2
+for requests in 1 4 16 64 256; do
+  result=$out/offline-$requests.json
+  if "$binary" bench offline --model "$model" --device "$device" --num-requests $requests --max-num-seqs $requests \
+    --max-num-batched-tokens 2048 > "$result" 2> "$out/offline-$requests.log"; then
+    echo "gpu: $requests at once: $(grep -o '"output_tokens_per_s":[0-9.]*' "$result")"
+  else
+    echo "gpu: $requests at once failed; see $out/offline-$requests.log" >&2
+  fi
+done
