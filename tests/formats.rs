@@ -10,6 +10,8 @@ use fullbore_engine::format::quant::{decode_block, dequantize_row};
 use fullbore_engine::format::safetensors::SafetensorsDir;
 use fullbore_engine::tensor::WeightFormat;
 
+use crate::random::Random;
+
 mod golden {
     use super::*;
 
@@ -155,37 +157,21 @@ fn read_values(mut source: Box<dyn RowSource>, format: WeightFormat, rows: u32, 
     values
 }
 
-/// SplitMix64 (Steele et al. 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
+/// Some bytes of the header changed, to extremes, to anything or to others of the header, or the file cut short.
+fn mutate(random: &mut Random, bytes: &mut Vec<u8>, header_bytes: usize) {
+    if random.below(8) == 0 {
+        bytes.truncate(random.below(bytes.len() as u32) as usize);
+        return;
     }
-
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
-
-    /// Some bytes of the header changed, to extremes, to anything or to others of the header, or the file cut short.
-    fn mutate(&mut self, bytes: &mut Vec<u8>, header_bytes: usize) {
-        if self.below(8) == 0 {
-            bytes.truncate(self.below(bytes.len()));
-            return;
-        }
-        for _ in 0..=self.below(3) {
-            let at = self.below(header_bytes);
-            bytes[at] = match self.below(8) {
-                0 => 0,
-                1 => 0xff,
-                2 => self.next() as u8,
-                3 => bytes[at] ^ 1 << self.below(8),
-                _ => bytes[self.below(header_bytes)],
-            };
-        }
+    for _ in 0..=random.below(3) {
+        let at = random.below(header_bytes as u32) as usize;
+        bytes[at] = match random.below(8) {
+            0 => 0,
+            1 => 0xff,
+            2 => random.next() as u8,
+            3 => bytes[at] ^ 1 << random.below(8),
+            _ => bytes[random.below(header_bytes as u32) as usize],
+        };
     }
 }
 
@@ -480,13 +466,13 @@ mod gguf {
     #[test]
     fn mutated_files_never_panic() {
         let dir = fresh_dir("mutated-gguf");
-        let mut random = Random(1);
+        let mut random = Random::new(1);
         let sound = Sample::sound(3);
         let (header_bytes, sound) = (sound.header().len(), sound.bytes());
         let mut num_opened = 0;
         for _ in 0..4000 {
             let mut bytes = sound.clone();
-            random.mutate(&mut bytes, header_bytes);
+            mutate(&mut random, &mut bytes, header_bytes);
             let path = write(&dir, "mutated.gguf", &bytes);
             let Ok(gguf) = Gguf::open(&path) else { continue };
             num_opened += 1;
@@ -696,13 +682,13 @@ mod safetensors {
     #[test]
     fn mutated_shards_never_panic() {
         let dir = model_dir("mutated-shards");
-        let mut random = Random(2);
+        let mut random = Random::new(2);
         let sound = shard(SOUND, &sound_data());
         let header_bytes = sound.len() - sound_data().len();
         let mut num_opened = 0;
         for _ in 0..4000 {
             let mut bytes = sound.clone();
-            random.mutate(&mut bytes, header_bytes);
+            mutate(&mut random, &mut bytes, header_bytes);
             write(&dir, "model.safetensors", &bytes);
             let Ok(model) = SafetensorsDir::open(&dir) else { continue };
             num_opened += 1;

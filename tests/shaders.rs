@@ -13,6 +13,8 @@ use fullbore_engine::tensor::{BufferId, KvTensor, Tensor, Weight, WeightFormat};
 use fullbore_shaders::{FILES, Tier, compose, reflect};
 use half::f16;
 
+use crate::random::Random;
+
 /// WebGPU's guarantee, which every tier keeps to.
 const MAX_WORKGROUP_BYTES: u32 = 16 << 10;
 
@@ -138,45 +140,23 @@ impl Rig {
     }
 }
 
-struct Random(u64);
-
-impl Random {
-    fn word(&mut self) -> u32 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) as u32
-    }
-
-    fn below(&mut self, end: u32) -> u32 {
-        self.word() % end
-    }
-
-    /// Between -1 and 1.
-    fn float(&mut self) -> f32 {
-        self.word() as f32 / (1u32 << 30) as f32 - 1.0
-    }
-
-    fn floats(&mut self, count: u32) -> Vec<f32> {
-        (0..count).map(|_| self.float()).collect()
-    }
-
-    /// Rows of a weight: random codes, finite scales, some of them subnormal in f16.
-    fn weight(&mut self, format: WeightFormat, rows: u32, cols: u32) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for _ in 0..rows * cols / format.block_len() {
-            let mut block: Vec<u8> = (0..format.block_bytes()).map(|_| self.word() as u8).collect();
-            for at in scale_places(format) {
-                let scale = self.float() * [0.02, 1e-6][usize::from(self.below(8) == 0)];
-                block[*at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
-            }
-            match format {
-                WeightFormat::F32 => block.copy_from_slice(&self.float().to_le_bytes()),
-                WeightFormat::BF16 => block.copy_from_slice(&self.float().to_le_bytes()[2..]),
-                _ => {}
-            }
-            bytes.extend(block);
+/// Rows of a weight: random codes, finite scales, some of them subnormal in f16.
+fn random_weight(random: &mut Random, format: WeightFormat, rows: u32, cols: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for _ in 0..rows * cols / format.block_len() {
+        let mut block: Vec<u8> = (0..format.block_bytes()).map(|_| random.next() as u8).collect();
+        for at in scale_places(format) {
+            let scale = random.unit() * [0.02, 1e-6][usize::from(random.below(8) == 0)];
+            block[*at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
         }
-        bytes
+        match format {
+            WeightFormat::F32 => block.copy_from_slice(&random.unit().to_le_bytes()),
+            WeightFormat::BF16 => block.copy_from_slice(&random.unit().to_le_bytes()[2..]),
+            _ => {}
+        }
+        bytes.extend(block);
     }
+    bytes
 }
 
 /// Where a block's f16 lie.
@@ -240,10 +220,10 @@ fn mat_mul_is_right_and_no_row_depends_on_how_many_there_are() {
     const MAX_M: u32 = 65;
     for mut rig in rigs() {
         for format in WeightFormat::ALL {
-            let mut random = Random(7);
+            let mut random = Random::new(7);
             let name = format!("{} {}", rig.name, format.name());
-            let bytes = random.weight(format, N, K);
-            let x = random.floats(MAX_M * K);
+            let bytes = random_weight(&mut random, format, N, K);
+            let x = random.floats((MAX_M * K) as usize);
             let weight = rig.weight(format, N, K, &bytes);
             let x_tensor = rig.floats(&x, K);
             // The product of the first M rows lies from row 0 + 1 + ... + (M - 1) on; then each row's alone.
@@ -279,9 +259,9 @@ fn mat_mul_takes_a_bias_short_rows_and_shards() {
         for (format, rows, cols) in
             [(WeightFormat::F32, 70, 40), (WeightFormat::F16, 33, 6), (WeightFormat::Q4_1, 200, 96)]
         {
-            let mut random = Random(11);
-            let bytes = random.weight(format, rows, cols);
-            let (x, bias) = (random.floats(5 * cols), random.floats(rows));
+            let mut random = Random::new(11);
+            let bytes = random_weight(&mut random, format, rows, cols);
+            let (x, bias) = (random.floats((5 * cols) as usize), random.floats(rows as usize));
             let product = |rig: &mut Rig| {
                 let weight = rig.weight(format, rows, cols, &bytes);
                 let (x, bias) = (rig.floats(&x, cols), rig.floats(&bias, rows));
@@ -308,8 +288,8 @@ fn embed_gives_the_exact_values_of_every_format() {
             }
             for format in WeightFormat::ALL {
                 let cols = if format.block_len() == 1 { 40 } else { 512 };
-                let mut random = Random(3);
-                let bytes = random.weight(format, ROWS, cols);
+                let mut random = Random::new(3);
+                let bytes = random_weight(&mut random, format, ROWS, cols);
                 let table = rig.weight(format, ROWS, cols, &bytes);
                 let ids = rig.words(&[0, 69, SAMPLED_BY_SLOT | 1, 31, 32, SAMPLED_BY_SLOT, 69, 64], 1);
                 let sampled = rig.words(&[5, 68], 1);
@@ -329,7 +309,7 @@ fn embed_gives_the_exact_values_of_every_format() {
 #[test]
 fn element_wise_ops_do_what_they_say() {
     for mut rig in rigs() {
-        let mut random = Random(5);
+        let mut random = Random::new(5);
         let (gate, up) = (random.floats(6 * 50), random.floats(6 * 50));
         let gate: Vec<f32> = gate.iter().map(|value| value * 30.0).collect();
         for activation in [Activation::Silu, Activation::GeluTanh] {
@@ -379,7 +359,7 @@ fn a_grid_may_be_longer_than_one_dimension() {
 #[test]
 fn rms_norm_and_rope_do_what_they_say() {
     for mut rig in rigs() {
-        let mut random = Random(9);
+        let mut random = Random::new(9);
         let (x, weight) = (random.floats(3 * 300), random.floats(300));
         let out = rig.zeros(3, 300);
         let op = RmsNorm { x: rig.floats(&x, 300), weight: rig.floats(&weight, 300), eps: 1e-5, out };
@@ -429,8 +409,8 @@ fn rms_norm_and_rope_do_what_they_say() {
 fn arg_max_prefers_the_lowest_index_and_reports_what_is_not_finite() {
     const COLS: u32 = 1000;
     for mut rig in rigs() {
-        let mut random = Random(13);
-        let mut rows: Vec<Vec<f32>> = (0..8).map(|_| random.floats(COLS)).collect();
+        let mut random = Random::new(13);
+        let mut rows: Vec<Vec<f32>> = (0..8).map(|_| random.floats(COLS as usize)).collect();
         rows[0][777] = 5.0;
         (rows[1][301], rows[1][300], rows[1][999]) = (3.0, 3.0, 3.0);
         rows[2][5] = f32::NAN;
@@ -480,12 +460,12 @@ impl Cache {
 #[test]
 fn store_kv_rounds_to_nearest_even() {
     for mut rig in rigs() {
-        let mut random = Random(17);
+        let mut random = Random::new(17);
         let edges =
             [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, -1e9, 5.96e-8, 2.98e-8, 2.99e-8, 8.9e-8, 6.1e-5, 6.09e-5];
         let mut value = |index: usize| match edges.get(index) {
             Some(edge) => *edge,
-            None => random.float() * 10f32.powi(-(random.below(10) as i32)),
+            None => random.unit() * 10f32.powi(-(random.below(10) as i32)),
         };
         let k: Vec<f32> = (0..3 * 2 * 20).map(&mut value).collect();
         let v: Vec<f32> = (100..100 + 3 * 2 * 20).map(&mut value).collect();
@@ -535,10 +515,14 @@ fn attention_is_right_and_no_row_depends_on_its_chunk() {
     const HEADS: u32 = 6;
     for mut rig in rigs() {
         for (head_dim, window) in [(64, 0), (40, 0), (64, 20), (256, 33)] {
-            let mut random = Random(u64::from(head_dim));
+            let mut random = Random::new(u64::from(head_dim));
             let name = format!("{} head {head_dim} window {window}", rig.name);
-            let q: Vec<f32> = random.floats(ROWS * HEADS * head_dim).iter().map(|value| value * 3.0).collect();
-            let (k, v) = (random.floats(ROWS * KV_HEADS * head_dim), random.floats(ROWS * KV_HEADS * head_dim));
+            let q: Vec<f32> =
+                random.floats((ROWS * HEADS * head_dim) as usize).iter().map(|value| value * 3.0).collect();
+            let (k, v) = (
+                random.floats((ROWS * KV_HEADS * head_dim) as usize),
+                random.floats((ROWS * KV_HEADS * head_dim) as usize),
+            );
             let cache = Cache::new(&mut rig, head_dim);
             let slots = cache.slots(0..ROWS);
             let store = StoreKv {
