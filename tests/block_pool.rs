@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use fullbore_engine::memory::{BlockId, BlockPool, BlockTable, KvCache};
+use fullbore_engine::memory::{BlockChain, BlockId, BlockPool, BlockTable, KvCache};
 use fullbore_engine::request::TokenId;
 
 use crate::random::Random;
@@ -84,15 +84,19 @@ fn a_hit_always_holds_what_was_asked_for() {
         let block_size = random.between(1, 4);
         let mut cache = KvCache::new(random.between(4, 20), block_size, Some((seed, 9)));
         let mut contents: HashMap<BlockId, (u64, Vec<TokenId>)> = HashMap::new();
-        let mut live: Vec<BlockTable> = Vec::new();
+        let mut live: Vec<(BlockTable, BlockChain)> = Vec::new();
         for _ in 0..60 {
             if random.one_in(3) && !live.is_empty() {
-                cache.free(live.swap_remove(random.below(live.len() as u32) as usize));
+                let (table, chain) = live.swap_remove(random.below(live.len() as u32) as usize);
+                cache.free(table, &chain, 0);
             } else {
                 let salt = u64::from(random.below(2));
                 let len = random.between(1, 12);
                 let tokens: Vec<TokenId> = (0..len).map(|_| TokenId(random.below(2))).collect();
-                let mut table = cache.open(&tokens, salt, len - 1);
+                let chain = cache.chain(&tokens, salt);
+                let found = cache.find(&chain, &tokens, len - 1);
+                let mut table = cache.open(&chain, &tokens, len - 1);
+                assert_eq!(found.num_blocks, table.num_blocks(), "seed {seed}");
                 for (index, block) in table.blocks().iter().enumerate() {
                     let prefix = &tokens[..(index + 1) * block_size as usize];
                     assert_eq!(contents[block], (salt, prefix.to_vec()), "seed {seed}");
@@ -100,19 +104,19 @@ fn a_hit_always_holds_what_was_asked_for() {
                 }
                 let num_hit = table.num_blocks() as usize;
                 if cache.grow(&mut table, len).is_err() {
-                    cache.free(table);
+                    cache.free(table, &chain, 0);
                     continue;
                 }
                 for (index, &block) in table.blocks().iter().enumerate().skip(num_hit) {
                     let end = ((index + 1) * block_size as usize).min(tokens.len());
                     contents.insert(block, (salt, tokens[..end].to_vec()));
                 }
-                cache.publish(&mut table, &tokens);
-                live.push(table);
+                cache.publish(&mut table, &chain, &tokens, len);
+                live.push((table, chain));
             }
-            cache.check(live.iter());
+            cache.check(live.iter().map(|(table, _)| table));
         }
-        live.into_iter().for_each(|table| cache.free(table));
+        live.into_iter().for_each(|(table, chain)| cache.free(table, &chain, 0));
         cache.check(std::iter::empty());
         assert_eq!(cache.counts().referenced, 0);
     }
@@ -123,17 +127,18 @@ fn a_hit_always_holds_what_was_asked_for() {
 fn growth_is_all_or_nothing_and_eviction_takes_the_tail_first() {
     let mut cache = KvCache::new(4, 2, Some((1, 2)));
     let tokens: Vec<TokenId> = (0..6).map(TokenId).collect();
-    let mut table = cache.open(&tokens, 0, 6);
+    let chain = cache.chain(&tokens, 0);
+    let mut table = cache.open(&chain, &tokens, 6);
     cache.grow(&mut table, 6).expect("three of four");
-    cache.publish(&mut table, &tokens);
+    cache.publish(&mut table, &chain, &tokens, 6);
     let mut other = BlockTable::default();
     assert!(cache.grow(&mut other, 4).is_err());
     assert_eq!(other.num_blocks(), 0);
-    cache.free(table);
+    cache.free(table, &chain, 0);
     assert_eq!((cache.counts().cached, cache.counts().free), (3, 1));
     // The free block first, then the cached tail; the head stays findable longest.
     cache.grow(&mut other, 4).expect("two of four");
-    let hit = cache.open(&tokens, 0, 6);
+    let hit = cache.open(&chain, &tokens, 6);
     assert_eq!(hit.num_blocks(), 2);
     cache.check([&hit, &other].into_iter());
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use fullbore_engine::batch::{Batch, Logits, SequenceId};
 use fullbore_engine::config::{EngineConfig, UnfitRequest};
 use fullbore_engine::memory::KvCache;
-use fullbore_engine::request::{Request, TokenId};
-use fullbore_engine::scheduler::{Choice, Scheduler};
+use fullbore_engine::request::{Request, Share, TokenId};
+use fullbore_engine::scheduler::{Choice, Scheduler, StepTrace};
 use fullbore_engine::sequence::Sequence;
 
 const CONFIG: EngineConfig = EngineConfig {
@@ -17,6 +17,7 @@ const CONFIG: EngineConfig = EngineConfig {
     num_blocks: 6,
     max_waiting: 8,
     max_logit_rows: 4,
+    pipeline_depth: 1,
     prefix_cache: true,
 };
 
@@ -24,13 +25,20 @@ struct Run {
     scheduler: Scheduler,
     cache: KvCache,
     batch: Batch,
+    trace: StepTrace,
     next_id: u64,
 }
 
 impl Run {
     fn new(config: EngineConfig) -> Run {
         let cache = KvCache::new(config.num_blocks, config.block_size, config.prefix_cache.then_some((1, 2)));
-        Run { scheduler: Scheduler::new(config), cache, batch: Batch::default(), next_id: 0 }
+        Run {
+            scheduler: Scheduler::new(config),
+            cache,
+            batch: Batch::default(),
+            trace: StepTrace::default(),
+            next_id: 0,
+        }
     }
 
     /// A request whose prompt is `len` tokens from `first` on.
@@ -42,21 +50,22 @@ impl Run {
     fn add_request(&mut self, request: Request) -> SequenceId {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        self.scheduler.add(Sequence::new(id, Arc::new(request)));
+        let chain = self.cache.chain(&request.prompt, request.cache_salt);
+        self.scheduler.add(Sequence::new(id, Arc::new(request), chain));
         id
     }
 
     /// A step that samples token 900 + its sequence for every slice that samples.
     fn step(&mut self) -> String {
-        let mut trace = self.scheduler.schedule(&mut self.cache, &mut self.batch);
+        self.scheduler.schedule(&mut self.cache, &mut self.batch, &mut self.trace);
         let choose = |slice: &fullbore_engine::batch::Slice| match slice.sample {
             true => Choice::Token(TokenId(900 + slice.sequence.0 as u32)),
             false => Choice::None,
         };
         let choices: Vec<Choice> = self.batch.slices.iter().map(choose).collect();
-        self.scheduler.complete(&mut self.cache, &self.batch, &choices, &mut trace, &mut Vec::new());
+        self.scheduler.complete(&mut self.cache, &self.batch, &choices, &mut self.trace, &mut Vec::new());
         self.scheduler.check(&self.cache);
-        trace.to_string()
+        self.trace.to_string()
     }
 
     fn steps(&mut self, num_steps: usize) -> String {
@@ -114,7 +123,7 @@ fn abort_frees_blocks_in_every_phase() {
     run.scheduler.check(&run.cache);
     let decoding = run.add(200, 4, 4);
     run.steps(2);
-    assert_eq!(run.scheduler.running().len(), 1);
+    assert_eq!(run.scheduler.num_running(), 1);
     run.scheduler.abort(&mut run.cache, decoding);
     assert_eq!(run.cache.counts().referenced, 0);
     assert!(run.scheduler.is_idle());
@@ -145,4 +154,90 @@ fn prompt_logprobs_take_no_more_rows_than_there_are() {
     assert_eq!(run.batch.slices[0].logits, Logits::All);
     run.step();
     assert!(run.batch.num_logit_rows() <= CONFIG.max_logit_rows);
+}
+
+/// A prefix of two blocks that three requests share is computed once, whoever comes while it is on its way.
+#[test]
+fn a_shared_prefix_is_computed_once() {
+    let config = EngineConfig { num_blocks: 24, max_num_batched_tokens: 6, ..CONFIG };
+    let mut run = Run::new(config);
+    for own in [100, 200, 300] {
+        let prompt = (0..10).chain(own..own + 2).map(TokenId).collect();
+        run.add_request(Request { prompt, max_tokens: 1, ..Request::default() });
+    }
+    let expected = "\
+step 1  decode -   prefill a[0..6/12]   blocks 2+0/24   preempt -   finish -
+step 2  decode -   prefill a[6..12/12]   blocks 0+3/24   preempt -   finish a:length
+step 3  decode -   prefill b[8..12/12] c[8..10/12]   blocks 3+2/24   preempt -   finish b:length
+step 4  decode -   prefill c[10..12/12]   blocks 0+5/24   preempt -   finish c:length";
+    assert_eq!(run.steps(4), expected);
+}
+
+/// What was promised is no longer, once who promised it has left: the next one computes it.
+#[test]
+fn a_promise_ends_with_its_owner() {
+    let config = EngineConfig { num_blocks: 24, max_num_batched_tokens: 5, ..CONFIG };
+    let mut run = Run::new(config);
+    let first = run.add(0, 12, 1);
+    run.add(0, 12, 1);
+    assert!(run.step().contains("prefill a[0..5/12]   "));
+    run.scheduler.abort(&mut run.cache, first);
+    assert!(run.step().contains("prefill b[4..9/12]"));
+}
+
+#[test]
+fn a_tenant_below_its_share_takes_the_place_of_one_above() {
+    let config = EngineConfig { max_num_seqs: 2, num_blocks: 24, max_num_batched_tokens: 12, ..CONFIG };
+    let mut run = Run::new(config);
+    let request = |tenant, first: u32| {
+        let prompt = (first..first + 4).map(TokenId).collect();
+        Request { prompt, max_tokens: 12, tenant, ..Request::default() }
+    };
+    for first in [0, 100, 200] {
+        run.add_request(request(1, first));
+    }
+    run.steps(2);
+    run.add_request(request(2, 300));
+    // The newest of the first tenant gives way, and not again before it has advanced.
+    let text = run.step();
+    assert!(text.contains("decode a   prefill d[0..4/4]") && text.contains("preempt b"), "{text}");
+    assert_eq!(run.scheduler.num_preemptions(), 1);
+    let rest = run.steps(40);
+    assert_eq!(run.scheduler.num_preemptions(), 1, "{rest}");
+    assert!(run.scheduler.is_idle(), "{rest}");
+}
+
+#[test]
+fn shares_have_weights_and_caps() {
+    let config = EngineConfig { max_num_seqs: 3, num_blocks: 40, max_num_batched_tokens: 12, ..CONFIG };
+    let mut run = Run::new(config);
+    let weights = [(1, Share { weight: 1, max_num_seqs: 1 }), (2, Share { weight: 3, ..Share::default() })];
+    for index in 0..12 {
+        for (tenant, share) in weights {
+            let prompt = (index * 100 + tenant * 50..index * 100 + tenant * 50 + 4).map(TokenId).collect();
+            run.add_request(Request { prompt, max_tokens: 8, tenant: tenant.into(), share, ..Request::default() });
+        }
+    }
+    let mut most = 0;
+    while run.scheduler.queue().iter().any(|sequence| sequence.request.tenant == 2) {
+        run.step();
+        let of_first = run.scheduler.running().filter(|sequence| sequence.request.tenant == 1).count();
+        most = most.max(of_first);
+    }
+    assert_eq!(most, 1, "a tenant ran more than its cap");
+    let left = run.scheduler.queue().len();
+    assert!((7..=9).contains(&left), "at weights of 1 to 3 a third as many had been served, and {left} of 12 are left");
+}
+
+#[test]
+fn priorities_order_the_requests_of_a_tenant() {
+    let config = EngineConfig { max_num_seqs: 1, ..CONFIG };
+    let mut run = Run::new(config);
+    for (first, priority) in [(0, 0), (100, 5), (200, -1)] {
+        let prompt = (first..first + 4).map(TokenId).collect();
+        run.add_request(Request { prompt, max_tokens: 2, priority, ..Request::default() });
+    }
+    let text = run.steps(6);
+    let order: Vec<_> = ["finish c", "finish a", "finish b"].iter().map(|word| text.find(word)).collect();
+    assert!(order.iter().all(Option::is_some) && order.is_sorted(), "{text}");
 }

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex};
 use fullbore_engine::backend::sim::{CostModel, Fidelity, SimBackend, SimOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
+use fullbore_engine::memory::BlockTable;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
-use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId};
 use fullbore_engine::tensor::WeightFormat;
 
 use crate::random::Random;
@@ -135,15 +136,16 @@ fn wrong_hash(engine: &mut Engine, step: u32, workload: &Workload) -> bool {
     let later = workload.requests.iter().find(|planned| planned.arrival == step + 1);
     let Some(later) = later.filter(|later| later.request.prompt.len() as u32 > block_size) else { return false };
     let cache = engine.cache_mut();
-    let mut table = cache.open(&[], later.request.cache_salt, 0);
-    let known = cache.open(&later.request.prompt, later.request.cache_salt, u32::MAX);
+    let prompt = &later.request.prompt;
+    let chain = cache.chain(prompt, later.request.cache_salt);
+    let known = cache.find(&chain, prompt, u32::MAX);
+    let mut table = BlockTable::default();
     let room = cache.grow(&mut table, block_size).is_ok();
-    let plants = room && known.num_blocks() == 0;
-    cache.free(known);
+    let plants = room && known.num_blocks == 0 && !known.next_is_promised;
     if plants {
-        cache.publish(&mut table, &later.request.prompt[..block_size as usize]);
+        cache.publish(&mut table, &chain, prompt, block_size);
     }
-    cache.free(table);
+    cache.free(table, &chain, u64::MAX);
     plants
 }
 
@@ -221,15 +223,20 @@ impl Workload {
                 }
             }
             let had_work = !engine.is_idle();
-            let planned = engine.plan();
-            engine.check();
-            assert!(planned || engine.is_idle(), "there is work, and nothing runs");
-            if planned {
+            while engine.has_room() {
+                let planned = engine.plan();
+                engine.check();
+                if !planned {
+                    break;
+                }
                 let num_tokens = engine.batch_mut().num_tokens();
                 assert!(num_tokens <= self.config.max_num_batched_tokens);
                 assert!(engine.batch_mut().num_logit_rows() <= self.config.max_logit_rows);
                 change(&mut engine, step);
                 engine.submit().expect("the simulator is never lost");
+            }
+            assert!(engine.num_in_flight() > 0 || engine.is_idle(), "there is work, and nothing runs");
+            if engine.num_in_flight() > 0 {
                 engine.complete().expect("the simulator is never lost");
                 engine.check();
             }
@@ -263,6 +270,7 @@ fn random_config(random: &mut Random) -> EngineConfig {
         num_blocks: least_blocks + random.below(least_blocks),
         max_waiting: 64,
         max_logit_rows: max_num_seqs + random.between(0, 8),
+        pipeline_depth: random.between(1, 2),
         prefix_cache: !random.one_in(4),
     }
 }
@@ -287,7 +295,7 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
         max_tokens,
         stop_ids,
         sampling: SamplingParams {
-            temperature: if random.one_in(4) { 0.8 } else { 0.0 },
+            temperature: if config.pipeline_depth == 1 && random.one_in(4) { 0.8 } else { 0.0 },
             top_k: random.below(50),
             seed: u64::from(random.below(4)),
             ..SamplingParams::default()
@@ -295,6 +303,12 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
         logprobs: random.one_in(8).then(|| random.below(4)),
         prompt_logprobs: (max_tokens == 0 || random.one_in(8)).then(|| random.below(3)),
         cache_salt: u64::from(random.below(2)),
+        tenant: u64::from(random.below(3)),
+        share: Share {
+            weight: random.between(1, 3),
+            max_num_seqs: if random.one_in(4) { random.between(1, 3) } else { u32::MAX },
+        },
+        priority: random.below(3) as i32 - 1,
     }
 }
 
@@ -328,6 +342,7 @@ fn alone(request: &Request) -> Vec<Event> {
         num_blocks: 16,
         max_waiting: 1,
         max_logit_rows: 256,
+        pipeline_depth: 1,
         prefix_cache: false,
     };
     let mut engine = engine(config);

@@ -47,6 +47,8 @@ pub struct Slice {
     pub logits: Logits,
     /// Whether a token is chosen from the last row.
     pub sample: bool,
+    /// Whether the sequence has just got its slot.
+    pub admitted: bool,
     /// Whether the rows in `logits` must come back to the host (sampling that is not greedy, logprobs).
     pub download_logits: bool,
 }
@@ -54,6 +56,11 @@ pub struct Slice {
 impl Slice {
     pub fn num_tokens(&self) -> u32 {
         self.tokens.end - self.tokens.start
+    }
+
+    /// Position after its last token.
+    pub fn end(&self) -> u32 {
+        self.start + self.num_tokens()
     }
 
     pub fn num_logit_rows(&self) -> u32 {

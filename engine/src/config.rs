@@ -3,6 +3,7 @@
 //! Invariant: an `EngineConfig` that passed [`EngineConfig::check`] bounds every queue and every buffer; the sums are
 //! written beside the numbers. 0 is never "no limit".
 
+use crate::backend::MAX_IN_FLIGHT;
 use crate::model::StateLimits;
 use crate::request::Request;
 
@@ -23,6 +24,8 @@ pub struct EngineConfig {
     /// Rows of a step that go through the output layer at most. A sampling sequence takes one; a prefill chunk with
     /// prompt logprobs takes one a token.
     pub max_logit_rows: u32,
+    /// Steps that are submitted and not yet read back, at most: 1 waits for each, 2 keeps the device busy.
+    pub pipeline_depth: u32,
     /// Whether full blocks are kept for later requests with the same prefix.
     pub prefix_cache: bool,
 }
@@ -37,6 +40,7 @@ impl Default for EngineConfig {
             num_blocks: 256,
             max_waiting: 256,
             max_logit_rows: 32,
+            pipeline_depth: 2,
             prefix_cache: true,
         }
     }
@@ -67,6 +71,7 @@ impl EngineConfig {
             ("max_waiting", self.max_waiting, 1, 1 << 20),
             // Every running sequence may sample in one step.
             ("max_logit_rows", self.max_logit_rows, self.max_num_seqs, 1 << 16),
+            ("pipeline_depth", self.pipeline_depth, 1, MAX_IN_FLIGHT as u32),
         ];
         for (name, value, least, most) in ranges {
             if value < least {

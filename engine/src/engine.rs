@@ -1,10 +1,12 @@
 //! Where plan meets compute: the scheduler's batch becomes a recording, and what comes back becomes events.
 //!
-//! Driven from outside: [`Engine::begin`] plans and submits a step, [`Engine::complete`] waits and publishes. This is
-//! the plain loop, one step at a time. Invariant: out of blocks is the scheduler's ordinary branch; the only error is
-//! the device's. The engine has no thread, and no branch on the kind of device.
+//! Driven from outside: [`Engine::begin`] plans and submits a step, [`Engine::complete`] waits for the oldest and
+//! publishes. With a pipeline depth of 1 that is the plain loop, one step at a time; with 2 the next step is planned and
+//! submitted before the last is read back, so that the device always has work. Invariant: out of blocks is the
+//! scheduler's ordinary branch; the only error is the device's. The engine has no thread, and no branch on the kind of
+//! device.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -29,13 +31,27 @@ pub struct Engine {
     backend: Box<dyn Backend>,
     clients: HashMap<SequenceId, Client>,
     next_id: u64,
-    batch: Batch,
+    /// The step that is planned next, or was planned last and is not submitted.
+    planned: Step,
+    /// Submitted and not completed, oldest first.
+    in_flight: VecDeque<(Ticket, Step)>,
+    /// Completed ones, to be filled again; the last one completed is at the end.
+    spare: Vec<Step>,
     packed: PackedBatch,
     recording: Recording,
-    trace: StepTrace,
-    in_flight: Option<(Ticket, Instant)>,
     downloads: Vec<u8>,
+    choices: Vec<Choice>,
+    outcomes: Vec<Outcome>,
+    /// When the device became idle, or turned to the step that runs now.
+    device_free_at: Instant,
     stats: EngineStats,
+}
+
+/// A step from plan to results.
+struct Step {
+    batch: Batch,
+    trace: StepTrace,
+    submitted_at: Instant,
 }
 
 /// What a sequence's events need beyond the scheduler's view of it.
@@ -83,12 +99,15 @@ impl Engine {
             backend,
             clients: HashMap::new(),
             next_id: 0,
-            batch: Batch::default(),
+            planned: Step::new(),
+            in_flight: VecDeque::new(),
+            spare: (0..config.pipeline_depth).map(|_| Step::new()).collect(),
             packed: PackedBatch::default(),
             recording,
-            trace: StepTrace::default(),
-            in_flight: None,
             downloads: Vec::new(),
+            choices: Vec::new(),
+            outcomes: Vec::new(),
+            device_free_at: Instant::now(),
             stats: EngineStats::default(),
         }
     }
@@ -105,15 +124,15 @@ impl Engine {
         self.backend.as_ref()
     }
 
-    /// The step that was planned last.
+    /// The step that was completed last.
     pub fn trace(&self) -> &StepTrace {
-        &self.trace
+        &self.spare.last().expect("a step is spare between calls").trace
     }
 
     /// The batch that was planned last. A test that plants a bug changes it between [`Engine::plan`] and
     /// [`Engine::submit`].
     pub fn batch_mut(&mut self) -> &mut Batch {
-        &mut self.batch
+        &mut self.planned.batch
     }
 
     /// The memory manager, for a test that plants a bug there.
@@ -126,26 +145,38 @@ impl Engine {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let request = Arc::new(request);
-        self.scheduler.add(Sequence::new(id, request.clone()));
+        let chain = self.cache.chain(&request.prompt, request.cache_salt);
+        self.scheduler.add(Sequence::new(id, request.clone(), chain));
         let client = Client { request, sink, arrived: Instant::now(), first_token: None, prompt_logprobs: Vec::new() };
         self.clients.insert(id, client);
         id
     }
 
+    /// Whether there is nothing to plan and nothing to wait for.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_idle()
+        self.scheduler.is_idle() && self.in_flight.is_empty()
     }
 
-    /// One step from plan to events. `false` if nothing could run.
+    /// Fills the pipeline and completes its oldest step. `false` if there was nothing to do.
     pub fn step(&mut self) -> Result<bool, DeviceError> {
-        let submitted = self.begin()?;
+        while self.has_room() && self.begin()? {}
+        let submitted = !self.in_flight.is_empty();
         if submitted {
             self.complete()?;
         }
         Ok(submitted)
     }
 
-    /// Plans and submits a step. `false` if nothing can run.
+    /// Whether one more step may be submitted before the oldest is completed.
+    pub fn has_room(&self) -> bool {
+        self.in_flight.len() < self.config.pipeline_depth as usize
+    }
+
+    pub fn num_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Plans and submits a step. `false` if nothing can run before a step in flight is completed.
     pub fn begin(&mut self) -> Result<bool, DeviceError> {
         let planned = self.plan();
         if planned {
@@ -156,28 +187,28 @@ impl Engine {
 
     /// Ends sequences whose clients have left, and plans the next step.
     pub fn plan(&mut self) -> bool {
-        assert!(self.in_flight.is_none(), "one step at a time");
+        assert!(self.has_room(), "{} steps are in flight", self.in_flight.len());
         let gone = self.clients.iter().filter(|(_, client)| client.sink.is_closed());
         let gone: Vec<SequenceId> = gone.map(|(&id, _)| id).collect();
         for id in gone {
             self.abort(id);
         }
-        self.trace = self.scheduler.schedule(&mut self.cache, &mut self.batch);
+        self.scheduler.schedule(&mut self.cache, &mut self.planned.batch, &mut self.planned.trace);
         self.stats.num_preemptions = self.scheduler.num_preemptions();
         self.update_counts();
-        !self.batch.slices.is_empty()
+        !self.planned.batch.slices.is_empty()
     }
 
     /// Records the planned batch and hands it to the device.
     pub fn submit(&mut self) -> Result<(), DeviceError> {
-        let begun = Instant::now();
-        self.packed.pack(&self.batch, self.model.limits.max_blocks_per_seq());
+        let batch = &self.planned.batch;
+        self.packed.pack(batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
         let inputs = Inputs::upload(&self.packed, &mut self.recording);
         let logits = self.model.record(&inputs, &mut self.recording);
         self.recording.downloads.push(self.model.sampled());
         if let Some(logits) = logits {
-            let wanted = logit_rows(&self.batch).filter(|(slice, _)| slice.download_logits);
+            let wanted = logit_rows(batch).filter(|(slice, _)| slice.download_logits);
             let rows = |(slice, first): (&Slice, u32)| Tensor {
                 offset: logits.offset + first * logits.cols,
                 rows: slice.num_logit_rows(),
@@ -186,29 +217,30 @@ impl Engine {
             self.recording.downloads.extend(wanted.map(rows));
         }
         let ticket = self.backend.submit(&self.recording)?;
-        self.in_flight = Some((ticket, begun));
+        self.planned.submitted_at = Instant::now();
+        let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
+        self.in_flight.push_back((ticket, std::mem::replace(&mut self.planned, next)));
         Ok(())
     }
 
-    /// Waits for the submitted step and tells the clients what it brought.
+    /// Waits for the oldest step in flight and tells the clients what it brought.
     pub fn complete(&mut self) -> Result<(), DeviceError> {
-        let (ticket, begun) = self.in_flight.take().expect("a step was submitted");
+        let (ticket, mut step) = self.in_flight.pop_front().expect("a step was submitted");
         self.downloads.clear();
         self.backend.wait(ticket, &mut self.downloads)?;
-        self.stats.last_step_ms = begun.elapsed().as_secs_f64() * 1e3;
-        self.stats.total_step_ms += self.stats.last_step_ms;
-        self.stats.num_steps += 1;
-        self.stats.prefill_tokens += u64::from(self.trace.num_prefill_tokens());
+        self.count(&step);
 
-        let (choices, logprobs) = self.choose();
-        let mut outcomes = Vec::with_capacity(choices.len());
-        self.scheduler.complete(&mut self.cache, &self.batch, &choices, &mut self.trace, &mut outcomes);
-        tracing::trace!("{}", self.trace);
+        let logprobs = self.choose(&step.batch);
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        self.scheduler.complete(&mut self.cache, &step.batch, &self.choices, &mut step.trace, &mut outcomes);
+        tracing::trace!("{}", step.trace);
+        self.spare.push(step);
         let mut logprobs: HashMap<SequenceId, TokenLogprobs> = logprobs.into_iter().collect();
-        for outcome in outcomes {
+        for outcome in outcomes.drain(..) {
             let logprobs = logprobs.remove(&outcome.sequence);
             self.tell(outcome, logprobs);
         }
+        self.outcomes = outcomes;
         self.update_counts();
         Ok(())
     }
@@ -238,21 +270,34 @@ impl Engine {
     /// Asserts every invariant of scheduler and memory; between steps.
     pub fn check(&self) {
         self.scheduler.check(&self.cache);
-        let num_sequences = self.scheduler.waiting().count() + self.scheduler.running().len();
+        let num_sequences = self.scheduler.queue().len() + self.scheduler.running().count();
         assert_eq!(self.clients.len(), num_sequences, "a sequence without a client, or the other way round");
         if self.is_idle() {
             assert_eq!(self.cache.counts().referenced, 0, "blocks leaked");
         }
     }
 
-    /// The token of each slice out of the downloads, and the log-probabilities where they were asked for.
-    fn choose(&mut self) -> (Vec<Choice>, Vec<(SequenceId, TokenLogprobs)>) {
+    fn count(&mut self, step: &Step) {
+        let now = Instant::now();
+        // The device runs its steps one after another.
+        let begun = step.submitted_at.max(self.device_free_at);
+        self.device_free_at = now;
+        self.stats.last_step_ms = (now - begun).as_secs_f64() * 1e3;
+        self.stats.total_step_ms += self.stats.last_step_ms;
+        self.stats.num_steps += 1;
+        self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
+    }
+
+    /// Refills `choices` with the token of each slice out of the downloads, and returns the log-probabilities where they
+    /// were asked for.
+    fn choose(&mut self, batch: &Batch) -> Vec<(SequenceId, TokenLogprobs)> {
         let words: &[u32] = bytemuck::cast_slice(&self.downloads);
         let (sampled, mut logits) = words.split_at(self.config.max_num_seqs as usize);
         let vocab = self.model.config.vocab_size as usize;
-        let mut choices = Vec::with_capacity(self.batch.slices.len());
+        self.choices.clear();
+        let choices = &mut self.choices;
         let mut logprobs = Vec::new();
-        for slice in &self.batch.slices {
+        for slice in &batch.slices {
             let mut rows: &[f32] = &[];
             if slice.download_logits {
                 let (mine, rest) = logits.split_at(slice.num_logit_rows() as usize * vocab);
@@ -280,7 +325,7 @@ impl Engine {
             }
             choices.push(choice);
         }
-        (choices, logprobs)
+        logprobs
     }
 
     fn tell(&mut self, outcome: Outcome, logprobs: Option<TokenLogprobs>) {
@@ -319,9 +364,15 @@ impl Engine {
     }
 
     fn update_counts(&mut self) {
-        self.stats.num_running = self.scheduler.running().len() as u32;
-        self.stats.num_waiting = self.scheduler.waiting().count() as u32;
+        self.stats.num_running = self.scheduler.num_running();
+        self.stats.num_waiting = self.scheduler.queue().len() as u32;
         self.stats.blocks = self.cache.counts();
+    }
+}
+
+impl Step {
+    fn new() -> Step {
+        Step { batch: Batch::default(), trace: StepTrace::default(), submitted_at: Instant::now() }
     }
 }
 

@@ -40,6 +40,7 @@ pub mod format;
 pub mod memory;
 pub mod model;
 pub mod op;
+pub mod queue;
 pub mod recording;
 pub mod request;
 pub mod sampler;

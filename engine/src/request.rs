@@ -27,6 +27,26 @@ pub struct Request {
     pub prompt_logprobs: Option<u32>,
     /// Requests share cached prefixes only within one salt.
     pub cache_salt: u64,
+    /// Whom it is served for: service is shared fairly between tenants.
+    pub tenant: u64,
+    pub share: Share,
+    /// Among the requests of one tenant, lower ones come first (as in vLLM).
+    pub priority: i32,
+}
+
+/// What a tenant may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Service relative to other tenants; at least 1.
+    pub weight: u32,
+    /// Sequences that run at once, at most; at least 1.
+    pub max_num_seqs: u32,
+}
+
+impl Default for Share {
+    fn default() -> Share {
+        Share { weight: 1, max_num_seqs: u32::MAX }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

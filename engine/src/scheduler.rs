@@ -2,41 +2,54 @@
 //!
 //! There is no prefill phase and no decode phase: each step hands out tokens, within a budget, so that every sequence's
 //! `num_computed_tokens` catches up with its `num_tokens` (vLLM v1). Running sequences come first, those with one token
-//! to compute before the others; then waiting ones, in order of arrival. Out of blocks, the newest running sequence is
-//! preempted: its blocks are freed and it goes back to the head of the queue, to be recomputed.
+//! to compute before the others; then waiting ones, as the [`Queue`] orders them. Out of blocks, a running sequence is
+//! preempted: its blocks are freed and it goes back to the queue, to be recomputed from what the prefix cache kept.
 //!
-//! Invariants: the same state gives the same batch (no clock, no chance); the oldest running sequence is never
-//! preempted for another, so there is always progress; nothing is admitted in a step that preempted, nor before all
-//! tokens that are known would fit, so a victim waits until another sequence has freed memory.
-
-use std::collections::VecDeque;
+//! A step may be planned while earlier ones run: a token that they sample counts before its id is known, and its id is
+//! then read on the device. What a step computed for a sequence that ended meanwhile is dropped.
+//!
+//! Invariants: the same state gives the same batch (no clock, no chance); of one tenant and priority the oldest running
+//! sequence is never preempted for another, so there is always progress; nothing is admitted in a step that ran out of
+//! blocks, nor before all tokens that are known would fit, so a victim waits until another sequence has freed memory.
+//! Work in a step is O(rows): nothing is done for a token that was computed before, and no memory is taken.
 
 use crate::batch::{Batch, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::config::EngineConfig;
 use crate::memory::KvCache;
+use crate::queue::{DECODE_COST, PREFILL_COST, Queue};
 use crate::request::{FinishReason, TokenId, Usage};
 use crate::sequence::Sequence;
 
+mod admission;
+mod budget;
+mod preemption;
 pub mod trace;
 
-pub use trace::StepTrace;
+use budget::Budget;
+pub use trace::{Held, StepTrace};
 
 #[derive(Debug)]
 pub struct Scheduler {
     config: EngineConfig,
-    waiting: VecDeque<Sequence>,
-    /// In order of admission, oldest first.
-    running: Vec<Sequence>,
+    queue: Queue,
+    /// By slot.
+    slots: Vec<Option<Sequence>>,
+    /// Slots of running sequences, in order of admission.
+    order: Vec<SlotId>,
     free_slots: Vec<SlotId>,
-    /// This step's plan: indices of `running` and tokens.
+    /// This step's plan.
     plan: Vec<Planned>,
+    /// Refilled in each step.
+    candidates: Vec<SlotId>,
+    /// The sequence that memory was too short for, and the cache's version then.
+    blocked: Option<(SequenceId, u64)>,
     num_steps: u64,
     num_preemptions: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Planned {
-    sequence: SequenceId,
+    slot: SlotId,
     num_tokens: u32,
 }
 
@@ -60,12 +73,16 @@ pub struct Outcome {
 
 impl Scheduler {
     pub fn new(config: EngineConfig) -> Scheduler {
+        let max_num_seqs = config.max_num_seqs as usize;
         Scheduler {
             config,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
+            queue: Queue::default(),
+            slots: (0..max_num_seqs).map(|_| None).collect(),
+            order: Vec::with_capacity(max_num_seqs),
             free_slots: (0..config.max_num_seqs).rev().map(SlotId).collect(),
-            plan: Vec::new(),
+            plan: Vec::with_capacity(max_num_seqs),
+            candidates: Vec::with_capacity(max_num_seqs),
+            blocked: None,
             num_steps: 0,
             num_preemptions: 0,
         }
@@ -73,44 +90,45 @@ impl Scheduler {
 
     /// Queues a sequence. That it fits in `max_model_len` and in the pool is the caller's to have checked.
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        self.queue.push(sequence);
     }
 
-    pub fn waiting(&self) -> impl Iterator<Item = &Sequence> {
-        self.waiting.iter()
+    pub fn queue(&self) -> &Queue {
+        &self.queue
     }
 
-    pub fn running(&self) -> &[Sequence] {
-        &self.running
+    /// In order of admission.
+    pub fn running(&self) -> impl Iterator<Item = &Sequence> {
+        self.order.iter().map(|&slot| self.sequence(slot))
+    }
+
+    pub fn num_running(&self) -> u32 {
+        self.order.len() as u32
     }
 
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.queue.is_empty() && self.order.is_empty()
     }
 
     pub fn num_preemptions(&self) -> u64 {
         self.num_preemptions
     }
 
-    /// Plans a step into `batch`; an empty batch means that nothing can run.
-    pub fn schedule(&mut self, cache: &mut KvCache, batch: &mut Batch) -> StepTrace {
+    /// Plans a step into `batch`, as what comes after all steps planned before; an empty batch means that nothing can
+    /// run now.
+    pub fn schedule(&mut self, cache: &mut KvCache, batch: &mut Batch, trace: &mut StepTrace) {
         self.num_steps += 1;
         self.plan.clear();
-        let mut trace = StepTrace::new(self.num_steps);
-        let mut budget = Budget { tokens: self.config.max_num_batched_tokens, rows: self.config.max_logit_rows };
-        for decodes in [true, false] {
-            let candidates = self.running.iter().filter(|sequence| (sequence.num_uncomputed_tokens() == 1) == decodes);
-            let candidates: Vec<SequenceId> = candidates.map(|sequence| sequence.id).collect();
-            for id in candidates {
-                self.continue_running(id, cache, &mut budget, &mut trace);
-            }
-        }
+        trace.begin(self.num_steps);
+        let mut budget = Budget::new(&self.config);
+        self.continue_running(cache, &mut budget, trace);
         if trace.preempted.is_empty() {
-            self.admit(cache, &mut budget);
+            self.admit(cache, &mut budget, trace);
+        } else {
+            trace.held = Held::KvMemory;
         }
-        self.fill(cache.block_size(), batch, &mut trace);
+        self.fill(cache, batch, trace);
         trace.blocks = cache.counts();
-        trace
     }
 
     /// Takes in what a step computed: `choices` has one entry a slice.
@@ -124,205 +142,218 @@ impl Scheduler {
     ) {
         assert_eq!(batch.slices.len(), choices.len());
         for (slice, choice) in batch.slices.iter().zip(choices) {
-            // A sequence may have been aborted while the step ran.
-            let Some(index) = self.running.iter().position(|sequence| sequence.id == slice.sequence) else { continue };
-            let sequence = &mut self.running[index];
-            let mut outcome = Outcome { sequence: sequence.id, token: None, finished: None };
-            let mut reason = None;
-            if let Choice::Failed(sentence) = choice {
-                reason = Some(FinishReason::Error(sentence.clone()));
-            } else {
-                sequence.num_computed_tokens += slice.num_tokens();
-                cache.publish(&mut sequence.table, &sequence.tokens[..sequence.num_computed_tokens as usize]);
+            if let Some(outcome) = self.take_choice(cache, slice, choice) {
+                if let Some((reason, _)) = &outcome.finished {
+                    trace.finished.push((outcome.sequence, reason.clone()));
+                }
+                outcomes.push(outcome);
             }
-            if let Choice::Token(token) = *choice {
-                sequence.tokens.push(token);
-                outcome.token = Some(token);
-                reason = sequence.finish_reason(token, self.config.max_model_len);
-            } else if sequence.request.max_tokens == 0 && sequence.num_uncomputed_tokens() == 0 {
-                reason = Some(FinishReason::Length);
-            }
-            if let Some(reason) = reason {
-                outcome.finished = Some((reason.clone(), sequence.usage()));
-                trace.finished.push((sequence.id, reason));
-                let sequence = self.running.remove(index);
-                self.release(sequence, cache);
-            }
-            outcomes.push(outcome);
         }
         trace.blocks = cache.counts();
     }
 
-    /// Ends a sequence in any phase; its blocks are free at once. Returns it, if it was there.
+    /// Ends a sequence in any phase; its blocks are free at once, because what still runs on the device writes them
+    /// before whoever gets them next does. Returns what it used, if it was there.
     pub fn abort(&mut self, cache: &mut KvCache, id: SequenceId) -> Option<Usage> {
-        if let Some(index) = self.waiting.iter().position(|sequence| sequence.id == id) {
-            return self.waiting.remove(index).map(|sequence| sequence.usage());
-        }
-        let index = self.running.iter().position(|sequence| sequence.id == id)?;
-        let sequence = self.running.remove(index);
-        let usage = sequence.usage();
-        self.release(sequence, cache);
+        let running = self.order.iter().copied().find(|&slot| self.sequence(slot).id == id);
+        let usage = match running {
+            Some(slot) => self.sequence(slot).usage(),
+            None => self.queue.get_mut(id)?.usage(),
+        };
+        self.end(cache, id, running, true);
         Some(usage)
     }
 
     /// Asserts the scheduler's invariants and those of `cache`.
     pub fn check(&self, cache: &KvCache) {
-        cache.check(self.running.iter().map(|sequence| &sequence.table));
-        assert_eq!(self.running.len() + self.free_slots.len(), self.config.max_num_seqs as usize);
-        for sequence in &self.running {
-            assert!(sequence.num_computed_tokens < sequence.num_tokens() || sequence.request.max_tokens == 0);
+        cache.check(self.running().map(|sequence| &sequence.table));
+        self.queue.check(self.running().map(|sequence| sequence.tenant));
+        assert_eq!(self.order.len() + self.free_slots.len(), self.config.max_num_seqs as usize);
+        for &slot in &self.order {
+            let sequence = self.sequence(slot);
+            assert!(sequence.num_computed_tokens <= sequence.num_tokens());
             assert!(cache.blocks_for(sequence.num_computed_tokens) <= sequence.table.num_blocks());
-            let slot = sequence.slot.expect("a running sequence has a slot");
+            assert!(
+                sequence.num_pending < self.config.pipeline_depth + 1,
+                "{} tokens are pending",
+                sequence.num_pending
+            );
+            assert_eq!(sequence.slot, Some(slot));
             assert!(!self.free_slots.contains(&slot), "slot {} is free and in use", slot.0);
         }
-        for sequence in &self.waiting {
+        for sequence in self.queue.iter() {
             assert!(sequence.slot.is_none() && sequence.table.num_blocks() == 0, "a waiting sequence holds memory");
         }
     }
 
-    /// Plans the next tokens of a running sequence, preempting from the newest on until they fit.
-    fn continue_running(&mut self, id: SequenceId, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
-        loop {
-            // It may have been preempted for one that came before it.
-            let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) else { return };
+    fn sequence(&self, slot: SlotId) -> &Sequence {
+        self.slots[slot.0 as usize].as_ref().expect("a slot in `order` holds a sequence")
+    }
+
+    /// The sequence that a slice was planned for, if it still runs there.
+    fn running_in(&mut self, slot: SlotId, id: SequenceId) -> Option<&mut Sequence> {
+        self.slots[slot.0 as usize].as_mut().filter(|sequence| sequence.id == id)
+    }
+
+    /// Plans the next tokens of what runs: those with one token to compute first.
+    fn continue_running(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        let mut candidates = std::mem::take(&mut self.candidates);
+        for decodes in [true, false] {
+            candidates.clear();
+            let max_model_len = self.config.max_model_len;
+            candidates.extend(self.order.iter().copied().filter(|&slot| {
+                match self.sequence(slot).num_uncomputed_tokens(max_model_len) {
+                    0 => false,
+                    1 => decodes,
+                    _ => !decodes,
+                }
+            }));
+            if !decodes && self.queue.num_tenants() > 1 {
+                let order = |slot: &SlotId| {
+                    let sequence = self.sequence(*slot);
+                    (self.queue.counter(sequence.tenant), sequence.id)
+                };
+                candidates.sort_unstable_by_key(order);
+            }
+            for &slot in &candidates {
+                self.continue_one(slot, cache, budget, trace);
+            }
+        }
+        self.candidates = candidates;
+    }
+
+    /// Plans the next tokens of a running sequence, preempting others until they fit.
+    fn continue_one(&mut self, slot: SlotId, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        // It may have been preempted for one that came before it.
+        while let Some(sequence) = &mut self.slots[slot.0 as usize] {
             let num_tokens = budget.fit(sequence);
             if num_tokens == 0 {
                 return;
             }
             if cache.grow(&mut sequence.table, sequence.num_computed_tokens + num_tokens).is_ok() {
                 budget.take(sequence, num_tokens);
-                self.plan.push(Planned { sequence: id, num_tokens });
+                self.plan.push(Planned { slot, num_tokens });
                 return;
             }
-            self.preempt_newest(cache, budget, trace);
-        }
-    }
-
-    fn preempt_newest(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
-        let mut victim = self.running.pop().expect("a sequence that needs blocks is running");
-        if let Some(index) = self.plan.iter().position(|planned| planned.sequence == victim.id) {
-            let planned = self.plan.remove(index);
-            budget.give_back(&victim, planned.num_tokens);
-        }
-        trace.preempted.push(victim.id);
-        self.num_preemptions += 1;
-        victim.num_preemptions += 1;
-        self.free_slots.push(victim.slot.take().expect("a running sequence has a slot"));
-        cache.free(std::mem::take(&mut victim.table));
-        victim.num_computed_tokens = 0;
-        victim.num_uploaded_blocks = 0;
-        self.waiting.push_front(victim);
-    }
-
-    fn admit(&mut self, cache: &mut KvCache, budget: &mut Budget) {
-        let missing =
-            |sequence: &Sequence| cache.blocks_for(sequence.num_tokens()).saturating_sub(sequence.table.num_blocks());
-        // Blocks that running sequences will take for tokens they already have.
-        let mut promised: u32 = self.running.iter().map(missing).sum();
-        while budget.tokens > 0 && !self.free_slots.is_empty() {
-            let Some(mut sequence) = self.waiting.pop_front() else { return };
-            // At least one token is computed, to have logits; prompt logprobs need them all.
-            let hit_limit = if sequence.wants_prompt_logprobs(0) { 0 } else { sequence.num_tokens() - 1 };
-            sequence.table = cache.open(&sequence.tokens, sequence.request.cache_salt, hit_limit);
-            let num_cached = sequence.table.num_blocks() * cache.block_size();
-            // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
-            let known_next = (sequence.num_tokens() + 1).min(self.config.max_model_len);
-            let needed = cache.blocks_for(known_next) - sequence.table.num_blocks();
-            sequence.num_computed_tokens = num_cached;
-            let num_tokens = budget.fit(&sequence);
-            if num_tokens == 0 || needed + promised > cache.num_available() {
-                cache.free(std::mem::take(&mut sequence.table));
-                sequence.num_computed_tokens = 0;
-                self.waiting.push_front(sequence);
-                return;
-            }
-            cache.grow(&mut sequence.table, num_cached + num_tokens).expect("fewer than what was counted above");
-            promised += cache.blocks_for(sequence.num_tokens()).saturating_sub(sequence.table.num_blocks());
-            sequence.cached_tokens.get_or_insert(num_cached);
-            sequence.slot = self.free_slots.pop();
-            budget.take(&sequence, num_tokens);
-            self.plan.push(Planned { sequence: sequence.id, num_tokens });
-            self.running.push(sequence);
+            let victim = self.memory_victim();
+            self.preempt(victim, cache, budget, trace);
         }
     }
 
     /// Writes the plan down as a batch, single tokens first.
-    fn fill(&mut self, block_size: u32, batch: &mut Batch, trace: &mut StepTrace) {
+    fn fill(&mut self, cache: &mut KvCache, batch: &mut Batch, trace: &mut StepTrace) {
         batch.clear();
-        self.plan.sort_by_key(|planned| planned.num_tokens > 1);
-        for planned in &self.plan {
-            let sequence = self.running.iter_mut().find(|sequence| sequence.id == planned.sequence);
-            let sequence = sequence.expect("a planned sequence is running");
-            let slot = sequence.slot.expect("a running sequence has a slot");
-            let start = sequence.num_computed_tokens;
-            let end = start + planned.num_tokens;
-            let first = batch.num_tokens();
-            for position in start..end {
-                batch.input.push(InputToken::Id(sequence.tokens[position as usize]));
-                batch.slot_mapping.push(sequence.table.slot(position, block_size));
+        let plan = std::mem::take(&mut self.plan);
+        for single in [true, false] {
+            for planned in plan.iter().filter(|planned| (planned.num_tokens == 1) == single) {
+                let sequence = self.slots[planned.slot.0 as usize].as_mut().expect("a planned sequence is running");
+                fill_slice(sequence, *planned, cache, batch, trace);
+                let decodes = sequence.num_generated_tokens() > 1;
+                let cost = if decodes { DECODE_COST } else { PREFILL_COST };
+                self.queue.charge(sequence.tenant, cost * u64::from(planned.num_tokens));
             }
-            let blocks = sequence.table.blocks().iter().enumerate().skip(sequence.num_uploaded_blocks as usize);
-            batch.table_updates.extend(blocks.map(|(index, block)| (slot, index as u32, block.0)));
-            sequence.num_uploaded_blocks = sequence.table.num_blocks();
-            let sample = end == sequence.num_tokens() && sequence.request.max_tokens > 0;
-            let prompt_rows = sequence.wants_prompt_logprobs(start);
-            let logits = match (prompt_rows, sample) {
-                (true, _) => Logits::All,
-                (false, true) => Logits::Last,
-                (false, false) => Logits::None,
-            };
-            batch.slices.push(Slice {
-                sequence: sequence.id,
-                slot,
-                start,
-                tokens: first..batch.num_tokens(),
-                logits,
-                sample,
-                download_logits: prompt_rows || (sample && sequence.needs_logits()),
-            });
-            trace.record(sequence.id, start..end, sequence.num_tokens());
+        }
+        self.plan = plan;
+    }
+
+    fn take_choice(&mut self, cache: &mut KvCache, slice: &Slice, choice: &Choice) -> Option<Outcome> {
+        let max_model_len = self.config.max_model_len;
+        let runs = self.running_in(slice.slot, slice.sequence).is_some();
+        // It may have ended while the step ran, or have been preempted.
+        let sequence = match runs {
+            true => self.slots[slice.slot.0 as usize].as_mut()?,
+            false => self.queue.get_mut(slice.sequence)?,
+        };
+        let mut outcome = Outcome { sequence: sequence.id, token: None, finished: None };
+        let is_whole_prompt = sequence.request.max_tokens == 0 && slice.end() == sequence.num_prompt_tokens();
+        let reason = match choice {
+            Choice::Failed(sentence) => Some(FinishReason::Error(sentence.clone())),
+            Choice::Token(token) => {
+                sequence.num_pending -= 1;
+                sequence.tokens.push(*token);
+                cache.extend(&mut sequence.chain, &sequence.tokens);
+                outcome.token = Some(*token);
+                sequence.finish_reason(*token, max_model_len)
+            }
+            Choice::None => is_whole_prompt.then_some(FinishReason::Length),
+        };
+        if let Some(reason) = reason {
+            outcome.finished = Some((reason, sequence.usage()));
+            let trusted = !matches!(choice, Choice::Failed(_));
+            self.end(cache, slice.sequence, runs.then_some(slice.slot), trusted);
+        }
+        Some(outcome)
+    }
+
+    /// Removes a sequence, running in `slot` or waiting; what it computed stays findable if it is trusted.
+    fn end(&mut self, cache: &mut KvCache, id: SequenceId, slot: Option<SlotId>, trusted: bool) {
+        match slot {
+            Some(slot) => {
+                let sequence = self.leave(slot, cache, trusted);
+                self.queue.ended(sequence.tenant);
+            }
+            None => {
+                self.queue.remove(id);
+            }
         }
     }
 
-    fn release(&mut self, mut sequence: Sequence, cache: &mut KvCache) {
-        self.free_slots.push(sequence.slot.take().expect("a running sequence has a slot"));
-        cache.free(sequence.table);
-    }
-}
-
-/// What is left of a step.
-struct Budget {
-    tokens: u32,
-    /// Rows of the output layer.
-    rows: u32,
-}
-
-impl Budget {
-    /// Tokens of `sequence` that fit.
-    fn fit(&self, sequence: &Sequence) -> u32 {
-        let num_tokens = sequence.num_uncomputed_tokens().min(self.tokens);
-        match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
-            true => num_tokens.min(self.rows),
-            false if self.rows == 0 => 0,
-            false => num_tokens,
+    /// Takes a sequence off its slot and frees its blocks.
+    fn leave(&mut self, slot: SlotId, cache: &mut KvCache, trusted: bool) -> Sequence {
+        let mut sequence = self.slots[slot.0 as usize].take().expect("a sequence that leaves is running");
+        self.order.retain(|&other| other != slot);
+        self.free_slots.push(slot);
+        sequence.slot = None;
+        let mut table = std::mem::take(&mut sequence.table);
+        match trusted {
+            true => cache.publish(&mut table, &sequence.chain, &sequence.tokens, sequence.num_computed_tokens),
+            false => cache.withdraw(&table),
         }
-    }
-
-    fn take(&mut self, sequence: &Sequence, num_tokens: u32) {
-        self.tokens -= num_tokens;
-        self.rows -= rows(sequence, num_tokens);
-    }
-
-    fn give_back(&mut self, sequence: &Sequence, num_tokens: u32) {
-        self.tokens += num_tokens;
-        self.rows += rows(sequence, num_tokens);
+        cache.free(table, &sequence.chain, sequence.id.0);
+        sequence
     }
 }
 
-/// Rows of the output layer that the next `num_tokens` of `sequence` take.
-fn rows(sequence: &Sequence, num_tokens: u32) -> u32 {
-    match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
-        true => num_tokens,
-        false => u32::from(num_tokens == sequence.num_uncomputed_tokens()),
+/// Appends a sequence's next `num_tokens` to the batch; from here on they count as computed.
+fn fill_slice(
+    sequence: &mut Sequence,
+    Planned { slot, num_tokens }: Planned,
+    cache: &mut KvCache,
+    batch: &mut Batch,
+    trace: &mut StepTrace,
+) {
+    let start = sequence.num_computed_tokens;
+    let end = start + num_tokens;
+    let first = batch.num_tokens();
+    for position in start..end {
+        // Of several pending tokens only the last is still to be computed.
+        let known = sequence.tokens.get(position as usize);
+        batch.input.push(known.map_or(InputToken::Sampled(slot), |&token| InputToken::Id(token)));
+        batch.slot_mapping.push(sequence.table.slot(position, cache.block_size()));
     }
+    let blocks = sequence.table.blocks().iter().enumerate().skip(sequence.num_uploaded_blocks as usize);
+    batch.table_updates.extend(blocks.map(|(index, block)| (slot, index as u32, block.0)));
+    let admitted = start == sequence.num_admitted_tokens;
+    sequence.num_uploaded_blocks = sequence.table.num_blocks();
+    let sample = end == sequence.num_tokens() && sequence.request.max_tokens > 0;
+    let prompt_rows = sequence.wants_prompt_logprobs(start);
+    let logits = match (prompt_rows, sample) {
+        (true, _) => Logits::All,
+        (false, true) => Logits::Last,
+        (false, false) => Logits::None,
+    };
+    batch.slices.push(Slice {
+        sequence: sequence.id,
+        slot,
+        start,
+        tokens: first..batch.num_tokens(),
+        logits,
+        sample,
+        admitted,
+        download_logits: prompt_rows || (sample && sequence.needs_logits()),
+    });
+    trace.record(sequence.id, start..end, sequence.num_tokens());
+    sequence.num_computed_tokens = end;
+    sequence.num_pending += u32::from(sample);
+    cache.publish(&mut sequence.table, &sequence.chain, &sequence.tokens, end);
 }

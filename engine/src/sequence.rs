@@ -1,61 +1,89 @@
 //! One growing list of tokens with its KV state.
 //!
-//! Invariant: `num_computed_tokens <= num_tokens`; K and V of the first `num_computed_tokens` are in the cache, and
-//! each step makes the one catch up with the other. A sequence knows no phases and no device.
+//! Invariant: `num_computed_tokens <= num_tokens`; K and V of the first `num_computed_tokens` are in the cache once all
+//! submitted steps have run, and each step makes the one catch up with the other. Tokens that a submitted step samples
+//! count before their ids are known. A sequence knows no phases and no device.
 
 use std::sync::Arc;
 
 use crate::batch::{SequenceId, SlotId};
-use crate::memory::BlockTable;
+use crate::memory::{BlockChain, BlockTable};
+use crate::queue::TenantIndex;
 use crate::request::{FinishReason, Request, TokenId, Usage};
 
 #[derive(Debug)]
 pub struct Sequence {
     pub id: SequenceId,
     pub request: Arc<Request>,
-    /// The prompt, then what was generated.
+    /// As the queue knows it.
+    pub tenant: TenantIndex,
+    /// The prompt, then what was generated and is known here.
     pub tokens: Vec<TokenId>,
+    /// Tokens after those that submitted steps sample: their ids are on the device alone.
+    pub num_pending: u32,
     pub num_computed_tokens: u32,
     /// While running.
     pub slot: Option<SlotId>,
     pub table: BlockTable,
+    /// Keys of the blocks that `tokens` fill.
+    pub chain: BlockChain,
     /// Entries of `table` that the device's row of this slot holds.
     pub num_uploaded_blocks: u32,
+    /// `num_computed_tokens` when it was last admitted.
+    pub num_admitted_tokens: u32,
     /// Prompt tokens found in the prefix cache when first admitted.
     pub cached_tokens: Option<u32>,
     pub num_preemptions: u32,
 }
 
 impl Sequence {
-    pub fn new(id: SequenceId, request: Arc<Request>) -> Sequence {
+    /// `chain` holds the keys of the prompt's blocks.
+    pub fn new(id: SequenceId, request: Arc<Request>, chain: BlockChain) -> Sequence {
         Sequence {
             id,
             tokens: request.prompt.clone(),
             request,
+            tenant: TenantIndex::default(),
+            num_pending: 0,
             num_computed_tokens: 0,
             slot: None,
             table: BlockTable::default(),
+            chain,
             num_uploaded_blocks: 0,
+            num_admitted_tokens: 0,
             cached_tokens: None,
             num_preemptions: 0,
         }
     }
 
+    /// All tokens, pending ones included.
     pub fn num_tokens(&self) -> u32 {
-        self.tokens.len() as u32
+        self.tokens.len() as u32 + self.num_pending
     }
 
     pub fn num_prompt_tokens(&self) -> u32 {
         self.request.prompt.len() as u32
     }
 
+    /// Pending ones included.
     pub fn num_generated_tokens(&self) -> u32 {
         self.num_tokens() - self.num_prompt_tokens()
     }
 
-    /// Tokens whose K and V are still to be computed.
-    pub fn num_uncomputed_tokens(&self) -> u32 {
-        self.num_tokens() - self.num_computed_tokens
+    /// Tokens whose K and V are still to be computed; none where the last token has been asked for.
+    pub fn num_uncomputed_tokens(&self, max_model_len: u32) -> u32 {
+        match self.num_pending > 0 && self.is_full(max_model_len) {
+            true => 0,
+            false => self.num_tokens() - self.num_computed_tokens,
+        }
+    }
+
+    /// Tokens that may come from the prefix cache: at least one is computed, to have logits; prompt logprobs need all.
+    pub fn max_hit_tokens(&self) -> u32 {
+        match self.wants_prompt_logprobs(0) {
+            true => 0,
+            false => self.num_tokens() - 1,
+        }
     }
 
     /// Whether the host must see logits to choose this sequence's tokens.
@@ -73,7 +101,10 @@ impl Sequence {
         if self.request.stop_ids.contains(&token) {
             return Some(FinishReason::Stop);
         }
-        let full = self.num_generated_tokens() >= self.request.max_tokens || self.num_tokens() >= max_model_len;
+        // Of pending tokens there are none beyond the last that was asked for.
+        let num_known = self.tokens.len() as u32;
+        let num_generated = num_known - self.num_prompt_tokens();
+        let full = num_generated >= self.request.max_tokens || num_known >= max_model_len;
         full.then_some(FinishReason::Length)
     }
 
@@ -81,7 +112,12 @@ impl Sequence {
         Usage {
             prompt_tokens: self.num_prompt_tokens(),
             cached_tokens: self.cached_tokens.unwrap_or(0),
-            completion_tokens: self.num_generated_tokens(),
+            completion_tokens: self.tokens.len() as u32 - self.num_prompt_tokens(),
         }
+    }
+
+    /// Whether no token may follow.
+    fn is_full(&self, max_model_len: u32) -> bool {
+        self.num_generated_tokens() >= self.request.max_tokens || self.num_tokens() >= max_model_len
     }
 }

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::request::Share;
 
 #[derive(Debug, Parser)]
 #[command(name = "fullbore", version, about = "Serves language models on whatever device is there.")]
@@ -72,6 +74,9 @@ pub struct EngineArgs {
     /// Never share the KV of equal prompt prefixes.
     #[arg(long)]
     pub no_prefix_cache: bool,
+    /// Steps submitted before the oldest is read back: 2 keeps the device busy, 1 waits for each.
+    #[arg(long, default_value_t = 2)]
+    pub pipeline_depth: u32,
     /// Requests that wait for admission, at most.
     #[arg(long, default_value_t = 256)]
     pub max_waiting: u32,
@@ -89,6 +94,9 @@ pub struct ServeArgs {
     /// The model's name in the API [default: the name it was asked for by].
     #[arg(long)]
     pub served_model_name: Option<String>,
+    /// Weight of a tenant (the `user` of its requests), and how many of its requests run at once: NAME=WEIGHT[:MAX].
+    #[arg(long = "share", value_name = "NAME=WEIGHT[:MAX]", value_parser = parse_share)]
+    pub shares: Vec<(String, Share)>,
     /// Connections open at once, at most.
     #[arg(long, default_value_t = 1024)]
     pub max_connections: usize,
@@ -136,9 +144,24 @@ impl EngineArgs {
             kv_blocks: None,
             kv_memory: None,
             no_prefix_cache: false,
+            pipeline_depth: EngineConfig::default().pipeline_depth,
             max_waiting: 256,
         }
     }
+}
+
+/// `alice=4`, `batch=1:8`.
+fn parse_share(text: &str) -> Result<(String, Share), String> {
+    let expected =
+        || format!("{text} is no NAME=WEIGHT[:MAX]: a weight from 1 to 1000, and at least 1 request at once");
+    let (name, numbers) = text.rsplit_once('=').ok_or_else(expected)?;
+    let (weight, most) = numbers.split_once(':').map_or((numbers, None), |(weight, most)| (weight, Some(most)));
+    let weight = weight.parse().ok().filter(|weight| (1..=1000).contains(weight)).ok_or_else(expected)?;
+    let max_num_seqs = match most {
+        Some(most) => most.parse().ok().filter(|&most| most > 0).ok_or_else(expected)?,
+        None => u32::MAX,
+    };
+    Ok((name.to_owned(), Share { weight, max_num_seqs }))
 }
 
 /// `4096`, `512KiB`, `256MiB`, `1.5GiB`; KB, MB and GB are powers of ten.

@@ -112,8 +112,9 @@ async fn run(args: &ServeArgs) -> Result<(), ServeError> {
         eprintln!("{}", plan.memory);
         plan.load()
     });
+    let shares = args.shares.iter().cloned().collect();
     tokio::select! {
-        loaded = load => server.set_model(loaded.map_err(|_| ServeError::LoaderDied)??),
+        loaded = load => server.set_model(ServedModel { shares, ..loaded.map_err(|_| ServeError::LoaderDied)?? }),
         _ = interrupt.recv() => return Ok(()),
         _ = terminate.recv() => return Ok(()),
     }

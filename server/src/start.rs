@@ -2,6 +2,7 @@
 //!
 //! Invariant: a plan allocates nothing on the device; what it prints is what loading takes.
 
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
@@ -88,6 +89,7 @@ impl Plan {
             defaults,
             stop_ids,
             memory: self.memory,
+            shares: HashMap::new(),
             loaded_at: unix_seconds(),
             engine: EngineHandle::spawn(engine),
         })
@@ -140,6 +142,7 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
         num_blocks,
         max_waiting: args.max_waiting,
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
+        pipeline_depth: args.pipeline_depth,
         prefix_cache: !args.no_prefix_cache,
     };
     config.check()?;

@@ -140,8 +140,9 @@ impl SimBackend {
                         id if id & SAMPLED_BY_SLOT != 0 => self.words(op.sampled)[(id & !SAMPLED_BY_SLOT) as usize],
                         id => id,
                     };
-                    assert!(id < op.table.rows, "token {id} of a vocabulary of {}", op.table.rows);
-                    let poisonous = self.options.poisonous_token == Some(id);
+                    // What follows a row that was not finite is dropped; it must do no harm.
+                    let poisonous = id == NON_FINITE || self.options.poisonous_token == Some(id);
+                    assert!(poisonous || id < op.table.rows, "token {id} of a vocabulary of {}", op.table.rows);
                     self.set_row(op.out, i, if poisonous { POISON } else { mix(1, u64::from(id)) });
                 }
             }

@@ -9,8 +9,6 @@ pub struct BlockTable {
     pub(super) blocks: Vec<BlockId>,
     /// Blocks of the front that the prefix cache knows.
     pub(super) num_published: u32,
-    /// Key of the last published block: what the next one is chained to.
-    pub(super) parent: u128,
 }
 
 impl BlockTable {

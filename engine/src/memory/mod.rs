@@ -14,6 +14,7 @@ pub mod prefix_cache;
 
 pub use block_pool::{BlockId, BlockPool};
 pub use block_table::BlockTable;
+pub use prefix_cache::BlockChain;
 use prefix_cache::PrefixCache;
 
 /// Too few free blocks: an ordinary branch of the scheduler, never an error to a running request.
@@ -28,6 +29,10 @@ pub struct KvCache {
     prefixes: Option<PrefixCache>,
     /// Blocks that the prefix cache knows and nobody references.
     num_cached: u32,
+    /// Emptied lists of freed tables, so that a new table takes no memory.
+    spare: Vec<Vec<BlockId>>,
+    /// Grows whenever blocks are freed.
+    version: u64,
 }
 
 /// Blocks of a pool by use.
@@ -42,6 +47,16 @@ pub struct BlockCounts {
     pub free: u32,
 }
 
+/// The longest cached prefix of a list of tokens, in full blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CachedPrefix {
+    pub num_blocks: u32,
+    /// Those that nobody holds: holding them takes them off the free list.
+    pub num_unreferenced: u32,
+    /// Whether somebody is about to compute the block that comes next.
+    pub next_is_promised: bool,
+}
+
 impl KvCache {
     /// `hash_key` is drawn by the caller at start; `None` switches the prefix cache off.
     pub fn new(num_blocks: u32, block_size: u32, hash_key: Option<(u64, u64)>) -> KvCache {
@@ -49,8 +64,10 @@ impl KvCache {
         KvCache {
             block_size,
             pool: BlockPool::new(num_blocks),
-            prefixes: hash_key.map(PrefixCache::new),
+            prefixes: hash_key.map(|key| PrefixCache::new(num_blocks, block_size, key)),
             num_cached: 0,
+            spare: Vec::new(),
+            version: 0,
         }
     }
 
@@ -77,26 +94,68 @@ impl KvCache {
         BlockCounts { total, referenced: total - num_free, cached: self.num_cached, free: num_free - self.num_cached }
     }
 
+    /// While this stays the same, no block has been freed.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// The keys of a new list of tokens.
+    pub fn chain(&self, tokens: &[TokenId], salt: u64) -> BlockChain {
+        let Some(prefixes) = &self.prefixes else { return BlockChain::default() };
+        let mut chain = prefixes.chain(salt);
+        prefixes.extend(&mut chain, tokens);
+        chain
+    }
+
+    /// Adds the keys of blocks that `tokens`, grown since, fill. O(new blocks).
+    pub fn extend(&self, chain: &mut BlockChain, tokens: &[TokenId]) {
+        if let Some(prefixes) = &self.prefixes {
+            prefixes.extend(chain, tokens);
+        }
+    }
+
+    /// What `open` would find now, without holding it.
+    pub fn find(&self, chain: &BlockChain, tokens: &[TokenId], max_tokens: u32) -> CachedPrefix {
+        let mut found = CachedPrefix::default();
+        let Some(prefixes) = &self.prefixes else { return found };
+        let usable = &tokens[..tokens.len().min(max_tokens as usize)];
+        for (chunk, &hash) in usable.chunks_exact(self.block_size as usize).zip(chain.hashes()) {
+            let Some(block) = prefixes.find(hash, chunk) else {
+                found.next_is_promised = prefixes.is_promised(hash);
+                break;
+            };
+            found.num_blocks += 1;
+            found.num_unreferenced += u32::from(self.pool.references(block) == 0);
+        }
+        found
+    }
+
     /// A table that holds, referenced, the longest cached prefix of `tokens` in full blocks, at most `max_tokens` long.
     ///
     /// ```text
     /// [0, n)            cached blocks, shared, n = table.num_blocks() * block_size
     /// [n, tokens.len()) to be computed; grow() gives it blocks
     /// ```
-    pub fn open(&mut self, tokens: &[TokenId], salt: u64, max_tokens: u32) -> BlockTable {
-        let mut table = BlockTable::default();
+    pub fn open(&mut self, chain: &BlockChain, tokens: &[TokenId], max_tokens: u32) -> BlockTable {
+        let mut table = BlockTable { blocks: self.spare.pop().unwrap_or_default(), ..BlockTable::default() };
         let Some(prefixes) = &self.prefixes else { return table };
-        table.parent = prefixes.root(salt);
         let usable = &tokens[..tokens.len().min(max_tokens as usize)];
-        for chunk in usable.chunks_exact(self.block_size as usize) {
-            let Some((block, hash)) = prefixes.find(table.parent, chunk) else { break };
+        for (chunk, &hash) in usable.chunks_exact(self.block_size as usize).zip(chain.hashes()) {
+            let Some(block) = prefixes.find(hash, chunk) else { break };
             self.num_cached -= u32::from(self.pool.references(block) == 0);
             self.pool.reference(block);
             table.blocks.push(block);
-            table.parent = hash.0;
             table.num_published += 1;
         }
         table
+    }
+
+    /// `owner`, which holds `table`, is going to compute the rest of `chain`: others may wait for it.
+    pub fn promise(&mut self, table: &BlockTable, chain: &BlockChain, owner: u64) {
+        let Some(prefixes) = &mut self.prefixes else { return };
+        for &hash in &chain.hashes()[table.num_published as usize..] {
+            prefixes.promise(hash, owner);
+        }
     }
 
     /// Gives `table` blocks for `num_tokens` tokens in all: all of them or none.
@@ -115,25 +174,42 @@ impl KvCache {
         Ok(())
     }
 
-    /// Makes the blocks of `table` that `tokens`, all computed, fill findable by later requests.
-    /// O(blocks that became full since the last call).
-    pub fn publish(&mut self, table: &mut BlockTable, tokens: &[TokenId]) {
+    /// Makes the blocks of `table` that the first `num_computed` of `tokens` fill findable by later requests. They may
+    /// still be on their way: a device runs its recordings in order. O(blocks that became full since the last call).
+    pub fn publish(&mut self, table: &mut BlockTable, chain: &BlockChain, tokens: &[TokenId], num_computed: u32) {
         let Some(prefixes) = &mut self.prefixes else { return };
         let block_size = self.block_size as usize;
-        let first = table.num_published as usize;
-        for (index, chunk) in tokens.chunks_exact(block_size).enumerate().skip(first) {
-            table.parent = prefixes.insert(table.parent, chunk, table.blocks[index]).0;
+        let num_full = (num_computed as usize / block_size).min(chain.hashes().len());
+        for index in table.num_published as usize..num_full {
+            let chunk = &tokens[index * block_size..(index + 1) * block_size];
+            prefixes.insert(chain.hashes()[index], chunk, table.blocks[index]);
             table.num_published += 1;
         }
     }
 
-    /// Returns the table's blocks; published ones stay findable until they are handed out again.
-    pub fn free(&mut self, table: BlockTable) {
+    /// Makes what is in `table` unfindable: it is not to be trusted. Sequences that share it already keep it.
+    pub fn withdraw(&mut self, table: &BlockTable) {
+        let Some(prefixes) = &mut self.prefixes else { return };
+        for &block in &table.blocks {
+            prefixes.evict(block);
+        }
+    }
+
+    /// Returns the table's blocks; published ones stay findable until they are handed out again. What `owner` promised
+    /// of `chain` is no longer promised.
+    pub fn free(&mut self, mut table: BlockTable, chain: &BlockChain, owner: u64) {
+        self.version += 1;
+        if let Some(prefixes) = self.prefixes.as_mut().filter(|prefixes| prefixes.num_promised() > 0) {
+            let rest = chain.hashes().get(table.num_published as usize..).unwrap_or_default();
+            rest.iter().for_each(|&hash| prefixes.break_promise(hash, owner));
+        }
         for &block in table.blocks.iter().rev() {
             let cached = self.prefixes.as_ref().is_some_and(|prefixes| prefixes.contains(block));
             self.pool.release(block, cached);
             self.num_cached += u32::from(cached && self.pool.references(block) == 0);
         }
+        table.blocks.clear();
+        self.spare.push(table.blocks);
     }
 
     /// Asserts every invariant; `tables` are all tables there are. O(blocks).

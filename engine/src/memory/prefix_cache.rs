@@ -1,9 +1,10 @@
-//! Full blocks findable by all tokens up to their end.
+//! Full blocks findable by all tokens up to their end, and full blocks that somebody is about to compute.
 //!
 //! A block's key is a keyed 128-bit SipHash (Aumasson and Bernstein 2012) of its parent's key and its tokens; the
 //! first parent is a hash of the salt. The key of the hash is drawn at start, so that a client cannot aim for a
 //! collision, and tokens are compared on a hit, so that a collision cannot leak or corrupt. Invariant: at most one
-//! entry a key and one a block. The cache knows no reference counts.
+//! block a key and one key a block; a promise is held by one owner. All memory is taken at start. The cache knows no
+//! reference counts.
 
 use std::collections::HashMap;
 use std::hash::Hasher;
@@ -17,80 +18,121 @@ use crate::request::TokenId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockHash(pub u128);
 
+/// The keys of the full blocks of a list of tokens; made once, extended as the list grows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockChain {
+    root: u128,
+    hashes: Vec<BlockHash>,
+}
+
 #[derive(Debug)]
 pub struct PrefixCache {
     key: (u64, u64),
-    by_hash: HashMap<BlockHash, Entry>,
-    by_block: HashMap<BlockId, BlockHash>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    block: BlockId,
-    parent: u128,
-    tokens: Box<[TokenId]>,
+    block_size: usize,
+    by_hash: HashMap<BlockHash, BlockId>,
+    /// By block.
+    keys: Vec<Option<BlockHash>>,
+    /// (blocks, block_size): what a block with a key holds.
+    tokens: Vec<TokenId>,
+    /// Blocks to be computed soon, by who computes them.
+    promised: HashMap<BlockHash, u64>,
 }
 
 impl PrefixCache {
-    pub fn new(key: (u64, u64)) -> PrefixCache {
-        PrefixCache { key, by_hash: HashMap::new(), by_block: HashMap::new() }
+    pub fn new(num_blocks: u32, block_size: u32, key: (u64, u64)) -> PrefixCache {
+        // Twice what is ever in it, so that removals never make a map grow.
+        let capacity = 2 * num_blocks as usize;
+        PrefixCache {
+            key,
+            block_size: block_size as usize,
+            by_hash: HashMap::with_capacity(capacity),
+            keys: vec![None; num_blocks as usize],
+            tokens: vec![TokenId(0); num_blocks as usize * block_size as usize],
+            promised: HashMap::with_capacity(capacity),
+        }
     }
 
-    /// The parent of a first block: requests of unlike salt share nothing.
-    pub fn root(&self, salt: u64) -> u128 {
-        self.hash(0, &[], salt)
+    /// An empty chain. Requests of unlike salt share nothing.
+    pub fn chain(&self, salt: u64) -> BlockChain {
+        BlockChain { root: self.hash(0, &[], salt), hashes: Vec::new() }
     }
 
-    pub fn hash_block(&self, parent: u128, tokens: &[TokenId]) -> BlockHash {
+    /// Adds the blocks that `tokens` fill and the chain does not have yet. O(new blocks).
+    pub fn extend(&self, chain: &mut BlockChain, tokens: &[TokenId]) {
+        for block in tokens.chunks_exact(self.block_size).skip(chain.hashes.len()) {
+            let hash = self.hash_block(chain.parent(chain.hashes.len()), block);
+            chain.hashes.push(hash);
+        }
+    }
+
+    fn hash_block(&self, parent: u128, tokens: &[TokenId]) -> BlockHash {
         BlockHash(self.hash(parent, tokens, tokens.len() as u64))
     }
 
-    /// The block that holds `tokens` after `parent`, and its key.
-    pub fn find(&self, parent: u128, tokens: &[TokenId]) -> Option<(BlockId, BlockHash)> {
-        let hash = self.hash_block(parent, tokens);
-        let entry = self.by_hash.get(&hash)?;
-        (entry.parent == parent && *entry.tokens == *tokens).then_some((entry.block, hash))
+    /// The block called `hash`, if it holds `tokens`.
+    pub fn find(&self, hash: BlockHash, tokens: &[TokenId]) -> Option<BlockId> {
+        let block = *self.by_hash.get(&hash)?;
+        (self.held(block) == tokens).then_some(block)
     }
 
-    /// Makes `block` findable, unless another block with the same tokens already is. Returns the key.
-    pub fn insert(&mut self, parent: u128, tokens: &[TokenId], block: BlockId) -> BlockHash {
-        let hash = self.hash_block(parent, tokens);
-        self.by_hash.entry(hash).or_insert_with(|| {
-            let old = self.by_block.insert(block, hash);
-            assert_eq!(old, None, "block {} is cached twice", block.0);
-            Entry { block, parent, tokens: tokens.into() }
-        });
-        hash
+    /// Makes `block`, which holds `tokens`, findable, unless another block with the same key already is.
+    pub fn insert(&mut self, hash: BlockHash, tokens: &[TokenId], block: BlockId) {
+        self.promised.remove(&hash);
+        if self.by_hash.contains_key(&hash) {
+            return;
+        }
+        let old = self.keys[block.0 as usize].replace(hash);
+        assert_eq!(old, None, "block {} is cached twice", block.0);
+        let at = block.0 as usize * self.block_size;
+        self.tokens[at..at + self.block_size].copy_from_slice(tokens);
+        self.by_hash.insert(hash, block);
     }
 
     pub fn contains(&self, block: BlockId) -> bool {
-        self.by_block.contains_key(&block)
+        self.keys[block.0 as usize].is_some()
     }
 
-    /// Forgets a block that is about to be overwritten.
+    /// Forgets a block: it is about to be overwritten, or not to be trusted.
     pub fn evict(&mut self, block: BlockId) -> bool {
-        let hash = self.by_block.remove(&block);
+        let hash = self.keys[block.0 as usize].take();
         hash.is_some_and(|hash| self.by_hash.remove(&hash).is_some())
     }
 
-    pub fn len(&self) -> u32 {
-        self.by_block.len() as u32
+    /// `owner` is going to compute the block called `hash`.
+    pub fn promise(&mut self, hash: BlockHash, owner: u64) {
+        if !self.by_hash.contains_key(&hash) {
+            self.promised.entry(hash).or_insert(owner);
+        }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.by_block.is_empty()
+    pub fn break_promise(&mut self, hash: BlockHash, owner: u64) {
+        if self.promised.get(&hash) == Some(&owner) {
+            self.promised.remove(&hash);
+        }
+    }
+
+    pub fn is_promised(&self, hash: BlockHash) -> bool {
+        self.promised.contains_key(&hash)
+    }
+
+    pub fn num_promised(&self) -> usize {
+        self.promised.len()
     }
 
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
-        self.by_block.keys().copied()
+        self.by_hash.values().copied()
     }
 
     pub fn check(&self) {
-        assert_eq!(self.by_hash.len(), self.by_block.len());
-        for (hash, entry) in &self.by_hash {
-            assert_eq!(self.by_block.get(&entry.block), Some(hash));
-            assert_eq!(self.hash_block(entry.parent, &entry.tokens), *hash, "block {} has a wrong key", entry.block.0);
+        assert_eq!(self.by_hash.len(), self.keys.iter().flatten().count());
+        for (hash, block) in &self.by_hash {
+            assert_eq!(self.keys[block.0 as usize], Some(*hash), "block {} has two keys", block.0);
+            assert!(!self.promised.contains_key(hash), "block {} is there and promised", block.0);
         }
+    }
+
+    fn held(&self, block: BlockId) -> &[TokenId] {
+        &self.tokens[block.0 as usize * self.block_size..][..self.block_size]
     }
 
     fn hash(&self, parent: u128, tokens: &[TokenId], extra: u64) -> u128 {
@@ -101,5 +143,16 @@ impl PrefixCache {
             hasher.write_u32(token.0);
         }
         hasher.finish128().as_u128()
+    }
+}
+
+impl BlockChain {
+    pub fn hashes(&self) -> &[BlockHash] {
+        &self.hashes
+    }
+
+    /// What the key of block `index` is chained to.
+    fn parent(&self, index: usize) -> u128 {
+        index.checked_sub(1).map_or(self.root, |last| self.hashes[last].0)
     }
 }

@@ -20,12 +20,39 @@ pub struct StepTrace {
     pub prefilled: Vec<(SequenceId, Range<u32>, u32)>,
     pub blocks: BlockCounts,
     pub preempted: Vec<SequenceId>,
+    /// Why no more sequences joined.
+    pub held: Held,
     pub finished: Vec<(SequenceId, FinishReason)>,
 }
 
+/// What kept a step from being larger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Held {
+    /// Nobody waits.
+    #[default]
+    NoRequests,
+    /// `max_num_seqs` sequences run.
+    Slots,
+    KvMemory,
+    /// The step has as many tokens, or rows of the output layer, as it may.
+    Budget,
+    /// One more chunk would make the gap between tokens longer than its target.
+    Latency,
+    /// Who waits is of tenants that run as many as they may.
+    TenantCap,
+    /// Who waits shares a prefix that is being computed.
+    SharedPrefix,
+}
+
 impl StepTrace {
-    pub fn new(step: u64) -> StepTrace {
-        StepTrace { step, ..StepTrace::default() }
+    /// Forgets the last step.
+    pub fn begin(&mut self, step: u64) {
+        self.step = step;
+        self.decoded.clear();
+        self.prefilled.clear();
+        self.preempted.clear();
+        self.finished.clear();
+        self.held = Held::NoRequests;
     }
 
     pub fn record(&mut self, sequence: SequenceId, computed: Range<u32>, num_tokens: u32) {

@@ -3,12 +3,13 @@
 //! Invariant: a whole answer is the sum of the chunks of the same answer streamed; both come from [`Delta`]s. Text is
 //! made and read here, outside the engine thread. Knows no socket.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fullbore_engine::bundle::SamplingDefaults;
 use fullbore_engine::memory::capacity::MemoryTable;
-use fullbore_engine::request::TokenId;
+use fullbore_engine::request::{Share, TokenId};
 use fullbore_engine::text::{ChatTemplate, Tokenizer};
 use fullbore_engine::worker::EngineHandle;
 use serde_json::Value;
@@ -23,6 +24,7 @@ mod generation;
 mod logprobs;
 pub mod models;
 mod sampling;
+mod tenancy;
 
 pub use exchange::Exchange;
 pub use generation::{Delta, Generation, Job};
@@ -39,6 +41,8 @@ pub struct ServedModel {
     pub defaults: SamplingDefaults,
     pub stop_ids: Vec<TokenId>,
     pub memory: MemoryTable,
+    /// Of tenants that have other shares than most, by name.
+    pub shares: HashMap<String, Share>,
     /// Unix seconds.
     pub loaded_at: u64,
     pub engine: EngineHandle,

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, wrong};
 use super::generation::Job;
+use super::tenancy::Tenancy;
 use super::{ServedModel, fields};
 use crate::http::error::ApiError;
 use crate::start::random;
@@ -24,6 +25,7 @@ pub struct Sampling {
     params: SamplingParams,
     stops: Vec<String>,
     stop_ids: Vec<TokenId>,
+    tenancy: Tenancy,
 }
 
 /// A prompt, and what its choices do beside sampling.
@@ -60,6 +62,7 @@ impl Sampling {
             params,
             stops: stops(fields)?,
             stop_ids: stop_ids(model, fields)?,
+            tenancy: Tenancy::read(model, fields)?,
         })
     }
 
@@ -92,7 +95,10 @@ impl Sampling {
                 sampling: SamplingParams { seed, ..self.params.clone() },
                 logprobs: prompt.logprobs,
                 prompt_logprobs: prompt.logprobs.filter(|_| wants_prompt),
-                cache_salt: 0,
+                cache_salt: self.tenancy.cache_salt,
+                tenant: self.tenancy.tenant,
+                share: self.tenancy.share,
+                priority: self.tenancy.priority,
             };
             Job { request, nth, stops: self.stops.clone(), echo: prompt.echo.clone() }
         };

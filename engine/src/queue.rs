@@ -1,0 +1,225 @@
+//! Who is served next: waiting sequences by tenant, priority and arrival.
+//!
+//! A tenant is whoever a request is served for: an API key, a `user` field. Each has a virtual counter of the service
+//! it got (VTC: Sheng et al., "Fairness in Serving Large Language Models", 2024), divided by its weight; the tenant
+//! with the least is served next, and one that comes back from idleness starts no lower than the least of the others,
+//! so that nobody saves up. Within a tenant: lower `priority` first, then order of arrival.
+//!
+//! Invariant: a tenant is known exactly while it has sequences; the same history gives the same order. The queue knows
+//! no memory and no budget.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::batch::SequenceId;
+use crate::request::Share;
+use crate::sequence::Sequence;
+
+/// What a computed prompt token and a generated one cost a tenant. Tokens found in the prefix cache cost nothing: they
+/// are not computed. A generated token occupies a row of a step of its own, so it counts double (as in VTC's paper).
+pub const PREFILL_COST: u64 = 1;
+pub const DECODE_COST: u64 = 2;
+/// Virtual time of a unit of cost at weight 1.
+const UNIT: u64 = 1 << 10;
+
+/// A known tenant; valid while it has sequences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TenantIndex(u32);
+
+#[derive(Debug, Default)]
+pub struct Queue {
+    tenants: Vec<Tenant>,
+    /// Known tenants by their requests' `tenant`.
+    by_id: HashMap<u64, TenantIndex>,
+    /// Entries of `tenants` that are nobody's.
+    vacant: Vec<TenantIndex>,
+    /// What the least served tenant had got when one was last added or forgotten.
+    floor: u64,
+    num_waiting: usize,
+    waiting_tokens: u64,
+}
+
+#[derive(Debug, Default)]
+struct Tenant {
+    id: u64,
+    share: Share,
+    counter: u64,
+    num_running: u32,
+    /// In order of service.
+    waiting: VecDeque<Sequence>,
+    /// Sequences at the front that were passed over in this round.
+    num_passed: usize,
+}
+
+impl Queue {
+    pub fn len(&self) -> usize {
+        self.num_waiting
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.num_waiting == 0
+    }
+
+    /// Tokens of waiting sequences, those that a prefix cache may have included.
+    pub fn waiting_tokens(&self) -> u64 {
+        self.waiting_tokens
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Sequence> {
+        self.tenants.iter().flat_map(|tenant| &tenant.waiting)
+    }
+
+    /// Tenants that have sequences, waiting or running.
+    pub fn num_tenants(&self) -> u32 {
+        self.by_id.len() as u32
+    }
+
+    pub fn push(&mut self, mut sequence: Sequence) {
+        self.num_waiting += 1;
+        self.waiting_tokens += u64::from(sequence.num_tokens());
+        sequence.tenant = self.know(sequence.request.tenant, sequence.request.share);
+        let tenant = &mut self.tenants[sequence.tenant.0 as usize];
+        let rank = rank(&sequence);
+        let at = tenant.waiting.partition_point(|other| self::rank(other) < rank);
+        tenant.waiting.insert(at, sequence);
+    }
+
+    /// A running sequence goes back to wait.
+    pub fn push_preempted(&mut self, sequence: Sequence) {
+        self.tenants[sequence.tenant.0 as usize].num_running -= 1;
+        self.push(sequence);
+    }
+
+    /// Begins a round of [`Queue::peek`]: nobody has been passed over.
+    pub fn rewind(&mut self) {
+        self.tenants.iter_mut().for_each(|tenant| tenant.num_passed = 0);
+    }
+
+    /// The sequence that is to be served next, of those not passed over and of tenants below their cap.
+    pub fn peek(&mut self) -> Option<&mut Sequence> {
+        let tenant = self.next_tenant()?;
+        let tenant = &mut self.tenants[tenant];
+        tenant.waiting.get_mut(tenant.num_passed)
+    }
+
+    /// Passes over what `peek` gave, until the next `rewind`.
+    pub fn pass(&mut self) {
+        if let Some(tenant) = self.next_tenant() {
+            self.tenants[tenant].num_passed += 1;
+        }
+    }
+
+    /// Takes what `peek` gave; it runs from now on.
+    pub fn take(&mut self) -> Option<Sequence> {
+        let tenant = self.next_tenant()?;
+        let tenant = &mut self.tenants[tenant];
+        let sequence = tenant.waiting.remove(tenant.num_passed)?;
+        tenant.num_running += 1;
+        self.num_waiting -= 1;
+        self.waiting_tokens -= u64::from(sequence.num_tokens());
+        Some(sequence)
+    }
+
+    pub fn get_mut(&mut self, id: SequenceId) -> Option<&mut Sequence> {
+        self.tenants.iter_mut().flat_map(|tenant| &mut tenant.waiting).find(|sequence| sequence.id == id)
+    }
+
+    /// Ends a waiting sequence.
+    pub fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
+        let place = |tenant: &Tenant| tenant.waiting.iter().position(|sequence| sequence.id == id);
+        let (tenant, place) = self.tenants.iter().enumerate().find_map(|(i, tenant)| Some((i, place(tenant)?)))?;
+        let sequence = self.tenants[tenant].waiting.remove(place)?;
+        self.num_waiting -= 1;
+        self.waiting_tokens -= u64::from(sequence.num_tokens());
+        self.forget_if_idle(sequence.tenant);
+        Some(sequence)
+    }
+
+    /// A running sequence has ended.
+    pub fn ended(&mut self, tenant: TenantIndex) {
+        self.tenants[tenant.0 as usize].num_running -= 1;
+        self.forget_if_idle(tenant);
+    }
+
+    /// Charges a tenant for what a step computes for it.
+    pub fn charge(&mut self, tenant: TenantIndex, cost: u64) {
+        let tenant = &mut self.tenants[tenant.0 as usize];
+        tenant.counter += cost * UNIT / u64::from(tenant.share.weight);
+    }
+
+    /// The service that a tenant has got, over its weight.
+    pub fn counter(&self, tenant: TenantIndex) -> u64 {
+        self.tenants[tenant.0 as usize].counter
+    }
+
+    /// Running sequences of a tenant beyond its fair share of `max_num_seqs`; negative below it.
+    pub fn above_share(&self, tenant: TenantIndex, max_num_seqs: u32) -> i64 {
+        let weights = self.by_id.values().map(|index| u64::from(self.tenants[index.0 as usize].share.weight));
+        let Tenant { share, num_running, .. } = self.tenants[tenant.0 as usize];
+        let fair = u64::from(max_num_seqs) * u64::from(share.weight) / weights.sum::<u64>();
+        i64::from(num_running) - fair.max(1) as i64
+    }
+
+    /// Asserts every invariant; `running` are the tenants of all running sequences.
+    pub fn check(&self, running: impl Iterator<Item = TenantIndex>) {
+        let mut counts = vec![0; self.tenants.len()];
+        running.for_each(|tenant| counts[tenant.0 as usize] += 1);
+        for (index, tenant) in self.tenants.iter().enumerate() {
+            assert_eq!(tenant.num_running, counts[index], "tenant {}", tenant.id);
+            let is_known = self.by_id.values().any(|known| known.0 as usize == index);
+            let has_sequences = tenant.num_running > 0 || !tenant.waiting.is_empty();
+            assert_eq!(has_sequences, is_known, "tenant {} is known without sequences, or has some unknown", tenant.id);
+            assert!(tenant.waiting.iter().is_sorted_by_key(rank), "tenant {} is out of order", tenant.id);
+        }
+        assert_eq!(self.num_waiting, self.iter().count());
+        assert_eq!(self.waiting_tokens, self.iter().map(|sequence| u64::from(sequence.num_tokens())).sum::<u64>());
+    }
+
+    /// The entry of a tenant, made if there is none; its share is what its last request says.
+    fn know(&mut self, id: u64, share: Share) -> TenantIndex {
+        if let Some(&index) = self.by_id.get(&id) {
+            self.tenants[index.0 as usize].share = share;
+            return index;
+        }
+        self.floor = self.least_counter();
+        let index = self.vacant.pop().unwrap_or_else(|| {
+            self.tenants.push(Tenant::default());
+            TenantIndex(self.tenants.len() as u32 - 1)
+        });
+        let tenant = &mut self.tenants[index.0 as usize];
+        (tenant.id, tenant.share, tenant.counter, tenant.num_passed) = (id, share, self.floor, 0);
+        self.by_id.insert(id, index);
+        index
+    }
+
+    fn forget_if_idle(&mut self, index: TenantIndex) {
+        let tenant = &self.tenants[index.0 as usize];
+        if tenant.num_running == 0 && tenant.waiting.is_empty() {
+            self.floor = self.least_counter();
+            self.by_id.remove(&self.tenants[index.0 as usize].id);
+            self.vacant.push(index);
+        }
+    }
+
+    fn least_counter(&self) -> u64 {
+        let counters = self.by_id.values().map(|index| self.tenants[index.0 as usize].counter);
+        counters.min().unwrap_or(self.floor)
+    }
+
+    fn next_tenant(&self) -> Option<usize> {
+        let next = |(index, tenant): (usize, &Tenant)| {
+            let waits = tenant.waiting.len() > tenant.num_passed;
+            (waits && tenant.num_running < tenant.share.max_num_seqs).then_some((
+                tenant.counter,
+                tenant.num_running,
+                tenant.id,
+                index,
+            ))
+        };
+        self.tenants.iter().enumerate().filter_map(next).min().map(|(.., index)| index)
+    }
+}
+
+/// Order of service within a tenant.
+fn rank(sequence: &Sequence) -> (i32, SequenceId) {
+    (sequence.request.priority, sequence.id)
+}

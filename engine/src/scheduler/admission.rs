@@ -1,0 +1,126 @@
+//! Which waiting sequences join a step.
+//!
+//! In the queue's order. A sequence whose next block somebody is about to compute is passed over until that block is
+//! there, so that a prefix that many share is computed once. The first that memory or slots are too short for ends
+//! admission, unless one that runs has to give way to it.
+
+use super::{Budget, Held, Planned, Scheduler, StepTrace};
+use crate::memory::KvCache;
+
+/// Sequences that are passed over in one step, at most.
+const MAX_PASSED: u32 = 64;
+
+/// What came of trying to admit the head of the queue.
+enum Attempt {
+    /// This many of its tokens run in this step.
+    Fits(u32),
+    /// It waits for what a submitted step or a running sequence computes.
+    Waits,
+    Lacks(Held),
+}
+
+impl Scheduler {
+    pub(super) fn admit(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        self.queue.rewind();
+        let mut promised = self.promised_blocks(cache);
+        let mut num_passed = 0;
+        trace.held = loop {
+            match self.attempt(cache, budget, promised) {
+                None if num_passed > 0 => break Held::SharedPrefix,
+                None if self.queue.is_empty() => break Held::NoRequests,
+                None => break Held::TenantCap,
+                Some(Attempt::Waits) if num_passed == MAX_PASSED => break Held::SharedPrefix,
+                Some(Attempt::Waits) => {
+                    num_passed += 1;
+                    self.queue.pass();
+                }
+                Some(Attempt::Lacks(held)) => {
+                    let for_want_of_room = matches!(held, Held::Slots | Held::KvMemory);
+                    if !for_want_of_room || !trace.preempted.is_empty() || !self.give_way(cache, budget, trace) {
+                        break held;
+                    }
+                    promised = self.promised_blocks(cache);
+                }
+                Some(Attempt::Fits(num_tokens)) => {
+                    promised += self.start(num_tokens, cache, budget);
+                    // Whoever gave way did so for this one alone.
+                    if !trace.preempted.is_empty() {
+                        break Held::Slots;
+                    }
+                }
+            }
+        };
+    }
+
+    /// Blocks that running sequences will take for tokens they already have.
+    fn promised_blocks(&self, cache: &KvCache) -> u32 {
+        let running = self.running();
+        running
+            .map(|sequence| cache.blocks_for(sequence.num_tokens()).saturating_sub(sequence.table.num_blocks()))
+            .sum()
+    }
+
+    fn attempt(&mut self, cache: &KvCache, budget: &Budget, promised: u32) -> Option<Attempt> {
+        let head = self.queue.peek()?;
+        if head.num_pending > 0 {
+            return Some(Attempt::Waits);
+        }
+        if self.free_slots.is_empty() {
+            return Some(Attempt::Lacks(Held::Slots));
+        }
+        if !self.order.is_empty() && self.blocked == Some((head.id, cache.version())) {
+            return Some(Attempt::Lacks(Held::KvMemory));
+        }
+        let prefix = cache.find(&head.chain, &head.tokens, head.max_hit_tokens());
+        if prefix.next_is_promised {
+            return Some(Attempt::Waits);
+        }
+        // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
+        let known_next = (head.num_tokens() + 1).min(self.config.max_model_len);
+        let needed = cache.blocks_for(known_next) - prefix.num_blocks + prefix.num_unreferenced;
+        if needed + promised > cache.num_available() {
+            self.blocked = Some((head.id, cache.version()));
+            return Some(Attempt::Lacks(Held::KvMemory));
+        }
+        head.num_computed_tokens = prefix.num_blocks * cache.block_size();
+        let num_tokens = budget.fit(head);
+        head.num_computed_tokens = 0;
+        Some(match num_tokens {
+            0 => Attempt::Lacks(budget.held()),
+            num_tokens => Attempt::Fits(num_tokens),
+        })
+    }
+
+    /// Gives the head of the queue a slot and blocks, and its first tokens a place in the step. Returns the blocks that
+    /// it will take beyond.
+    fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget) -> u32 {
+        let mut sequence = self.queue.take().expect("the head of the queue was tried");
+        let mut table = cache.open(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
+        let num_cached = table.num_blocks() * cache.block_size();
+        cache.grow(&mut table, num_cached + num_tokens).expect("fewer than what was counted when it was tried");
+        cache.promise(&table, &sequence.chain, sequence.id.0);
+        let slot = self.free_slots.pop().expect("a free slot was seen when it was tried");
+        let promised = cache.blocks_for(sequence.num_tokens()).saturating_sub(table.num_blocks());
+        sequence.table = table;
+        sequence.slot = Some(slot);
+        sequence.num_computed_tokens = num_cached;
+        sequence.num_admitted_tokens = num_cached;
+        sequence.cached_tokens.get_or_insert(num_cached);
+        budget.take(&sequence, num_tokens);
+        self.plan.push(Planned { slot, num_tokens });
+        self.order.push(slot);
+        self.slots[slot.0 as usize] = Some(sequence);
+        promised
+    }
+
+    /// Preempts a running sequence for the head of the queue, if there is one that must give way to it.
+    fn give_way(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> bool {
+        let Some(head) = self.queue.peek() else { return false };
+        let (tenant, priority) = (head.tenant, head.request.priority);
+        let victim = self.fair_victim(tenant, priority);
+        victim.is_some_and(|slot| {
+            self.preempt(slot, cache, budget, trace);
+            true
+        })
+    }
+}
