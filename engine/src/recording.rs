@@ -22,6 +22,14 @@ impl Recording {
         Recording { upload_buffer, upload: Vec::new(), ops: Vec::new(), downloads: Vec::new() }
     }
 
+    /// Becomes equal to `other`, in the memory that it has.
+    pub fn copy_from(&mut self, other: &Recording) {
+        self.upload_buffer = other.upload_buffer;
+        self.upload.clone_from(&other.upload);
+        self.ops.clone_from(&other.ops);
+        self.downloads.clone_from(&other.downloads);
+    }
+
     pub fn clear(&mut self) {
         self.upload.clear();
         self.ops.clear();

@@ -4,7 +4,7 @@
 //! equal to its twin bit for bit. Invariant: a number depends on its own row alone, never on how many rows, threads or
 //! chunks there are.
 
-use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -27,9 +27,11 @@ mod rms_norm;
 mod rope;
 mod store_kv;
 mod update_table;
+mod worker;
 
 use avx2::Avx2;
 use packed::PackedWeight;
+use worker::{Job, Worker};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
@@ -41,11 +43,12 @@ pub struct CpuOptions {
 
 pub struct CpuBackend {
     info: DeviceInfo,
-    pool: ThreadPool,
-    avx2: Option<Avx2>,
-    memory: Memory,
+    pool: Arc<ThreadPool>,
+    /// The worker holds it while it runs a recording.
+    memory: Arc<Mutex<Memory>>,
+    worker: Worker,
     num_submitted: u64,
-    in_flight: VecDeque<(u64, Vec<u8>)>,
+    num_waited: u64,
 }
 
 /// What ops work on.
@@ -76,8 +79,22 @@ impl CpuBackend {
             memory_bytes: memory_bytes(),
             max_buffer_bytes: u64::MAX,
         };
-        Ok(CpuBackend { info, pool, avx2, memory: Memory::default(), num_submitted: 0, in_flight: VecDeque::new() })
+        let (pool, memory) = (Arc::new(pool), Arc::new(Mutex::new(Memory::default())));
+        let (workers, shared) = (pool.clone(), memory.clone());
+        // The whole pass runs on a thread of the pool, so that an op costs no hand-over from outside.
+        let run = move |job: &mut Job| workers.install(|| lock(&shared).run_all(job, avx2));
+        let no_thread = |error: std::io::Error| DeviceError::Lost {
+            device: "cpu".to_owned(),
+            reason: format!("its thread cannot be started: {error}"),
+        };
+        let worker = Worker::spawn(run).map_err(no_thread)?;
+        Ok(CpuBackend { info, pool, memory, worker, num_submitted: 0, num_waited: 0 })
     }
+}
+
+/// A panic while it was held has ended the worker, which `wait` tells.
+fn lock(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Memory {
@@ -100,6 +117,15 @@ impl Memory {
         let mut words = std::mem::take(&mut self.buffers[out.buffer.0 as usize]);
         work(self, &mut words[range(out)]);
         self.buffers[out.buffer.0 as usize] = words;
+    }
+
+    fn run_all(&mut self, job: &mut Job, avx2: Option<Avx2>) {
+        let recording = &job.recording;
+        self.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
+        recording.ops.iter().for_each(|op| self.run(op, avx2));
+        for &tensor in &recording.downloads {
+            job.downloads.extend_from_slice(bytemuck::cast_slice(self.u32(tensor)));
+        }
     }
 
     fn run(&mut self, op: &Op, avx2: Option<Avx2>) {
@@ -149,20 +175,23 @@ impl Backend for CpuBackend {
             return Err(out_of_memory());
         }
         // Zeroed pages come from the system when they are first touched.
-        self.memory.buffers.push(vec![0; num_words]);
-        Ok(BufferId(self.memory.buffers.len() as u32 - 1))
+        let mut memory = lock(&self.memory);
+        memory.buffers.push(vec![0; num_words]);
+        Ok(BufferId(memory.buffers.len() as u32 - 1))
     }
 
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.memory.buffers[buffer.0 as usize]);
+        let mut memory = lock(&self.memory);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut memory.buffers[buffer.0 as usize]);
         bytes[offset_bytes as usize..][..data.len()].copy_from_slice(data);
         Ok(())
     }
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
         let packed = PackedWeight::load(spec, source, &self.pool)?;
-        self.memory.weights.push(packed);
-        let id = WeightId(self.memory.weights.len() as u32 - 1);
+        let mut memory = lock(&self.memory);
+        memory.weights.push(packed);
+        let id = WeightId(memory.weights.len() as u32 - 1);
         Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
     }
 
@@ -171,25 +200,16 @@ impl Backend for CpuBackend {
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
-        let memory = &mut self.memory;
-        memory.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
-        let avx2 = self.avx2;
-        // The whole pass runs on a thread of the pool, so that an op costs no hand-over from outside.
-        self.pool.install(|| recording.ops.iter().for_each(|op| memory.run(op, avx2)));
-        let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
-        for &tensor in &recording.downloads {
-            downloads.extend_from_slice(bytemuck::cast_slice(self.memory.u32(tensor)));
-        }
+        assert!(self.num_submitted - self.num_waited < MAX_IN_FLIGHT as u64, "too many recordings in flight");
+        self.worker.submit(recording);
         self.num_submitted += 1;
-        self.in_flight.push_back((self.num_submitted, downloads));
         Ok(Ticket(self.num_submitted))
     }
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
-        let (oldest, downloads) = self.in_flight.pop_front().expect("a recording is in flight");
-        assert_eq!(oldest, ticket.0, "tickets are waited for in order");
-        out.extend_from_slice(&downloads);
+        self.num_waited += 1;
+        assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
+        self.worker.wait(out);
         Ok(())
     }
 }
