@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use crate::config::EngineConfig;
 use crate::op::{ATTENTION_ROWS, SAMPLED_BY_SLOT};
 use crate::request::TokenId;
 
@@ -84,6 +85,18 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Room for what a step usually holds; many admissions on long cached prefixes in one step may take more.
+    pub fn with_capacity(config: &EngineConfig) -> Batch {
+        let EngineConfig { max_num_seqs, max_num_batched_tokens, block_size, max_model_len, .. } = *config;
+        let new_blocks = max_num_seqs + max_num_batched_tokens.div_ceil(block_size);
+        Batch {
+            slices: Vec::with_capacity(max_num_seqs as usize),
+            input: Vec::with_capacity(max_num_batched_tokens as usize),
+            slot_mapping: Vec::with_capacity(max_num_batched_tokens as usize),
+            table_updates: Vec::with_capacity((new_blocks + max_model_len.div_ceil(block_size)) as usize),
+        }
+    }
+
     pub fn clear(&mut self) {
         self.slices.clear();
         self.input.clear();

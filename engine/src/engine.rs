@@ -41,6 +41,7 @@ pub struct Engine {
     recording: Recording,
     downloads: Vec<u8>,
     choices: Vec<Choice>,
+    gone: Vec<SequenceId>,
     outcomes: Vec<Outcome>,
     /// When the device became idle, or turned to the step that runs now.
     device_free_at: Instant,
@@ -91,21 +92,24 @@ impl Engine {
     pub fn new(config: EngineConfig, model: Model, backend: Box<dyn Backend>, hash_key: (u64, u64)) -> Engine {
         assert_eq!(model.limits, config.state_limits(), "the model was loaded for other limits");
         let recording = model.recording();
+        let mut cache = KvCache::new(config.num_blocks, config.block_size, config.prefix_cache.then_some(hash_key));
+        cache.reserve_tables(config.max_num_seqs, model.limits.max_blocks_per_seq());
         Engine {
             config,
             scheduler: Scheduler::new(config),
-            cache: KvCache::new(config.num_blocks, config.block_size, config.prefix_cache.then_some(hash_key)),
+            cache,
             model,
             backend,
             clients: HashMap::new(),
             next_id: 0,
-            planned: Step::new(),
+            planned: Step::new(&config),
             in_flight: VecDeque::new(),
-            spare: (0..config.pipeline_depth).map(|_| Step::new()).collect(),
+            spare: (0..config.pipeline_depth).map(|_| Step::new(&config)).collect(),
             packed: PackedBatch::default(),
             recording,
             downloads: Vec::new(),
             choices: Vec::new(),
+            gone: Vec::new(),
             outcomes: Vec::new(),
             device_free_at: Instant::now(),
             stats: EngineStats::default(),
@@ -189,8 +193,8 @@ impl Engine {
     pub fn plan(&mut self) -> bool {
         assert!(self.has_room(), "{} steps are in flight", self.in_flight.len());
         let gone = self.clients.iter().filter(|(_, client)| client.sink.is_closed());
-        let gone: Vec<SequenceId> = gone.map(|(&id, _)| id).collect();
-        for id in gone {
+        self.gone.extend(gone.map(|(&id, _)| id));
+        while let Some(id) = self.gone.pop() {
             self.abort(id);
         }
         self.scheduler.schedule(&mut self.cache, &mut self.planned.batch, &mut self.planned.trace);
@@ -371,8 +375,9 @@ impl Engine {
 }
 
 impl Step {
-    fn new() -> Step {
-        Step { batch: Batch::default(), trace: StepTrace::default(), submitted_at: Instant::now() }
+    fn new(config: &EngineConfig) -> Step {
+        let batch = Batch::with_capacity(config);
+        Step { batch, trace: StepTrace::with_capacity(config.max_num_seqs), submitted_at: Instant::now() }
     }
 }
 

@@ -71,6 +71,12 @@ impl KvCache {
         }
     }
 
+    /// Takes the host memory for `num_tables` tables of up to `max_blocks` blocks, so that growing takes none.
+    pub fn reserve_tables(&mut self, num_tables: u32, max_blocks: u32) {
+        let max_blocks = max_blocks as usize;
+        self.spare.resize_with(num_tables as usize, || Vec::with_capacity(max_blocks));
+    }
+
     pub fn block_size(&self) -> u32 {
         self.block_size
     }

@@ -45,6 +45,17 @@ pub enum Held {
 }
 
 impl StepTrace {
+    pub fn with_capacity(max_num_seqs: u32) -> StepTrace {
+        let max_num_seqs = max_num_seqs as usize;
+        StepTrace {
+            decoded: Vec::with_capacity(max_num_seqs),
+            prefilled: Vec::with_capacity(max_num_seqs),
+            preempted: Vec::with_capacity(max_num_seqs),
+            finished: Vec::with_capacity(max_num_seqs),
+            ..StepTrace::default()
+        }
+    }
+
     /// Forgets the last step.
     pub fn begin(&mut self, step: u64) {
         self.step = step;
