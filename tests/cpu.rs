@@ -3,7 +3,7 @@
 use fullbore_engine::backend::Backend;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::op::{Attention, MatMul, Op, StoreKv};
-use fullbore_engine::tensor::{Tensor, WeightFormat};
+use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
 
 use crate::device::{Device, assert_rows_do_not_depend_on_m, kv_cache, run_every_op, weight_values};
 use crate::random::Random;
@@ -56,7 +56,7 @@ fn attention_is_softmax_over_what_a_row_sees() {
     let mut device = cpu(true, 1);
     let random = &mut Random::new(11);
     let (head_dim, num_positions, window) = (16usize, 75u32, 40u32);
-    let cache = kv_cache(&mut device, 10, 8, 1, head_dim as u32);
+    let cache = kv_cache(&mut device, KvType::F16, 10, 8, 1, head_dim as u32);
     let values = |random: &mut Random| random.floats(num_positions as usize * head_dim);
     let (k, v, q) = (values(random), values(random), values(random));
     let shape = (num_positions, head_dim as u32);
@@ -90,26 +90,28 @@ fn attention_is_softmax_over_what_a_row_sees() {
 
 #[test]
 fn attention_does_not_depend_on_chunks() {
-    let mut device = cpu(false, 2);
-    let random = &mut Random::new(12);
-    let num_positions = 70;
-    let cache = kv_cache(&mut device, 9, 8, 2, 32);
-    let (k, v) = (device.random(num_positions, 64, random), device.random(num_positions, 64, random));
-    let slots = device.u32(num_positions, 1, &(0..num_positions).rev().collect::<Vec<u32>>());
-    let table = device.u32(1, 9, &(0..9).collect::<Vec<u32>>());
-    let q = device.random(num_positions, 128, random);
-    let mut run = |items: &[u32]| {
-        let items = device.u32(items.len() as u32 / 4, 4, items);
-        let out = device.unwritten(num_positions, 128);
-        let op = Attention { q, cache, items, table, num_heads: 4, scale: 0.2, window: 0, out };
-        device.run(&[Op::StoreKv(StoreKv { k, v, slots, cache }), Op::Attention(op)], &[out])
-    };
-    let alone: Vec<u32> = (0..num_positions).flat_map(|p| [p, 1, 0, p]).collect();
-    let alone = run(&alone);
-    for step in [2, 3, 5, 8] {
-        let chunks = (0..num_positions).step_by(step as usize);
-        let items: Vec<u32> = chunks.flat_map(|p| [p, step.min(num_positions - p), 0, p]).collect();
-        assert_eq!(run(&items), alone, "chunks of {step}");
+    for kv_type in KvType::ALL {
+        let mut device = cpu(false, 2);
+        let random = &mut Random::new(12);
+        let num_positions = 70;
+        let cache = kv_cache(&mut device, kv_type, 9, 8, 2, 32);
+        let (k, v) = (device.random(num_positions, 64, random), device.random(num_positions, 64, random));
+        let slots = device.u32(num_positions, 1, &(0..num_positions).rev().collect::<Vec<u32>>());
+        let table = device.u32(1, 9, &(0..9).collect::<Vec<u32>>());
+        let q = device.random(num_positions, 128, random);
+        let mut run = |items: &[u32]| {
+            let items = device.u32(items.len() as u32 / 4, 4, items);
+            let out = device.unwritten(num_positions, 128);
+            let op = Attention { q, cache, items, table, num_heads: 4, scale: 0.2, window: 0, out };
+            device.run(&[Op::StoreKv(StoreKv { k, v, slots, cache }), Op::Attention(op)], &[out])
+        };
+        let alone: Vec<u32> = (0..num_positions).flat_map(|p| [p, 1, 0, p]).collect();
+        let alone = run(&alone);
+        for step in [2, 3, 5, 8] {
+            let chunks = (0..num_positions).step_by(step as usize);
+            let items: Vec<u32> = chunks.flat_map(|p| [p, step.min(num_positions - p), 0, p]).collect();
+            assert_eq!(run(&items), alone, "{} in chunks of {step}", kv_type.name());
+        }
     }
 }
 

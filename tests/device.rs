@@ -4,7 +4,7 @@ use fullbore_engine::backend::{Backend, RowSource};
 use fullbore_engine::model::Checkpoint;
 use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
-use fullbore_engine::tensor::{BufferId, KvTensor, Tensor, Weight, WeightFormat};
+use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 
 use crate::random::Random;
 
@@ -113,7 +113,8 @@ pub fn run_every_op(device: &mut Device) -> Vec<Output> {
     rows_and_elements(device, &mut outputs);
     mat_muls(device, &mut outputs);
     ropes(device, &mut outputs);
-    attentions(device, &mut outputs);
+    KvType::ALL.into_iter().for_each(|kv_type| attentions(device, kv_type, &mut outputs));
+    stores(device, &mut outputs);
     arg_maxes(device, &mut outputs);
     outputs
 }
@@ -192,19 +193,23 @@ fn ropes(device: &mut Device, outputs: &mut Vec<Output>) {
 }
 
 /// Sequences that have grown in a shuffled cache, with the items of a mixed step.
-fn attentions(device: &mut Device, outputs: &mut Vec<Output>) {
-    for (head_dim, num_kv_heads, group, block_size, window) in [
+fn attentions(device: &mut Device, kv_type: KvType, outputs: &mut Vec<Output>) {
+    let shapes = [
         (64, 3, 3, 32, 0),
         (64, 3, 3, 16, 20),
         (256, 1, 4, 32, 0),
         (256, 1, 4, 8, 40),
         (16, 2, 2, 5, 0),
+        (96, 2, 2, 5, 0),
         (128, 2, 1, 1, 0),
-    ] {
+    ];
+    for (head_dim, num_kv_heads, group, block_size, window) in
+        shapes.into_iter().filter(|(head_dim, ..)| kv_type.takes(*head_dim))
+    {
         let random = &mut Random::new(6);
         let num_positions = 90u32;
         let num_blocks = 3 * num_positions.div_ceil(block_size);
-        let cache = kv_cache(device, num_blocks, block_size, num_kv_heads, head_dim);
+        let cache = kv_cache(device, kv_type, num_blocks, block_size, num_kv_heads, head_dim);
         let mut blocks: Vec<u32> = (0..num_blocks).collect();
         for index in 0..blocks.len() {
             blocks.swap(index, random.below(num_blocks) as usize);
@@ -233,15 +238,58 @@ fn attentions(device: &mut Device, outputs: &mut Vec<Output>) {
             Op::Attention(Attention { q, cache, items, table, num_heads, scale, window, out }),
         ];
         let words = device.run(&ops, &[out]);
-        let name = format!("attention head {head_dim}, {num_kv_heads} x {group}, block {block_size}, window {window}");
+        let shape = format!("head {head_dim}, {num_kv_heads} x {group}, block {block_size}, window {window}");
+        let name = format!("attention {} {shape}", kv_type.name());
         outputs.push(Output { name, words, tolerance: 2e-5 });
     }
 }
 
-pub fn kv_cache(device: &mut Device, num_blocks: u32, block_size: u32, num_kv_heads: u32, head_dim: u32) -> KvTensor {
-    let size_bytes = u64::from(num_blocks) * KvTensor::block_bytes(block_size, num_kv_heads, head_dim);
+/// What lies in a cache, bit for bit, after values of every magnitude and kind.
+fn stores(device: &mut Device, outputs: &mut Vec<Output>) {
+    for (kv_type, head_dim) in
+        [(KvType::F16, 20), (KvType::Q8_0, 64), (KvType::Q8_0, 96), (KvType::Q4_0, 64), (KvType::Q4_0, 96)]
+    {
+        let random = &mut Random::new(9);
+        let cache = kv_cache(device, kv_type, 3, 8, 2, head_dim);
+        // The last token first, into a block of others; each group of a token has a power of its own.
+        let slots: Vec<u32> = (0..20).map(|token| (token * 7 + 3) % 24).collect();
+        let cols = 2 * head_dim;
+        let mut values = |first: usize| {
+            let mut values = random.floats(20 * cols as usize);
+            for (group, values) in values.chunks_mut(32).enumerate() {
+                let power = ((first + group) % 50) as i32 * 2 - 60;
+                values.iter_mut().for_each(|value| *value *= 2f32.powi(power));
+            }
+            values[first] = 0.0;
+            values[64 + first..64 + first + 32].fill(-0.0);
+            values[128 + first] = f32::INFINITY;
+            values[200 + first] = -3e38;
+            values[300 + first] = f32::MIN_POSITIVE / 8.0;
+            values
+        };
+        let (k, v) = (values(0), values(11));
+        let (k, v) = (device.f32(20, cols, &k), device.f32(20, cols, &v));
+        let slots = device.u32(20, 1, &slots);
+        let size = 24 * 2 * cache.head_words();
+        let words = device.run(
+            &[Op::StoreKv(StoreKv { k, v, slots, cache })],
+            &[Tensor::u32(cache.k, 1, size), Tensor::u32(cache.v, 1, size)],
+        );
+        outputs.push(Output { name: format!("store_kv {} head {head_dim}", kv_type.name()), words, tolerance: 0.0 });
+    }
+}
+
+pub fn kv_cache(
+    device: &mut Device,
+    kv_type: KvType,
+    num_blocks: u32,
+    block_size: u32,
+    num_kv_heads: u32,
+    head_dim: u32,
+) -> KvTensor {
+    let size_bytes = u64::from(num_blocks) * KvTensor::block_bytes(kv_type, block_size, num_kv_heads, head_dim);
     let mut alloc = |label| device.backend.alloc(label, size_bytes).expect("a small cache");
-    KvTensor { k: alloc("k"), v: alloc("v"), num_blocks, block_size, num_kv_heads, head_dim }
+    KvTensor { k: alloc("k"), v: alloc("v"), kv_type, num_blocks, block_size, num_kv_heads, head_dim }
 }
 
 fn arg_maxes(device: &mut Device, outputs: &mut Vec<Output>) {

@@ -45,6 +45,13 @@ fn smollm2_on_lavapipe_follows_both_references() {
 }
 
 #[test]
+fn a_quantised_cache_costs_little_likelihood_on_lavapipe() {
+    let (file, name, text) = golden::MODELS[0];
+    let id = &device_ids()[0];
+    golden::compare_kv_types(file, name, text, || Box::new(open(id, None)));
+}
+
+#[test]
 fn gemma3_on_lavapipe_follows_both_references() {
     let (file, name, text) = golden::MODELS[1];
     // Its embedding is larger than what one binding of software Vulkan holds: two shards.

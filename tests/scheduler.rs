@@ -8,11 +8,13 @@ use fullbore_engine::memory::KvCache;
 use fullbore_engine::request::{Request, Share, TokenId};
 use fullbore_engine::scheduler::{Choice, Scheduler, StepTrace};
 use fullbore_engine::sequence::Sequence;
+use fullbore_engine::tensor::KvType;
 
 const CONFIG: EngineConfig = EngineConfig {
     max_num_seqs: 3,
     max_num_batched_tokens: 8,
     max_model_len: 24,
+    kv_type: KvType::F16,
     block_size: 4,
     num_blocks: 6,
     max_waiting: 8,

@@ -9,7 +9,7 @@ use fullbore_engine::backend::{Backend, DeviceError, RowSource, WeightSpec};
 use fullbore_engine::format::quant::dequantize_row;
 use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
-use fullbore_engine::tensor::{BufferId, KvTensor, Tensor, Weight, WeightFormat};
+use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 use fullbore_shaders::{FILES, Tier, compose, reflect};
 use half::f16;
 
@@ -441,12 +441,13 @@ const KV_HEADS: u32 = 2;
 
 impl Cache {
     /// Room for 7 blocks; row 1 of the table is a sequence whose blocks are in no order.
-    fn new(rig: &mut Rig, head_dim: u32) -> Cache {
+    fn new(rig: &mut Rig, kv_type: KvType, head_dim: u32) -> Cache {
         let blocks = vec![4, 0, 6, 2, 5];
-        let size_bytes = 7 * KvTensor::block_bytes(BLOCK_SIZE, KV_HEADS, head_dim);
+        let size_bytes = 7 * KvTensor::block_bytes(kv_type, BLOCK_SIZE, KV_HEADS, head_dim);
         let k = rig.backend.alloc("k", size_bytes).expect("memory");
         let v = rig.backend.alloc("v", size_bytes).expect("memory");
-        let tensor = KvTensor { k, v, num_blocks: 7, block_size: BLOCK_SIZE, num_kv_heads: KV_HEADS, head_dim };
+        let tensor =
+            KvTensor { k, v, kv_type, num_blocks: 7, block_size: BLOCK_SIZE, num_kv_heads: KV_HEADS, head_dim };
         let table = [vec![1; 5], blocks.clone()].concat();
         Cache { tensor, table: rig.words(&table, 5), blocks }
     }
@@ -469,7 +470,7 @@ fn store_kv_rounds_to_nearest_even() {
         };
         let k: Vec<f32> = (0..3 * 2 * 20).map(&mut value).collect();
         let v: Vec<f32> = (100..100 + 3 * 2 * 20).map(&mut value).collect();
-        let cache = Cache::new(&mut rig, 20);
+        let cache = Cache::new(&mut rig, KvType::F16, 20);
         let slots = [4 * BLOCK_SIZE + 1, 15, 6 * BLOCK_SIZE];
         let op =
             StoreKv { k: rig.floats(&k, 40), v: rig.floats(&v, 40), slots: rig.words(&slots, 1), cache: cache.tensor };
@@ -489,16 +490,33 @@ fn store_kv_rounds_to_nearest_even() {
     }
 }
 
-/// One row of one head, over the positions that it sees.
-fn attention_row(q: &[f32], k: &[Vec<f32>], v: &[Vec<f32>], scale: f64) -> Vec<(f64, f64)> {
+/// What a cache makes of a head.
+fn rounded(kv_type: KvType, head: &[f32]) -> Vec<f64> {
     let half = |value: f32| f64::from(f16::from_f32(value).to_f32());
-    let dot = |key: &Vec<f32>| q.iter().zip(key).map(|(q, k)| f64::from(*q) * half(*k)).sum::<f64>() * scale;
+    let group = |group: &[f32]| -> Vec<f64> {
+        let extreme = group.iter().copied().fold(0.0f32, |a, b| if b.abs() > a.abs() { b } else { a });
+        let code = |scale: f64, offset: f64, x: f32| match offset {
+            0.0 => (f64::from(x) / scale).round() * scale,
+            _ => ((f64::from(x) / scale + 8.5).floor().min(15.0) - 8.0) * scale,
+        };
+        match kv_type {
+            KvType::F16 => group.iter().map(|&x| half(x)).collect(),
+            KvType::Q8_0 => group.iter().map(|&x| code(half(extreme.abs() / 127.0), 0.0, x)).collect(),
+            KvType::Q4_0 => group.iter().map(|&x| code(half(extreme / -8.0), 8.0, x)).collect(),
+        }
+    };
+    head.chunks(32).flat_map(group).collect()
+}
+
+/// One row of one head, over the positions that it sees.
+fn attention_row(q: &[f32], k: &[Vec<f64>], v: &[Vec<f64>], scale: f64) -> Vec<(f64, f64)> {
+    let dot = |key: &Vec<f64>| q.iter().zip(key).map(|(q, k)| f64::from(*q) * k).sum::<f64>() * scale;
     let scores: Vec<f64> = k.iter().map(dot).collect();
     let highest = scores.iter().copied().fold(f64::MIN, f64::max);
     let weights: Vec<f64> = scores.iter().map(|score| (score - highest).exp()).collect();
     let total: f64 = weights.iter().sum();
     let sum = |i: usize, map: fn(f64) -> f64| {
-        weights.iter().zip(v).map(|(weight, value)| weight / total * map(half(value[i]))).sum::<f64>()
+        weights.iter().zip(v).map(|(weight, value)| weight / total * map(value[i])).sum::<f64>()
     };
     (0..q.len()).map(|i| (sum(i, |value| value), sum(i, f64::abs))).collect()
 }
@@ -514,16 +532,23 @@ fn attention_is_right_and_no_row_depends_on_its_chunk() {
     const ROWS: u32 = 75;
     const HEADS: u32 = 6;
     for mut rig in rigs() {
-        for (head_dim, window) in [(64, 0), (40, 0), (64, 20), (256, 33)] {
+        for (kv_type, head_dim, window) in [
+            (KvType::F16, 64, 0),
+            (KvType::F16, 40, 0),
+            (KvType::F16, 64, 20),
+            (KvType::F16, 256, 33),
+            (KvType::Q8_0, 64, 20),
+            (KvType::Q4_0, 96, 0),
+        ] {
             let mut random = Random::new(u64::from(head_dim));
-            let name = format!("{} head {head_dim} window {window}", rig.name);
+            let name = format!("{} {} head {head_dim} window {window}", rig.name, kv_type.name());
             let q: Vec<f32> =
                 random.floats((ROWS * HEADS * head_dim) as usize).iter().map(|value| value * 3.0).collect();
             let (k, v) = (
                 random.floats((ROWS * KV_HEADS * head_dim) as usize),
                 random.floats((ROWS * KV_HEADS * head_dim) as usize),
             );
-            let cache = Cache::new(&mut rig, head_dim);
+            let cache = Cache::new(&mut rig, kv_type, head_dim);
             let slots = cache.slots(0..ROWS);
             let store = StoreKv {
                 k: rig.floats(&k, KV_HEADS * head_dim),
@@ -555,7 +580,7 @@ fn attention_is_right_and_no_row_depends_on_its_chunk() {
                 let kv_head = head / (HEADS / KV_HEADS) as usize;
                 let of = |values: &[f32]| {
                     let at = |position: usize| (position * KV_HEADS as usize + kv_head) * dim;
-                    (first..=row).map(|position| values[at(position)..][..dim].to_vec()).collect::<Vec<_>>()
+                    (first..=row).map(|p| rounded(kv_type, &values[at(p)..][..dim])).collect::<Vec<_>>()
                 };
                 let q = &q[(row * HEADS as usize + head) * dim..][..dim];
                 expected.extend(attention_row(q, &of(&k), &of(&v), 0.125));

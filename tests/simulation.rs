@@ -12,7 +12,7 @@ use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::BlockTable;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId};
-use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::tensor::{KvType, WeightFormat};
 
 use crate::random::Random;
 
@@ -266,6 +266,7 @@ fn random_config(random: &mut Random) -> EngineConfig {
         max_num_seqs,
         max_num_batched_tokens: max_num_seqs + random.between(0, 60),
         max_model_len,
+        kv_type: KvType::ALL[random.below(3) as usize],
         block_size,
         num_blocks: least_blocks + random.below(least_blocks),
         max_waiting: 64,
@@ -338,6 +339,7 @@ fn alone(request: &Request) -> Vec<Event> {
         max_num_seqs: 1,
         max_num_batched_tokens: 256,
         max_model_len: 256,
+        kv_type: KvType::F16,
         block_size: 16,
         num_blocks: 16,
         max_waiting: 1,

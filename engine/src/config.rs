@@ -6,6 +6,7 @@
 use crate::backend::MAX_IN_FLIGHT;
 use crate::model::StateLimits;
 use crate::request::Request;
+use crate::tensor::KvType;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -15,6 +16,8 @@ pub struct EngineConfig {
     pub max_num_batched_tokens: u32,
     /// Prompt and generated tokens of one sequence at most.
     pub max_model_len: u32,
+    /// How elements of K and V are stored.
+    pub kv_type: KvType,
     /// Tokens whose K and V share a block.
     pub block_size: u32,
     /// Blocks in the pool.
@@ -36,6 +39,7 @@ impl Default for EngineConfig {
             max_num_seqs: 32,
             max_num_batched_tokens: 512,
             max_model_len: 2048,
+            kv_type: KvType::F16,
             block_size: 32,
             num_blocks: 256,
             max_waiting: 256,
@@ -127,6 +131,7 @@ impl EngineConfig {
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_logit_rows: self.max_logit_rows,
             max_model_len: self.max_model_len,
+            kv_type: self.kv_type,
             block_size: self.block_size,
             num_blocks: self.num_blocks,
         }

@@ -172,13 +172,77 @@ pub struct Weight {
     pub format: WeightFormat,
 }
 
+/// How the elements of a KV cache are stored. Names are GGML's, and so is what a name means: see `head_words`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KvType {
+    #[default]
+    F16,
+    Q8_0,
+    Q4_0,
+}
+
+/// Elements of K or V that share a scale, in the quantised types.
+pub const KV_GROUP: u32 = 32;
+
+impl KvType {
+    pub const ALL: [KvType; 3] = [KvType::F16, KvType::Q8_0, KvType::Q4_0];
+
+    /// The name that people give and tools print: `q8_0`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            KvType::F16 => "f16",
+            KvType::Q8_0 => "q8_0",
+            KvType::Q4_0 => "q4_0",
+        }
+    }
+
+    /// Bits of an element, without its share of a scale.
+    pub const fn code_bits(self) -> u32 {
+        match self {
+            KvType::F16 => 16,
+            KvType::Q8_0 => 8,
+            KvType::Q4_0 => 4,
+        }
+    }
+
+    /// Whether heads of `head_dim` elements fill whole words and groups.
+    pub const fn takes(self, head_dim: u32) -> bool {
+        match self {
+            KvType::F16 => head_dim.is_multiple_of(2),
+            KvType::Q8_0 | KvType::Q4_0 => head_dim.is_multiple_of(KV_GROUP),
+        }
+    }
+
+    /// Words that the codes of a head take.
+    pub const fn code_words(self, head_dim: u32) -> u32 {
+        head_dim * self.code_bits() / 32
+    }
+
+    /// Words of one token's K (V has as many) of one KV head, so that no two heads share a word.
+    ///
+    /// ```text
+    /// f16   the elements, two a word
+    /// q8_0  the codes, four a word; then the f16 scales of the groups, two a word
+    /// q4_0  the codes, four words a group: byte j has element j in its low half and element 16 + j in its high one;
+    ///       then the scales
+    /// ```
+    pub const fn head_words(self, head_dim: u32) -> u32 {
+        assert!(self.takes(head_dim), "a head is no whole number of groups");
+        match self {
+            KvType::F16 => self.code_words(head_dim),
+            KvType::Q8_0 | KvType::Q4_0 => self.code_words(head_dim) + (head_dim / KV_GROUP).div_ceil(2),
+        }
+    }
+}
+
 /// The paged K and V of one layer, in two buffers.
 ///
-/// Layout of each: `[block][kv_head][token in block][head_dim]` of f16.
+/// Layout of each: `[block][kv_head][token in block][head]`, a head as [`KvType::head_words`] says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvTensor {
     pub k: BufferId,
     pub v: BufferId,
+    pub kv_type: KvType,
     pub num_blocks: u32,
     pub block_size: u32,
     pub num_kv_heads: u32,
@@ -187,7 +251,17 @@ pub struct KvTensor {
 
 impl KvTensor {
     /// Bytes of the K of one block (V has as many).
-    pub const fn block_bytes(block_size: u32, num_kv_heads: u32, head_dim: u32) -> u64 {
-        block_size as u64 * num_kv_heads as u64 * head_dim as u64 * 2
+    pub const fn block_bytes(kv_type: KvType, block_size: u32, num_kv_heads: u32, head_dim: u32) -> u64 {
+        block_size as u64 * num_kv_heads as u64 * kv_type.head_words(head_dim) as u64 * 4
+    }
+
+    /// Where a token's head begins in either buffer, in words.
+    pub const fn head_at(self, block: u32, kv_head: u32, token: u32) -> usize {
+        let heads = block as usize * self.num_kv_heads as usize + kv_head as usize;
+        (heads * self.block_size as usize + token as usize) * self.head_words() as usize
+    }
+
+    pub const fn head_words(self) -> u32 {
+        self.kv_type.head_words(self.head_dim)
     }
 }

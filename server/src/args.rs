@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::request::Share;
+use fullbore_engine::tensor::KvType;
 
 #[derive(Debug, Parser)]
 #[command(name = "fullbore", version, about = "Serves language models on whatever device is there.")]
@@ -47,6 +48,9 @@ pub struct ModelArgs {
     /// auto, cpu, sim, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:).
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// Elements of the KV cache: f16, q8_0 (0.53 of the memory) or q4_0 (0.28).
+    #[arg(long, default_value = KvType::F16.name(), value_parser = parse_kv_type)]
+    pub kv_type: KvType,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -164,6 +168,13 @@ fn parse_share(text: &str) -> Result<(String, Share), String> {
     Ok((name.to_owned(), Share { weight, max_num_seqs }))
 }
 
+fn parse_kv_type(text: &str) -> Result<KvType, String> {
+    let found = KvType::ALL.into_iter().find(|kv_type| kv_type.name() == text);
+    found.ok_or_else(|| {
+        format!("{text} is no type of a KV cache; there are {}", KvType::ALL.map(KvType::name).join(", "))
+    })
+}
+
 /// `4096`, `512KiB`, `256MiB`, `1.5GiB`; KB, MB and GB are powers of ten.
 fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|letter: char| letter.is_alphabetic() || letter == ' ');
@@ -199,11 +210,18 @@ mod tests {
     }
 
     #[test]
+    fn types_of_the_kv_cache_are_read_by_name() {
+        assert_eq!(KvType::ALL.map(|kv_type| parse_kv_type(kv_type.name())), KvType::ALL.map(Ok));
+        assert_eq!(parse_kv_type("q5_0"), Err("q5_0 is no type of a KV cache; there are f16, q8_0, q4_0".to_owned()));
+    }
+
+    #[test]
     fn defaults_are_written_once() {
         use clap::Parser;
         let parsed = Args::parse_from(["fullbore", "serve"]);
         let Command::Serve(parsed) = parsed.command else { panic!("serve is serve") };
-        let built = EngineArgs::new(ModelArgs { model: "smollm2".to_owned(), device: "auto".to_owned() });
+        let built =
+            EngineArgs::new(ModelArgs { model: "smollm2".to_owned(), device: "auto".to_owned(), kv_type: KvType::F16 });
         assert_eq!(format!("{:?}", parsed.engine), format!("{built:?}"));
     }
 }

@@ -12,7 +12,7 @@ use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable};
-use fullbore_engine::model::{Footprint, Model, ModelConfig, Weights};
+use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -33,6 +33,8 @@ pub enum StartError {
     Budget(#[from] BudgetTooSmall),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    KvType(#[from] UnfitKvType),
     #[error("--max-model-len is {asked}, but {model} was made for {max_positions} tokens")]
     BeyondModel { asked: u32, model: String, max_positions: u32 },
     #[error(transparent)]
@@ -68,8 +70,9 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
 /// Where memory will go, with `weights` bytes of it for weights.
 pub fn memory_table(model: &ModelConfig, config: &EngineConfig, weights: u64) -> MemoryTable {
     let Footprint { kv, scratch, tables } = Model::footprint(model, &config.state_limits());
-    let EngineConfig { num_blocks, block_size, .. } = *config;
-    MemoryTable { weights, kv, scratch, tables, num_blocks, block_size, kv_bytes_per_token: model.kv_bytes_per_token() }
+    let EngineConfig { kv_type, num_blocks, block_size, .. } = *config;
+    let kv_bytes_per_token = model.kv_bytes_per_token(kv_type);
+    MemoryTable { weights, kv, scratch, tables, kv_type, num_blocks, block_size, kv_bytes_per_token }
 }
 
 impl Plan {
@@ -119,6 +122,8 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
     if let Some(asked) = args.max_model_len.filter(|&asked| asked > max_positions) {
         return Err(StartError::BeyondModel { asked, model: bundle.name.clone(), max_positions });
     }
+    let kv_type = args.model.kv_type;
+    bundle.config.check_kv_type(kv_type)?;
     let longest = args.max_model_len.unwrap_or(max_positions.min(DEFAULT_MODEL_LEN));
     let block_size = args.block_size.max(1);
     let num_blocks = match args.kv_blocks {
@@ -126,7 +131,7 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
         None => {
             let budget = args.kv_memory.unwrap_or_else(|| default_budget(args, &bundle.config, longest, free_bytes));
             capacity::num_blocks(
-                bundle.config.kv_bytes_per_token(),
+                bundle.config.kv_bytes_per_token(kv_type),
                 budget,
                 block_size,
                 args.max_model_len.unwrap_or(1),
@@ -138,6 +143,7 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
         max_model_len,
+        kv_type,
         block_size: args.block_size,
         num_blocks,
         max_waiting: args.max_waiting,
@@ -154,5 +160,5 @@ fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_by
     let block_size = u64::from(args.block_size.max(1));
     let usual = u64::from(args.max_num_seqs) * u64::from(longest.min(USUAL_LEN));
     let tokens = usual.max(u64::from(longest)).next_multiple_of(block_size);
-    (tokens * config.kv_bytes_per_token()).min(free_bytes / 2)
+    (tokens * config.kv_bytes_per_token(args.model.kv_type)).min(free_bytes / 2)
 }

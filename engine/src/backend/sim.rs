@@ -1,10 +1,10 @@
 //! The simulator: a device that is true about memory and makes a hash where a model makes a token.
 //!
 //! Each row of activations is one 64-bit hash in the row's first eight bytes. `StoreKv` writes hashes into the real
-//! cache slots; attention walks the block table that lies on this device and hashes every cell it can see, positions
-//! included; the next token is that hash. So any mistake in slots, tables, sharing, preemption, chunking or slot reuse
-//! changes ids, and a test is `assert_eq!` with the request run alone. Invariant: no clock, no chance, no arithmetic on
-//! weights; time is a sum in [`SimClock`], from a cost model.
+//! cache slots, whatever the cache's element type; attention walks the block table that lies on this device and hashes
+//! every cell it can see, positions included; the next token is that hash. So any mistake in slots, tables, sharing,
+//! preemption, chunking or slot reuse changes ids, and a test is `assert_eq!` with the request run alone. Invariant: no
+//! clock, no chance, no arithmetic on weights; time is a sum in [`SimClock`], from a cost model.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
 use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
 use crate::recording::Recording;
-use crate::tensor::{BufferId, DType, KvTensor, Tensor, Weight, WeightId};
+use crate::tensor::{BufferId, DType, Tensor, Weight, WeightId};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fidelity {
@@ -198,7 +198,7 @@ impl SimBackend {
         for i in 0..op.slots.rows {
             let slot = self.words(op.slots)[i as usize];
             let (k, v) = (self.row(op.k, i), self.row(op.v, i));
-            let cell = cell(op.cache, slot / op.cache.block_size, slot % op.cache.block_size);
+            let cell = op.cache.head_at(slot / op.cache.block_size, 0, slot % op.cache.block_size);
             write(&mut self.buffers[op.cache.k.0 as usize], cell, k);
             write(&mut self.buffers[op.cache.v.0 as usize], cell, v);
         }
@@ -231,7 +231,7 @@ impl SimBackend {
         (start..=position).fold(query, |hash, seen| {
             let block = table[(seen / cache.block_size) as usize];
             assert!(block < cache.num_blocks, "block {block} of {}", cache.num_blocks);
-            let cell = cell(cache, block, seen % cache.block_size);
+            let cell = cache.head_at(block, 0, seen % cache.block_size);
             let k = read(&self.buffers[cache.k.0 as usize], cell);
             let v = read(&self.buffers[cache.v.0 as usize], cell);
             mix(mix(hash, k), v)
@@ -347,12 +347,6 @@ fn arg_max(hash: u64, vocab_size: u32) -> u32 {
         POISON => NON_FINITE,
         hash => (mix(hash, 5) % u64::from(vocab_size)) as u32,
     }
-}
-
-/// Where the hash of a cache slot lies, in words: the first bytes of the token's first head.
-fn cell(cache: KvTensor, block: u32, token: u32) -> usize {
-    assert!(cache.head_dim >= 4, "the simulator needs eight bytes a head");
-    (block * cache.num_kv_heads * cache.block_size + token) as usize * (cache.head_dim / 2) as usize
 }
 
 fn read(words: &[u32], at: usize) -> u64 {

@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use crate::tensor::KvType;
+
 /// Where a device's memory goes (the start-up table), in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryTable {
@@ -15,6 +17,7 @@ pub struct MemoryTable {
     pub scratch: u64,
     /// Block table, rope tables, upload, sampled ids.
     pub tables: u64,
+    pub kv_type: KvType,
     pub num_blocks: u32,
     pub block_size: u32,
     /// Bytes of one token's K and V over all layers.
@@ -66,7 +69,8 @@ impl MemoryTable {
 impl fmt::Display for MemoryTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let blocks = format!(
-            "{} blocks of {} tokens, {} a token",
+            "{}, {} blocks of {} tokens, {} a token",
+            self.kv_type.name(),
             self.num_blocks,
             self.block_size,
             human_bytes(self.kv_bytes_per_token)
@@ -86,5 +90,28 @@ pub fn human_bytes(bytes: u64) -> String {
     match units.iter().find(|(unit, _)| bytes >= *unit) {
         Some(&(unit, name)) => format!("{:.1} {name}", bytes as f64 / unit as f64),
         None => format!("{bytes} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ModelConfig;
+
+    #[test]
+    fn a_quantised_cache_buys_more_blocks() {
+        for head_dim in [64, 128, 256] {
+            let model = ModelConfig { head_dim, num_kv_heads: 8, num_layers: 32, ..ModelConfig::tiny(1024, 32) };
+            let blocks = |kv_type| num_blocks(model.kv_bytes_per_token(kv_type), 4 << 30, 32, 2048).expect("4 GiB");
+            let ratio = |kv_type| f64::from(blocks(kv_type)) / f64::from(blocks(KvType::F16));
+            assert!(ratio(KvType::Q8_0) >= 1.85, "{} at heads of {head_dim}", ratio(KvType::Q8_0));
+            assert!(ratio(KvType::Q4_0) >= 3.5, "{} at heads of {head_dim}", ratio(KvType::Q4_0));
+        }
+    }
+
+    #[test]
+    fn too_small_a_budget_is_refused_with_the_numbers() {
+        let error = num_blocks(1024, 100 * 1024, 32, 2048).expect_err("3 blocks").to_string();
+        assert!(error.contains("hold 3 blocks of 32 tokens") && error.contains("2.0 MiB"), "{error}");
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::format::FormatError;
 use crate::op::{Activation, RopeStyle};
+use crate::tensor::{KV_GROUP, KvTensor, KvType};
 
 /// The architecture families; they differ by data below, not by code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +68,18 @@ pub enum RopeScaling {
     Divisors(Vec<f32>),
 }
 
+/// A KV cache of a type that the model's heads do not fill.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "--kv-type {} needs heads of whole groups of {KV_GROUP} elements, and this model's head size is {head_dim}: use \
+     --kv-type f16",
+    .kv_type.name()
+)]
+pub struct UnfitKvType {
+    pub kv_type: KvType,
+    pub head_dim: u32,
+}
+
 /// Why a model cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelConfigError {
@@ -126,7 +139,7 @@ impl ModelConfig {
             return bad("number of KV heads", format!("is {} for {} heads", self.num_kv_heads, self.num_heads));
         }
         // Two f16 share a word of the cache.
-        if !self.head_dim.is_multiple_of(2) || !self.rope.rotary_dim.is_multiple_of(2) {
+        if !KvType::F16.takes(self.head_dim) || !self.rope.rotary_dim.is_multiple_of(2) {
             return bad("head size", "is odd".to_owned());
         }
         let positive = |value: f64| value.is_finite() && value > 0.0;
@@ -138,9 +151,18 @@ impl ModelConfig {
         }
     }
 
-    /// Bytes of K and V of one token over all layers, in f16.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        u64::from(self.num_layers) * u64::from(self.num_kv_heads) * u64::from(self.head_dim) * 2 * 2
+    /// Whether a KV cache of `kv_type` can hold this model's heads.
+    pub fn check_kv_type(&self, kv_type: KvType) -> Result<(), UnfitKvType> {
+        match kv_type.takes(self.head_dim) {
+            true => Ok(()),
+            false => Err(UnfitKvType { kv_type, head_dim: self.head_dim }),
+        }
+    }
+
+    /// Bytes of K and V of one token over all layers.
+    pub fn kv_bytes_per_token(&self, kv_type: KvType) -> u64 {
+        let of_k = KvTensor::block_bytes(kv_type, 1, self.num_kv_heads, self.head_dim);
+        u64::from(self.num_layers) * 2 * of_k
     }
 
     /// A small Llama for the simulator and tests; its weights may be random.
@@ -149,20 +171,20 @@ impl ModelConfig {
             family: Family::Llama,
             num_layers,
             dim: 64,
-            num_heads: 4,
-            num_kv_heads: 2,
-            head_dim: 16,
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 32,
             ffn_dim: 96,
             vocab_size,
             norm_eps: 1e-5,
             max_positions: 4096,
             rope_style: RopeStyle::Halves,
-            rope: RopeConfig { base: 10_000.0, rotary_dim: 16, scaling: RopeScaling::None },
+            rope: RopeConfig { base: 10_000.0, rotary_dim: 32, scaling: RopeScaling::None },
             local_rope: None,
             windows: vec![None; num_layers as usize],
             activation: Activation::Silu,
             embed_scale: 1.0,
-            attention_scale: 0.25,
+            attention_scale: 0.176_776_7,
         }
     }
 }
@@ -185,5 +207,20 @@ impl RopeConfig {
                 RopeScaling::Divisors(divisors) => plain(i) / f64::from(divisors[i as usize]),
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_that_heads_do_not_fill_is_refused_with_what_to_do() {
+        let model = ModelConfig { head_dim: 80, ..ModelConfig::tiny(1024, 2) };
+        assert_eq!(model.check_kv_type(KvType::F16), Ok(()));
+        let error = model.check_kv_type(KvType::Q8_0).expect_err("80 is no multiple of 32").to_string();
+        let sentence = "--kv-type q8_0 needs heads of whole groups of 32 elements, and this model's head size is 80: \
+                        use --kv-type f16";
+        assert_eq!(error, sentence);
     }
 }

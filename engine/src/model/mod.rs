@@ -5,7 +5,7 @@
 use crate::backend::{Backend, DeviceError, LoadError};
 use crate::batch::PackedBatch;
 use crate::recording::Recording;
-use crate::tensor::{BufferId, KvTensor, Tensor};
+use crate::tensor::{BufferId, KvTensor, KvType, Tensor};
 
 mod checkpoint;
 pub mod config;
@@ -15,7 +15,7 @@ mod llama;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;
-pub use config::{ModelConfig, ModelConfigError};
+pub use config::{ModelConfig, ModelConfigError, UnfitKvType};
 use llama::Scratch;
 pub use weights::Weights;
 
@@ -27,6 +27,7 @@ pub struct StateLimits {
     /// Rows of a step that go through the output layer.
     pub max_logit_rows: u32,
     pub max_model_len: u32,
+    pub kv_type: KvType,
     pub block_size: u32,
     pub num_blocks: u32,
 }
@@ -142,7 +143,7 @@ impl Model {
         let rope_tables: u64 = ropes.map(|rope| words(limits.max_model_len, rope.rotary_dim)).sum();
         let slots = words(limits.max_num_seqs, limits.max_blocks_per_seq() + 1);
         Footprint {
-            kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(),
+            kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(limits.kv_type),
             scratch: Scratch::size_bytes(config, limits),
             tables: rope_tables + slots + words(1, limits.max_upload_words()),
         }
@@ -164,15 +165,17 @@ fn alloc_kv(
     limits: &StateLimits,
     backend: &mut dyn Backend,
 ) -> Result<Vec<KvTensor>, DeviceError> {
-    let block_bytes = KvTensor::block_bytes(limits.block_size, config.num_kv_heads, config.head_dim);
+    let StateLimits { kv_type, block_size, .. } = *limits;
+    let block_bytes = KvTensor::block_bytes(kv_type, block_size, config.num_kv_heads, config.head_dim);
     let size_bytes = u64::from(limits.num_blocks) * block_bytes;
     (0..config.num_layers)
         .map(|_| {
             Ok(KvTensor {
                 k: backend.alloc("K cache", size_bytes)?,
                 v: backend.alloc("V cache", size_bytes)?,
+                kv_type,
                 num_blocks: limits.num_blocks,
-                block_size: limits.block_size,
+                block_size,
                 num_kv_heads: config.num_kv_heads,
                 head_dim: config.head_dim,
             })

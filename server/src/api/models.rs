@@ -11,6 +11,7 @@ pub fn list(model: &ServedModel) -> Value {
         "created": model.loaded_at,
         "owned_by": "fullbore",
         "max_model_len": model.engine.config().max_model_len,
+        "kv_type": model.engine.config().kv_type.name(),
         "device": model.engine.device().name,
         "memory_bytes": model.memory.total(),
     });

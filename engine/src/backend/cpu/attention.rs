@@ -3,11 +3,9 @@
 //! Tiles begin at multiples of `ATTENTION_TILE`, whatever the chunk, so a row's numbers depend on its position and its
 //! cache alone. A tile's K and V are widened once for all rows and query heads that share them.
 
-use half::f16;
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use super::Memory;
+use super::{Memory, kv_head};
 use crate::op::{ATTENTION_TILE, Attention};
 use crate::tensor::BufferId;
 
@@ -111,19 +109,18 @@ impl Group<'_> {
     fn load(&self, buffer: BufferId, first: usize, out: &mut [f32]) {
         let cache = self.op.cache;
         let (block_size, head_dim) = (cache.block_size as usize, cache.head_dim as usize);
+        let head_words = cache.head_words() as usize;
         let table = &self.memory.u32(self.op.table)[self.item.table_row * self.op.table.cols as usize..];
-        let words: &[u16] = bytemuck::cast_slice(&self.memory.buffers[buffer.0 as usize]);
-        let elements: &[f16] = words.reinterpret_cast();
+        let words = &self.memory.buffers[buffer.0 as usize];
         let num_positions = out.len() / head_dim;
         let mut done = 0;
         while done < num_positions {
             let position = first + done;
             let offset = position % block_size;
             let len = (block_size - offset).min(num_positions - done);
-            let block = table[position / block_size] as usize;
-            let at = ((block * cache.num_kv_heads as usize + self.kv_head) * block_size + offset) * head_dim;
+            let at = cache.head_at(table[position / block_size], self.kv_head as u32, offset as u32);
             let part = &mut out[done * head_dim..][..len * head_dim];
-            elements[at..][..part.len()].convert_to_f32_slice(part);
+            kv_head::load(cache.kv_type, head_dim, &words[at..][..len * head_words], part);
             done += len;
         }
     }

@@ -21,6 +21,7 @@ mod avx2;
 mod embed;
 mod gated_act;
 mod gather_rows;
+mod kv_head;
 mod mat_mul;
 mod packed;
 mod rms_norm;

@@ -1,9 +1,6 @@
-//! K and V of each token into its cache slot, as f16.
+//! K and V of each token into its cache slot, in the cache's element type.
 
-use half::f16;
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
-
-use super::Memory;
+use super::{Memory, kv_head};
 use crate::op::StoreKv;
 use crate::tensor::Tensor;
 
@@ -11,20 +8,19 @@ pub(super) fn run(op: StoreKv, memory: &mut Memory) {
     for (x, buffer) in [(op.k, op.cache.k), (op.v, op.cache.v)] {
         let words = memory.buffers[buffer.0 as usize].len() as u32;
         memory.write_u32(Tensor::u32(buffer, 1, words), |memory, cache| {
-            let cache: &mut [f16] = bytemuck::cast_slice_mut::<u32, u16>(cache).reinterpret_cast_mut();
             store(op, memory.f32(x), memory.u32(op.slots), cache);
         });
     }
 }
 
-fn store(op: StoreKv, x: &[f32], slots: &[u32], cache: &mut [f16]) {
-    let (head_dim, num_heads) = (op.cache.head_dim as usize, op.cache.num_kv_heads as usize);
-    let block_size = op.cache.block_size as usize;
-    for (token, &slot) in x.chunks_exact(head_dim * num_heads).zip(slots) {
-        let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+fn store(op: StoreKv, x: &[f32], slots: &[u32], cache: &mut [u32]) {
+    let (head_dim, head_words) = (op.cache.head_dim as usize, op.cache.head_words() as usize);
+    let token_dim = head_dim * op.cache.num_kv_heads as usize;
+    for (token, &slot) in x.chunks_exact(token_dim).zip(slots) {
+        let (block, offset) = (slot / op.cache.block_size, slot % op.cache.block_size);
         for (head, x) in token.chunks_exact(head_dim).enumerate() {
-            let at = ((block * num_heads + head) * block_size + offset) * head_dim;
-            cache[at..at + head_dim].convert_from_f32_slice(x);
+            let words = &mut cache[op.cache.head_at(block, head as u32, offset)..][..head_words];
+            kv_head::store(op.cache.kv_type, x, words);
         }
     }
 }

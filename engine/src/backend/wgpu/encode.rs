@@ -10,7 +10,7 @@ use crate::op::{
     ATTENTION_ROWS, Activation, Add, ArgMax, Attention, Embed, GatedAct, GatherRows, MatMul, Op, RmsNorm, Rope,
     RopeStyle, StoreKv, UpdateTable,
 };
-use crate::tensor::{BufferId, Weight, WeightFormat};
+use crate::tensor::{BufferId, KvType, Weight, WeightFormat};
 
 /// Buffers of a kernel at most.
 pub const MAX_BUFFERS: usize = 6;
@@ -172,23 +172,20 @@ impl Encoder<'_> {
 
     fn store_kv(&mut self, op: &StoreKv) {
         let cache = op.cache;
-        let num_words = op.k.rows * cache.num_kv_heads * (cache.head_dim / 2);
+        // An invocation writes a word of f16, or a word of scales and the codes of its two groups.
+        let parts = match cache.kv_type {
+            KvType::F16 => cache.head_words(),
+            kv_type => cache.head_words() - kv_type.code_words(cache.head_dim),
+        };
+        let num_parts = op.k.rows * cache.num_kv_heads * parts;
         let buffers = [op.k.buffer, op.v.buffer, op.slots.buffer, cache.k, cache.v];
-        let params = [
-            op.k.offset,
-            op.v.offset,
-            op.slots.offset,
-            num_words,
-            cache.num_kv_heads,
-            cache.head_dim / 2,
-            cache.block_size,
-        ];
-        self.push_elements(Kernel::StoreKv, &buffers, &params, num_words);
+        let params =
+            [op.k.offset, op.v.offset, op.slots.offset, num_parts, cache.num_kv_heads, parts, cache.block_size];
+        self.push_elements(Kernel::StoreKv(cache.kv_type, cache.head_dim), &buffers, &params, num_parts);
     }
 
     fn attention(&mut self, op: &Attention) {
         let cache = op.cache;
-        assert!(cache.head_dim.is_multiple_of(2), "a head of {} elements does not fill words", cache.head_dim);
         // Every row is in one item: with as many items as rows, each has one.
         let rows_per_item = if op.items.rows == op.q.rows { 1 } else { ATTENTION_ROWS };
         let buffers = [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer];
@@ -207,7 +204,7 @@ impl Encoder<'_> {
             op.scale.to_bits(),
         ];
         let workgroups = op.items.rows * rows_per_item * op.num_heads;
-        self.push(Kernel::Attention(cache.head_dim / 2), &buffers, &params, workgroups);
+        self.push(Kernel::Attention(cache.kv_type, cache.head_dim), &buffers, &params, workgroups);
     }
 
     fn gated_act(&mut self, op: &GatedAct) {

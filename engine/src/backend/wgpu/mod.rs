@@ -1,7 +1,8 @@
 //! The backend for GPUs: a recording becomes one upload, one compute pass and one submit.
 //!
-//! Invariant: a step creates no buffer, and a bind group or an attention pipeline only when a kernel first meets these
-//! buffers or this head size. Weights stay packed. For one (N, K, format) every matmul variant adds in the same order.
+//! Invariant: a step creates no buffer, and a bind group or a pipeline of the KV cache only when a kernel first meets
+//! these buffers or this head size. Weights stay packed. For one (N, K, format) every matmul variant adds in the same
+//! order.
 
 use std::collections::{HashMap, VecDeque};
 

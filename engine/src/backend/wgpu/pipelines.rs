@@ -10,7 +10,7 @@ use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType
 
 use super::device::Device;
 use super::packing::Layout;
-use crate::tensor::WeightFormat;
+use crate::tensor::{KV_GROUP, KvType, WeightFormat};
 
 /// A kernel variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,9 +21,9 @@ pub enum Kernel {
     /// A format, and the rows of activations that a workgroup holds.
     MatMul(WeightFormat, u32),
     Rope,
-    StoreKv,
-    /// Words of a head in the cache.
-    Attention(u32),
+    /// How the cache stores elements, and elements of a head.
+    StoreKv(KvType, u32),
+    Attention(KvType, u32),
     GatedAct,
     Add,
     GatherRows,
@@ -32,11 +32,10 @@ pub enum Kernel {
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 8] = [
+    const GENERAL: [Kernel; 7] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
         Kernel::Rope,
-        Kernel::StoreKv,
         Kernel::GatedAct,
         Kernel::Add,
         Kernel::GatherRows,
@@ -49,11 +48,18 @@ impl Kernel {
         rows.chain([Kernel::Embed(format)])
     }
 
-    /// Every variant for a tier, with attention for `head_dims`.
+    /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements.
+    fn of_cache(kv_type: KvType, head_dim: u32) -> impl Iterator<Item = Kernel> {
+        let kernels = [Kernel::StoreKv(kv_type, head_dim), Kernel::Attention(kv_type, head_dim)];
+        kernels.into_iter().filter(move |_| kv_type.takes(head_dim))
+    }
+
+    /// Every variant for a tier, with caches for `head_dims`.
     pub fn all(tier: Tier, head_dims: &[u32]) -> Vec<Kernel> {
         let formats = WeightFormat::ALL.into_iter().flat_map(|format| Kernel::of_format(format, tier));
-        let heads = head_dims.iter().map(|head_dim| Kernel::Attention(head_dim / 2));
-        Kernel::GENERAL.into_iter().chain(formats).chain(heads).collect()
+        let types = KvType::ALL.into_iter();
+        let caches = types.flat_map(|kv_type| head_dims.iter().flat_map(move |&dim| Kernel::of_cache(kv_type, dim)));
+        Kernel::GENERAL.into_iter().chain(formats).chain(caches).collect()
     }
 
     /// Its file, and what the file is composed with.
@@ -76,11 +82,15 @@ impl Kernel {
                 "mat_mul"
             }
             Kernel::Rope => "rope",
-            Kernel::StoreKv => "store_kv",
-            Kernel::Attention(head_words) => {
+            Kernel::StoreKv(kv_type, head_dim) => {
+                constants.extend(cache_constants(kv_type, head_dim));
+                "store_kv"
+            }
+            Kernel::Attention(kv_type, head_dim) => {
                 let lanes = value("TILE_LANES", &constants);
-                let lane_words = head_words.div_ceil(lanes);
-                constants.extend([("HEAD_WORDS", head_words), ("LANE_WORDS", lane_words), ("TOKENS", 32 / lanes)]);
+                let part = if kv_type == KvType::F16 { 2 } else { 4 };
+                constants.extend(cache_constants(kv_type, head_dim));
+                constants.extend([("TOKENS", 32 / lanes), ("LANE_PARTS", (head_dim / part).div_ceil(lanes))]);
                 "attention"
             }
             Kernel::GatedAct => "gated_act",
@@ -90,6 +100,17 @@ impl Kernel {
         };
         (name, constants)
     }
+}
+
+/// How heads lie in the cache.
+fn cache_constants(kv_type: KvType, head_dim: u32) -> Constants {
+    vec![
+        ("HEAD_DIM", head_dim),
+        ("HEAD_WORDS", kv_type.head_words(head_dim)),
+        ("CODE_BITS", kv_type.code_bits()),
+        ("CODE_WORDS", kv_type.code_words(head_dim)),
+        ("GROUPS", head_dim / KV_GROUP),
+    ]
 }
 
 pub(super) struct Pipeline {
