@@ -434,7 +434,7 @@ fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
         }
         let mut steps = Vec::new();
         while engine.step().expect("the simulator is never lost") {
-            steps.push((engine.trace().to_string(), engine.batch_mut().shape()));
+            steps.push((engine.trace().to_string(), engine.last_step().shape));
         }
         (steps, clock.now())
     };

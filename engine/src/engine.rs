@@ -11,6 +11,7 @@ use std::time::Instant;
 use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, Logits, PackedBatch, SequenceId, Slice};
 use crate::config::EngineConfig;
+use crate::cost::StepShape;
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
 use crate::op::NON_FINITE;
@@ -35,7 +36,15 @@ pub struct Engine {
     trace: StepTrace,
     in_flight: Option<(Ticket, Instant)>,
     downloads: Vec<u8>,
+    last_step: StepTime,
     stats: EngineStats,
+}
+
+/// What a step took on the device, from its submission to its results.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTime {
+    pub shape: StepShape,
+    pub device_ns: u64,
 }
 
 /// What a sequence's events need beyond the scheduler's view of it.
@@ -89,6 +98,7 @@ impl Engine {
             trace: StepTrace::default(),
             in_flight: None,
             downloads: Vec::new(),
+            last_step: StepTime::default(),
             stats: EngineStats::default(),
         }
     }
@@ -195,7 +205,9 @@ impl Engine {
         let (ticket, begun) = self.in_flight.take().expect("a step was submitted");
         self.downloads.clear();
         self.backend.wait(ticket, &mut self.downloads)?;
-        self.stats.last_step_ms = begun.elapsed().as_secs_f64() * 1e3;
+        let elapsed = begun.elapsed();
+        self.last_step = StepTime { shape: self.batch.shape(), device_ns: elapsed.as_nanos() as u64 };
+        self.stats.last_step_ms = elapsed.as_secs_f64() * 1e3;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
         self.stats.prefill_tokens += u64::from(self.trace.num_prefill_tokens());
@@ -233,6 +245,11 @@ impl Engine {
 
     pub fn stats(&self) -> &EngineStats {
         &self.stats
+    }
+
+    /// The step that was completed last.
+    pub fn last_step(&self) -> StepTime {
+        self.last_step
     }
 
     /// Asserts every invariant of scheduler and memory; between steps.
