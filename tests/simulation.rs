@@ -5,14 +5,19 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use fullbore_engine::backend::sim::{CostModel, Fidelity, SimBackend, SimOptions};
+use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
+use fullbore_engine::backend::{Backend, RowSource, Ticket, WeightSpec};
 use fullbore_engine::config::EngineConfig;
+use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::BlockTable;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
+use fullbore_engine::op::{Embed, Op};
+use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId};
-use fullbore_engine::tensor::{KvType, WeightFormat};
+use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
 
 use crate::random::Random;
 
@@ -419,15 +424,24 @@ fn a_poisoned_request_fails_alone_and_says_so() {
     assert!(sentence.contains("not finite"), "{sentence}");
 }
 
-/// The cost fidelity takes the same steps as the exact one, and its clock is the sum that the cost model states.
+/// Curved over rows, with every price its own order of magnitude, so that none can stand for another.
+fn costly() -> CostModel {
+    let prices = Prices {
+        ns_for_logits: 70_000_000.0,
+        ns_per_logit_row: 1_000_000.0,
+        ns_per_attended_token: 1000.0,
+        ns_per_loaded_token: 1.0,
+    };
+    CostModel::new(std::array::from_fn(|k| 1e9 * (k * k + 1) as f64), prices)
+}
+
+/// The cost fidelity takes the same steps as the exact one, and its clock is the sum of what its profile predicts.
 #[test]
 fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
-    let cost =
-        CostModel { ns_per_step: 1e6, ns_per_mega_mac: 2e5, ns_per_weight_megabyte: 3e5, ns_per_attended_token: 100.0 };
     let config =
         EngineConfig { max_num_seqs: 2, max_logit_rows: 2, max_num_batched_tokens: 8, ..EngineConfig::default() };
     let run = |fidelity| {
-        let backend = SimBackend::new(SimOptions { fidelity, cost, ..SimOptions::default() });
+        let backend = SimBackend::new(SimOptions { fidelity, cost: costly(), ..SimOptions::default() });
         let clock = backend.clock();
         let mut engine = engine_on(backend, config);
         for first in [10, 60] {
@@ -435,30 +449,73 @@ fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
             let request = Request { prompt, max_tokens: 5, ..Request::default() };
             engine.add(request, Box::new(Client::new(usize::MAX)));
         }
-        let mut traces = Vec::new();
+        let mut steps = Vec::new();
         while engine.step().expect("the simulator is never lost") {
-            traces.push(engine.trace().to_string());
+            steps.push((engine.trace().to_string(), engine.last_step().shape));
         }
-        (traces, clock.now())
+        (steps, clock.now())
     };
-    let (traces, elapsed) = run(Fidelity::Cost);
-    assert_eq!((traces.clone(), elapsed), run(Fidelity::Exact));
-    // Shapes of `ModelConfig::tiny`: q, k, v, output, gate, up, down of two layers, for every token.
-    let layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64;
-    let (num_tokens, num_sampled, num_steps) = (2.0 * (11.0 + 4.0), 2.0 * 5.0, traces.len() as f64);
-    let embedding = f64::from(VOCAB_SIZE) * 64.0;
-    let macs = num_tokens * 2.0 * f64::from(layer) + num_sampled * embedding;
-    // Each step reads all weights; the output matrix only where a token is sampled.
-    let num_sampling_steps = traces.iter().filter(|trace| samples(trace)).count() as f64;
-    let bytes = 4.0 * (num_steps * 2.0 * f64::from(layer) + num_sampling_steps * embedding);
-    // Two layers see 1, 2, .. 15 positions, for each of two sequences.
-    let attended = 2.0 * 2.0 * (15.0 * 16.0 / 2.0);
-    let wanted = num_steps * 1e6 + macs / 1e6 * 2e5 + bytes / 1e6 * 3e5 + attended * 100.0;
-    let difference = (elapsed.as_nanos() as f64 - wanted).abs();
-    assert!(difference <= num_steps, "{elapsed:?} for {wanted} ns");
+    let (steps, elapsed) = run(Fidelity::Cost);
+    assert_eq!((steps.clone(), elapsed), run(Fidelity::Exact));
+    // a[0..8]; a[8..11] and b[0..5]; a's 12th and b[5..11]; both decode; a has ended and b decodes.
+    let num_rows: Vec<u32> = steps.iter().map(|(_, shape)| shape.num_tokens).collect();
+    assert_eq!(num_rows, [8, 8, 7, 2, 2, 2, 1]);
+    // 2^k rows take k^2 + 1 seconds; 7 lie between 4 and 8.
+    let rows_ns = [10, 10, 5, 2, 2, 2, 1].iter().sum::<u64>() * 1_000_000_000 + 3_750_000_000;
+    // Each samples 5 tokens, in 6 steps together; each row sees itself and all before it: 1, 2, .. 15 positions.
+    let (num_sampling_steps, num_sampled, attended) = (6, 2 * 5, 2 * (15 * 16 / 2));
+    // Chunks of up to 8 rows read as far as their last row sees: a 8 and 11, b 5 and 11; then 12, .. 15 for both.
+    let loaded = 8 + 11 + 5 + 11 + 2 * (12 + 13 + 14 + 15);
+    let wanted = rows_ns + num_sampling_steps * 70_000_000 + num_sampled * 1_000_000 + attended * 1000 + loaded;
+    assert_eq!(elapsed, Duration::from_nanos(wanted));
+    let predicted: u64 = steps.iter().map(|(_, shape)| costly().predict_ns(shape)).sum();
+    assert_eq!(predicted, wanted);
 }
 
-/// Whether a step decodes, or computes the last token of a prompt.
-fn samples(trace: &str) -> bool {
-    !trace.contains("decode -") || trace.contains("..11/11")
+/// What the host takes is on the clock too, and a step begins when both have come to it.
+#[test]
+fn the_device_works_its_queue_off_in_order() {
+    let mut backend =
+        SimBackend::new(SimOptions { cost: CostModel::line(10e9, 0.0, Prices::default()), ..SimOptions::default() });
+    let clock = backend.clock();
+    let upload = backend.alloc("upload", 4).expect("the simulator has memory");
+    let hidden = backend.alloc("hidden", 64).expect("the simulator has memory");
+    let spec = WeightSpec { name: "embed".to_owned(), rows: 4, cols: 16, format: WeightFormat::F32 };
+    let table = backend.load_weight(&spec, &mut NoRows).expect("the simulator reads no rows");
+    let mut recording = Recording::new(upload);
+    let ids = recording.upload(&[1], 1);
+    let out = Tensor::f32(hidden, 1, 16);
+    recording.push(Op::Embed(Embed { ids, sampled: ids, table, scale: 1.0, out }));
+    let seconds = |clock: &SimClock| clock.now().as_secs_f64();
+    let submit = |backend: &mut SimBackend| backend.submit(&recording).expect("the simulator is never lost");
+    let wait = |backend: &mut SimBackend, ticket: Ticket| {
+        backend.wait(ticket, &mut Vec::new()).expect("the simulator is never lost");
+    };
+    let first = submit(&mut backend);
+    clock.advance(Duration::from_secs(3));
+    let second = submit(&mut backend);
+    assert_eq!(seconds(&clock), 3.0);
+    wait(&mut backend, first);
+    assert_eq!(seconds(&clock), 10.0);
+    clock.advance(Duration::from_secs(2));
+    let third = submit(&mut backend);
+    wait(&mut backend, second);
+    // The second was queued behind the first: the host's time is hidden.
+    assert_eq!(seconds(&clock), 20.0);
+    wait(&mut backend, third);
+    assert_eq!(seconds(&clock), 30.0);
+    // An idle device begins when it is asked to, and the clock does not go back.
+    clock.advance_to(Duration::from_secs(50));
+    clock.advance_to(Duration::from_secs(40));
+    let fourth = submit(&mut backend);
+    wait(&mut backend, fourth);
+    assert_eq!(seconds(&clock), 60.0);
+}
+
+struct NoRows;
+
+impl RowSource for NoRows {
+    fn read_rows(&mut self, _: &mut [u8]) -> std::io::Result<()> {
+        panic!("the simulator reads no rows")
+    }
 }

@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::config::EngineConfig;
+use crate::cost::StepShape;
 use crate::op::{ATTENTION_ROWS, SAMPLED_BY_SLOT};
 use crate::request::TokenId;
 
@@ -110,6 +111,13 @@ impl Batch {
 
     pub fn num_logit_rows(&self) -> u32 {
         self.slices.iter().map(Slice::num_logit_rows).sum()
+    }
+
+    /// What the step's time depends on.
+    pub fn shape(&self) -> StepShape {
+        self.slices.iter().fold(StepShape::default(), |shape, slice| {
+            shape.with_slice(slice.start, slice.num_tokens(), slice.num_logit_rows())
+        })
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::Instant;
 use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, Logits, PackedBatch, SequenceId, Slice};
 use crate::config::EngineConfig;
+use crate::cost::StepShape;
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
 use crate::op::NON_FINITE;
@@ -45,6 +46,7 @@ pub struct Engine {
     outcomes: Vec<Outcome>,
     /// When the device became idle, or turned to the step that runs now.
     device_free_at: Instant,
+    last_step: StepTime,
     stats: EngineStats,
 }
 
@@ -53,6 +55,13 @@ struct Step {
     batch: Batch,
     trace: StepTrace,
     submitted_at: Instant,
+}
+
+/// What a step took on the device, from the end of the one before it, or its own submission, to its results.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTime {
+    pub shape: StepShape,
+    pub device_ns: u64,
 }
 
 /// What a sequence's events need beyond the scheduler's view of it.
@@ -112,6 +121,7 @@ impl Engine {
             gone: Vec::new(),
             outcomes: Vec::new(),
             device_free_at: Instant::now(),
+            last_step: StepTime::default(),
             stats: EngineStats::default(),
         }
     }
@@ -271,6 +281,11 @@ impl Engine {
         &self.stats
     }
 
+    /// The step that was completed last.
+    pub fn last_step(&self) -> StepTime {
+        self.last_step
+    }
+
     /// Asserts every invariant of scheduler and memory; between steps.
     pub fn check(&self) {
         self.scheduler.check(&self.cache);
@@ -286,6 +301,7 @@ impl Engine {
         // The device runs its steps one after another.
         let begun = step.submitted_at.max(self.device_free_at);
         self.device_free_at = now;
+        self.last_step = StepTime { shape: step.batch.shape(), device_ns: (now - begun).as_nanos() as u64 };
         self.stats.last_step_ms = (now - begun).as_secs_f64() * 1e3;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;

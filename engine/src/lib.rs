@@ -5,7 +5,8 @@
 //! Two towers meet in one file.
 //!
 //! - **Plan**: [`request`], [`sequence`], [`memory`] and [`scheduler`] decide which tokens run next and make a
-//!   [`batch::Batch`], plain data. Nothing there knows a device.
+//!   [`batch::Batch`], plain data. Nothing there knows a device. What a step costs on one is a [`cost::CostModel`],
+//!   learned from steps that were measured.
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it.
@@ -23,6 +24,7 @@
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
 //! - The scheduler has no clock and no chance: the same state gives the same batch.
+//! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.
 //! - Files are hostile: every count is held against the bytes left before anything is allocated for it.
 //!
 //! # Where this differs from the design page
@@ -35,6 +37,7 @@ pub mod backend;
 pub mod batch;
 pub mod bundle;
 pub mod config;
+pub mod cost;
 pub mod engine;
 pub mod format;
 pub mod memory;

@@ -4,14 +4,16 @@
 //! cache slots, whatever the cache's element type; attention walks the block table that lies on this device and hashes
 //! every cell it can see, positions included; the next token is that hash. So any mistake in slots, tables, sharing,
 //! preemption, chunking or slot reuse changes ids, and a test is `assert_eq!` with the request run alone. Invariant: no
-//! clock, no chance, no arithmetic on weights; time is a sum in [`SimClock`], from a cost model.
+//! chance, no arithmetic on weights, and no time but what a [`CostModel`] says: the device works its queue off in order
+//! on a [`SimClock`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::cost::{CostModel, StepShape};
 use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, DType, Tensor, Weight, WeightId};
@@ -20,13 +22,15 @@ use crate::tensor::{BufferId, DType, Tensor, Weight, WeightId};
 pub enum Fidelity {
     /// Attention hashes every visible cell.
     Exact,
-    /// The cache is not touched: for host costs and predictions, where ids do not matter.
+    /// The layers are passed over and the cache is not touched: for host costs and predictions, where ids do not
+    /// matter. Each is drawn from the token before it alone.
     Cost,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct SimOptions {
     pub fidelity: Fidelity,
+    /// What each recording takes, by its shape.
     pub cost: CostModel,
     /// Whether `wait` takes as long as the cost model says, for servers that people and clients talk to.
     pub sleeps: bool,
@@ -36,35 +40,32 @@ pub struct SimOptions {
 
 impl Default for SimOptions {
     fn default() -> SimOptions {
-        SimOptions { fidelity: Fidelity::Exact, cost: CostModel::FREE, sleeps: false, poisonous_token: None }
+        SimOptions { fidelity: Fidelity::Exact, cost: CostModel::UNKNOWN, sleeps: false, poisonous_token: None }
     }
 }
 
-/// What a step takes on the simulated device, in nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct CostModel {
-    /// Each submission.
-    pub ns_per_step: f64,
-    /// Each row of each matmul, per million elements of its weight.
-    pub ns_per_mega_mac: f64,
-    /// Each weight matrix read, per megabyte.
-    pub ns_per_weight_megabyte: f64,
-    /// Each position that an attention row sees.
-    pub ns_per_attended_token: f64,
-}
-
-impl CostModel {
-    pub const FREE: CostModel =
-        CostModel { ns_per_step: 0.0, ns_per_mega_mac: 0.0, ns_per_weight_megabyte: 0.0, ns_per_attended_token: 0.0 };
-}
-
-/// The device's own time, readable while an engine owns the device.
+/// Virtual time, shared by the device and whoever drives the engine; it never goes back. `wait` moves it on to the end
+/// of what is waited for; the driver moves it on by what the host does, or to the next arrival.
 #[derive(Clone, Debug, Default)]
 pub struct SimClock(Arc<AtomicU64>);
 
 impl SimClock {
     pub fn now(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Acquire))
+        Duration::from_nanos(self.now_ns())
+    }
+
+    /// Nothing happens before `time`.
+    pub fn advance_to(&self, time: Duration) {
+        self.0.fetch_max(time.as_nanos() as u64, Ordering::AcqRel);
+    }
+
+    /// The host is busy for so long.
+    pub fn advance(&self, by: Duration) {
+        self.0.fetch_add(by.as_nanos() as u64, Ordering::AcqRel);
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -76,7 +77,18 @@ pub struct SimBackend {
     buffers: Vec<Vec<u32>>,
     weights: Vec<Weight>,
     num_submitted: u64,
-    in_flight: VecDeque<(u64, Duration, Vec<u8>)>,
+    /// When the device has worked off all that was submitted, on the clock, in nanoseconds.
+    free_at_ns: u64,
+    in_flight: VecDeque<InFlight>,
+}
+
+struct InFlight {
+    ticket: u64,
+    /// On the clock, in nanoseconds.
+    done_at_ns: u64,
+    /// In real time, where the device sleeps.
+    done_at: Option<Instant>,
+    downloads: Vec<u8>,
 }
 
 impl SimBackend {
@@ -99,6 +111,7 @@ impl SimBackend {
             buffers: Vec::new(),
             weights: Vec::new(),
             num_submitted: 0,
+            free_at_ns: 0,
             in_flight: VecDeque::new(),
         }
     }
@@ -192,9 +205,6 @@ impl SimBackend {
     }
 
     fn store_kv(&mut self, op: StoreKv) {
-        if self.options.fidelity == Fidelity::Cost {
-            return;
-        }
         for i in 0..op.slots.rows {
             let slot = self.words(op.slots)[i as usize];
             let (k, v) = (self.row(op.k, i), self.row(op.v, i));
@@ -211,10 +221,7 @@ impl SimBackend {
             for i in 0..num_rows {
                 let position = first + i;
                 let query = self.row(op.q, first_row + i);
-                let value = match self.options.fidelity {
-                    Fidelity::Exact => self.attend(&op, table_row, position, query),
-                    Fidelity::Cost => mix(query, u64::from(position)),
-                };
+                let value = self.attend(&op, table_row, position, query);
                 self.set_row(op.out, first_row + i, value);
             }
         }
@@ -258,22 +265,25 @@ impl SimBackend {
         }
     }
 
-    fn cost(&self, recording: &Recording) -> Duration {
-        let cost = self.options.cost;
-        let op_ns = |op: &Op| match *op {
-            Op::MatMul(op) => {
-                let mega_macs = f64::from(op.weight.rows) * f64::from(op.weight.cols) / 1e6;
-                let megabytes = op.weight.format.row_bytes(op.weight.cols) as f64 * f64::from(op.weight.rows) / 1e6;
-                mega_macs * f64::from(op.x.rows) * cost.ns_per_mega_mac + megabytes * cost.ns_per_weight_megabyte
+    /// What a recording's time depends on, read off its ops; all layers attend alike.
+    fn shape(&self, recording: &Recording) -> StepShape {
+        let (mut num_tokens, mut num_logit_rows, mut seen) = (0, 0, StepShape::default());
+        for op in &recording.ops {
+            match *op {
+                Op::Embed(op) => num_tokens = op.out.rows,
+                Op::Attention(op) if seen.num_tokens == 0 => {
+                    // Consecutive items of one row of the table are one slice.
+                    let items: &[[u32; 4]] = bytemuck::cast_slice(self.words(op.items));
+                    for slice in items.chunk_by(|left, right| left[2] == right[2]) {
+                        let num_rows = slice.iter().map(|[_, num_rows, ..]| num_rows).sum();
+                        seen = seen.with_slice(slice[0][3], num_rows, 0);
+                    }
+                }
+                Op::GatherRows(op) => num_logit_rows = op.out.rows,
+                _ => {}
             }
-            Op::Attention(op) => {
-                let items = self.words(op.items).chunks_exact(4);
-                let seen = items.map(|item| f64::from(item[1]) * (f64::from(item[3]) + f64::from(item[1] + 1) / 2.0));
-                seen.sum::<f64>() * cost.ns_per_attended_token
-            }
-            _ => 0.0,
-        };
-        Duration::from_nanos((cost.ns_per_step + recording.ops.iter().map(op_ns).sum::<f64>()) as u64)
+        }
+        StepShape { num_tokens, num_logit_rows, ..seen }
     }
 }
 
@@ -308,24 +318,43 @@ impl Backend for SimBackend {
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
         self.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
-        recording.ops.iter().for_each(|op| self.run(op));
+        match self.options.fidelity {
+            Fidelity::Exact => recording.ops.iter().for_each(|op| self.run(op)),
+            Fidelity::Cost => without_layers(&recording.ops).for_each(|op| self.run(op)),
+        }
         let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
         recording.downloads.iter().for_each(|&tensor| self.download(tensor, &mut downloads));
         self.num_submitted += 1;
-        self.in_flight.push_back((self.num_submitted, self.cost(recording), downloads));
+        let cost_ns = self.options.cost.predict_ns(&self.shape(recording));
+        self.free_at_ns = self.free_at_ns.max(self.clock.now_ns()) + cost_ns;
+        let begins =
+            self.in_flight.back().and_then(|before| before.done_at).max(self.options.sleeps.then(Instant::now));
+        self.in_flight.push_back(InFlight {
+            ticket: self.num_submitted,
+            done_at_ns: self.free_at_ns,
+            done_at: begins.map(|begins| begins + Duration::from_nanos(cost_ns)),
+            downloads,
+        });
         Ok(Ticket(self.num_submitted))
     }
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
-        let (oldest, cost, downloads) = self.in_flight.pop_front().expect("a recording is in flight");
-        assert_eq!(oldest, ticket.0, "tickets are waited for in order");
-        self.clock.0.fetch_add(cost.as_nanos() as u64, Ordering::AcqRel);
-        if self.options.sleeps {
-            std::thread::sleep(cost);
+        let oldest = self.in_flight.pop_front().expect("a recording is in flight");
+        assert_eq!(oldest.ticket, ticket.0, "tickets are waited for in order");
+        self.clock.advance_to(Duration::from_nanos(oldest.done_at_ns));
+        if let Some(done_at) = oldest.done_at {
+            std::thread::sleep(done_at.saturating_duration_since(Instant::now()));
         }
-        out.extend_from_slice(&downloads);
+        out.extend_from_slice(&oldest.downloads);
         Ok(())
     }
+}
+
+/// What a pass does before its layers, and from the rows that get logits on.
+fn without_layers(ops: &[Op]) -> impl Iterator<Item = &Op> {
+    let end = ops.iter().position(|op| matches!(op, Op::GatherRows(_))).unwrap_or(ops.len());
+    let before_layers = |op: &&Op| matches!(op, Op::UpdateTable(_) | Op::Embed(_));
+    ops[..end].iter().filter(before_layers).chain(&ops[end..])
 }
 
 /// The hash of a row that is not finite; every row that sees one is one.
