@@ -1,8 +1,8 @@
 //! Where plan meets compute: the scheduler's batch becomes a recording, and what comes back becomes events.
 //!
 //! Driven from outside: [`Engine::begin`] plans and submits a step, [`Engine::complete`] waits for the oldest and
-//! publishes. With a pipeline depth of 1 that is the plain loop, one step at a time; with 2 the next step is planned and
-//! submitted before the last is read back, so that the device always has work. Invariant: out of blocks is the
+//! publishes. With a pipeline depth of 1 that is the plain loop, one step at a time; with 2 the next step is planned
+//! and submitted before the last is read back, so that the device always has work. Invariant: out of blocks is the
 //! scheduler's ordinary branch; the only error is the device's. The engine has no thread, and no branch on the kind of
 //! device.
 
@@ -308,8 +308,8 @@ impl Engine {
         self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
     }
 
-    /// Refills `choices` with the token of each slice out of the downloads, and returns the log-probabilities where they
-    /// were asked for.
+    /// Refills `choices` with the token of each slice out of the downloads, and returns the log-probabilities where
+    /// they were asked for.
     fn choose(&mut self, batch: &Batch) -> Vec<(SequenceId, TokenLogprobs)> {
         let words: &[u32] = bytemuck::cast_slice(&self.downloads);
         let (sampled, mut logits) = words.split_at(self.config.max_num_seqs as usize);

@@ -41,8 +41,7 @@ pub struct Scheduler {
     plan: Vec<Planned>,
     /// Refilled in each step.
     candidates: Vec<SlotId>,
-    /// The sequence that memory was too short for, and the cache's version then.
-    blocked: Option<(SequenceId, u64)>,
+    blocked: Option<Blocked>,
     num_steps: u64,
     num_preemptions: u64,
 }
@@ -51,6 +50,15 @@ pub struct Scheduler {
 struct Planned {
     slot: SlotId,
     num_tokens: u32,
+}
+
+/// The waiting sequence that memory was too short for; while no block is freed there is no need to look again.
+#[derive(Debug)]
+struct Blocked {
+    sequence: SequenceId,
+    /// Of the cache.
+    version: u64,
+    num_missing: u32,
 }
 
 /// What a step chose for a slice that samples.
@@ -124,6 +132,10 @@ impl Scheduler {
         self.continue_running(cache, &mut budget, trace);
         if trace.preempted.is_empty() {
             self.admit(cache, &mut budget, trace);
+            if self.plan.is_empty() {
+                // Whoever took the whole budget gave way, and in vain.
+                self.continue_running(cache, &mut budget, trace);
+            }
         } else {
             trace.held = Held::KvMemory;
         }

@@ -94,6 +94,11 @@ impl KvCache {
         self.pool.num_free()
     }
 
+    /// Blocks that only `table` holds. O(blocks of the table).
+    pub fn num_exclusive(&self, table: &BlockTable) -> u32 {
+        table.blocks.iter().filter(|&&block| self.pool.references(block) == 1).count() as u32
+    }
+
     pub fn counts(&self) -> BlockCounts {
         let total = self.pool.num_blocks();
         let num_free = self.pool.num_free();

@@ -4,7 +4,8 @@
 //! there, so that a prefix that many share is computed once. The first that memory or slots are too short for ends
 //! admission, unless one that runs has to give way to it.
 
-use super::{Budget, Held, Planned, Scheduler, StepTrace};
+use super::{Blocked, Budget, Held, Planned, Scheduler, StepTrace};
+use crate::batch::SlotId;
 use crate::memory::KvCache;
 
 /// Sequences that are passed over in one step, at most.
@@ -17,6 +18,8 @@ enum Attempt {
     /// It waits for what a submitted step or a running sequence computes.
     Waits,
     Lacks(Held),
+    /// It could run if somebody gave way who holds so many blocks.
+    LacksRoom(Held, u32),
 }
 
 impl Scheduler {
@@ -34,9 +37,9 @@ impl Scheduler {
                     num_passed += 1;
                     self.queue.pass();
                 }
-                Some(Attempt::Lacks(held)) => {
-                    let for_want_of_room = matches!(held, Held::Slots | Held::KvMemory);
-                    if !for_want_of_room || !trace.preempted.is_empty() || !self.give_way(cache, budget, trace) {
+                Some(Attempt::Lacks(held)) => break held,
+                Some(Attempt::LacksRoom(held, num_blocks)) => {
+                    if !trace.preempted.is_empty() || !self.give_way(num_blocks, cache, budget, trace) {
                         break held;
                     }
                     promised = self.promised_blocks(cache);
@@ -65,11 +68,11 @@ impl Scheduler {
         if head.num_pending > 0 {
             return Some(Attempt::Waits);
         }
-        if self.free_slots.is_empty() {
-            return Some(Attempt::Lacks(Held::Slots));
-        }
-        if !self.order.is_empty() && self.blocked == Some((head.id, cache.version())) {
-            return Some(Attempt::Lacks(Held::KvMemory));
+        if let Some(blocked) = &self.blocked
+            && (blocked.sequence, blocked.version) == (head.id, cache.version())
+            && !self.order.is_empty()
+        {
+            return Some(Attempt::LacksRoom(Held::KvMemory, blocked.num_missing));
         }
         let prefix = cache.find(&head.chain, &head.tokens, head.max_hit_tokens());
         if prefix.next_is_promised {
@@ -78,9 +81,13 @@ impl Scheduler {
         // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
         let known_next = (head.num_tokens() + 1).min(self.config.max_model_len);
         let needed = cache.blocks_for(known_next) - prefix.num_blocks + prefix.num_unreferenced;
-        if needed + promised > cache.num_available() {
-            self.blocked = Some((head.id, cache.version()));
-            return Some(Attempt::Lacks(Held::KvMemory));
+        let num_missing = (needed + promised).saturating_sub(cache.num_available());
+        if num_missing > 0 {
+            self.blocked = Some(Blocked { sequence: head.id, version: cache.version(), num_missing });
+            return Some(Attempt::LacksRoom(Held::KvMemory, num_missing));
+        }
+        if self.free_slots.is_empty() {
+            return Some(Attempt::LacksRoom(Held::Slots, 0));
         }
         head.num_computed_tokens = prefix.num_blocks * cache.block_size();
         let num_tokens = budget.fit(head);
@@ -114,11 +121,12 @@ impl Scheduler {
     }
 
     /// Preempts a running sequence for the head of the queue, if there is one that must give way to it.
-    fn give_way(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> bool {
+    fn give_way(&mut self, num_blocks: u32, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> bool {
         let Some(head) = self.queue.peek() else { return false };
         let (tenant, priority) = (head.tenant, head.request.priority);
         let victim = self.fair_victim(tenant, priority);
-        victim.is_some_and(|slot| {
+        let frees = |&slot: &SlotId| cache.num_exclusive(&self.sequence(slot).table) >= num_blocks;
+        victim.filter(frees).is_some_and(|slot| {
             self.preempt(slot, cache, budget, trace);
             true
         })

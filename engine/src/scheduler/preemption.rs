@@ -1,8 +1,9 @@
 //! Who goes back to the queue, and for whom.
 //!
-//! For memory: of the tenant that is furthest above its share, what comes last by priority, the newest. For fairness: a waiting
-//! sequence of a tenant below its share takes the place of one of a tenant above, which must have advanced by a block
-//! since it was admitted, so that nobody is sent back and forth without progress. For priority: only within a tenant.
+//! For memory: of the tenant that is furthest above its share, what comes last by priority, the newest. For fairness:
+//! a waiting sequence of a tenant below its share takes the place of one of a tenant above, which must have advanced by
+//! a block since it was admitted, so that nobody is sent back and forth without progress. For priority: only within a
+//! tenant.
 
 use super::{Budget, Scheduler, StepTrace};
 use crate::batch::SlotId;
