@@ -17,6 +17,7 @@ const CONFIG: EngineConfig = EngineConfig {
     kv_type: KvType::F16,
     block_size: 4,
     num_blocks: 6,
+    num_host_blocks: 0,
     max_waiting: 8,
     max_logit_rows: 4,
     prefix_cache: true,

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use fullbore_engine::backend::sim::{CostModel, Fidelity, SimBackend, SimOptions};
+use fullbore_engine::batch::CopyDirection::{ToDevice, ToHost};
+use fullbore_engine::batch::{BlockCopy, Slice};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
@@ -57,7 +59,8 @@ impl Seen {
 
 #[test]
 fn planted_bugs_are_caught_each_time() {
-    let bugs: [(&str, Bug); 6] = [
+    let bugs: [(&str, Bug); 7] = [
+        ("a block that comes back from elsewhere", wrong_swap),
         ("a wrong block in the device's table", wrong_table_block),
         ("a table entry that is not uploaded", missing_table_entry),
         ("a cache slot off by one", wrong_slot),
@@ -120,6 +123,22 @@ fn wrong_boundary(engine: &mut Engine, _: u32, _: &Workload) -> bool {
     };
     slice.start -= 1;
     true
+}
+
+/// A block that is copied out and back is as it was; then an empty one comes back in its place.
+fn wrong_swap(engine: &mut Engine, _: u32, workload: &Workload) -> bool {
+    let (config, batch) = (workload.config, engine.batch_mut());
+    let inside = |slice: &&Slice| slice.sample && !slice.start.is_multiple_of(config.block_size);
+    let Some(slice) = batch.slices.iter().find(inside) else { return false };
+    let device_block = batch.slot_mapping[slice.tokens.start as usize] / config.block_size;
+    let copy = |direction, host_block| BlockCopy { direction, device_block, host_block };
+    batch.copies.extend([copy(ToHost, 0), copy(ToDevice, 0)]);
+    // Not yet, so that the harmless copies of some steps are seen to be harmless.
+    let plants = slice.start.is_multiple_of(3);
+    if plants {
+        batch.copies.push(copy(ToDevice, 1));
+    }
+    plants
 }
 
 fn swapped_rows(engine: &mut Engine, _: u32, _: &Workload) -> bool {
@@ -190,6 +209,7 @@ impl Workload {
             max_model_len: 64,
             block_size,
             num_blocks: 6 * 64 / block_size,
+            num_host_blocks: 2,
             max_logit_rows: 4,
             prefix_cache: true,
             ..EngineConfig::default()
@@ -262,6 +282,7 @@ fn random_config(random: &mut Random) -> EngineConfig {
         kv_type: KvType::ALL[random.below(3) as usize],
         block_size,
         num_blocks: least_blocks + random.below(least_blocks),
+        num_host_blocks: random.below(least_blocks),
         max_waiting: 64,
         max_logit_rows: max_num_seqs + random.between(0, 8),
         prefix_cache: !random.one_in(4),
@@ -328,6 +349,7 @@ fn alone(request: &Request) -> Vec<Event> {
         kv_type: KvType::F16,
         block_size: 16,
         num_blocks: 16,
+        num_host_blocks: 0,
         max_waiting: 1,
         max_logit_rows: 256,
         prefix_cache: false,
@@ -407,10 +429,20 @@ fn a_poisoned_request_fails_alone_and_says_so() {
 /// The cost fidelity takes the same steps as the exact one, and its clock is the sum that the cost model states.
 #[test]
 fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
-    let cost =
-        CostModel { ns_per_step: 1e6, ns_per_mega_mac: 2e5, ns_per_weight_megabyte: 3e5, ns_per_attended_token: 100.0 };
-    let config =
-        EngineConfig { max_num_seqs: 2, max_logit_rows: 2, max_num_batched_tokens: 8, ..EngineConfig::default() };
+    let cost = CostModel {
+        ns_per_step: 1e6,
+        ns_per_mega_mac: 2e5,
+        ns_per_weight_megabyte: 3e5,
+        ns_per_attended_token: 100.0,
+        ns_per_copied_megabyte: 7e4,
+    };
+    let config = EngineConfig {
+        max_num_seqs: 2,
+        max_logit_rows: 2,
+        max_num_batched_tokens: 8,
+        num_host_blocks: 4,
+        ..EngineConfig::default()
+    };
     let run = |fidelity| {
         let backend = SimBackend::new(SimOptions { fidelity, cost, ..SimOptions::default() });
         let clock = backend.clock();
@@ -421,7 +453,12 @@ fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
             engine.add(request, Box::new(Client::new(usize::MAX)));
         }
         let mut traces = Vec::new();
-        while engine.step().expect("the simulator is never lost") {
+        while engine.plan() {
+            // Three blocks leave in each step.
+            let to_host = |block| BlockCopy { direction: ToHost, device_block: block, host_block: block + 1 };
+            engine.batch_mut().copies.extend((0..3).map(to_host));
+            engine.submit().expect("the simulator is never lost");
+            engine.complete().expect("the simulator is never lost");
             traces.push(engine.trace().to_string());
         }
         (traces, clock.now())
@@ -438,7 +475,8 @@ fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
     let bytes = 4.0 * (num_steps * 2.0 * f64::from(layer) + num_sampling_steps * embedding);
     // Two layers see 1, 2, .. 15 positions, for each of two sequences.
     let attended = 2.0 * 2.0 * (15.0 * 16.0 / 2.0);
-    let wanted = num_steps * 1e6 + macs / 1e6 * 2e5 + bytes / 1e6 * 3e5 + attended * 100.0;
+    let copied = num_steps * 3.0 * 32.0 * 256.0;
+    let wanted = copied / 1e6 * 7e4 + num_steps * 1e6 + macs / 1e6 * 2e5 + bytes / 1e6 * 3e5 + attended * 100.0;
     let difference = (elapsed.as_nanos() as f64 - wanted).abs();
     assert!(difference <= num_steps, "{elapsed:?} for {wanted} ns");
 }

@@ -21,6 +21,8 @@ pub struct EngineConfig {
     pub block_size: u32,
     /// Blocks in the pool.
     pub num_blocks: u32,
+    /// Blocks in the host's memory, for preempted sequences; 0 for none.
+    pub num_host_blocks: u32,
     /// Requests that wait for admission at most: the inbox of the engine thread and its queue together.
     pub max_waiting: u32,
     /// Rows of a step that go through the output layer at most. A sampling sequence takes one; a prefill chunk with
@@ -39,6 +41,7 @@ impl Default for EngineConfig {
             kv_type: KvType::F16,
             block_size: 32,
             num_blocks: 256,
+            num_host_blocks: 0,
             max_waiting: 256,
             max_logit_rows: 32,
             prefix_cache: true,
@@ -68,6 +71,7 @@ impl EngineConfig {
             ("max_model_len", self.max_model_len, 2, 1 << 24),
             ("block_size", self.block_size, 1, 256),
             ("num_blocks", self.num_blocks, 1, u32::MAX / self.block_size.max(1)),
+            ("num_host_blocks", self.num_host_blocks, 0, u32::MAX / self.block_size.max(1)),
             ("max_waiting", self.max_waiting, 1, 1 << 20),
             // Every running sequence may sample in one step.
             ("max_logit_rows", self.max_logit_rows, self.max_num_seqs, 1 << 16),
@@ -129,6 +133,7 @@ impl EngineConfig {
             kv_type: self.kv_type,
             block_size: self.block_size,
             num_blocks: self.num_blocks,
+            num_host_blocks: self.num_host_blocks,
         }
     }
 }

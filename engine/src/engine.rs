@@ -174,6 +174,7 @@ impl Engine {
         self.packed.pack(&self.batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
         let inputs = Inputs::upload(&self.packed, &mut self.recording);
+        self.model.record_copies(&self.batch.copies, &mut self.recording);
         let logits = self.model.record(&inputs, &mut self.recording);
         self.recording.downloads.push(self.model.sampled());
         if let Some(logits) = logits {

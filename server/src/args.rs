@@ -73,6 +73,9 @@ pub struct EngineArgs {
     /// Memory for the KV cache, such as 256MiB or 4GiB [default: 2048 tokens a request, at most half of what is free].
     #[arg(long, value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
+    /// Memory of the host for the KV of preempted requests, such as 4GiB.
+    #[arg(long, default_value = "0", value_parser = parse_bytes)]
+    pub swap_memory: u64,
     /// Never share the KV of equal prompt prefixes.
     #[arg(long)]
     pub no_prefix_cache: bool,
@@ -139,6 +142,7 @@ impl EngineArgs {
             block_size: 32,
             kv_blocks: None,
             kv_memory: None,
+            swap_memory: 0,
             no_prefix_cache: false,
             max_waiting: 256,
         }
@@ -166,7 +170,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         unit => return Err(format!("{unit} is no unit of memory; write a size as 256MiB or 4GiB")),
     };
     match digits.parse::<f64>() {
-        Ok(value) if value > 0.0 && value * unit < u64::MAX as f64 => Ok((value * unit) as u64),
+        Ok(value) if value >= 0.0 && value * unit < u64::MAX as f64 => Ok((value * unit) as u64),
         _ => Err(format!("{text} is not a size; write it as 256MiB or 4GiB")),
     }
 }
@@ -178,6 +182,7 @@ mod tests {
     #[test]
     fn sizes_are_read_with_their_units() {
         assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("0"), Ok(0));
         assert_eq!(parse_bytes("256MiB"), Ok(256 << 20));
         assert_eq!(parse_bytes("1.5 GiB"), Ok(3 << 29));
         assert_eq!(parse_bytes("2GB"), Ok(2_000_000_000));

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::backend::{
+    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+};
 use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, DType, Tensor, Weight, WeightId};
@@ -51,11 +53,18 @@ pub struct CostModel {
     pub ns_per_weight_megabyte: f64,
     /// Each position that an attention row sees.
     pub ns_per_attended_token: f64,
+    /// Each megabyte between device and host.
+    pub ns_per_copied_megabyte: f64,
 }
 
 impl CostModel {
-    pub const FREE: CostModel =
-        CostModel { ns_per_step: 0.0, ns_per_mega_mac: 0.0, ns_per_weight_megabyte: 0.0, ns_per_attended_token: 0.0 };
+    pub const FREE: CostModel = CostModel {
+        ns_per_step: 0.0,
+        ns_per_mega_mac: 0.0,
+        ns_per_weight_megabyte: 0.0,
+        ns_per_attended_token: 0.0,
+        ns_per_copied_megabyte: 0.0,
+    };
 }
 
 /// The device's own time, readable while an engine owns the device.
@@ -272,7 +281,9 @@ impl SimBackend {
             }
             _ => 0.0,
         };
-        Duration::from_nanos((cost.ns_per_step + recording.ops.iter().map(op_ns).sum::<f64>()) as u64)
+        let copied_bytes: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
+        let copies_ns = copied_bytes as f64 / 1e6 * cost.ns_per_copied_megabyte;
+        Duration::from_nanos((cost.ns_per_step + copies_ns + recording.ops.iter().map(op_ns).sum::<f64>()) as u64)
     }
 }
 
@@ -284,6 +295,10 @@ impl Backend for SimBackend {
     fn alloc(&mut self, _label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
         self.buffers.push(vec![0; size_bytes.div_ceil(4) as usize]);
         Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.alloc(label, size_bytes).map(Some)
     }
 
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
@@ -307,6 +322,9 @@ impl Backend for SimBackend {
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
         self.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
+        if self.options.fidelity == Fidelity::Exact {
+            recording.copies.iter().for_each(|&copy| copy_words(copy, &mut self.buffers));
+        }
         recording.ops.iter().for_each(|op| self.run(op));
         let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
         recording.downloads.iter().for_each(|&tensor| self.download(tensor, &mut downloads));

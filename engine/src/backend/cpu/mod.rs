@@ -9,7 +9,9 @@ use std::collections::VecDeque;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::backend::{
+    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+};
 use crate::op::Op;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
@@ -154,6 +156,10 @@ impl Backend for CpuBackend {
         Ok(BufferId(self.memory.buffers.len() as u32 - 1))
     }
 
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.alloc(label, size_bytes).map(Some)
+    }
+
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.memory.buffers[buffer.0 as usize]);
         bytes[offset_bytes as usize..][..data.len()].copy_from_slice(data);
@@ -175,6 +181,7 @@ impl Backend for CpuBackend {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
         let memory = &mut self.memory;
         memory.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
+        recording.copies.iter().for_each(|&copy| copy_words(copy, &mut memory.buffers));
         let avx2 = self.avx2;
         // The whole pass runs on a thread of the pool, so that an op costs no hand-over from outside.
         self.pool.install(|| recording.ops.iter().for_each(|op| memory.run(op, avx2)));
