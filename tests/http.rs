@@ -62,6 +62,10 @@ impl Backend for Gated {
         self.sim.alloc(label, size_bytes)
     }
 
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.sim.alloc_host(label, size_bytes)
+    }
+
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.sim.write(buffer, offset_bytes, data)
     }
@@ -88,6 +92,10 @@ impl Backend for Gated {
             Pace::Free | Pace::Stalled => {}
         }
         self.sim.wait(ticket, out)
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 }
 

@@ -22,6 +22,8 @@ mod scheduler;
 mod shaders;
 /// Needs nothing: whole engines on `sim`, seeded, invariants after every step.
 mod simulation;
+/// Needs Vulkan drivers: blocks that leave for the host's memory and come back, on every backend.
+mod swap;
 /// Needs the two models: tokenizers, detokenizer, templates.
 mod text;
 /// Needs nothing: the rules of the tree.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use fullbore_engine::batch::{Batch, Logits, SequenceId};
-use fullbore_engine::config::{EngineConfig, UnfitRequest};
+use fullbore_engine::config::{EngineConfig, LatencyTarget, UnfitRequest};
+use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::memory::KvCache;
 use fullbore_engine::request::{Request, Share, TokenId};
 use fullbore_engine::scheduler::{Choice, Scheduler, StepTrace};
@@ -17,9 +18,11 @@ const CONFIG: EngineConfig = EngineConfig {
     kv_type: KvType::F16,
     block_size: 4,
     num_blocks: 6,
+    num_host_blocks: 0,
     max_waiting: 8,
     max_logit_rows: 4,
     pipeline_depth: 1,
+    latency: LatencyTarget::None,
     prefix_cache: true,
 };
 
@@ -242,4 +245,45 @@ fn priorities_order_the_requests_of_a_tenant() {
     let text = run.steps(6);
     let order: Vec<_> = ["finish c", "finish a", "finish b"].iter().map(|word| text.find(word)).collect();
     assert!(order.iter().all(Option::is_some) && order.is_sorted(), "{text}");
+}
+
+/// On a device where a row takes a millisecond after the first ten, a step in which somebody decodes is filled up to
+/// the target and not beyond; a prompt advances all the same where the target is tighter than anything allows.
+#[test]
+fn a_prompt_takes_what_the_target_leaves_of_a_step() {
+    let cost = CostModel::line(10e6, 1e6, Prices::default());
+    let chunks = |latency| {
+        let config = EngineConfig { max_num_batched_tokens: 64, max_model_len: 128, num_blocks: 64, latency, ..CONFIG };
+        let mut run = Run::new(config);
+        run.scheduler.set_cost(cost);
+        run.add(0, 40, 20);
+        run.step();
+        run.add(100, 100, 1);
+        let text = run.steps(3);
+        let chunks = text.lines().map(|line| {
+            let (_, rest) = line.split_once("b[").expect("the prompt advances in each step");
+            let (range, _) = rest.split_once('/').expect("a range");
+            let (start, end) = range.split_once("..").expect("a range");
+            end.parse::<u32>().expect("a number") - start.parse::<u32>().expect("a number")
+        });
+        chunks.collect::<Vec<_>>()
+    };
+    // One row takes 10 ms, so 30 ms have room for 20 more.
+    assert_eq!(chunks(LatencyTarget::Milliseconds(30)), [20, 20, 20]);
+    assert_eq!(chunks(LatencyTarget::Stretch(300)), [20, 20, 20]);
+    assert_eq!(chunks(LatencyTarget::Milliseconds(11)), [8, 8, 8]);
+}
+
+#[test]
+fn a_target_below_one_step_is_refused_with_both_numbers() {
+    let config = EngineConfig { latency: LatencyTarget::Milliseconds(5), ..CONFIG };
+    assert_eq!(config.check(), Ok(()));
+    let sentence = config.check_target(7_400_000).expect_err("below one step").to_string();
+    assert!(
+        sentence.contains("5 ms") && sentence.contains("7.4 ms") && sentence.contains("to 8 or more"),
+        "{sentence}"
+    );
+    assert_eq!(config.check_target(4_000_000), Ok(()));
+    let zero = EngineConfig { latency: LatencyTarget::Milliseconds(0), ..CONFIG };
+    assert!(zero.check().is_err());
 }

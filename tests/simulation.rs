@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::backend::{Backend, RowSource, Ticket, WeightSpec};
-use fullbore_engine::config::EngineConfig;
+use fullbore_engine::batch::CopyDirection::{ToDevice, ToHost};
+use fullbore_engine::batch::{BlockCopy, Slice};
+use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::BlockTable;
@@ -63,7 +65,8 @@ impl Seen {
 
 #[test]
 fn planted_bugs_are_caught_each_time() {
-    let bugs: [(&str, Bug); 6] = [
+    let bugs: [(&str, Bug); 7] = [
+        ("a block that comes back from elsewhere", wrong_swap),
         ("a wrong block in the device's table", wrong_table_block),
         ("a table entry that is not uploaded", missing_table_entry),
         ("a cache slot off by one", wrong_slot),
@@ -126,6 +129,22 @@ fn wrong_boundary(engine: &mut Engine, _: u32, _: &Workload) -> bool {
     };
     slice.start -= 1;
     true
+}
+
+/// A block that is copied out and back is as it was; then an empty one comes back in its place.
+fn wrong_swap(engine: &mut Engine, _: u32, workload: &Workload) -> bool {
+    let (config, batch) = (workload.config, engine.batch_mut());
+    let inside = |slice: &&Slice| slice.sample && !slice.start.is_multiple_of(config.block_size);
+    let Some(slice) = batch.slices.iter().find(inside) else { return false };
+    let device_block = batch.slot_mapping[slice.tokens.start as usize] / config.block_size;
+    let copy = |direction, host_block| BlockCopy { direction, device_block, host_block };
+    batch.copies.extend([copy(ToHost, 0), copy(ToDevice, 0)]);
+    // Not yet, so that the harmless copies of some steps are seen to be harmless.
+    let plants = slice.start.is_multiple_of(3);
+    if plants {
+        batch.copies.push(copy(ToDevice, 1));
+    }
+    plants
 }
 
 fn swapped_rows(engine: &mut Engine, _: u32, _: &Workload) -> bool {
@@ -197,6 +216,7 @@ impl Workload {
             max_model_len: 64,
             block_size,
             num_blocks: 6 * 64 / block_size,
+            num_host_blocks: 2,
             max_logit_rows: 4,
             prefix_cache: true,
             ..EngineConfig::default()
@@ -214,6 +234,7 @@ impl Workload {
     /// Runs it all, with a chance to change each planned step, and returns the first difference to running alone.
     fn run(&self, change: &mut dyn FnMut(&mut Engine, u32), seen: &mut Seen) -> Option<String> {
         let mut engine = engine(self.config);
+        engine.set_cost(CostModel::line(3e6, 2e5, Prices::default()));
         let mut clients: Vec<Option<Client>> = self.requests.iter().map(|_| None).collect();
         for step in 0.. {
             assert!(step < 20_000, "no end");
@@ -274,9 +295,15 @@ fn random_config(random: &mut Random) -> EngineConfig {
         kv_type: KvType::ALL[random.below(3) as usize],
         block_size,
         num_blocks: least_blocks + random.below(least_blocks),
+        num_host_blocks: random.below(least_blocks),
         max_waiting: 64,
         max_logit_rows: max_num_seqs + random.between(0, 8),
         pipeline_depth: random.between(1, 2),
+        latency: match random.below(3) {
+            0 => LatencyTarget::None,
+            1 => LatencyTarget::Milliseconds(random.between(1, 40)),
+            _ => LatencyTarget::Stretch(random.between(100, 400)),
+        },
         prefix_cache: !random.one_in(4),
     }
 }
@@ -347,9 +374,11 @@ fn alone(request: &Request) -> Vec<Event> {
         kv_type: KvType::F16,
         block_size: 16,
         num_blocks: 16,
+        num_host_blocks: 0,
         max_waiting: 1,
         max_logit_rows: 256,
         pipeline_depth: 1,
+        latency: LatencyTarget::None,
         prefix_cache: false,
     };
     let mut engine = engine(config);

@@ -143,6 +143,10 @@ impl Backend for Timed {
         self.inner.alloc(label, size_bytes)
     }
 
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.inner.alloc_host(label, size_bytes)
+    }
+
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.inner.write(buffer, offset_bytes, data)
     }
@@ -161,6 +165,10 @@ impl Backend for Timed {
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
         self.time(|device| device.wait(ticket, out))
+    }
+
+    fn now(&self) -> Instant {
+        self.inner.now()
     }
 }
 

@@ -74,6 +74,31 @@ impl Slice {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyDirection {
+    ToHost,
+    ToDevice,
+}
+
+/// A block of the KV cache on its way to the host's memory or back, K and V of all layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockCopy {
+    pub direction: CopyDirection,
+    /// Less than `num_blocks`.
+    pub device_block: u32,
+    /// Less than what [`Model::num_host_blocks`](crate::model::Model::num_host_blocks) says.
+    pub host_block: u32,
+}
+
+impl BlockCopy {
+    /// Whether both blocks lie just behind those of `other`, in the same direction.
+    pub fn follows(&self, other: &BlockCopy) -> bool {
+        self.direction == other.direction
+            && self.device_block == other.device_block + 1
+            && self.host_block == other.host_block + 1
+    }
+}
+
 /// Cleared and refilled each step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
@@ -83,6 +108,9 @@ pub struct Batch {
     pub slot_mapping: Vec<u32>,
     /// New entries of the device's block table: (slot, index in its row, block id).
     pub table_updates: Vec<(SlotId, u32, u32)>,
+    /// Done one after another before anything of this step is computed, and after all that earlier steps computed: a
+    /// block may leave here and be overwritten by this step, or come back and be read by it.
+    pub copies: Vec<BlockCopy>,
 }
 
 impl Batch {
@@ -95,6 +123,7 @@ impl Batch {
             input: Vec::with_capacity(max_num_batched_tokens as usize),
             slot_mapping: Vec::with_capacity(max_num_batched_tokens as usize),
             table_updates: Vec::with_capacity((new_blocks + max_model_len.div_ceil(block_size)) as usize),
+            copies: Vec::new(),
         }
     }
 
@@ -103,6 +132,7 @@ impl Batch {
         self.input.clear();
         self.slot_mapping.clear();
         self.table_updates.clear();
+        self.copies.clear();
     }
 
     pub fn num_tokens(&self) -> u32 {

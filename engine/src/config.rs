@@ -22,6 +22,8 @@ pub struct EngineConfig {
     pub block_size: u32,
     /// Blocks in the pool.
     pub num_blocks: u32,
+    /// Blocks in the host's memory, for preempted sequences; 0 for none.
+    pub num_host_blocks: u32,
     /// Requests that wait for admission at most: the inbox of the engine thread and its queue together.
     pub max_waiting: u32,
     /// Rows of a step that go through the output layer at most. A sampling sequence takes one; a prefill chunk with
@@ -29,6 +31,8 @@ pub struct EngineConfig {
     pub max_logit_rows: u32,
     /// Steps that are submitted and not yet read back, at most: 1 waits for each, 2 keeps the device busy.
     pub pipeline_depth: u32,
+    /// How long sequences that decode may wait for the prompts that share their steps.
+    pub latency: LatencyTarget,
     /// Whether full blocks are kept for later requests with the same prefix.
     pub prefix_cache: bool,
 }
@@ -42,15 +46,28 @@ impl Default for EngineConfig {
             kv_type: KvType::F16,
             block_size: 32,
             num_blocks: 256,
+            num_host_blocks: 0,
             max_waiting: 256,
             max_logit_rows: 32,
             pipeline_depth: 2,
+            latency: LatencyTarget::None,
             prefix_cache: true,
         }
     }
 }
 
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+/// What bounds the time of a step in which some sequences decode, and so the gap between their tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LatencyTarget {
+    /// Nothing: as many prompt tokens as the step may have.
+    None,
+    /// So long at most, as far as decodes alone allow it.
+    Milliseconds(u32),
+    /// At most this many percent of what the step would take without prompts.
+    Stretch(u32),
+}
+
+#[derive(Debug, PartialEq, thiserror::Error)]
 pub enum ConfigError {
     #[error("{name} is {value}; it must be at least {least}")]
     TooSmall { name: &'static str, value: u32, least: u32 },
@@ -61,6 +78,11 @@ pub enum ConfigError {
          give more KV memory or lower max_model_len"
     )]
     PoolTooSmall { num_blocks: u32, block_size: u32, max_model_len: u32 },
+    #[error(
+        "the target between tokens is {target_ms} ms, but on this device one sequence alone takes {step_ms:.1} ms a \
+         token; set --target-itl-ms to {least_ms} or more, or choose a smaller model or a faster device"
+    )]
+    TargetBelowStep { target_ms: u32, step_ms: f64, least_ms: u32 },
 }
 
 impl EngineConfig {
@@ -72,6 +94,7 @@ impl EngineConfig {
             ("max_model_len", self.max_model_len, 2, 1 << 24),
             ("block_size", self.block_size, 1, 256),
             ("num_blocks", self.num_blocks, 1, u32::MAX / self.block_size.max(1)),
+            ("num_host_blocks", self.num_host_blocks, 0, u32::MAX / self.block_size.max(1)),
             ("max_waiting", self.max_waiting, 1, 1 << 20),
             // Every running sequence may sample in one step.
             ("max_logit_rows", self.max_logit_rows, self.max_num_seqs, 1 << 16),
@@ -85,11 +108,32 @@ impl EngineConfig {
                 return Err(ConfigError::TooLarge { name, value, most });
             }
         }
+        let percent_or_ms = match self.latency {
+            LatencyTarget::None => u32::MAX,
+            LatencyTarget::Milliseconds(ms) => ms,
+            LatencyTarget::Stretch(percent) => percent / 100,
+        };
+        if percent_or_ms == 0 {
+            return Err(ConfigError::TooSmall { name: "the latency target", value: 0, least: 1 });
+        }
         if self.num_blocks < self.max_model_len.div_ceil(self.block_size) {
             let EngineConfig { num_blocks, block_size, max_model_len, .. } = *self;
             return Err(ConfigError::PoolTooSmall { num_blocks, block_size, max_model_len });
         }
         Ok(())
+    }
+}
+
+impl EngineConfig {
+    /// Whether a device on which one sequence alone takes `step_ns` a token can meet the target at all.
+    pub fn check_target(&self, step_ns: u64) -> Result<(), ConfigError> {
+        let step_ms = step_ns as f64 / 1e6;
+        match self.latency {
+            LatencyTarget::Milliseconds(target_ms) if f64::from(target_ms) < step_ms => {
+                Err(ConfigError::TargetBelowStep { target_ms, step_ms, least_ms: step_ms.ceil() as u32 })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -134,6 +178,7 @@ impl EngineConfig {
             kv_type: self.kv_type,
             block_size: self.block_size,
             num_blocks: self.num_blocks,
+            num_host_blocks: self.num_host_blocks,
         }
     }
 }

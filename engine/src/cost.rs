@@ -54,6 +54,18 @@ impl StepShape {
             loaded_tokens: self.loaded_tokens + whole * begin + item * whole * (whole + 1) / 2 + last,
         }
     }
+
+    /// This step without a slice that it has.
+    pub fn without_slice(self, start: u32, num_tokens: u32, num_logit_rows: u32) -> StepShape {
+        let slice = StepShape::default().with_slice(start, num_tokens, num_logit_rows);
+        StepShape {
+            num_tokens: self.num_tokens - slice.num_tokens,
+            num_logit_rows: self.num_logit_rows - slice.num_logit_rows,
+            num_sequences: self.num_sequences - slice.num_sequences,
+            attended_tokens: self.attended_tokens - slice.attended_tokens,
+            loaded_tokens: self.loaded_tokens - slice.loaded_tokens,
+        }
+    }
 }
 
 /// Knots of the curve over rows: 1, 2, 4, .. 65536, the most rows that a step can be configured to have.
@@ -211,6 +223,7 @@ mod tests {
         }
         let decoding = StepShape::default().with_slice(40, 1, 1).with_slice(40, 1, 1);
         assert_eq!(decoding, StepShape::decode(2, 41));
+        assert_eq!(decoding.with_slice(7, 30, 2).without_slice(7, 30, 2), decoding);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::Instant;
 use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, Logits, PackedBatch, SequenceId, Slice};
 use crate::config::EngineConfig;
-use crate::cost::StepShape;
+use crate::cost::{CostFit, CostModel, StepShape};
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
 use crate::op::NON_FINITE;
@@ -47,6 +47,7 @@ pub struct Engine {
     /// When the device became idle, or turned to the step that runs now.
     device_free_at: Instant,
     last_step: StepTime,
+    cost: CostFit,
     stats: EngineStats,
 }
 
@@ -101,6 +102,7 @@ impl Engine {
     pub fn new(config: EngineConfig, model: Model, backend: Box<dyn Backend>, hash_key: (u64, u64)) -> Engine {
         assert_eq!(model.limits, config.state_limits(), "the model was loaded for other limits");
         let recording = model.recording();
+        let now = backend.now();
         let mut cache = KvCache::new(config.num_blocks, config.block_size, config.prefix_cache.then_some(hash_key));
         cache.reserve_tables(config.max_num_seqs, model.limits.max_blocks_per_seq());
         Engine {
@@ -111,17 +113,18 @@ impl Engine {
             backend,
             clients: HashMap::new(),
             next_id: 0,
-            planned: Step::new(&config),
+            planned: Step::new(&config, now),
             in_flight: VecDeque::new(),
-            spare: (0..config.pipeline_depth).map(|_| Step::new(&config)).collect(),
+            spare: (0..config.pipeline_depth).map(|_| Step::new(&config, now)).collect(),
             packed: PackedBatch::default(),
             recording,
             downloads: Vec::new(),
             choices: Vec::new(),
             gone: Vec::new(),
             outcomes: Vec::new(),
-            device_free_at: Instant::now(),
+            device_free_at: now,
             last_step: StepTime::default(),
+            cost: CostFit::new(CostModel::UNKNOWN),
             stats: EngineStats::default(),
         }
     }
@@ -136,6 +139,17 @@ impl Engine {
 
     pub fn backend(&self) -> &dyn Backend {
         self.backend.as_ref()
+    }
+
+    /// Starts from what a device was measured to take, instead of from nothing.
+    pub fn set_cost(&mut self, cost: CostModel) {
+        self.cost = CostFit::new(cost);
+        self.scheduler.set_cost(cost);
+    }
+
+    /// What steps take on this device, as far as it has been seen.
+    pub fn cost(&self) -> &CostModel {
+        self.cost.model()
     }
 
     /// The step that was completed last.
@@ -161,7 +175,8 @@ impl Engine {
         let request = Arc::new(request);
         let chain = self.cache.chain(&request.prompt, request.cache_salt);
         self.scheduler.add(Sequence::new(id, request.clone(), chain));
-        let client = Client { request, sink, arrived: Instant::now(), first_token: None, prompt_logprobs: Vec::new() };
+        let client =
+            Client { request, sink, arrived: self.backend.now(), first_token: None, prompt_logprobs: Vec::new() };
         self.clients.insert(id, client);
         id
     }
@@ -219,6 +234,7 @@ impl Engine {
         self.packed.pack(batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
         let inputs = Inputs::upload(&self.packed, &mut self.recording);
+        self.model.record_copies(&batch.copies, &mut self.recording);
         let logits = self.model.record(&inputs, &mut self.recording);
         self.recording.downloads.push(self.model.sampled());
         if let Some(logits) = logits {
@@ -231,7 +247,7 @@ impl Engine {
             self.recording.downloads.extend(wanted.map(rows));
         }
         let ticket = self.backend.submit(&self.recording)?;
-        self.planned.submitted_at = Instant::now();
+        self.planned.submitted_at = self.backend.now();
         let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
         self.in_flight.push_back((ticket, std::mem::replace(&mut self.planned, next)));
         Ok(())
@@ -264,7 +280,7 @@ impl Engine {
         let Some(client) = self.clients.remove(&id) else { return };
         let usage = self.scheduler.abort(&mut self.cache, id).unwrap_or_default();
         self.stats.num_aborted += 1;
-        log_end(&client, "aborted", usage);
+        log_end(&client, "aborted", usage, self.backend.now());
     }
 
     /// Tells every client that the engine has ended, and why.
@@ -297,11 +313,14 @@ impl Engine {
     }
 
     fn count(&mut self, step: &Step) {
-        let now = Instant::now();
+        let now = self.backend.now();
         // The device runs its steps one after another.
         let begun = step.submitted_at.max(self.device_free_at);
         self.device_free_at = now;
         self.last_step = StepTime { shape: step.batch.shape(), device_ns: (now - begun).as_nanos() as u64 };
+        if self.cost.observe(&self.last_step.shape, self.last_step.device_ns) {
+            self.scheduler.set_cost(*self.cost.model());
+        }
         self.stats.last_step_ms = (now - begun).as_secs_f64() * 1e3;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
@@ -358,7 +377,7 @@ impl Engine {
         }
         if let (Some(id), Flow::Continue) = (outcome.token, flow) {
             self.stats.generated_tokens += 1;
-            client.first_token.get_or_insert_with(Instant::now);
+            client.first_token.get_or_insert(self.device_free_at);
             flow = client.sink.event(Event::Token { id, logprobs });
         }
         match (outcome.finished, flow) {
@@ -379,7 +398,7 @@ impl Engine {
         *count += 1;
         self.stats.prompt_tokens += u64::from(usage.prompt_tokens);
         self.stats.cached_tokens += u64::from(usage.cached_tokens);
-        log_end(&client, word, usage);
+        log_end(&client, word, usage, self.device_free_at);
         client.sink.event(Event::Finished { reason, usage });
     }
 
@@ -391,9 +410,9 @@ impl Engine {
 }
 
 impl Step {
-    fn new(config: &EngineConfig) -> Step {
+    fn new(config: &EngineConfig, now: Instant) -> Step {
         let batch = Batch::with_capacity(config);
-        Step { batch, trace: StepTrace::with_capacity(config.max_num_seqs), submitted_at: Instant::now() }
+        Step { batch, trace: StepTrace::with_capacity(config.max_num_seqs), submitted_at: now }
     }
 }
 
@@ -433,7 +452,7 @@ fn logit_rows(batch: &Batch) -> impl Iterator<Item = (&Slice, u32)> {
     })
 }
 
-fn log_end(client: &Client, reason: &str, usage: Usage) {
+fn log_end(client: &Client, reason: &str, usage: Usage, now: Instant) {
     let since = |at: Instant| (at - client.arrived).as_secs_f64() * 1e3;
     tracing::info!(
         id = client.request.id,
@@ -442,7 +461,7 @@ fn log_end(client: &Client, reason: &str, usage: Usage) {
         cached_tokens = usage.cached_tokens,
         completion_tokens = usage.completion_tokens,
         ttft_ms = client.first_token.map(since),
-        total_ms = since(Instant::now()),
+        total_ms = since(now),
         "request ended"
     );
 }

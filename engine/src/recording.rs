@@ -1,4 +1,4 @@
-//! A forward pass as data: one upload, ops in order, a list of downloads.
+//! A forward pass as data: one upload, copies, ops in order, a list of downloads.
 //!
 //! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
 //! a backend may trust them. A recording runs nothing.
@@ -12,26 +12,42 @@ pub struct Recording {
     /// Where `upload` goes, from its begin, before the first op and after all earlier recordings.
     pub upload_buffer: BufferId,
     pub upload: Vec<u32>,
+    /// Done in order, after the upload and before the first op: ops are one compute pass, and a device copies outside
+    /// of passes.
+    pub copies: Vec<BufferCopy>,
     pub ops: Vec<Op>,
     /// What is read back after the last op, concatenated in this order.
     pub downloads: Vec<Tensor>,
 }
 
+/// Bytes of one buffer into another: places and size are whole words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferCopy {
+    pub from: BufferId,
+    pub from_bytes: u64,
+    pub to: BufferId,
+    pub to_bytes: u64,
+    pub size_bytes: u64,
+}
+
 impl Recording {
     pub fn new(upload_buffer: BufferId) -> Recording {
-        Recording { upload_buffer, upload: Vec::new(), ops: Vec::new(), downloads: Vec::new() }
+        let (upload, copies, ops, downloads) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Recording { upload_buffer, upload, copies, ops, downloads }
     }
 
     /// Becomes equal to `other`, in the memory that it has.
     pub fn copy_from(&mut self, other: &Recording) {
         self.upload_buffer = other.upload_buffer;
         self.upload.clone_from(&other.upload);
+        self.copies.clone_from(&other.copies);
         self.ops.clone_from(&other.ops);
         self.downloads.clone_from(&other.downloads);
     }
 
     pub fn clear(&mut self) {
         self.upload.clear();
+        self.copies.clear();
         self.ops.clear();
         self.downloads.clear();
     }
@@ -43,6 +59,12 @@ impl Recording {
         self.upload.extend_from_slice(words);
         let rows = words.len() as u32 / cols;
         Tensor { buffer: self.upload_buffer, offset, rows, cols, dtype: DType::U32 }
+    }
+
+    pub fn copy(&mut self, copy: BufferCopy) {
+        let in_words = [copy.from_bytes, copy.to_bytes, copy.size_bytes].map(|bytes| bytes.is_multiple_of(4));
+        assert!(in_words == [true; 3] && copy.size_bytes > 0 && copy.from != copy.to, "{copy:?}");
+        self.copies.push(copy);
     }
 
     pub fn push(&mut self, op: Op) {

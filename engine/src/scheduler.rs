@@ -8,13 +8,15 @@
 //! A step may be planned while earlier ones run: a token that they sample counts before its id is known, and its id is
 //! then read on the device. What a step computed for a sequence that ended meanwhile is dropped.
 //!
-//! Invariants: the same state gives the same batch (no clock, no chance); of one tenant and priority the oldest running
-//! sequence is never preempted for another, so there is always progress; nothing is admitted in a step that ran out of
-//! blocks, nor before all tokens that are known would fit, so a victim waits until another sequence has freed memory.
-//! Work in a step is O(rows): nothing is done for a token that was computed before, and no memory is taken.
+//! Invariants: the same state, prices of the device included, gives the same batch (no clock, no chance); of one tenant
+//! and priority the oldest running sequence is never preempted for another, so there is always progress; nothing is
+//! admitted in a step that ran out of blocks, nor before all tokens that are known would fit, so a victim waits until
+//! another sequence has freed memory. Work in a step is O(rows): nothing is done for a token that was computed before,
+//! and no memory is taken.
 
 use crate::batch::{Batch, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::config::EngineConfig;
+use crate::cost::CostModel;
 use crate::memory::KvCache;
 use crate::queue::{DECODE_COST, PREFILL_COST, Queue};
 use crate::request::{FinishReason, TokenId, Usage};
@@ -42,6 +44,8 @@ pub struct Scheduler {
     /// Refilled in each step.
     candidates: Vec<SlotId>,
     blocked: Option<Blocked>,
+    /// Of the device, as far as it is known.
+    cost: CostModel,
     num_steps: u64,
     num_preemptions: u64,
 }
@@ -91,6 +95,7 @@ impl Scheduler {
             plan: Vec::with_capacity(max_num_seqs),
             candidates: Vec::with_capacity(max_num_seqs),
             blocked: None,
+            cost: CostModel::UNKNOWN,
             num_steps: 0,
             num_preemptions: 0,
         }
@@ -99,6 +104,11 @@ impl Scheduler {
     /// Queues a sequence. That it fits in `max_model_len` and in the pool is the caller's to have checked.
     pub fn add(&mut self, sequence: Sequence) {
         self.queue.push(sequence);
+    }
+
+    /// What steps take from now on.
+    pub fn set_cost(&mut self, cost: CostModel) {
+        self.cost = cost;
     }
 
     pub fn queue(&self) -> &Queue {
@@ -128,7 +138,8 @@ impl Scheduler {
         self.num_steps += 1;
         self.plan.clear();
         trace.begin(self.num_steps);
-        let mut budget = Budget::new(&self.config);
+        let (config, cost) = (self.config, self.cost);
+        let mut budget = Budget::new(&config, &cost);
         self.continue_running(cache, &mut budget, trace);
         if trace.preempted.is_empty() {
             self.admit(cache, &mut budget, trace);
@@ -229,6 +240,9 @@ impl Scheduler {
             }
             for &slot in &candidates {
                 self.continue_one(slot, cache, budget, trace);
+            }
+            if decodes {
+                budget.decodes_are_planned();
             }
         }
         self.candidates = candidates;

@@ -255,6 +255,11 @@ impl KvTensor {
         block_size as u64 * num_kv_heads as u64 * kv_type.head_words(head_dim) as u64 * 4
     }
 
+    /// Bytes of the K of one of its blocks.
+    pub const fn size_of_block(self) -> u64 {
+        KvTensor::block_bytes(self.kv_type, self.block_size, self.num_kv_heads, self.head_dim)
+    }
+
     /// Where a token's head begins in either buffer, in words.
     pub const fn head_at(self, block: u32, kv_head: u32, token: u32) -> usize {
         let heads = block as usize * self.num_kv_heads as usize + kv_head as usize;

@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 
-use clap::{Args as ClapArgs, Parser, Subcommand};
-use fullbore_engine::config::EngineConfig;
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::request::Share;
 use fullbore_engine::tensor::KvType;
 
@@ -75,9 +75,18 @@ pub struct EngineArgs {
     /// Memory for the KV cache, such as 256MiB or 4GiB [default: 2048 tokens a request, at most half of what is free].
     #[arg(long, value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
+    /// Memory of the host for the KV of preempted requests, such as 4GiB.
+    #[arg(long, default_value = "0", value_parser = parse_bytes)]
+    pub swap_memory: u64,
     /// Never share the KV of equal prompt prefixes.
     #[arg(long)]
     pub no_prefix_cache: bool,
+    /// What to favour: answers that never stutter while others begin, throughput, or both in turn.
+    #[arg(long, value_enum, default_value_t = Profile::Balanced)]
+    pub profile: Profile,
+    /// Time between the tokens of an answer that prompts of others may not exceed, instead of the profile's.
+    #[arg(long)]
+    pub target_itl_ms: Option<u32>,
     /// Steps submitted before the oldest is read back: 2 keeps the device busy, 1 waits for each.
     #[arg(long, default_value_t = 2)]
     pub pipeline_depth: u32,
@@ -136,7 +145,27 @@ pub struct BenchArgs {
     pub output_tokens: u32,
 }
 
+/// How much longer than without prompts a step may take in which answers go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Profile {
+    /// Half as long again.
+    Latency,
+    /// Three times as long.
+    Balanced,
+    /// As long as a full step takes.
+    Throughput,
+}
+
 impl EngineArgs {
+    pub fn latency(&self) -> LatencyTarget {
+        match (self.target_itl_ms, self.profile) {
+            (Some(ms), _) => LatencyTarget::Milliseconds(ms),
+            (None, Profile::Latency) => LatencyTarget::Stretch(150),
+            (None, Profile::Balanced) => LatencyTarget::Stretch(300),
+            (None, Profile::Throughput) => LatencyTarget::None,
+        }
+    }
+
     /// The defaults of the command line, for commands that have no flags for them.
     pub fn new(model: ModelArgs) -> EngineArgs {
         EngineArgs {
@@ -147,7 +176,10 @@ impl EngineArgs {
             block_size: 32,
             kv_blocks: None,
             kv_memory: None,
+            swap_memory: 0,
             no_prefix_cache: false,
+            profile: Profile::Balanced,
+            target_itl_ms: None,
             pipeline_depth: EngineConfig::default().pipeline_depth,
             max_waiting: 256,
         }
@@ -189,7 +221,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         unit => return Err(format!("{unit} is no unit of memory; write a size as 256MiB or 4GiB")),
     };
     match digits.parse::<f64>() {
-        Ok(value) if value > 0.0 && value * unit < u64::MAX as f64 => Ok((value * unit) as u64),
+        Ok(value) if value >= 0.0 && value * unit < u64::MAX as f64 => Ok((value * unit) as u64),
         _ => Err(format!("{text} is not a size; write it as 256MiB or 4GiB")),
     }
 }
@@ -201,6 +233,7 @@ mod tests {
     #[test]
     fn sizes_are_read_with_their_units() {
         assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("0"), Ok(0));
         assert_eq!(parse_bytes("256MiB"), Ok(256 << 20));
         assert_eq!(parse_bytes("1.5 GiB"), Ok(3 << 29));
         assert_eq!(parse_bytes("2GB"), Ok(2_000_000_000));

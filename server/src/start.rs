@@ -11,7 +11,7 @@ use fullbore_engine::backend::{Backend, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig};
 use fullbore_engine::engine::Engine;
-use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable};
+use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -37,6 +37,9 @@ pub enum StartError {
     KvType(#[from] UnfitKvType),
     #[error("--max-model-len is {asked}, but {model} was made for {max_positions} tokens")]
     BeyondModel { asked: u32, model: String, max_positions: u32 },
+    #[error("--swap-memory of {} holds no block of the KV cache, which takes {}: give more, or 0 to swap nothing",
+        human_bytes(*.asked), human_bytes(*.block))]
+    SwapTooSmall { asked: u64, block: u64 },
     #[error(transparent)]
     Load(#[from] LoadError),
 }
@@ -69,10 +72,21 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
 
 /// Where memory will go, with `weights` bytes of it for weights.
 pub fn memory_table(model: &ModelConfig, config: &EngineConfig, weights: u64) -> MemoryTable {
-    let Footprint { kv, scratch, tables } = Model::footprint(model, &config.state_limits());
-    let EngineConfig { kv_type, num_blocks, block_size, .. } = *config;
+    let Footprint { kv, scratch, tables, swap } = Model::footprint(model, &config.state_limits());
+    let EngineConfig { kv_type, num_blocks, num_host_blocks, block_size, .. } = *config;
     let kv_bytes_per_token = model.kv_bytes_per_token(kv_type);
-    MemoryTable { weights, kv, scratch, tables, kv_type, num_blocks, block_size, kv_bytes_per_token }
+    MemoryTable {
+        weights,
+        kv,
+        scratch,
+        tables,
+        swap,
+        kv_type,
+        num_blocks,
+        num_host_blocks,
+        block_size,
+        kv_bytes_per_token,
+    }
 }
 
 impl Plan {
@@ -84,6 +98,9 @@ impl Plan {
         let mut progress = |read_bytes: u64| bar.set_position(read_bytes);
         let model = Model::load(config, limits, &mut checkpoint, self.backend.as_mut(), &mut progress)?;
         bar.finish_and_clear();
+        if model.num_host_blocks() < self.config.num_host_blocks {
+            tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
+        }
         let engine = Engine::new(self.config, model, self.backend, (random(), random()));
         Ok(ServedModel {
             name: self.name,
@@ -124,18 +141,14 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
     }
     let kv_type = args.model.kv_type;
     bundle.config.check_kv_type(kv_type)?;
+    let kv_bytes_per_token = bundle.config.kv_bytes_per_token(kv_type);
     let longest = args.max_model_len.unwrap_or(max_positions.min(DEFAULT_MODEL_LEN));
     let block_size = args.block_size.max(1);
     let num_blocks = match args.kv_blocks {
         Some(num_blocks) => num_blocks,
         None => {
             let budget = args.kv_memory.unwrap_or_else(|| default_budget(args, &bundle.config, longest, free_bytes));
-            capacity::num_blocks(
-                bundle.config.kv_bytes_per_token(kv_type),
-                budget,
-                block_size,
-                args.max_model_len.unwrap_or(1),
-            )?
+            capacity::num_blocks(kv_bytes_per_token, budget, block_size, args.max_model_len.unwrap_or(1))?
         }
     };
     let max_model_len = args.max_model_len.unwrap_or(longest.min(num_blocks.saturating_mul(block_size)));
@@ -146,13 +159,26 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
         kv_type,
         block_size: args.block_size,
         num_blocks,
+        num_host_blocks: num_host_blocks(args, kv_bytes_per_token)?,
         max_waiting: args.max_waiting,
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
+        latency: args.latency(),
         prefix_cache: !args.no_prefix_cache,
     };
     config.check()?;
     Ok(config)
+}
+
+fn num_host_blocks(args: &EngineArgs, kv_bytes_per_token: u64) -> Result<u32, StartError> {
+    let block_size = args.block_size.max(1);
+    match capacity::num_host_blocks(kv_bytes_per_token, args.swap_memory, block_size) {
+        0 if args.swap_memory > 0 => {
+            let block = kv_bytes_per_token * u64::from(block_size);
+            Err(StartError::SwapTooSmall { asked: args.swap_memory, block })
+        }
+        num_blocks => Ok(num_blocks),
+    }
 }
 
 /// Enough for every sequence at a usual length, and for one at its longest, but at most half of what is free.

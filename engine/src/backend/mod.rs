@@ -3,13 +3,14 @@
 //! The contract of [`Backend`], all of it:
 //! - A backend holds buffers and weights and runs recordings, in submission order.
 //! - `submit` returns before the work is done. The recording's upload takes effect after all earlier recordings and
-//!   before its own first op; ops see the writes of earlier ops; there are no barriers in the interface.
+//!   before its own copies, and those one by one before its first op; ops see the writes of earlier ops; there are no
+//!   barriers in the interface.
 //! - `wait` blocks until the recording of that ticket is done and delivers its downloads. Tickets are waited for once
 //!   each and in order; at most [`MAX_IN_FLIGHT`] are open.
 //! - Shapes, ranges and lifetimes are the caller's responsibility, asserted by `Recording`; a backend that meets a
 //!   violation panics, because it is a bug above.
-//! - `alloc`, `write` and `load_weight` are for loading, before the first `submit`. Buffers start zeroed. There is no
-//!   free: everything is allocated at start, and a step creates no buffer.
+//! - `alloc`, `alloc_host`, `write` and `load_weight` are for loading, before the first `submit`. Buffers start zeroed.
+//!   There is no free: everything is allocated at start, and a step creates no buffer.
 //! - Errors are only what a caller cannot foresee: out of memory, device lost.
 //! - A backend packs each weight format once, into one layout used by all its kernels, and never holds a dequantised
 //!   copy of a quantised weight.
@@ -17,9 +18,10 @@
 //! A backend knows no scheduler, memory manager, sequence or request: it cannot know what a user is.
 
 use std::io;
+use std::time::Instant;
 
 use crate::format::FormatError;
-use crate::recording::Recording;
+use crate::recording::{BufferCopy, Recording};
 use crate::tensor::{BufferId, Weight, WeightFormat};
 
 pub mod cpu;
@@ -35,6 +37,9 @@ pub trait Backend: Send {
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError>;
 
+    /// A buffer in memory of the host, for copies alone. `None` where the device cannot copy to such memory.
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError>;
+
     /// Fills part of a buffer while loading.
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError>;
 
@@ -48,6 +53,18 @@ pub trait Backend: Send {
 
     /// Appends the downloads of the ticket's recording to `out`.
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError>;
+
+    /// The time on this device's clock: the machine's own, but for a simulator, whose time is virtual.
+    fn now(&self) -> Instant;
+}
+
+/// A copy where buffers are words of the host's memory.
+fn copy_words(copy: BufferCopy, buffers: &mut [Vec<u32>]) {
+    let places = [copy.from.0 as usize, copy.to.0 as usize];
+    let [from, to] = buffers.get_disjoint_mut(places).expect("two buffers of this backend");
+    let words = |bytes: u64| bytes as usize / 4;
+    let from = &from[words(copy.from_bytes)..][..words(copy.size_bytes)];
+    to[words(copy.to_bytes)..][..from.len()].copy_from_slice(from);
 }
 
 /// The claim on a recording between `submit` and `wait`.

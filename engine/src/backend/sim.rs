@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::backend::{
+    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+};
 use crate::cost::{CostModel, StepShape};
 use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
 use crate::recording::Recording;
@@ -32,6 +34,8 @@ pub struct SimOptions {
     pub fidelity: Fidelity,
     /// What each recording takes, by its shape.
     pub cost: CostModel,
+    /// Nanoseconds a megabyte that is copied between blocks, beside what `cost` says.
+    pub ns_per_copied_megabyte: f64,
     /// Whether `wait` takes as long as the cost model says, for servers that people and clients talk to.
     pub sleeps: bool,
     /// Inputs with this id give a row that is not finite.
@@ -40,7 +44,13 @@ pub struct SimOptions {
 
 impl Default for SimOptions {
     fn default() -> SimOptions {
-        SimOptions { fidelity: Fidelity::Exact, cost: CostModel::UNKNOWN, sleeps: false, poisonous_token: None }
+        SimOptions {
+            fidelity: Fidelity::Exact,
+            cost: CostModel::UNKNOWN,
+            ns_per_copied_megabyte: 0.0,
+            sleeps: false,
+            poisonous_token: None,
+        }
     }
 }
 
@@ -77,6 +87,8 @@ pub struct SimBackend {
     buffers: Vec<Vec<u32>>,
     weights: Vec<Weight>,
     num_submitted: u64,
+    /// Zero of the clock.
+    started_at: Instant,
     /// When the device has worked off all that was submitted, on the clock, in nanoseconds.
     free_at_ns: u64,
     in_flight: VecDeque<InFlight>,
@@ -111,6 +123,7 @@ impl SimBackend {
             buffers: Vec::new(),
             weights: Vec::new(),
             num_submitted: 0,
+            started_at: Instant::now(),
             free_at_ns: 0,
             in_flight: VecDeque::new(),
         }
@@ -297,6 +310,10 @@ impl Backend for SimBackend {
         Ok(BufferId(self.buffers.len() as u32 - 1))
     }
 
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.alloc(label, size_bytes).map(Some)
+    }
+
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.buffers[buffer.0 as usize]);
         bytes[offset_bytes as usize..][..data.len()].copy_from_slice(data);
@@ -318,6 +335,9 @@ impl Backend for SimBackend {
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "too many recordings in flight");
         self.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
+        if self.options.fidelity == Fidelity::Exact {
+            recording.copies.iter().for_each(|&copy| copy_words(copy, &mut self.buffers));
+        }
         match self.options.fidelity {
             Fidelity::Exact => recording.ops.iter().for_each(|op| self.run(op)),
             Fidelity::Cost => without_layers(&recording.ops).for_each(|op| self.run(op)),
@@ -325,7 +345,9 @@ impl Backend for SimBackend {
         let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
         recording.downloads.iter().for_each(|&tensor| self.download(tensor, &mut downloads));
         self.num_submitted += 1;
-        let cost_ns = self.options.cost.predict_ns(&self.shape(recording));
+        let copied: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
+        let copies_ns = (copied as f64 / 1e6 * self.options.ns_per_copied_megabyte) as u64;
+        let cost_ns = self.options.cost.predict_ns(&self.shape(recording)) + copies_ns;
         self.free_at_ns = self.free_at_ns.max(self.clock.now_ns()) + cost_ns;
         let begins =
             self.in_flight.back().and_then(|before| before.done_at).max(self.options.sleeps.then(Instant::now));
@@ -347,6 +369,14 @@ impl Backend for SimBackend {
         }
         out.extend_from_slice(&oldest.downloads);
         Ok(())
+    }
+
+    /// Real time where the device sleeps, for then host and device share it; else the clock's.
+    fn now(&self) -> Instant {
+        match self.options.sleeps {
+            true => Instant::now(),
+            false => self.started_at + self.clock.now(),
+        }
     }
 }
 

@@ -18,7 +18,10 @@ pub struct MemoryTable {
     /// Block table, rope tables, upload, sampled ids.
     pub tables: u64,
     pub kv_type: KvType,
+    /// Swapped blocks, in the host's memory: no part of the total.
+    pub swap: u64,
     pub num_blocks: u32,
+    pub num_host_blocks: u32,
     pub block_size: u32,
     /// Bytes of one token's K and V over all layers.
     pub kv_bytes_per_token: u64,
@@ -60,6 +63,12 @@ pub fn num_blocks(
     }
 }
 
+/// Whole blocks that `swap_bytes` of the host's memory hold.
+pub fn num_host_blocks(kv_bytes_per_token: u64, swap_bytes: u64, block_size: u32) -> u32 {
+    let block_bytes = kv_bytes_per_token * u64::from(block_size);
+    u32::try_from(swap_bytes / block_bytes).unwrap_or(u32::MAX).min(u32::MAX / block_size)
+}
+
 impl MemoryTable {
     pub fn total(&self) -> u64 {
         self.weights + self.kv + self.scratch + self.tables
@@ -80,7 +89,11 @@ impl fmt::Display for MemoryTable {
         writeln!(f, "{:<10}{:>12}   {blocks}: {tokens} tokens", "KV cache", human_bytes(self.kv))?;
         writeln!(f, "{:<10}{:>12}", "scratch", human_bytes(self.scratch))?;
         writeln!(f, "{:<10}{:>12}", "tables", human_bytes(self.tables))?;
-        write!(f, "{:<10}{:>12}", "total", human_bytes(self.total()))
+        write!(f, "{:<10}{:>12}", "total", human_bytes(self.total()))?;
+        match self.num_host_blocks {
+            0 => Ok(()),
+            blocks => write!(f, "\n{:<10}{:>12}   of the host, {blocks} blocks", "swap", human_bytes(self.swap)),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: this folder never mentions a scheduler, and uses a backend only to allocate while loading.
 
 use crate::backend::{Backend, DeviceError, LoadError};
-use crate::batch::PackedBatch;
+use crate::batch::{BlockCopy, PackedBatch};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, KvTensor, KvType, Tensor};
 
@@ -12,11 +12,13 @@ pub mod config;
 mod config_gguf;
 mod config_json;
 mod llama;
+mod swap;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, ModelConfigError, UnfitKvType};
 use llama::Scratch;
+use swap::SwapArena;
 pub use weights::Weights;
 
 /// What bounds the state of a model on a device; all of it is allocated at start.
@@ -30,6 +32,8 @@ pub struct StateLimits {
     pub kv_type: KvType,
     pub block_size: u32,
     pub num_blocks: u32,
+    /// Blocks in the host's memory that others can be swapped to; 0 for none.
+    pub num_host_blocks: u32,
 }
 
 impl StateLimits {
@@ -56,6 +60,8 @@ pub struct Footprint {
     pub scratch: u64,
     /// Block table, rope tables, upload, sampled ids.
     pub tables: u64,
+    /// Swapped blocks, in the host's memory.
+    pub swap: u64,
 }
 
 pub struct Model {
@@ -63,7 +69,9 @@ pub struct Model {
     pub limits: StateLimits,
     weights: Weights,
     scratch: Scratch,
+    /// One a layer.
     kv: Vec<KvTensor>,
+    swap: Option<SwapArena>,
     /// f32 (max_model_len, rotary_dim)
     rope_table: Tensor,
     local_rope_table: Option<Tensor>,
@@ -118,6 +126,7 @@ impl Model {
         };
         let scratch = Scratch::alloc(&config, &limits, backend)?;
         let kv = alloc_kv(&config, &limits, backend)?;
+        let swap = SwapArena::alloc(&config, &limits, &kv, backend)?;
         let table_cols = limits.max_blocks_per_seq();
         let block_table = alloc_u32("block table", limits.max_num_seqs, table_cols, backend)?;
         let sampled = alloc_u32("sampled", limits.max_num_seqs, 1, backend)?;
@@ -128,6 +137,7 @@ impl Model {
             weights,
             scratch,
             kv,
+            swap,
             rope_table,
             local_rope_table,
             block_table,
@@ -146,12 +156,27 @@ impl Model {
             kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(limits.kv_type),
             scratch: Scratch::size_bytes(config, limits),
             tables: rope_tables + slots + words(1, limits.max_upload_words()),
+            swap: SwapArena::size_bytes(config, limits),
         }
     }
 
     /// An empty recording whose upload goes to this model's step buffer.
     pub fn recording(&self) -> Recording {
         Recording::new(self.upload_buffer)
+    }
+
+    /// Blocks that can be swapped to the host: as many as the limits say, or none where the device cannot.
+    pub fn num_host_blocks(&self) -> u32 {
+        self.swap.as_ref().map_or(0, SwapArena::num_blocks)
+    }
+
+    /// Appends copies between the cache and the host's memory, all layers of each block.
+    pub fn record_copies(&self, copies: &[BlockCopy], recording: &mut Recording) {
+        if let Some(swap) = &self.swap {
+            swap.record(copies, &self.kv, recording);
+        } else {
+            assert!(copies.is_empty(), "nothing can be swapped here: {copies:?}");
+        }
     }
 
     /// u32 (max_num_seqs, 1): what each slot sampled last.

@@ -63,7 +63,7 @@ impl Scheduler {
             .sum()
     }
 
-    fn attempt(&mut self, cache: &KvCache, budget: &Budget, promised: u32) -> Option<Attempt> {
+    fn attempt(&mut self, cache: &KvCache, budget: &mut Budget, promised: u32) -> Option<Attempt> {
         let head = self.queue.peek()?;
         if head.num_pending > 0 {
             return Some(Attempt::Waits);

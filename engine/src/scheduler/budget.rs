@@ -1,55 +1,100 @@
-//! What is left of a step while it is planned. Invariant: what is taken was fitted before; a decode always fits.
+//! What is left of a step while it is planned: tokens, rows of the output layer, and time.
+//!
+//! Time binds only what would make sequences that decode wait: a step without decodes takes as many tokens as it may.
+//! It is two-sided: however tight the target, the first prompt of a step advances by [`LEAST_CHUNK`] tokens. Invariant:
+//! what is taken was fitted before; a decode always fits.
 
 use super::Held;
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, LatencyTarget};
+use crate::cost::{CostModel, StepShape};
 use crate::sequence::Sequence;
 
-pub(super) struct Budget {
-    max_model_len: u32,
+/// Prompt tokens that a step computes even when decodes wait longer for it than they should.
+pub const LEAST_CHUNK: u32 = 8;
+
+pub(super) struct Budget<'a> {
+    config: &'a EngineConfig,
+    cost: &'a CostModel,
     tokens: u32,
     /// Rows of the output layer.
     rows: u32,
+    /// What has been taken.
+    shape: StepShape,
+    /// What the step may take on the device; `None` while decodes are planned and where nothing binds it.
+    limit_ns: Option<u64>,
+    has_prefill: bool,
+    held: Held,
 }
 
-impl Budget {
-    pub fn new(config: &EngineConfig) -> Budget {
+impl<'a> Budget<'a> {
+    pub fn new(config: &'a EngineConfig, cost: &'a CostModel) -> Budget<'a> {
         Budget {
-            max_model_len: config.max_model_len,
+            config,
+            cost,
             tokens: config.max_num_batched_tokens,
             rows: config.max_logit_rows,
+            shape: StepShape::default(),
+            limit_ns: None,
+            has_prefill: false,
+            held: Held::Budget,
         }
+    }
+
+    /// From here on, what joins the step makes those wait that decode in it.
+    pub fn decodes_are_planned(&mut self) {
+        if self.shape.num_tokens == 0 || !self.cost.is_known() {
+            return;
+        }
+        self.limit_ns = match self.config.latency {
+            LatencyTarget::None => None,
+            LatencyTarget::Milliseconds(ms) => Some(u64::from(ms) * 1_000_000),
+            LatencyTarget::Stretch(percent) => Some(self.cost.predict_ns(&self.shape) * u64::from(percent) / 100),
+        };
     }
 
     /// Tokens of `sequence` that fit.
-    pub fn fit(&self, sequence: &Sequence) -> u32 {
-        let num_tokens = sequence.num_uncomputed_tokens(self.max_model_len).min(self.tokens);
-        match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
+    pub fn fit(&mut self, sequence: &Sequence) -> u32 {
+        self.held = Held::Budget;
+        let num_tokens = sequence.num_uncomputed_tokens(self.config.max_model_len).min(self.tokens);
+        let num_tokens = match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
             true => num_tokens.min(self.rows),
             false if self.rows == 0 => 0,
             false => num_tokens,
+        };
+        let Some(limit_ns) = self.limit_ns.filter(|_| num_tokens > 0) else { return num_tokens };
+        let in_time = self.cost.max_prefill_tokens(&self.shape, sequence.num_computed_tokens, limit_ns);
+        let in_time = if self.has_prefill { in_time } else { in_time.max(LEAST_CHUNK) };
+        if in_time < num_tokens {
+            self.held = Held::Latency;
         }
+        num_tokens.min(in_time)
     }
 
-    /// Why nothing fits.
+    /// Why no more of what was fitted last fits.
     pub fn held(&self) -> Held {
-        Held::Budget
+        self.held
     }
 
     pub fn take(&mut self, sequence: &Sequence, num_tokens: u32) {
+        let rows = self.rows_of(sequence, num_tokens);
         self.tokens -= num_tokens;
-        self.rows -= self.rows_of(sequence, num_tokens);
+        self.rows -= rows;
+        self.shape = self.shape.with_slice(sequence.num_computed_tokens, num_tokens, rows);
+        self.has_prefill |= self.limit_ns.is_some();
     }
 
     pub fn give_back(&mut self, sequence: &Sequence, num_tokens: u32) {
+        let rows = self.rows_of(sequence, num_tokens);
         self.tokens += num_tokens;
-        self.rows += self.rows_of(sequence, num_tokens);
+        self.rows += rows;
+        self.shape = self.shape.without_slice(sequence.num_computed_tokens, num_tokens, rows);
     }
 
     /// Rows of the output layer that the next `num_tokens` of `sequence` take.
     fn rows_of(&self, sequence: &Sequence, num_tokens: u32) -> u32 {
         match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
             true => num_tokens,
-            false => u32::from(num_tokens == sequence.num_uncomputed_tokens(self.max_model_len)),
+            false => u32::from(num_tokens == sequence.num_uncomputed_tokens(self.config.max_model_len)),
         }
     }
 }

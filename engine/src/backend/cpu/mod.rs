@@ -5,11 +5,14 @@
 //! chunks there are.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::backend::{
+    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+};
 use crate::op::Op;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
@@ -123,6 +126,7 @@ impl Memory {
     fn run_all(&mut self, job: &mut Job, avx2: Option<Avx2>) {
         let recording = &job.recording;
         self.buffers[recording.upload_buffer.0 as usize][..recording.upload.len()].copy_from_slice(&recording.upload);
+        recording.copies.iter().for_each(|&copy| copy_words(copy, &mut self.buffers));
         recording.ops.iter().for_each(|op| self.run(op, avx2));
         for &tensor in &recording.downloads {
             job.downloads.extend_from_slice(bytemuck::cast_slice(self.u32(tensor)));
@@ -181,6 +185,10 @@ impl Backend for CpuBackend {
         Ok(BufferId(memory.buffers.len() as u32 - 1))
     }
 
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.alloc(label, size_bytes).map(Some)
+    }
+
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
         let mut memory = lock(&self.memory);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut memory.buffers[buffer.0 as usize]);
@@ -212,6 +220,10 @@ impl Backend for CpuBackend {
         assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
         self.worker.wait(out);
         Ok(())
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 }
 

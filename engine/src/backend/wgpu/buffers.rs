@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fullbore_shaders::TILE;
 use rayon::prelude::*;
-use wgpu::{BufferUsages, MapMode, PollType};
+use wgpu::{BufferUsages, Features, MapMode, PollType};
 
 use super::device::Device;
 use super::encode::{Shard, fills_blocks, rows_per_shard};
@@ -37,6 +37,17 @@ impl Buffers {
         let buffer = create(&self.device, label, size_bytes.max(4), usage)?;
         self.buffers.push(buffer);
         Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    /// That it could be mapped for reading, which it never is, is what puts it into cached memory of the host.
+    pub fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        if !self.device.device.features().contains(Features::MAPPABLE_PRIMARY_BUFFERS) {
+            return Ok(None);
+        }
+        let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
+        let buffer = create(&self.device, label, size_bytes.max(4), usage)?;
+        self.buffers.push(buffer);
+        Ok(Some(BufferId(self.buffers.len() as u32 - 1)))
     }
 
     pub fn write(&mut self, id: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
@@ -103,7 +114,11 @@ pub(super) fn create(
     size_bytes: u64,
     usage: BufferUsages,
 ) -> Result<wgpu::Buffer, DeviceError> {
-    if usage.contains(BufferUsages::STORAGE) && size_bytes > device.info.max_buffer_bytes {
+    let most = match usage.contains(BufferUsages::STORAGE) {
+        true => device.info.max_buffer_bytes,
+        false => device.device.limits().max_buffer_size,
+    };
+    if size_bytes > most {
         return Err(device.out_of_memory(label, size_bytes));
     }
     let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);

@@ -167,7 +167,9 @@ impl Device {
             return Err(OpenError::Tier { device: info.id, tier: tier.name(), needs });
         }
         let limits = adapter.limits();
-        let features = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
+        let needed = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
+        // Where it is there: blocks of the KV cache can be swapped to the host.
+        let features = needed | adapter.features() & Features::MAPPABLE_PRIMARY_BUFFERS;
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("fullbore"),
             required_features: features,

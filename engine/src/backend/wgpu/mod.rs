@@ -1,10 +1,11 @@
-//! The backend for GPUs: a recording becomes one upload, one compute pass and one submit.
+//! The backend for GPUs: a recording becomes one upload, its copies, one compute pass and one submit.
 //!
 //! Invariant: a step creates no buffer, and a bind group or a pipeline of the KV cache only when a kernel first meets
 //! these buffers or this head size. Weights stay packed. For one (N, K, format) every matmul variant adds in the same
 //! order.
 
 use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
 
 use fullbore_shaders::{TILE, Tier};
 use wgpu::{BindGroup, BufferUsages, PollType};
@@ -154,6 +155,10 @@ impl Backend for WgpuBackend {
         self.buffers.alloc(label, size_bytes)
     }
 
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.buffers.alloc_host(label, size_bytes)
+    }
+
     fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.buffers.write(buffer, offset_bytes, data)
     }
@@ -186,6 +191,10 @@ impl Backend for WgpuBackend {
         }
         self.prepare();
         let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        for copy in &recording.copies {
+            let (from, to) = (self.buffers.get(copy.from), self.buffers.get(copy.to));
+            encoder.copy_buffer_to_buffer(from, copy.from_bytes, to, copy.to_bytes, copy.size_bytes);
+        }
         self.record_pass(&mut encoder);
         let readback = &mut self.readbacks[self.num_submitted as usize % MAX_IN_FLIGHT];
         readback.record(&self.device, &recording.downloads, &self.buffers, &mut encoder)?;
@@ -203,5 +212,9 @@ impl Backend for WgpuBackend {
         self.device.check()?;
         done.map_err(|error| self.device.lost(&error.to_string()))?;
         self.readbacks[ticket.0 as usize % MAX_IN_FLIGHT].take(&self.device, out)
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 }
