@@ -133,8 +133,8 @@ fn main(
             var steps_{{T}} = 0.0;
 #endfor
             for (var w = 0u; w < 4u; w++) {
-                let first = query_at(q_at + group * 32u + w * 4u);
-                let second = query_at(q_at + group * 32u + w * 4u + 16u);
+                let low_query = query_at(q_at + group * 32u + w * 4u);
+                let high_query = query_at(q_at + group * 32u + w * 4u + 16u);
 #for T TOKENS
 #if CODE_BITS == 8
                 let low_{{T}} = codes(k_cache[at_{{T}} + group * 8u + w]);
@@ -144,7 +144,7 @@ fn main(
                 let low_{{T}} = codes(both_{{T}});
                 let high_{{T}} = codes(both_{{T}} >> 4u);
 #endif
-                steps_{{T}} += dot(first, low_{{T}}) + dot(second, high_{{T}});
+                steps_{{T}} += dot(low_query, low_{{T}}) + dot(high_query, high_{{T}});
 #endfor
             }
 #for T TOKENS

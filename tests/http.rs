@@ -335,6 +335,7 @@ fn the_model_is_listed_with_what_it_takes() {
     assert_eq!((&list["object"], &card["object"]), (&json!("list"), &json!("model")));
     assert_eq!((&card["id"], &card["max_model_len"]), (&json!("sim-model"), &json!(1024)));
     assert!(card["created"].as_u64().is_some_and(|created| created > 1_700_000_000), "{card}");
+    assert_eq!(card["kv_type"], "f16");
     assert!(card["owned_by"].is_string() && card["device"].is_string(), "{card}");
     let bundle = Bundle::simulated();
     let table = start::memory_table(&bundle.config, &Setup::default().config, 0);

@@ -75,6 +75,9 @@ pub struct EngineArgs {
     /// Memory for the KV cache, such as 256MiB or 4GiB [default: 2048 tokens a request, at most half of what is free].
     #[arg(long, value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
+    /// Share of the device's free memory to take in all, up to 1, instead of --kv-memory.
+    #[arg(long, value_parser = parse_fraction, conflicts_with_all = ["kv_memory", "kv_blocks"])]
+    pub memory_fraction: Option<f64>,
     /// Memory of the host for the KV of preempted requests, such as 4GiB.
     #[arg(long, default_value = "0", value_parser = parse_bytes)]
     pub swap_memory: u64,
@@ -176,6 +179,7 @@ impl EngineArgs {
             block_size: 32,
             kv_blocks: None,
             kv_memory: None,
+            memory_fraction: None,
             swap_memory: 0,
             no_prefix_cache: false,
             profile: Profile::Balanced,
@@ -226,6 +230,13 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+fn parse_fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err(format!("{text} is no share of the memory; write it as 0.9")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -239,6 +250,14 @@ mod tests {
         assert_eq!(parse_bytes("2GB"), Ok(2_000_000_000));
         for wrong in ["", "MiB", "-1MiB", "1TiBB", "nan", "inf", "1e30GiB"] {
             assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_fraction_is_above_nothing_and_at_most_all() {
+        assert_eq!((parse_fraction("0.9"), parse_fraction("1")), (Ok(0.9), Ok(1.0)));
+        for wrong in ["0", "1.01", "-0.5", "nan", "90%", ""] {
+            assert!(parse_fraction(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -37,6 +37,14 @@ pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     }
 }
 
+/// Memory that the device has for us: asked, else tried; `None` where neither says.
+pub fn memory_bytes(device: &DeviceInfo) -> Option<u64> {
+    match device.id.as_str() {
+        "sim" => None,
+        id => device.memory_bytes.or_else(|| adapters::free_bytes(id)),
+    }
+}
+
 fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
     Ok(Box::new(CpuBackend::new(CpuOptions::default())?))
 }
@@ -73,6 +81,8 @@ mod tests {
             assert_eq!(open(name).expect("always there").info().id, name);
         }
         assert!(matches!(open("").err(), Some(DeviceChoiceError::Unknown(_))));
+        assert!(memory_bytes(cpu().expect("always there").info()).is_some());
+        assert_eq!(memory_bytes(open("sim").expect("always there").info()), None);
         let sentence = open("vulkan:no-such-device").err().expect("not there").to_string();
         assert!(sentence.contains("vulkan:no-such-device"), "{sentence}");
     }

@@ -1,6 +1,6 @@
 //! From arguments to a running engine: device chosen, model opened, memory planned, weights loaded.
 //!
-//! Invariant: a plan allocates nothing on the device; what it prints is what loading takes.
+//! Invariant: a plan keeps nothing on the device; what it prints is what loading takes.
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
@@ -35,6 +35,8 @@ pub enum StartError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     KvType(#[from] UnfitKvType),
+    #[error("this device does not say how much memory it has: give --kv-memory instead of --memory-fraction")]
+    UnknownMemory,
     #[error("--max-model-len is {asked}, but {model} was made for {max_positions} tokens")]
     BeyondModel { asked: u32, model: String, max_positions: u32 },
     #[error("--swap-memory of {} holds no block of the KV cache, which takes {}: give more, or 0 to swap nothing",
@@ -63,8 +65,9 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
         _ => Bundle::open(&fetch::fetch(&args.model.model)?)?,
     };
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
-    let free_bytes = device.memory_bytes.unwrap_or(UNKNOWN_MEMORY).saturating_sub(weights);
-    let config = engine_config(args, &bundle, free_bytes)?;
+    let measured = args.kv_blocks.is_none() && args.kv_memory.is_none();
+    let memory_bytes = measured.then(|| devices::memory_bytes(device)).flatten();
+    let config = engine_config(args, &bundle, weights, memory_bytes, device.max_buffer_bytes)?;
     let memory = memory_table(&bundle.config, &config, weights);
     let default_name = if Path::new(&args.model.model).exists() { &bundle.name } else { &args.model.model };
     Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory })
@@ -134,7 +137,15 @@ const USUAL_LEN: u32 = 2048;
 /// What counts as free where a device does not say.
 const UNKNOWN_MEMORY: u64 = 2 << 30;
 
-fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<EngineConfig, StartError> {
+/// `memory_bytes` is what the device has for us before `weights` are loaded, where that is known. The K of a layer is
+/// bound whole, so `max_buffer_bytes` bounds it too.
+fn engine_config(
+    args: &EngineArgs,
+    bundle: &Bundle,
+    weights: u64,
+    memory_bytes: Option<u64>,
+    max_buffer_bytes: u64,
+) -> Result<EngineConfig, StartError> {
     let max_positions = bundle.config.max_positions;
     if let Some(asked) = args.max_model_len.filter(|&asked| asked > max_positions) {
         return Err(StartError::BeyondModel { asked, model: bundle.name.clone(), max_positions });
@@ -144,21 +155,13 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
     let kv_bytes_per_token = bundle.config.kv_bytes_per_token(kv_type);
     let longest = args.max_model_len.unwrap_or(max_positions.min(DEFAULT_MODEL_LEN));
     let block_size = args.block_size.max(1);
-    let num_blocks = match args.kv_blocks {
-        Some(num_blocks) => num_blocks,
-        None => {
-            let budget = args.kv_memory.unwrap_or_else(|| default_budget(args, &bundle.config, longest, free_bytes));
-            capacity::num_blocks(kv_bytes_per_token, budget, block_size, args.max_model_len.unwrap_or(1))?
-        }
-    };
-    let max_model_len = args.max_model_len.unwrap_or(longest.min(num_blocks.saturating_mul(block_size)));
-    let config = EngineConfig {
+    let mut config = EngineConfig {
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
-        max_model_len,
+        max_model_len: longest,
         kv_type,
         block_size: args.block_size,
-        num_blocks,
+        num_blocks: args.kv_blocks.unwrap_or(longest.div_ceil(block_size)),
         num_host_blocks: num_host_blocks(args, kv_bytes_per_token)?,
         max_waiting: args.max_waiting,
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
@@ -166,6 +169,27 @@ fn engine_config(args: &EngineArgs, bundle: &Bundle, free_bytes: u64) -> Result<
         latency: args.latency(),
         prefix_cache: !args.no_prefix_cache,
     };
+    if args.kv_blocks.is_none() {
+        config.check()?;
+        let budget = match (args.kv_memory, args.memory_fraction) {
+            (Some(bytes), _) => bytes,
+            (None, Some(fraction)) => {
+                let memory_bytes = memory_bytes.ok_or(StartError::UnknownMemory)?;
+                let Footprint { scratch, tables, .. } = Model::footprint(&bundle.config, &config.state_limits());
+                ((memory_bytes as f64 * fraction) as u64).saturating_sub(weights + scratch + tables)
+            }
+            (None, None) => {
+                let free_bytes = memory_bytes.unwrap_or(UNKNOWN_MEMORY).saturating_sub(weights);
+                default_budget(args, &bundle.config, longest, free_bytes)
+            }
+        };
+        let least_len = args.max_model_len.unwrap_or(1);
+        let bindable = max_buffer_bytes.saturating_mul(2 * u64::from(bundle.config.num_layers));
+        config.num_blocks = capacity::num_blocks(kv_bytes_per_token, budget.min(bindable), block_size, least_len)?;
+    }
+    if args.max_model_len.is_none() {
+        config.max_model_len = longest.min(config.num_blocks.saturating_mul(block_size));
+    }
     config.check()?;
     Ok(config)
 }
@@ -187,4 +211,53 @@ fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_by
     let usual = u64::from(args.max_num_seqs) * u64::from(longest.min(USUAL_LEN));
     let tokens = usual.max(u64::from(longest)).next_multiple_of(block_size);
     (tokens * config.kv_bytes_per_token(args.model.kv_type)).min(free_bytes / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::ModelArgs;
+    use fullbore_engine::tensor::KvType;
+
+    const WEIGHTS: u64 = 100 << 20;
+
+    fn args(kv_type: KvType) -> EngineArgs {
+        EngineArgs::new(ModelArgs { model: String::new(), device: "sim".to_owned(), kv_type })
+    }
+
+    #[test]
+    fn a_fraction_of_the_memory_is_used_to_the_last_block() {
+        let bundle = Bundle::simulated();
+        for (kv_type, fraction) in [(KvType::F16, 0.5), (KvType::Q8_0, 0.9), (KvType::Q4_0, 1.0)] {
+            let args = EngineArgs { memory_fraction: Some(fraction), ..args(kv_type) };
+            let config = engine_config(&args, &bundle, WEIGHTS, Some(1 << 30), u64::MAX).expect("a valid plan");
+            let table = memory_table(&bundle.config, &config, WEIGHTS);
+            let block_bytes = table.kv_bytes_per_token * u64::from(table.block_size);
+            let left = ((1u64 << 30) as f64 * fraction) as u64 - table.total();
+            assert!(left < block_bytes, "{left} of {fraction} are left, and a block takes {block_bytes}");
+        }
+    }
+
+    #[test]
+    fn the_cache_of_a_layer_can_be_bound_whole() {
+        let bundle = Bundle::simulated();
+        let args = EngineArgs { kv_memory: Some(1 << 30), ..args(KvType::Q8_0) };
+        let config = engine_config(&args, &bundle, WEIGHTS, None, 1 << 20).expect("a valid plan");
+        let num_caches = 2 * u64::from(bundle.config.num_layers);
+        let table = memory_table(&bundle.config, &config, WEIGHTS);
+        let block_bytes = table.kv_bytes_per_token * u64::from(table.block_size) / num_caches;
+        let cache_bytes = table.kv / num_caches;
+        assert!(cache_bytes <= 1 << 20 && cache_bytes + block_bytes > 1 << 20, "{cache_bytes}");
+    }
+
+    #[test]
+    fn what_cannot_be_planned_is_said_so() {
+        let bundle = Bundle::simulated();
+        let sentence =
+            |args: &EngineArgs| engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect_err("no plan").to_string();
+        let fraction = sentence(&EngineArgs { memory_fraction: Some(0.9), ..args(KvType::F16) });
+        assert!(fraction.contains("--kv-memory instead of --memory-fraction"), "{fraction}");
+        let swap = sentence(&EngineArgs { swap_memory: 100, ..args(KvType::F16) });
+        assert!(swap.starts_with("--swap-memory of 100 B holds no block"), "{swap}");
+    }
 }

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fullbore_shaders::Tier;
-use wgpu::{Features, InstanceFlags, Limits};
+use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
 
 use crate::backend::{DeviceError, DeviceInfo};
 
@@ -49,12 +49,16 @@ pub(super) struct Device {
 
 /// All adapters, with the tier that each would use.
 pub fn devices() -> Vec<DeviceInfo> {
-    adapters().iter().map(|(id, adapter)| describe(id, adapter, natural_tier(adapter))).collect()
+    adapters(MemoryBudgetThresholds::default())
+        .iter()
+        .map(|(id, adapter)| describe(id, adapter, natural_tier(adapter)))
+        .collect()
 }
 
 /// Adapters by id, `vulkan:0` and so on, in the driver's order.
-fn adapters() -> Vec<(String, wgpu::Adapter)> {
+pub(super) fn adapters(budget: MemoryBudgetThresholds) -> Vec<(String, wgpu::Adapter)> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.memory_budget_thresholds = budget;
     descriptor.backends = wgpu::Backends::PRIMARY;
     descriptor.flags = InstanceFlags::empty();
     let instance = wgpu::Instance::new(descriptor);
@@ -93,7 +97,7 @@ fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier) -> DeviceInfo {
 }
 
 /// What the system could still hand out, where it says so.
-fn host_memory_bytes() -> Option<u64> {
+pub(super) fn host_memory_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
@@ -141,7 +145,7 @@ fn rank(info: &wgpu::AdapterInfo) -> u32 {
 }
 
 fn choose(selector: &str) -> Result<(String, wgpu::Adapter), OpenError> {
-    let mut all = adapters();
+    let mut all = adapters(MemoryBudgetThresholds::default());
     let found = all.iter().map(|(id, adapter)| format!("{id} ({})", adapter.get_info().name)).collect::<Vec<_>>();
     let found = if found.is_empty() { "none at all".to_owned() } else { found.join(", ") };
     all.retain(|(id, adapter)| {

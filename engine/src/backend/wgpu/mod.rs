@@ -14,12 +14,14 @@ use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT,
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightId};
 
+mod budget;
 mod buffers;
 mod device;
 mod encode;
 pub mod packing;
 pub mod pipelines;
 
+pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
 use device::Device;
 pub use device::{OpenError, WgpuOptions, devices};
