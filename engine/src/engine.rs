@@ -9,17 +9,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Backend, DeviceError, Ticket};
-use crate::batch::{Batch, Logits, PackedBatch, SequenceId, Slice};
+use crate::batch::{Batch, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
-use crate::op::NON_FINITE;
 use crate::recording::Recording;
-use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs, Usage};
-use crate::sampler;
+use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Usage};
+use crate::sampling::{self, SliceResult};
 use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
-use crate::tensor::Tensor;
 
 pub struct Engine {
     config: EngineConfig,
@@ -173,17 +171,11 @@ impl Engine {
         let begun = Instant::now();
         self.packed.pack(&self.batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
+        let request = |id: SequenceId| -> &Request { &self.clients[&id].request };
+        sampling::pack(&self.batch, request, &mut self.packed);
         let inputs = Inputs::upload(&self.packed, &mut self.recording);
-        let logits = self.model.record(&inputs, &mut self.recording);
-        self.recording.downloads.push(self.model.sampled());
-        if let Some(logits) = logits {
-            let wanted = logit_rows(&self.batch).filter(|(slice, _)| slice.download_logits);
-            let rows = |(slice, first): (&Slice, u32)| Tensor {
-                offset: logits.offset + first * logits.cols,
-                rows: slice.num_logit_rows(),
-                ..logits
-            };
-            self.recording.downloads.extend(wanted.map(rows));
+        if let Some(choices) = self.model.record(&inputs, &mut self.recording) {
+            sampling::downloads(&self.batch, choices, &mut self.recording.downloads);
         }
         let ticket = self.backend.submit(&self.recording)?;
         self.in_flight = Some((ticket, begun));
@@ -200,11 +192,11 @@ impl Engine {
         self.stats.num_steps += 1;
         self.stats.prefill_tokens += u64::from(self.trace.num_prefill_tokens());
 
-        let (choices, logprobs) = self.choose();
+        let results = sampling::read(&self.batch, &self.downloads, self.model.config.vocab_size);
+        let (choices, mut logprobs) = self.take(results);
         let mut outcomes = Vec::with_capacity(choices.len());
         self.scheduler.complete(&mut self.cache, &self.batch, &choices, &mut self.trace, &mut outcomes);
         tracing::trace!("{}", self.trace);
-        let mut logprobs: HashMap<SequenceId, TokenLogprobs> = logprobs.into_iter().collect();
         for outcome in outcomes {
             let logprobs = logprobs.remove(&outcome.sequence);
             self.tell(outcome, logprobs);
@@ -245,40 +237,19 @@ impl Engine {
         }
     }
 
-    /// The token of each slice out of the downloads, and the log-probabilities where they were asked for.
-    fn choose(&mut self) -> (Vec<Choice>, Vec<(SequenceId, TokenLogprobs)>) {
-        let words: &[u32] = bytemuck::cast_slice(&self.downloads);
-        let (sampled, mut logits) = words.split_at(self.config.max_num_seqs as usize);
-        let vocab = self.model.config.vocab_size as usize;
-        let mut choices = Vec::with_capacity(self.batch.slices.len());
-        let mut logprobs = Vec::new();
-        for slice in &self.batch.slices {
-            let mut rows: &[f32] = &[];
-            if slice.download_logits {
-                let (mine, rest) = logits.split_at(slice.num_logit_rows() as usize * vocab);
-                (rows, logits) = (bytemuck::cast_slice(mine), rest);
+    /// The choice for each slice of the batch, and log-probabilities of chosen tokens; those of prompts go to their
+    /// clients.
+    fn take(&mut self, results: Vec<SliceResult>) -> (Vec<Choice>, HashMap<SequenceId, TokenLogprobs>) {
+        let mut choices = Vec::with_capacity(results.len());
+        let mut logprobs = HashMap::new();
+        for (slice, result) in self.batch.slices.iter().zip(results) {
+            choices.push(result.choice);
+            logprobs.extend(result.logprobs.map(|logprobs| (slice.sequence, logprobs)));
+            if let Some(client) = self.clients.get_mut(&slice.sequence).filter(|_| slice.num_targets > 0) {
+                // A recomputed prefix brings its rows again.
+                client.prompt_logprobs.truncate(slice.start as usize);
+                client.prompt_logprobs.extend(result.prompt_logprobs);
             }
-            let Some(client) = self.clients.get_mut(&slice.sequence) else {
-                choices.push(Choice::None);
-                continue;
-            };
-            let mut choice = match (slice.sample, rows) {
-                (false, _) => Choice::None,
-                (true, []) => greedy(sampled[slice.slot.0 as usize]),
-                (true, rows) => {
-                    let last = &rows[rows.len() - vocab..];
-                    let position = slice.start + slice.num_tokens();
-                    sampler::sample(last, &client.request.sampling, position).map_or_else(broken_row, Choice::Token)
-                }
-            };
-            if slice.logits == Logits::All && client.take_prompt_rows(slice.start, rows, vocab).is_none() {
-                choice = broken_row();
-            }
-            if let (Choice::Token(token), Some(num_top)) = (&choice, client.request.logprobs) {
-                let chosen = sampler::logprobs(&rows[rows.len() - vocab..], *token, num_top);
-                logprobs.extend(chosen.map(|chosen| (slice.sequence, chosen)));
-            }
-            choices.push(choice);
         }
         (choices, logprobs)
     }
@@ -323,42 +294,6 @@ impl Engine {
         self.stats.num_waiting = self.scheduler.waiting().count() as u32;
         self.stats.blocks = self.cache.counts();
     }
-}
-
-impl Client {
-    /// Rows of logits of the prompt from position `start` on; row p tells of token p + 1. `None` if one is not finite.
-    fn take_prompt_rows(&mut self, start: u32, rows: &[f32], vocab: usize) -> Option<()> {
-        let Some(num_top) = self.request.prompt_logprobs else { return Some(()) };
-        // A recomputed prefix brings its rows again.
-        self.prompt_logprobs.truncate(start as usize);
-        let next_tokens = self.request.prompt.iter().skip(start as usize + 1);
-        let entries = rows.chunks_exact(vocab).zip(next_tokens);
-        for (row, &token) in entries {
-            self.prompt_logprobs.push(sampler::logprobs(row, token, num_top)?);
-        }
-        Some(())
-    }
-}
-
-fn greedy(id: u32) -> Choice {
-    match id {
-        NON_FINITE => broken_row(),
-        id => Choice::Token(TokenId(id)),
-    }
-}
-
-fn broken_row() -> Choice {
-    Choice::Failed("the model's output was not finite (NaN or infinity); this request was ended".to_owned())
-}
-
-/// Each slice with its first row of the step's logits.
-fn logit_rows(batch: &Batch) -> impl Iterator<Item = (&Slice, u32)> {
-    let mut next = 0;
-    batch.slices.iter().map(move |slice| {
-        let first = next;
-        next += slice.num_logit_rows();
-        (slice, first)
-    })
 }
 
 fn log_end(client: &Client, reason: &str, usage: Usage) {

@@ -97,7 +97,11 @@ impl Scheduler {
         self.num_steps += 1;
         self.plan.clear();
         let mut trace = StepTrace::new(self.num_steps);
-        let mut budget = Budget { tokens: self.config.max_num_batched_tokens, rows: self.config.max_logit_rows };
+        let mut budget = Budget {
+            tokens: self.config.max_num_batched_tokens,
+            rows: self.config.max_logit_rows,
+            known_tokens: self.config.max_model_len,
+        };
         for decodes in [true, false] {
             let candidates = self.running.iter().filter(|sequence| (sequence.num_uncomputed_tokens() == 1) == decodes);
             let candidates: Vec<SequenceId> = candidates.map(|sequence| sequence.id).collect();
@@ -261,6 +265,10 @@ impl Scheduler {
                 batch.input.push(InputToken::Id(sequence.tokens[position as usize]));
                 batch.slot_mapping.push(sequence.table.slot(position, block_size));
             }
+            // Nothing of its table is on the device: it has got the slot in this step.
+            if sequence.num_uploaded_blocks == 0 && sequence.is_counted() {
+                batch.reset(slot, &sequence.tokens, sequence.num_prompt_tokens());
+            }
             let blocks = sequence.table.blocks().iter().enumerate().skip(sequence.num_uploaded_blocks as usize);
             batch.table_updates.extend(blocks.map(|(index, block)| (slot, index as u32, block.0)));
             sequence.num_uploaded_blocks = sequence.table.num_blocks();
@@ -278,7 +286,9 @@ impl Scheduler {
                 tokens: first..batch.num_tokens(),
                 logits,
                 sample,
-                download_logits: prompt_rows || (sample && sequence.needs_logits()),
+                logprobs: sequence.request.logprobs.filter(|_| sample),
+                num_targets: if prompt_rows { end.min(sequence.num_prompt_tokens() - 1) - start } else { 0 },
+                prompt_logprobs: sequence.request.prompt_logprobs.unwrap_or(0),
             });
             trace.record(sequence.id, start..end, sequence.num_tokens());
         }
@@ -295,11 +305,16 @@ struct Budget {
     tokens: u32,
     /// Rows of the output layer.
     rows: u32,
+    /// Tokens of admitted sequences that the device is told, to count them.
+    known_tokens: u32,
 }
 
 impl Budget {
     /// Tokens of `sequence` that fit.
     fn fit(&self, sequence: &Sequence) -> u32 {
+        if num_told_tokens(sequence) > self.known_tokens {
+            return 0;
+        }
         let num_tokens = sequence.num_uncomputed_tokens().min(self.tokens);
         match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
             true => num_tokens.min(self.rows),
@@ -311,12 +326,18 @@ impl Budget {
     fn take(&mut self, sequence: &Sequence, num_tokens: u32) {
         self.tokens -= num_tokens;
         self.rows -= rows(sequence, num_tokens);
+        self.known_tokens -= num_told_tokens(sequence);
     }
 
     fn give_back(&mut self, sequence: &Sequence, num_tokens: u32) {
         self.tokens += num_tokens;
         self.rows += rows(sequence, num_tokens);
     }
+}
+
+/// Tokens that the device is told when the sequence gets a slot.
+fn num_told_tokens(sequence: &Sequence) -> u32 {
+    if sequence.num_uploaded_blocks == 0 && sequence.is_counted() { sequence.num_tokens() } else { 0 }
 }
 
 /// Rows of the output layer that the next `num_tokens` of `sequence` take.

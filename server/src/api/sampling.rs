@@ -53,6 +53,7 @@ impl Sampling {
             top_k: top_k.or(defaults.top_k).unwrap_or(0),
             min_p: fields.number("min_p", 0.0..=1.0)?.or(defaults.min_p).unwrap_or(0.0),
             seed: seed(fields)?,
+            ..SamplingParams::default()
         };
         Ok(Sampling {
             max_tokens: max_tokens.map(|max_tokens| max_tokens as u32),

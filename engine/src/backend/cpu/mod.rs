@@ -15,7 +15,6 @@ use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
 mod add;
-mod arg_max;
 mod attention;
 mod avx2;
 mod embed;
@@ -23,8 +22,10 @@ mod gated_act;
 mod gather_rows;
 mod mat_mul;
 mod packed;
+mod reset_counts;
 mod rms_norm;
 mod rope;
+pub(super) mod sample;
 mod store_kv;
 mod update_table;
 
@@ -114,7 +115,8 @@ impl Memory {
             Op::GatedAct(op) => gated_act::run(op, self),
             Op::Add(op) => add::run(op, self),
             Op::GatherRows(op) => gather_rows::run(op, self),
-            Op::ArgMax(op) => arg_max::run(op, self),
+            Op::ResetCounts(op) => reset_counts::run(op, self),
+            Op::Sample(op) => sample::run(op, self),
         }
     }
 }

@@ -27,12 +27,14 @@ pub enum Kernel {
     GatedAct,
     Add,
     GatherRows,
-    ArgMax,
+    ResetCounts,
+    SampleSlices,
+    Sample,
 }
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 8] = [
+    const GENERAL: [Kernel; 10] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
         Kernel::Rope,
@@ -40,7 +42,9 @@ impl Kernel {
         Kernel::GatedAct,
         Kernel::Add,
         Kernel::GatherRows,
-        Kernel::ArgMax,
+        Kernel::ResetCounts,
+        Kernel::SampleSlices,
+        Kernel::Sample,
     ];
 
     /// Those that read weights of `format`.
@@ -86,7 +90,16 @@ impl Kernel {
             Kernel::GatedAct => "gated_act",
             Kernel::Add => "add",
             Kernel::GatherRows => "gather_rows",
-            Kernel::ArgMax => "arg_max",
+            Kernel::ResetCounts => "reset_counts",
+            Kernel::SampleSlices => "sample_slices",
+            Kernel::Sample => {
+                // Old software Vulkan ends all loops of an invocation after 65,535 rounds together: a row is read a
+                // dozen times, so that it takes more lanes than one subgroup has.
+                if tier == Tier::Lavapipe {
+                    constants.extend([("ROW_LANES", 128), ("ONE_SUBGROUP", 0)]);
+                }
+                "sample"
+            }
         };
         (name, constants)
     }
