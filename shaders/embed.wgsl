@@ -38,6 +38,8 @@ fn main(
     var id = ids[params.ids + token];
     if (id & 0x80000000u) != 0u {
         id = sampled[params.sampled + (id & 0x7fffffffu)];
+        // What a broken row sampled: its sequence has failed, and any token will do.
+        id = select(id, 0u, id == 0xffffffffu);
     }
     let row = id - params.first_row;
     if id < params.first_row || row >= params.num_rows {

@@ -1,7 +1,7 @@
 //! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
 //!
 //! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
-//! like its op. This crate knows no wgpu, no device and no weight file.
+//! like its op (`sample` has two, one after the other). This crate knows no wgpu, no device and no weight file.
 //!
 //! ```text
 //! #include "file.wgsl"
@@ -27,7 +27,7 @@ pub enum Tier {
     /// Subgroups of at least 8 lanes, parameters as immediates.
     Subgroup,
     /// As `Subgroup`, for software Vulkan, where a load costs 15 multiply-adds and a barrier 70: one subgroup of 8 is a
-    /// workgroup, nothing goes through workgroup memory.
+    /// workgroup, nothing goes through workgroup memory. `sample.wgsl` alone is as on other tiers: it searches there.
     Lavapipe,
 }
 
@@ -79,9 +79,8 @@ pub const TILE: u32 = 32;
 pub const ELEMENT_LANES: u32 = 64;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 14] = [
+pub const FILES: [(&str, &str); 17] = [
     ("add.wgsl", include_str!("add.wgsl")),
-    ("arg_max.wgsl", include_str!("arg_max.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("embed.wgsl", include_str!("embed.wgsl")),
     ("gated_act.wgsl", include_str!("gated_act.wgsl")),
@@ -89,8 +88,12 @@ pub const FILES: [(&str, &str); 14] = [
     ("grid.wgsl", include_str!("grid.wgsl")),
     ("mat_mul.wgsl", include_str!("mat_mul.wgsl")),
     ("params.wgsl", include_str!("params.wgsl")),
+    ("reset_counts.wgsl", include_str!("reset_counts.wgsl")),
     ("rms_norm.wgsl", include_str!("rms_norm.wgsl")),
     ("rope.wgsl", include_str!("rope.wgsl")),
+    ("sample.wgsl", include_str!("sample.wgsl")),
+    ("sample_row.wgsl", include_str!("sample_row.wgsl")),
+    ("sample_slices.wgsl", include_str!("sample_slices.wgsl")),
     ("store_kv.wgsl", include_str!("store_kv.wgsl")),
     ("update_table.wgsl", include_str!("update_table.wgsl")),
     ("weight.wgsl", include_str!("weight.wgsl")),

@@ -518,12 +518,59 @@ fn seeds_repeat_and_choices_differ() {
     assert_eq!(ids(&top_1["choices"][0]["token_ids"]), greedy(&server, "x", 24).0);
 }
 
+/// On a simulated device a choice is a hash of everything that its sampler has.
+#[test]
+fn penalties_biases_and_masks_act_on_completions_and_chats() {
+    let server = Setup::default().start();
+    let base = json!({"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 24,
+        "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        let ask = |change: Value| {
+            let mut body = base.clone();
+            body.as_object_mut().expect("an object").extend(change.as_object().expect("an object").clone());
+            ids(&server.post(path, &body).ok()["choices"][0]["token_ids"])
+        };
+        let plain = ask(json!({}));
+        let unchanged = json!({"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1,
+            "logit_bias": {}});
+        assert_eq!(ask(unchanged), plain, "{path}");
+        let mut seen = vec![plain];
+        for change in [
+            json!({"presence_penalty": 0.5}),
+            json!({"presence_penalty": -0.5}),
+            json!({"frequency_penalty": 2}),
+            json!({"repetition_penalty": 1.1}),
+            json!({"logit_bias": {"5": 1, "70": -100}}),
+            json!({"logit_bias": {"5": 1, "71": -100}}),
+            json!({"logit_bias": {"70": -100, "5": 1.5}}),
+            json!({"allowed_token_ids": [5, 70, 71, 300]}),
+        ] {
+            let got = ask(change.clone());
+            assert_eq!(got, ask(change.clone()), "{path}: {change} again");
+            assert!(!seen.contains(&got), "{path}: {change} changes nothing");
+            let allowed = |id: &u64| [5, 70, 71, 300].contains(id);
+            assert_eq!(got.iter().all(allowed), change.get("allowed_token_ids").is_some(), "{path}: {change}");
+            seen.push(got);
+        }
+        assert_eq!(ask(json!({"allowed_token_ids": [300], "temperature": 1.7})), [300; 24], "{path}");
+    }
+}
+
 #[test]
 fn the_models_own_defaults_apply() {
     let server = Setup { bundle: |bundle| bundle.defaults.temperature = Some(0.0), ..Setup::default() }.start();
     let ask = json!({"prompt": "x", "max_tokens": 16, "ignore_eos": true, "return_token_ids": true});
     let reply = server.complete(ask);
     assert_eq!(ids(&reply["choices"][0]["token_ids"]), greedy(&server, "x", 16).0);
+    let server = Setup { bundle: |bundle| bundle.defaults.repetition_penalty = Some(1.1), ..Setup::default() }.start();
+    let ask = |change: Value| {
+        let mut body = json!({"prompt": "x", "max_tokens": 16, "temperature": 0, "ignore_eos": true,
+            "return_token_ids": true});
+        body.as_object_mut().expect("an object").extend(change.as_object().expect("an object").clone());
+        ids(&server.complete(body)["choices"][0]["token_ids"])
+    };
+    assert_eq!(ask(json!({})), ask(json!({"repetition_penalty": 1.1})));
+    assert_ne!(ask(json!({})), ask(json!({"repetition_penalty": 1})));
 }
 
 #[test]
@@ -734,8 +781,27 @@ fn bad_fields_are_named() {
         (json!({"prompt": vec!["a"; 100], "n": 2}), "n"),
         (json!({"prompt": long}), "prompt"),
         (json!({"best_of": 4}), "best_of"),
-        (json!({"logit_bias": {"5": 1}}), "logit_bias"),
-        (json!({"frequency_penalty": 0.5}), "frequency_penalty"),
+        (json!({"presence_penalty": 2.5}), "presence_penalty"),
+        (json!({"presence_penalty": "much"}), "presence_penalty"),
+        (json!({"frequency_penalty": -2.1}), "frequency_penalty"),
+        (json!({"repetition_penalty": 0}), "repetition_penalty"),
+        (json!({"repetition_penalty": -1}), "repetition_penalty"),
+        (json!({"repetition_penalty": 1e9}), "repetition_penalty"),
+        (json!({"logit_bias": [5, 1]}), "logit_bias"),
+        (json!({"logit_bias": {"5": 101}}), "logit_bias"),
+        (json!({"logit_bias": {"5": "high"}}), "logit_bias"),
+        (json!({"logit_bias": {"99999999": 1}}), "logit_bias"),
+        (json!({"logit_bias": {"-5": 1}}), "logit_bias"),
+        (json!({"logit_bias": {"05": 1}}), "logit_bias"),
+        (json!({"logit_bias": {"word": 1}}), "logit_bias"),
+        (
+            json!({"logit_bias": (0..1025).map(|id| (id.to_string(), json!(1))).collect::<serde_json::Map<_, _>>()}),
+            "logit_bias",
+        ),
+        (json!({"allowed_token_ids": []}), "allowed_token_ids"),
+        (json!({"allowed_token_ids": 5}), "allowed_token_ids"),
+        (json!({"allowed_token_ids": [1, 99999999]}), "allowed_token_ids"),
+        (json!({"allowed_token_ids": [1.5]}), "allowed_token_ids"),
         (json!({"suffix": "end"}), "suffix"),
     ];
     for (change, name) in completions {
@@ -776,7 +842,8 @@ fn bad_fields_are_named() {
     // What changes nothing is taken.
     server.complete(
         json!({"prompt": "x", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1,
-        "suffix": null, "stop": null, "max_tokens": null, "temperature": null}),
+        "repetition_penalty": 1, "allowed_token_ids": null, "suffix": null, "stop": null, "max_tokens": null,
+        "temperature": null}),
     );
     server.chat(json!({"messages": message(json!("x")), "max_tokens": 1, "tools": [], "tool_choice": "none",
         "response_format": {"type": "text"}, "logprobs": false, "top_logprobs": 0}));

@@ -16,6 +16,8 @@ mod http;
 mod ops;
 /// Seeded numbers.
 mod random;
+/// Needs Vulkan drivers: draws on the cpu and on wgpu against the exact distribution.
+mod sampling;
 /// Needs nothing: traces of steps, as expected text.
 mod scheduler;
 /// Needs Vulkan drivers: every shader variant validates, and does what its op says.

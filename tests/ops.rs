@@ -6,7 +6,7 @@ use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{WgpuBackend, WgpuOptions, devices};
 use fullbore_shaders::Tier;
 
-use crate::device::{Device, run_every_op};
+use crate::device::{Device, run_every_op, samples};
 use crate::golden;
 
 fn open(selector: &str, tier: Option<Tier>) -> WgpuBackend {
@@ -33,6 +33,18 @@ fn every_op_is_near_its_twin_on_every_driver_and_tier() {
             assert_eq!(outputs.len(), twins.len());
             outputs.iter().zip(&twins).for_each(|(output, twin)| output.assert_near(twin, &name));
         }
+    }
+}
+
+/// As many tokens as the largest vocabulary has, in one row more lanes' rounds than old software Vulkan takes.
+#[test]
+fn a_large_vocabulary_is_sampled_as_its_twin_does_on_every_driver() {
+    const VOCAB: u32 = 262_144;
+    let mut cpu = Device::new(Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started")));
+    let twins = samples(&mut cpu, VOCAB);
+    for id in device_ids() {
+        let outputs = samples(&mut Device::new(Box::new(open(&id, None))), VOCAB);
+        outputs.iter().zip(&twins).for_each(|(output, twin)| output.assert_near(twin, &id));
     }
 }
 

@@ -406,25 +406,37 @@ fn rms_norm_and_rope_do_what_they_say() {
 }
 
 #[test]
-fn arg_max_prefers_the_lowest_index_and_reports_what_is_not_finite() {
-    const COLS: u32 = 1000;
+fn greedy_choice_prefers_the_lowest_index_and_reports_what_is_not_finite() {
+    // More than two slices.
+    const COLS: u32 = 9000;
     for mut rig in rigs() {
         let mut random = Random::new(13);
         let mut rows: Vec<Vec<f32>> = (0..8).map(|_| random.floats(COLS as usize)).collect();
-        rows[0][777] = 5.0;
-        (rows[1][301], rows[1][300], rows[1][999]) = (3.0, 3.0, 3.0);
+        rows[0][7777] = 5.0;
+        (rows[1][301], rows[1][300], rows[1][5999]) = (3.0, 3.0, 3.0);
         rows[2][5] = f32::NAN;
-        rows[3][999] = f32::INFINITY;
+        rows[3][8999] = f32::INFINITY;
         rows[4][0] = f32::NEG_INFINITY;
         rows[5].iter_mut().for_each(|value| *value = -4.0);
-        (rows[5][900], rows[5][17]) = (0.0, -0.0);
+        (rows[5][5900], rows[5][17]) = (0.0, -0.0);
         rows[6].iter_mut().for_each(|value| *value = value.abs() * -1e30 - 1.0);
         let expected_6 = rows[6].iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).expect("a row").0 as u32;
         let logits = rig.floats(&rows.concat(), COLS);
-        let slots = rig.words(&[3, 1, 0, 2, 6, 5, 4, u32::MAX], 1);
+        let slots = [3, 1, 0, 2, 6, 5, 4, NONE];
+        let asked = slots.map(|slot| SampleRow { slot, ..SampleRow::IDLE });
         let sampled = rig.words(&[99; 8], 1);
-        let got = rig.run(&[Op::ArgMax(ArgMax { logits, slots, sampled })], sampled);
-        let expected = [NON_FINITE, 300, NON_FINITE, 777, expected_6, 17, NON_FINITE, 99];
+        let op = Sample {
+            logits,
+            rows: rig.words(bytemuck::cast_slice(&asked), SAMPLE_ROW_WORDS),
+            extras: rig.words(&[0], 1),
+            counts: rig.words(&vec![0; 8 * COLS as usize], COLS),
+            slices: rig.words(&vec![0; 8 * slice_cols(COLS) as usize], slice_cols(COLS)),
+            sampled,
+            chosen: rig.words(&[0; 8 * CHOSEN_WORDS as usize], CHOSEN_WORDS),
+            top: rig.words(&[0; 16 * MAX_TOP as usize], 2 * MAX_TOP),
+        };
+        let got = rig.run(&[Op::Sample(op)], sampled);
+        let expected = [NON_FINITE, 300, NON_FINITE, 7777, expected_6, 17, NON_FINITE, 99];
         assert_eq!(bits(&got), expected, "{}", rig.name);
     }
 }

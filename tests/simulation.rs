@@ -18,7 +18,7 @@ use fullbore_engine::memory::BlockTable;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::{Embed, Op};
 use fullbore_engine::recording::Recording;
-use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId, token_mask};
 use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
 
 use crate::random::Random;
@@ -65,7 +65,7 @@ impl Seen {
 
 #[test]
 fn planted_bugs_are_caught_each_time() {
-    let bugs: [(&str, Bug); 7] = [
+    let bugs: [(&str, Bug); 10] = [
         ("a block that comes back from elsewhere", wrong_swap),
         ("a wrong block in the device's table", wrong_table_block),
         ("a table entry that is not uploaded", missing_table_entry),
@@ -73,6 +73,9 @@ fn planted_bugs_are_caught_each_time() {
         ("a chunk boundary off by one", wrong_boundary),
         ("two sequences' rows swapped", swapped_rows),
         ("a hash that names a block with other contents", wrong_hash),
+        ("a slot's token counts not begun anew", missing_reset),
+        ("another slot's token counts begun anew", reset_of_another_slot),
+        ("a known token not counted", uncounted_token),
     ];
     for (name, bug) in bugs {
         let mut num_planted = 0;
@@ -154,6 +157,27 @@ fn swapped_rows(engine: &mut Engine, _: u32, _: &Workload) -> bool {
     true
 }
 
+fn missing_reset(engine: &mut Engine, _: u32, _: &Workload) -> bool {
+    engine.batch_mut().resets.pop().is_some()
+}
+
+fn reset_of_another_slot(engine: &mut Engine, _: u32, workload: &Workload) -> bool {
+    let Some(reset) = engine.batch_mut().resets.first_mut() else { return false };
+    reset.slot.0 = (reset.slot.0 + 1) % workload.config.max_num_seqs;
+    true
+}
+
+fn uncounted_token(engine: &mut Engine, _: u32, _: &Workload) -> bool {
+    let batch = engine.batch_mut();
+    let Some(reset) = batch.resets.first_mut() else { return false };
+    // One that the prompt has only once.
+    let tokens = &batch.known_tokens[reset.tokens.start as usize..reset.tokens.end as usize];
+    let first_is_single = tokens.iter().filter(|token| **token == tokens[0]).count() == 1;
+    reset.tokens.start += u32::from(first_is_single);
+    reset.num_prompt_tokens -= u32::from(first_is_single);
+    first_is_single
+}
+
 /// What a hash without its salt, parent or tail would do: a request finds a block that holds something else.
 fn wrong_hash(engine: &mut Engine, step: u32, workload: &Workload) -> bool {
     let block_size = workload.config.block_size;
@@ -223,8 +247,13 @@ impl Workload {
         };
         let requests = (0..6).map(|_| {
             let num_tokens = random.between(10, 40) as usize;
-            let request =
-                Request { prompt: random_tokens(&mut random, num_tokens), max_tokens: 12, ..Request::default() };
+            let frequency_penalty = if random.one_in(2) { 0.5 } else { 0.0 };
+            let request = Request {
+                prompt: random_tokens(&mut random, num_tokens),
+                max_tokens: 12,
+                sampling: SamplingParams { frequency_penalty, ..SamplingParams::default() },
+                ..Request::default()
+            };
             PlannedRequest { request, arrival: random.between(0, 12), leaves_at: None, max_events: usize::MAX }
         });
         let requests = requests.collect();
@@ -328,9 +357,13 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
         max_tokens,
         stop_ids,
         sampling: SamplingParams {
-            temperature: if config.pipeline_depth == 1 && random.one_in(4) { 0.8 } else { 0.0 },
+            temperature: if random.one_in(4) { 0.8 } else { 0.0 },
             top_k: random.below(50),
             seed: u64::from(random.below(4)),
+            presence_penalty: if random.one_in(5) { 0.5 } else { 0.0 },
+            repetition_penalty: if random.one_in(5) { 1.25 } else { 1.0 },
+            logit_bias: random_bias(random),
+            allowed_tokens: random.one_in(8).then(|| token_mask(random_tokens(random, 40), VOCAB_SIZE)),
             ..SamplingParams::default()
         },
         logprobs: random.one_in(8).then(|| random.below(4)),
@@ -343,6 +376,14 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
         },
         priority: random.below(3) as i32 - 1,
     }
+}
+
+fn random_bias(random: &mut Random) -> Vec<(TokenId, f32)> {
+    let num_tokens = if random.one_in(6) { random.between(1, 5) as usize } else { 0 };
+    let mut tokens = random_tokens(random, num_tokens);
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens.into_iter().map(|token| (token, random.unit())).collect()
 }
 
 /// Never the poisonous one.

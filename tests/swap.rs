@@ -10,7 +10,8 @@ use fullbore_engine::batch::{
     Batch, BlockCopy, CopyDirection, InputToken, Logits, PackedBatch, SequenceId, Slice, SlotId,
 };
 use fullbore_engine::model::{Checkpoint, Inputs, Model, ModelConfig, StateLimits};
-use fullbore_engine::request::TokenId;
+use fullbore_engine::request::{MAX_LOGPROBS, Request, TokenId};
+use fullbore_engine::sampling;
 use fullbore_engine::tensor::{KvType, WeightFormat};
 use fullbore_shaders::Tier;
 
@@ -71,8 +72,8 @@ fn check(name: &str, kv_type: KvType, open: impl Fn() -> Box<dyn Backend>) {
     }
 }
 
-/// Three steps: the first prompt; the second prompt after `out`; one token of each after `back`. Returns the logits of
-/// the last two, which are in flight together.
+/// Three steps: the first prompt; the second prompt after `out`; one token of each after `back`. Returns the choices of
+/// the last two and their likeliest tokens' logprobs, which are in flight together.
 fn run(
     mut backend: Box<dyn Backend>,
     kv_type: KvType,
@@ -102,12 +103,12 @@ fn run(
     let decode = decode.with_rows(first, PROMPT_LEN..PROMPT_LEN + 1, &places.later, true);
     let decode = decode.with_rows(second, PROMPT_LEN..PROMPT_LEN + 1, &places.second, false);
 
-    let mut logits = Vec::new();
+    let mut choices = Vec::new();
     let ticket = submit(&prompt, &model, backend.as_mut());
     backend.wait(ticket, &mut Vec::new()).expect("the device is there");
     let tickets = [submit(&other, &model, backend.as_mut()), submit(&decode, &model, backend.as_mut())];
-    tickets.into_iter().for_each(|ticket| backend.wait(ticket, &mut logits).expect("the device is there"));
-    logits
+    tickets.into_iter().for_each(|ticket| backend.wait(ticket, &mut choices).expect("the device is there"));
+    choices
 }
 
 trait Rows {
@@ -127,14 +128,15 @@ impl Rows for Batch {
             self.table_updates.extend(blocks.iter().zip(0..).map(|(&block, index)| (slot, index, block)));
         }
         self.slices.push(Slice {
-            admitted: false,
             sequence: SequenceId(u64::from(slot.0)),
             slot,
             start: positions.start,
             tokens: first..self.num_tokens(),
             logits: Logits::Last,
             sample: true,
-            download_logits: true,
+            logprobs: Some(MAX_LOGPROBS),
+            num_targets: 0,
+            prompt_logprobs: 0,
         });
         self
     }
@@ -143,11 +145,13 @@ impl Rows for Batch {
 fn submit(batch: &Batch, model: &Model, backend: &mut dyn Backend) -> Ticket {
     let mut packed = PackedBatch::default();
     packed.pack(batch, model.limits.max_blocks_per_seq());
+    let greedy = Request::default();
+    sampling::pack(batch, |_| &greedy, &mut packed);
     let mut recording = model.recording();
     let inputs = Inputs::upload(&packed, &mut recording);
     model.record_copies(&batch.copies, &mut recording);
-    let logits = model.record(&inputs, &mut recording).expect("every slice asks for logits");
-    recording.downloads.push(logits);
+    let choices = model.record(&inputs, &mut recording).expect("every slice asks for logits");
+    sampling::downloads(batch, choices, &mut recording.downloads);
     backend.submit(&recording).expect("the device is there")
 }
 

@@ -11,7 +11,7 @@ use fullbore_engine::format::safetensors::SafetensorsDir;
 use fullbore_engine::model::config::{Family, RopeScaling};
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::RopeStyle;
-use fullbore_engine::request::{Event, Request, TokenId, TokenLogprobs};
+use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, TokenId, TokenLogprobs};
 use serde_json::{Value, json};
 
 use crate::golden::{add, tokens};
@@ -74,7 +74,7 @@ fn a_config_that_is_a_little_wrong_disagrees() {
 
 type Change = fn(&mut ModelConfig);
 
-/// The largest difference of a prompt token's log-probability, and of any in the prompt's last rows.
+/// The largest difference of a prompt token's log-probability, and of the likeliest ones in the prompt's last rows.
 fn differences(expected: &Value, events: &[Event]) -> (f64, f64) {
     let rows = rows(events);
     let wanted = numbers(&expected["logprobs"]);
@@ -84,7 +84,7 @@ fn differences(expected: &Value, events: &[Event]) -> (f64, f64) {
     // The first token that was generated brings the row of the last prompt position.
     for (wanted_row, row) in last_rows.iter().rev().zip(rows[..=wanted.len()].iter().rev()) {
         let wanted_row = numbers(wanted_row);
-        assert_eq!((wanted_row.len(), row.top.len()), (VOCAB_SIZE, VOCAB_SIZE));
+        assert_eq!((wanted_row.len(), row.top.len()), (VOCAB_SIZE, MAX_LOGPROBS as usize));
         let differences = row.top.iter().map(|(id, logprob)| (wanted_row[id.0 as usize] - f64::from(*logprob)).abs());
         worst_row = differences.fold(worst_row, f64::max);
     }
@@ -265,7 +265,7 @@ fn weights_of_another_shape_are_refused_by_name() {
     }
 }
 
-/// All events of a greedy request with whole rows of log-probabilities; its prompt goes in chunks of
+/// All events of a greedy request with as many log-probabilities as there are; its prompt goes in chunks of
 /// `max_num_batched_tokens`.
 fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
     let config = EngineConfig {
@@ -287,7 +287,7 @@ fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32, change: Chan
     let limits = config.state_limits();
     let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2));
-    let num_top = Some(VOCAB_SIZE as u32);
+    let num_top = Some(MAX_LOGPROBS);
     let prompt = prompt.to_vec();
     let request = Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() };
     let events = add(&mut engine, request);

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::config::EngineConfig;
 use crate::cost::StepShape;
-use crate::op::{ATTENTION_ROWS, SAMPLED_BY_SLOT};
+use crate::op::{ATTENTION_ROWS, SAMPLED_BY_SLOT, SampleRow};
 use crate::request::TokenId;
 
 /// One growing list of tokens; unique for the life of an engine.
@@ -47,12 +47,14 @@ pub struct Slice {
     /// Its tokens, as a range of the batch's flat vectors.
     pub tokens: Range<u32>,
     pub logits: Logits,
-    /// Whether a token is chosen from the last row.
+    /// Whether a token is chosen from the last row, for the position after the slice.
     pub sample: bool,
-    /// Whether the sequence has just got its slot.
-    pub admitted: bool,
-    /// Whether the rows in `logits` must come back to the host (sampling that is not greedy, logprobs).
-    pub download_logits: bool,
+    /// Log-probabilities wanted of the chosen token and of this many most likely ones.
+    pub logprobs: Option<u32>,
+    /// Logit rows, from the first, whose next token is the prompt's; its log-probability is wanted, and those of
+    /// `prompt_logprobs` most likely ones.
+    pub num_targets: u32,
+    pub prompt_logprobs: u32,
 }
 
 impl Slice {
@@ -99,6 +101,15 @@ impl BlockCopy {
     }
 }
 
+/// A slot whose token counts begin anew, because a sequence with penalties has got it in this step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reset {
+    pub slot: SlotId,
+    /// What the sequence holds, prompt first, as a range of `Batch::known_tokens`.
+    pub tokens: Range<u32>,
+    pub num_prompt_tokens: u32,
+}
+
 /// Cleared and refilled each step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
@@ -111,6 +122,9 @@ pub struct Batch {
     /// Done one after another before anything of this step is computed, and after all that earlier steps computed: a
     /// block may leave here and be overwritten by this step, or come back and be read by it.
     pub copies: Vec<BlockCopy>,
+    pub resets: Vec<Reset>,
+    /// The tokens of all resets.
+    pub known_tokens: Vec<TokenId>,
 }
 
 impl Batch {
@@ -124,6 +138,8 @@ impl Batch {
             slot_mapping: Vec::with_capacity(max_num_batched_tokens as usize),
             table_updates: Vec::with_capacity((new_blocks + max_model_len.div_ceil(block_size)) as usize),
             copies: Vec::new(),
+            resets: Vec::new(),
+            known_tokens: Vec::with_capacity(max_model_len as usize),
         }
     }
 
@@ -133,6 +149,15 @@ impl Batch {
         self.slot_mapping.clear();
         self.table_updates.clear();
         self.copies.clear();
+        self.resets.clear();
+        self.known_tokens.clear();
+    }
+
+    /// Has the token counts of `slot` begin with these tokens.
+    pub fn reset(&mut self, slot: SlotId, tokens: &[TokenId], num_prompt_tokens: u32) {
+        let begin = self.known_tokens.len() as u32;
+        self.known_tokens.extend_from_slice(tokens);
+        self.resets.push(Reset { slot, tokens: begin..self.known_tokens.len() as u32, num_prompt_tokens });
     }
 
     pub fn num_tokens(&self) -> u32 {
@@ -152,7 +177,7 @@ impl Batch {
 }
 
 /// A batch in the device's integers; each vector is one tensor of the upload.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PackedBatch {
     /// (tokens, 1)
     pub ids: Vec<u32>,
@@ -166,12 +191,19 @@ pub struct PackedBatch {
     pub table_updates: Vec<u32>,
     /// (logit rows, 1): rows of the batch that go through the output layer.
     pub logit_rows: Vec<u32>,
-    /// (logit rows, 1): the slot that a row's choice goes to, `u32::MAX` for none.
-    pub sample_slots: Vec<u32>,
+    /// (resets, 4), as `op::ResetCounts` states.
+    pub resets: Vec<u32>,
+    /// (known tokens, 1)
+    pub known_tokens: Vec<u32>,
+    /// (logit rows, words of a `SampleRow`): what is asked of each, by [`sampling::pack`](crate::sampling::pack).
+    pub sample_rows: Vec<SampleRow>,
+    /// (words, 1), as `op::Sample` states.
+    pub extras: Vec<u32>,
 }
 
 impl PackedBatch {
-    /// Refills `self` from `batch`; `table_cols` is the width of the device's block table.
+    /// Refills `self` from `batch`, but for `sample_rows` and `extras`, which need the requests; `table_cols` is the
+    /// width of the device's block table.
     pub fn pack(&mut self, batch: &Batch, table_cols: u32) {
         self.clear();
         self.ids.extend(batch.input.iter().map(|token| match token {
@@ -192,13 +224,12 @@ impl PackedBatch {
                 self.items.extend([row, num_rows, slice.slot.0, position]);
                 row += num_rows;
             }
-            let first = slice.tokens.end - slice.num_logit_rows();
-            for row in first..slice.tokens.end {
-                self.logit_rows.push(row);
-                let last = row + 1 == slice.tokens.end;
-                self.sample_slots.push(if last && slice.sample { slice.slot.0 } else { u32::MAX });
-            }
+            self.logit_rows.extend(slice.tokens.end - slice.num_logit_rows()..slice.tokens.end);
         }
+        for Reset { slot, tokens, num_prompt_tokens } in &batch.resets {
+            self.resets.extend([slot.0, tokens.start, tokens.start + num_prompt_tokens, tokens.end]);
+        }
+        self.known_tokens.extend(batch.known_tokens.iter().map(|token| token.0));
     }
 
     fn clear(&mut self) {
@@ -208,6 +239,9 @@ impl PackedBatch {
         self.items.clear();
         self.table_updates.clear();
         self.logit_rows.clear();
-        self.sample_slots.clear();
+        self.resets.clear();
+        self.known_tokens.clear();
+        self.sample_rows.clear();
+        self.extras.clear();
     }
 }

@@ -38,6 +38,7 @@ pub struct SamplingDefaults {
     pub top_p: Option<f32>,
     pub top_k: Option<u32>,
     pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +119,7 @@ impl Bundle {
             top_p: file.f32("general.sampling.top_p")?,
             top_k: file.u32("general.sampling.top_k")?,
             min_p: file.f32("general.sampling.min_p")?,
+            repetition_penalty: above_0(file.f32("general.sampling.penalty_repeat")?),
         };
         let name = file.str("general.name")?.map_or_else(|| stem(file.path()), str::to_owned);
         Ok(Bundle {
@@ -153,6 +155,7 @@ impl Bundle {
             top_p: number("top_p"),
             top_k: generation["top_k"].as_u64().and_then(|top_k| u32::try_from(top_k).ok()),
             min_p: number("min_p"),
+            repetition_penalty: above_0(number("repetition_penalty")),
         };
         Ok(Bundle {
             name: stem(dir.path()),
@@ -185,6 +188,11 @@ const END_OF_GENERATION: [&str; 8] =
 const SIMULATED_TEMPLATE: &str = "{% for message in messages %}{% if message.role == 'forbidden' %}\
     {{ raise_exception('no such role') }}{% endif %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>\
     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}";
+
+/// A penalty that may be applied; no other is a recommendation.
+fn above_0(penalty: Option<f32>) -> Option<f32> {
+    penalty.filter(|penalty| *penalty >= 0.01 && *penalty <= 100.0)
+}
 
 fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()

@@ -149,6 +149,8 @@ pub enum UnfitRequest {
     TooLong { prompt_tokens: u32, max_tokens: u32, max_model_len: u32 },
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     NoSuchToken { id: u32, vocab_size: u32 },
+    #[error("the mask of allowed tokens has {num_words} words and {num_tokens} tokens of a vocabulary of {vocab_size}")]
+    BadMask { num_words: usize, num_tokens: u32, vocab_size: u32 },
 }
 
 impl EngineConfig {
@@ -162,9 +164,16 @@ impl EngineConfig {
         if prompt_tokens.saturating_add(max_tokens) > self.max_model_len {
             return Err(UnfitRequest::TooLong { prompt_tokens, max_tokens, max_model_len: self.max_model_len });
         }
-        match request.prompt.iter().find(|token| token.0 >= vocab_size) {
-            Some(token) => Err(UnfitRequest::NoSuchToken { id: token.0, vocab_size }),
-            None => Ok(()),
+        let biased = request.sampling.logit_bias.iter().map(|(token, _)| token);
+        if let Some(token) = request.prompt.iter().chain(biased).find(|token| token.0 >= vocab_size) {
+            return Err(UnfitRequest::NoSuchToken { id: token.0, vocab_size });
+        }
+        let Some(mask) = &request.sampling.allowed_tokens else { return Ok(()) };
+        let num_tokens = mask.iter().map(|word| word.count_ones()).sum();
+        let beyond = (vocab_size % 32 != 0).then(|| mask.last().map_or(0, |word| word >> (vocab_size % 32)));
+        match mask.len() == vocab_size.div_ceil(32) as usize && num_tokens > 0 && beyond.unwrap_or(0) == 0 {
+            true => Ok(()),
+            false => Err(UnfitRequest::BadMask { num_words: mask.len(), num_tokens, vocab_size }),
         }
     }
 

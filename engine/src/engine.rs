@@ -11,18 +11,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Backend, DeviceError, Ticket};
-use crate::batch::{Batch, Logits, PackedBatch, SequenceId, Slice};
+use crate::batch::{Batch, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
-use crate::op::NON_FINITE;
 use crate::recording::Recording;
-use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs, Usage};
-use crate::sampler;
+use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Usage};
+use crate::sampling;
 use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
-use crate::tensor::Tensor;
 
 pub struct Engine {
     config: EngineConfig,
@@ -233,18 +231,12 @@ impl Engine {
         let batch = &self.planned.batch;
         self.packed.pack(batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
+        let request = |id: SequenceId| -> &Request { &self.clients[&id].request };
+        sampling::pack(batch, request, &mut self.packed);
         let inputs = Inputs::upload(&self.packed, &mut self.recording);
         self.model.record_copies(&batch.copies, &mut self.recording);
-        let logits = self.model.record(&inputs, &mut self.recording);
-        self.recording.downloads.push(self.model.sampled());
-        if let Some(logits) = logits {
-            let wanted = logit_rows(batch).filter(|(slice, _)| slice.download_logits);
-            let rows = |(slice, first): (&Slice, u32)| Tensor {
-                offset: logits.offset + first * logits.cols,
-                rows: slice.num_logit_rows(),
-                ..logits
-            };
-            self.recording.downloads.extend(wanted.map(rows));
+        if let Some(choices) = self.model.record(&inputs, &mut self.recording) {
+            sampling::downloads(batch, choices, &mut self.recording.downloads);
         }
         let ticket = self.backend.submit(&self.recording)?;
         self.planned.submitted_at = self.backend.now();
@@ -260,12 +252,11 @@ impl Engine {
         self.backend.wait(ticket, &mut self.downloads)?;
         self.count(&step);
 
-        let logprobs = self.choose(&step.batch);
+        let mut logprobs = self.choose(&step.batch);
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.scheduler.complete(&mut self.cache, &step.batch, &self.choices, &mut step.trace, &mut outcomes);
         tracing::trace!("{}", step.trace);
         self.spare.push(step);
-        let mut logprobs: HashMap<SequenceId, TokenLogprobs> = logprobs.into_iter().collect();
         for outcome in outcomes.drain(..) {
             let logprobs = logprobs.remove(&outcome.sequence);
             self.tell(outcome, logprobs);
@@ -327,42 +318,20 @@ impl Engine {
         self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
     }
 
-    /// Refills `choices` with the token of each slice out of the downloads, and returns the log-probabilities where
-    /// they were asked for.
-    fn choose(&mut self, batch: &Batch) -> Vec<(SequenceId, TokenLogprobs)> {
-        let words: &[u32] = bytemuck::cast_slice(&self.downloads);
-        let (sampled, mut logits) = words.split_at(self.config.max_num_seqs as usize);
-        let vocab = self.model.config.vocab_size as usize;
+    /// Refills `choices` with what the step chose for each slice, and returns the log-probabilities of chosen tokens
+    /// where they were asked for; those of prompts go to their clients.
+    fn choose(&mut self, batch: &Batch) -> HashMap<SequenceId, TokenLogprobs> {
+        let mut logprobs = HashMap::new();
         self.choices.clear();
-        let choices = &mut self.choices;
-        let mut logprobs = Vec::new();
-        for slice in &batch.slices {
-            let mut rows: &[f32] = &[];
-            if slice.download_logits {
-                let (mine, rest) = logits.split_at(slice.num_logit_rows() as usize * vocab);
-                (rows, logits) = (bytemuck::cast_slice(mine), rest);
+        let results = sampling::read(batch, &self.downloads, self.model.config.vocab_size);
+        for (slice, result) in batch.slices.iter().zip(results) {
+            self.choices.push(result.choice);
+            logprobs.extend(result.logprobs.map(|logprobs| (slice.sequence, logprobs)));
+            if let Some(client) = self.clients.get_mut(&slice.sequence).filter(|_| slice.num_targets > 0) {
+                // A recomputed prefix brings its rows again.
+                client.prompt_logprobs.truncate(slice.start as usize);
+                client.prompt_logprobs.extend(result.prompt_logprobs);
             }
-            let Some(client) = self.clients.get_mut(&slice.sequence) else {
-                choices.push(Choice::None);
-                continue;
-            };
-            let mut choice = match (slice.sample, rows) {
-                (false, _) => Choice::None,
-                (true, []) => greedy(sampled[slice.slot.0 as usize]),
-                (true, rows) => {
-                    let last = &rows[rows.len() - vocab..];
-                    let position = slice.start + slice.num_tokens();
-                    sampler::sample(last, &client.request.sampling, position).map_or_else(broken_row, Choice::Token)
-                }
-            };
-            if slice.logits == Logits::All && client.take_prompt_rows(slice.start, rows, vocab).is_none() {
-                choice = broken_row();
-            }
-            if let (Choice::Token(token), Some(num_top)) = (&choice, client.request.logprobs) {
-                let chosen = sampler::logprobs(&rows[rows.len() - vocab..], *token, num_top);
-                logprobs.extend(chosen.map(|chosen| (slice.sequence, chosen)));
-            }
-            choices.push(choice);
         }
         logprobs
     }
@@ -414,42 +383,6 @@ impl Step {
         let batch = Batch::with_capacity(config);
         Step { batch, trace: StepTrace::with_capacity(config.max_num_seqs), submitted_at: now }
     }
-}
-
-impl Client {
-    /// Rows of logits of the prompt from position `start` on; row p tells of token p + 1. `None` if one is not finite.
-    fn take_prompt_rows(&mut self, start: u32, rows: &[f32], vocab: usize) -> Option<()> {
-        let Some(num_top) = self.request.prompt_logprobs else { return Some(()) };
-        // A recomputed prefix brings its rows again.
-        self.prompt_logprobs.truncate(start as usize);
-        let next_tokens = self.request.prompt.iter().skip(start as usize + 1);
-        let entries = rows.chunks_exact(vocab).zip(next_tokens);
-        for (row, &token) in entries {
-            self.prompt_logprobs.push(sampler::logprobs(row, token, num_top)?);
-        }
-        Some(())
-    }
-}
-
-fn greedy(id: u32) -> Choice {
-    match id {
-        NON_FINITE => broken_row(),
-        id => Choice::Token(TokenId(id)),
-    }
-}
-
-fn broken_row() -> Choice {
-    Choice::Failed("the model's output was not finite (NaN or infinity); this request was ended".to_owned())
-}
-
-/// Each slice with its first row of the step's logits.
-fn logit_rows(batch: &Batch) -> impl Iterator<Item = (&Slice, u32)> {
-    let mut next = 0;
-    batch.slices.iter().map(move |slice| {
-        let first = next;
-        next += slice.num_logit_rows();
-        (slice, first)
-    })
 }
 
 fn log_end(client: &Client, reason: &str, usage: Usage, now: Instant) {

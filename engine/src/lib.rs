@@ -13,9 +13,10 @@
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
 //!   opens a model with all that comes with it. The engine thread never touches text.
 //!
-//! A step: `Scheduler::schedule` fills a `Batch`; `PackedBatch` writes it as integers; `Model::record` appends ops;
-//! `Backend::submit` starts them; `Backend::wait` brings sampled ids and the logits that were asked for; then
-//! `Scheduler::complete`, and events go to each request's `Sink`.
+//! A step: `Scheduler::schedule` fills a `Batch`; `PackedBatch` and [`sampling`] write it as integers; `Model::record`
+//! appends ops, of which the last chooses tokens; `Backend::submit` starts them; `Backend::wait` brings the choices, 16
+//! bytes a row, and the log-probabilities that were asked for; then `Scheduler::complete`, and events go to each
+//! request's `Sink`.
 //!
 //! # What must stay true
 //!
@@ -23,6 +24,7 @@
 //!   accumulation order for each (N, K, format), and attention goes over tiles aligned to absolute positions.
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
+//! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
 //! - The scheduler has no clock and no chance: the same state gives the same batch.
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.
 //! - Files are hostile: every count is held against the bytes left before anything is allocated for it.
@@ -30,7 +32,6 @@
 //! # Where this differs from the design page
 //!
 //! - The engine runs one step at a time; the interfaces allow two in flight.
-//! - Sampling that is not greedy happens on the host, from downloaded logits; greedy choice is on the device.
 //! - There is no `limits.rs` and no `fleet/` yet, and no CUDA backend.
 
 pub mod backend;
@@ -46,7 +47,7 @@ pub mod op;
 pub mod queue;
 pub mod recording;
 pub mod request;
-pub mod sampler;
+pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
 pub mod tensor;

@@ -3,6 +3,8 @@
 //! Invariant: an op is plain `Copy` data over tensor handles; a new variant fails to compile in every backend. One
 //! base name in each place: `Op::RmsNorm`, `shaders/rms_norm.wgsl`, `backend/cpu/rms_norm.rs`. An op knows no model.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::tensor::{KvTensor, Tensor, Weight};
 
 /// A device operation. Outputs never alias inputs, except where a field says "in place".
@@ -18,7 +20,8 @@ pub enum Op {
     GatedAct(GatedAct),
     Add(Add),
     GatherRows(GatherRows),
-    ArgMax(ArgMax),
+    ResetCounts(ResetCounts),
+    Sample(Sample),
 }
 
 /// `table[index] = value` for each (index, value) of `entries`; indices are distinct.
@@ -175,16 +178,144 @@ pub struct GatherRows {
     pub out: Tensor,
 }
 
-/// What [`ArgMax`] writes for a row that holds a NaN or an infinity.
+/// In a word of `counts`: the token is in the prompt. The other bits count how often it was generated.
+pub const IN_PROMPT: u32 = 1 << 31;
+
+/// Begins the token counts of slots anew: each row is cleared, and then the sequence's tokens are counted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ResetCounts {
+    /// u32 (n, 4): a slot; where its tokens begin in `tokens`, where the generated ones begin, and where they end.
+    /// Slots are distinct.
+    pub resets: Tensor,
+    /// u32 (tokens, 1)
+    pub tokens: Tensor,
+    /// u32 (max_num_seqs, vocab), in place.
+    pub counts: Tensor,
+}
+
+/// What [`Sample`] writes for a row that holds a NaN or an infinity, or whose mask allows nothing. Read by [`Embed`] it
+/// is harmless: any token.
 pub const NON_FINITE: u32 = u32::MAX;
 
-/// `sampled[slots[i]] = ` the index of the largest logit of row i, the lowest among equals.
+/// In a [`SampleRow`]: no slot, no target, no mask.
+pub const NONE: u32 = u32::MAX;
+
+/// How to choose a token from one row of logits. Words, as the upload has them.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SampleRow {
+    /// Where the choice goes; `NONE` if no token is chosen.
+    pub slot: u32,
+    /// Of the token to be chosen.
+    pub position: u32,
+    /// Low word first. A draw depends on (seed, position) alone.
+    pub seed: [u32; 2],
+    /// 0 is greedy; then nothing from here to `min_p` counts.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// Taken off the logit of a token that was generated.
+    pub presence: f32,
+    /// Taken off a token's logit once for each time that it was generated.
+    pub frequency: f32,
+    /// Above 0. Divides the positive logit of a token that is known, prompt included, and multiplies a negative one.
+    pub repetition: f32,
+    /// Instead of a choice: the token whose log-probability is asked; `NONE` for none.
+    pub target: u32,
+    /// 0 for no log-probabilities; else that of the token, and of `logprobs - 1` most likely ones.
+    pub logprobs: u32,
+    /// Word of `extras` where pairs of (token, bits of the bias) begin, sorted by token.
+    pub bias_at: u32,
+    /// At most `MAX_BIASES`.
+    pub num_biases: u32,
+    /// Word of `extras` where the mask begins, bit `v % 32` of word `v / 32` for token v; `NONE` to allow all.
+    pub mask_at: u32,
+}
+
+/// Words of a [`SampleRow`].
+pub const SAMPLE_ROW_WORDS: u32 = 16;
+/// Words of a row of [`Sample::chosen`].
+pub const CHOSEN_WORDS: u32 = 4;
+/// Most likely tokens that [`Sample`] gives at most.
+pub const MAX_TOP: u32 = 20;
+/// Biases of a row at most.
+pub const MAX_BIASES: u32 = 1024;
+/// Tokens of a row that are looked at together where a backend splits rows.
+pub const SAMPLE_SLICE: u32 = 4096;
+/// What a backend may note of a slice, in words.
+pub const SLICE_WORDS: u32 = 8;
+
+/// Chooses a token from each row of logits.
+///
+/// In this order: bias, penalties (repetition, then frequency and presence), mask; the largest of what that gives is
+/// the greedy choice, the lowest token among equals. Else temperature; then a token must pass top-k, top-p and min-p.
+/// Top-p looks at the distribution after temperature and top-k, min-p at the largest after temperature. Tokens equal
+/// to the last that a filter keeps are kept too. Each kept token v of weight w draws E from the exponential
+/// distribution by a hash of (seed, position, v); the largest w / E wins (Gumbel-max), which is v with its probability.
+///
+/// Log-probabilities and ranks are those of the logits as they came: temperature 1, nothing adjusted or cut.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ArgMax {
+pub struct Sample {
     /// f32 (n, vocab)
     pub logits: Tensor,
-    /// u32 (n, 1): distinct slots; a row whose slot is `u32::MAX` is passed over.
-    pub slots: Tensor,
-    /// u32 (max_num_seqs, 1), in place.
+    /// u32 (n, `SAMPLE_ROW_WORDS`): a [`SampleRow`] each. Slots are distinct.
+    pub rows: Tensor,
+    /// u32 (words, 1): biases and masks of all rows.
+    pub extras: Tensor,
+    /// u32 (max_num_seqs, vocab), in place: read for rows with penalties, whose choice is counted.
+    pub counts: Tensor,
+    /// u32 (n, slices of the vocabulary * `SLICE_WORDS`): for the backend's own use.
+    pub slices: Tensor,
+    /// u32 (max_num_seqs, 1), in place: the choice of each row that has a slot.
     pub sampled: Tensor,
+    /// u32 (n, `CHOSEN_WORDS`): the choice or the target, bits of its log-probability, how many tokens are more likely
+    /// plus one, 0. The token is `NON_FINITE` for a broken row; log-probability and rank only where they are asked.
+    pub chosen: Tensor,
+    /// u32 (n, 2 * `MAX_TOP`): the most likely tokens where they are asked, lowest first among equals: token, bits of
+    /// its log-probability.
+    pub top: Tensor,
+}
+
+impl SampleRow {
+    /// A row of which nothing is asked.
+    pub const IDLE: SampleRow = SampleRow {
+        slot: NONE,
+        position: 0,
+        seed: [0; 2],
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        presence: 0.0,
+        frequency: 0.0,
+        repetition: 1.0,
+        target: NONE,
+        logprobs: 0,
+        bias_at: 0,
+        num_biases: 0,
+        mask_at: NONE,
+    };
+
+    pub fn is_idle(&self) -> bool {
+        self.slot == NONE && self.target == NONE
+    }
+
+    /// Whether the slot's counts are read and updated.
+    pub fn is_penalised(&self) -> bool {
+        self.presence != 0.0 || self.frequency != 0.0 || self.repetition != 1.0
+    }
+
+    /// Most likely tokens that are asked, of a vocabulary.
+    pub fn num_top(&self, vocab_size: u32) -> u32 {
+        self.logprobs.saturating_sub(1).min(vocab_size)
+    }
+}
+
+/// Columns of [`Sample::slices`].
+pub const fn slice_cols(vocab_size: u32) -> u32 {
+    vocab_size.div_ceil(SAMPLE_SLICE) * SLICE_WORDS
 }

@@ -3,7 +3,7 @@
 //! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
 //! a backend may trust them. A recording runs nothing.
 
-use crate::op::{ATTENTION_ROWS, Op};
+use crate::op::{ATTENTION_ROWS, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample, slice_cols};
 use crate::tensor::{BufferId, DType, Tensor};
 
 /// Cleared and refilled each step; its vectors keep their capacity.
@@ -142,12 +142,27 @@ fn check(op: &Op) {
             f32(op.out, op.rows.rows, op.x.cols);
             assert_ne!(op.x.buffer, op.out.buffer);
         }
-        Op::ArgMax(op) => {
-            f32(op.logits, op.slots.rows, op.logits.cols);
-            u32(op.slots, op.logits.rows, 1);
-            u32(op.sampled, op.sampled.rows, 1);
-        }
+        Op::ResetCounts(op) => check_reset_counts(op),
+        Op::Sample(op) => check_sample(op),
     }
+}
+
+fn check_reset_counts(op: ResetCounts) {
+    u32(op.resets, op.resets.rows, 4);
+    u32(op.tokens, op.tokens.rows, 1);
+    u32(op.counts, op.counts.rows, op.counts.cols);
+}
+
+fn check_sample(op: Sample) {
+    let (num_rows, vocab) = (op.logits.rows, op.logits.cols);
+    f32(op.logits, num_rows, vocab);
+    u32(op.rows, num_rows, SAMPLE_ROW_WORDS);
+    u32(op.extras, op.extras.rows, 1);
+    u32(op.counts, op.sampled.rows, vocab);
+    u32(op.slices, num_rows, slice_cols(vocab));
+    u32(op.sampled, op.counts.rows, 1);
+    u32(op.chosen, num_rows, CHOSEN_WORDS);
+    u32(op.top, num_rows, 2 * MAX_TOP);
 }
 
 #[track_caller]

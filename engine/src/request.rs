@@ -4,6 +4,7 @@
 //! say. Token ids only: text does not enter the engine thread.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// An integer of the vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -21,7 +22,8 @@ pub struct Request {
     /// A sampled id among these ends the sequence with `FinishReason::Stop`; it is delivered as an event all the same.
     pub stop_ids: Vec<TokenId>,
     pub sampling: SamplingParams,
-    /// Log-probabilities of each sampled token and of this many most likely ones; `None` for none.
+    /// Log-probabilities of each sampled token and of this many most likely ones, at most `MAX_LOGPROBS`; `None` for
+    /// none.
     pub logprobs: Option<u32>,
     /// The same for every prompt token but the first.
     pub prompt_logprobs: Option<u32>,
@@ -49,6 +51,12 @@ impl Default for Share {
     }
 }
 
+/// Most likely tokens whose log-probabilities come with one token, at most.
+pub const MAX_LOGPROBS: u32 = crate::op::MAX_TOP;
+/// Tokens of a request with a bias, at most.
+pub const MAX_LOGIT_BIASES: u32 = crate::op::MAX_BIASES;
+
+/// How tokens are chosen; `op::Sample` says in which order what applies.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy.
@@ -57,16 +65,54 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// 0 keeps all.
     pub top_k: u32,
-    /// In [0, 1); 0 keeps all.
+    /// In [0, 1]; 0 keeps all.
     pub min_p: f32,
     /// A draw depends on (seed, position) alone.
     pub seed: u64,
+    /// Taken off the logit of each token that was generated; 0 for none.
+    pub presence_penalty: f32,
+    /// The same, once for each time that it was generated.
+    pub frequency_penalty: f32,
+    /// Above 0: makes tokens of the prompt and generated ones less likely if above 1; 1 for none.
+    pub repetition_penalty: f32,
+    /// Added to logits; by ascending token, each once, at most `MAX_LOGIT_BIASES`.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// One bit a token, by [`token_mask`]; `None` allows all.
+    pub allowed_tokens: Option<Arc<[u32]>>,
 }
 
 impl Default for SamplingParams {
     fn default() -> SamplingParams {
-        SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 }
+        SamplingParams {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            allowed_tokens: None,
+        }
     }
+}
+
+impl SamplingParams {
+    /// Whether the choice of a token depends on those before it.
+    pub fn is_penalised(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
+    }
+}
+
+/// The mask that allows `tokens`, each within the vocabulary: bit `t % 32` of word `t / 32` for token t.
+pub fn token_mask(tokens: impl IntoIterator<Item = TokenId>, vocab_size: u32) -> Arc<[u32]> {
+    let mut mask = vec![0; vocab_size.div_ceil(32) as usize];
+    for TokenId(token) in tokens {
+        assert!(token < vocab_size, "token {token} of a vocabulary of {vocab_size}");
+        mask[token as usize / 32] |= 1 << (token % 32);
+    }
+    mask.into()
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -357,9 +357,12 @@ fn fill_slice(
         batch.input.push(known.map_or(InputToken::Sampled(slot), |&token| InputToken::Id(token)));
         batch.slot_mapping.push(sequence.table.slot(position, cache.block_size()));
     }
+    // Nothing of its table is on the device: it has got the slot in this step.
+    if sequence.num_uploaded_blocks == 0 && sequence.is_counted() {
+        batch.reset(slot, &sequence.tokens, sequence.num_prompt_tokens());
+    }
     let blocks = sequence.table.blocks().iter().enumerate().skip(sequence.num_uploaded_blocks as usize);
     batch.table_updates.extend(blocks.map(|(index, block)| (slot, index as u32, block.0)));
-    let admitted = start == sequence.num_admitted_tokens;
     sequence.num_uploaded_blocks = sequence.table.num_blocks();
     let sample = end == sequence.num_tokens() && sequence.request.max_tokens > 0;
     let prompt_rows = sequence.wants_prompt_logprobs(start);
@@ -375,8 +378,9 @@ fn fill_slice(
         tokens: first..batch.num_tokens(),
         logits,
         sample,
-        admitted,
-        download_logits: prompt_rows || (sample && sequence.needs_logits()),
+        logprobs: sequence.request.logprobs.filter(|_| sample),
+        num_targets: if prompt_rows { end.min(sequence.num_prompt_tokens() - 1) - start } else { 0 },
+        prompt_logprobs: sequence.request.prompt_logprobs.unwrap_or(0),
     });
     trace.record(sequence.id, start..end, sequence.num_tokens());
     sequence.num_computed_tokens = end;

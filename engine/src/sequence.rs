@@ -86,9 +86,9 @@ impl Sequence {
         }
     }
 
-    /// Whether the host must see logits to choose this sequence's tokens.
-    pub fn needs_logits(&self) -> bool {
-        self.request.sampling.temperature > 0.0 || self.request.logprobs.is_some()
+    /// Whether the device counts this sequence's tokens while it runs.
+    pub fn is_counted(&self) -> bool {
+        self.request.sampling.is_penalised() && self.request.max_tokens > 0
     }
 
     /// Whether the rows of `[start, end)` go through the output layer for the prompt's own log-probabilities.

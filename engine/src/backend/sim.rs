@@ -2,10 +2,10 @@
 //!
 //! Each row of activations is one 64-bit hash in the row's first eight bytes. `StoreKv` writes hashes into the real
 //! cache slots, whatever the cache's element type; attention walks the block table that lies on this device and hashes
-//! every cell it can see, positions included; the next token is that hash. So any mistake in slots, tables, sharing,
-//! preemption, chunking or slot reuse changes ids, and a test is `assert_eq!` with the request run alone. Invariant: no
-//! chance, no arithmetic on weights, and no time but what a [`CostModel`] says: the device works its queue off in order
-//! on a [`SimClock`].
+//! every cell it can see, positions included; the next token is that hash, and the hash of all sampler state that the
+//! row has. So any mistake in slots, tables, sharing, preemption, chunking, slot reuse or token counts changes ids, and
+//! a test is `assert_eq!` with the request run alone. Invariant: no chance, no arithmetic on weights, and no time but
+//! what a [`CostModel`] says: the device works its queue off in order on a [`SimClock`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,7 +18,9 @@ use crate::backend::{
 use crate::cost::{CostModel, StepShape};
 use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
 use crate::recording::Recording;
-use crate::tensor::{BufferId, DType, Tensor, Weight, WeightId};
+use crate::tensor::{BufferId, Tensor, Weight, WeightId};
+
+mod sample;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fidelity {
@@ -166,9 +168,8 @@ impl SimBackend {
                         id if id & SAMPLED_BY_SLOT != 0 => self.words(op.sampled)[(id & !SAMPLED_BY_SLOT) as usize],
                         id => id,
                     };
-                    // What follows a row that was not finite is dropped; it must do no harm.
+                    assert!(id < op.table.rows || id == NON_FINITE, "token {id} of {}", op.table.rows);
                     let poisonous = id == NON_FINITE || self.options.poisonous_token == Some(id);
-                    assert!(poisonous || id < op.table.rows, "token {id} of a vocabulary of {}", op.table.rows);
                     self.set_row(op.out, i, if poisonous { POISON } else { mix(1, u64::from(id)) });
                 }
             }
@@ -192,14 +193,8 @@ impl SimBackend {
                     self.set_row(op.out, i, self.row(op.x, row));
                 }
             }
-            Op::ArgMax(op) => {
-                for i in 0..op.logits.rows {
-                    let slot = self.words(op.slots)[i as usize];
-                    if slot != u32::MAX {
-                        self.words_mut(op.sampled)[slot as usize] = arg_max(self.row(op.logits, i), op.logits.cols);
-                    }
-                }
-            }
+            Op::ResetCounts(op) => self.reset_counts(op),
+            Op::Sample(op) => self.sample(op),
         }
     }
 
@@ -256,26 +251,6 @@ impl SimBackend {
             let v = read(&self.buffers[cache.v.0 as usize], cell);
             mix(mix(hash, k), v)
         })
-    }
-
-    fn download(&self, tensor: Tensor, out: &mut Vec<u8>) {
-        if tensor.dtype == DType::U32 {
-            out.extend_from_slice(bytemuck::cast_slice(self.words(tensor)));
-            return;
-        }
-        for row in 0..tensor.rows {
-            let hash = self.row(tensor, row);
-            let best = arg_max(hash, tensor.cols);
-            for col in 0..tensor.cols {
-                let value = match (best, col) {
-                    (NON_FINITE, _) => f32::NAN,
-                    (best, col) if best == col => 8.0,
-                    // In [0, 4).
-                    _ => (mix(hash, u64::from(col)) >> 40) as f32 / (1u64 << 22) as f32,
-                };
-                out.extend_from_slice(&value.to_le_bytes());
-            }
-        }
     }
 
     /// What a recording's time depends on, read off its ops; all layers attend alike.
@@ -343,7 +318,9 @@ impl Backend for SimBackend {
             Fidelity::Cost => without_layers(&recording.ops).for_each(|op| self.run(op)),
         }
         let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
-        recording.downloads.iter().for_each(|&tensor| self.download(tensor, &mut downloads));
+        for &tensor in &recording.downloads {
+            downloads.extend_from_slice(bytemuck::cast_slice(self.words(tensor)));
+        }
         self.num_submitted += 1;
         let copied: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
         let copies_ns = (copied as f64 / 1e6 * self.options.ns_per_copied_megabyte) as u64;
@@ -399,13 +376,6 @@ fn mix(a: u64, b: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (z ^ (z >> 31)) & (POISON >> 1)
-}
-
-fn arg_max(hash: u64, vocab_size: u32) -> u32 {
-    match hash {
-        POISON => NON_FINITE,
-        hash => (mix(hash, 5) % u64::from(vocab_size)) as u32,
-    }
 }
 
 fn read(words: &[u32], at: usize) -> u64 {

@@ -1,17 +1,23 @@
 //! One forward pass of the Llama family, as ops. Families differ by data: optional norms, biases, windows, scales.
 
 use crate::backend::{Backend, DeviceError};
-use crate::model::{Inputs, Model, ModelConfig, StateLimits, alloc_f32};
-use crate::op::{Add, ArgMax, Attention, Embed, GatedAct, GatherRows, MatMul, Op, RmsNorm, Rope, StoreKv, UpdateTable};
+use crate::model::{Choices, Inputs, Model, ModelConfig, StateLimits, alloc_f32, alloc_u32};
+use crate::op::{
+    Add, Attention, CHOSEN_WORDS, Embed, GatedAct, GatherRows, MAX_TOP, MatMul, Op, ResetCounts, RmsNorm, Rope, Sample,
+    StoreKv, UpdateTable, slice_cols,
+};
 use crate::recording::Recording;
 use crate::tensor::{Tensor, Weight};
 
 impl Model {
-    /// Appends the pass over `inputs` to `recording`. Returns the logits, f32 (logit rows, vocab), if any row asks.
-    pub fn record(&self, inputs: &Inputs, recording: &mut Recording) -> Option<Tensor> {
+    /// Appends the pass over `inputs` to `recording`. Returns where the choices will lie, if any row has logits.
+    pub fn record(&self, inputs: &Inputs, recording: &mut Recording) -> Option<Choices> {
         let scratch = self.scratch.first_rows(inputs.ids.rows);
         if let Some(entries) = inputs.table_updates {
             recording.push(Op::UpdateTable(UpdateTable { entries, table: self.block_table }));
+        }
+        if let Some((resets, tokens)) = inputs.resets {
+            recording.push(Op::ResetCounts(ResetCounts { resets, tokens, counts: self.counts }));
         }
         recording.push(Op::Embed(Embed {
             ids: inputs.ids,
@@ -31,8 +37,19 @@ impl Model {
         recording.push(Op::GatherRows(GatherRows { x: scratch.hidden, rows, out: last }));
         self.norm(last, self.weights.final_norm, last_normed, recording);
         matmul(last_normed, self.weights.output, None, logits, recording);
-        recording.push(Op::ArgMax(ArgMax { logits, slots: inputs.sample_slots, sampled: self.sampled }));
-        Some(logits)
+        let choices =
+            Choices { chosen: self.scratch.chosen.first_rows(rows.rows), top: self.scratch.top.first_rows(rows.rows) };
+        recording.push(Op::Sample(Sample {
+            logits,
+            rows: inputs.sample_rows,
+            extras: inputs.extras,
+            counts: self.counts,
+            slices: self.scratch.slices.first_rows(rows.rows),
+            sampled: self.sampled,
+            chosen: choices.chosen,
+            top: choices.top,
+        }));
+        Some(choices)
     }
 
     fn record_attention(&self, layer: usize, inputs: &Inputs, scratch: &Scratch, recording: &mut Recording) {
@@ -138,6 +155,10 @@ pub(super) struct Scratch {
     pub last_normed: Tensor,
     /// f32 (max logit rows, vocab)
     pub logits: Tensor,
+    /// u32 (max logit rows, ..): what `Op::Sample` notes, chooses and ranks.
+    pub slices: Tensor,
+    pub chosen: Tensor,
+    pub top: Tensor,
 }
 
 impl Scratch {
@@ -149,8 +170,14 @@ impl Scratch {
         let tokens = limits.max_num_batched_tokens;
         let q_dim = config.num_heads * config.head_dim;
         let kv_dim = config.num_kv_heads * config.head_dim;
+        let mut u32 = |label, cols| alloc_u32(label, limits.max_logit_rows, cols, backend);
+        let slices = u32("slices", slice_cols(config.vocab_size))?;
+        let (chosen, top) = (u32("chosen", CHOSEN_WORDS)?, u32("top", 2 * MAX_TOP)?);
         let mut f32 = |label, rows, cols| alloc_f32(label, rows, cols, backend);
         Ok(Scratch {
+            slices,
+            chosen,
+            top,
             hidden: f32("hidden", tokens, config.dim)?,
             normed: f32("normed", tokens, config.dim)?,
             q: f32("q", tokens, q_dim)?,
@@ -174,7 +201,8 @@ impl Scratch {
         let q_dim = config.num_heads * config.head_dim;
         let kv_dim = config.num_kv_heads * config.head_dim;
         let per_token = u64::from(3 * config.dim + 3 * q_dim + 3 * kv_dim) + 3 * u64::from(config.ffn_dim);
-        let per_logit_row = u64::from(2 * config.dim) + u64::from(config.vocab_size);
+        let choice_words = slice_cols(config.vocab_size) + CHOSEN_WORDS + 2 * MAX_TOP;
+        let per_logit_row = u64::from(2 * config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
         4 * (u64::from(limits.max_num_batched_tokens) * per_token + u64::from(limits.max_logit_rows) * per_logit_row)
     }
 

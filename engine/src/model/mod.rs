@@ -4,6 +4,7 @@
 
 use crate::backend::{Backend, DeviceError, LoadError};
 use crate::batch::{BlockCopy, PackedBatch};
+use crate::op::{MAX_BIASES, SAMPLE_ROW_WORDS};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, KvTensor, KvType, Tensor};
 
@@ -42,13 +43,21 @@ impl StateLimits {
     }
 
     /// Words of a step's upload, at most: the sum of `PackedBatch`'s vectors at their limits.
-    pub fn max_upload_words(&self) -> u32 {
-        let ids_positions_slots = 3 * self.max_num_batched_tokens;
-        let items = 4 * self.max_num_batched_tokens;
-        let new_blocks = self.max_num_batched_tokens.div_ceil(self.block_size) + self.max_num_seqs;
+    pub fn max_upload_words(&self, vocab_size: u32) -> u64 {
+        let [tokens, seqs, logit_rows] =
+            [self.max_num_batched_tokens, self.max_num_seqs, self.max_logit_rows].map(u64::from);
+        let ids_positions_slots = 3 * tokens;
+        let items = 4 * tokens;
+        let new_blocks = tokens.div_ceil(u64::from(self.block_size)) + seqs;
         // A sequence admitted on a prefix hit writes its whole row of the table.
-        let table_updates = 2 * (new_blocks + self.max_num_seqs * self.max_blocks_per_seq());
-        ids_positions_slots + items + table_updates + 2 * self.max_logit_rows
+        let table_updates = 2 * (new_blocks + seqs * u64::from(self.max_blocks_per_seq()));
+        // The scheduler admits no more in one step.
+        let known_tokens = u64::from(self.max_model_len);
+        let resets = 4 * seqs;
+        let sample_rows = u64::from(SAMPLE_ROW_WORDS) * logit_rows;
+        // A sequence chooses from one row of a step.
+        let extras = seqs * (u64::from(2 * MAX_BIASES + vocab_size.div_ceil(32)));
+        ids_positions_slots + items + table_updates + known_tokens + resets + logit_rows + sample_rows + extras
     }
 }
 
@@ -58,7 +67,7 @@ pub struct Footprint {
     pub kv: u64,
     /// Activations of a step.
     pub scratch: u64,
-    /// Block table, rope tables, upload, sampled ids.
+    /// Block table, rope tables, upload, sampled ids, token counts.
     pub tables: u64,
     /// Swapped blocks, in the host's memory.
     pub swap: u64,
@@ -77,8 +86,10 @@ pub struct Model {
     local_rope_table: Option<Tensor>,
     /// u32 (max_num_seqs, max_blocks_per_seq)
     block_table: Tensor,
-    /// u32 (max_num_seqs, 1)
+    /// u32 (max_num_seqs, 1): what each slot sampled last.
     sampled: Tensor,
+    /// u32 (max_num_seqs, vocab): each slot's known tokens, for penalties.
+    counts: Tensor,
     upload_buffer: BufferId,
 }
 
@@ -90,12 +101,25 @@ pub struct Inputs {
     items: Tensor,
     table_updates: Option<Tensor>,
     logit_rows: Option<Tensor>,
-    sample_slots: Tensor,
+    /// Resets and known tokens.
+    resets: Option<(Tensor, Tensor)>,
+    sample_rows: Tensor,
+    extras: Tensor,
+}
+
+/// Where a step's choices lie, one row a logit row.
+#[derive(Clone, Copy, Debug)]
+pub struct Choices {
+    /// u32 (logit rows, `CHOSEN_WORDS`)
+    pub chosen: Tensor,
+    /// u32 (logit rows, 2 * `MAX_TOP`)
+    pub top: Tensor,
 }
 
 impl Inputs {
     /// Appends `batch` to the recording's upload.
     pub fn upload(batch: &PackedBatch, recording: &mut Recording) -> Inputs {
+        assert_eq!(batch.logit_rows.len(), batch.sample_rows.len(), "a sample row for each row of logits");
         let non_empty = |tensor: Tensor| (tensor.rows > 0).then_some(tensor);
         Inputs {
             ids: recording.upload(&batch.ids, 1),
@@ -104,7 +128,10 @@ impl Inputs {
             items: recording.upload(&batch.items, 4),
             table_updates: non_empty(recording.upload(&batch.table_updates, 2)),
             logit_rows: non_empty(recording.upload(&batch.logit_rows, 1)),
-            sample_slots: recording.upload(&batch.sample_slots, 1),
+            resets: non_empty(recording.upload(&batch.resets, 4))
+                .map(|resets| (resets, recording.upload(&batch.known_tokens, 1))),
+            sample_rows: recording.upload(bytemuck::cast_slice(&batch.sample_rows), SAMPLE_ROW_WORDS),
+            extras: recording.upload(&batch.extras, 1),
         }
     }
 }
@@ -130,7 +157,8 @@ impl Model {
         let table_cols = limits.max_blocks_per_seq();
         let block_table = alloc_u32("block table", limits.max_num_seqs, table_cols, backend)?;
         let sampled = alloc_u32("sampled", limits.max_num_seqs, 1, backend)?;
-        let upload_buffer = backend.alloc("step upload", u64::from(limits.max_upload_words()) * 4)?;
+        let counts = alloc_u32("token counts", limits.max_num_seqs, config.vocab_size, backend)?;
+        let upload_buffer = backend.alloc("step upload", limits.max_upload_words(config.vocab_size) * 4)?;
         Ok(Model {
             config,
             limits,
@@ -142,6 +170,7 @@ impl Model {
             local_rope_table,
             block_table,
             sampled,
+            counts,
             upload_buffer,
         })
     }
@@ -151,11 +180,11 @@ impl Model {
         let words = |rows: u32, cols: u32| u64::from(rows) * u64::from(cols) * 4;
         let ropes = std::iter::once(&config.rope).chain(&config.local_rope);
         let rope_tables: u64 = ropes.map(|rope| words(limits.max_model_len, rope.rotary_dim)).sum();
-        let slots = words(limits.max_num_seqs, limits.max_blocks_per_seq() + 1);
+        let slots = words(limits.max_num_seqs, limits.max_blocks_per_seq() + 1 + config.vocab_size);
         Footprint {
             kv: u64::from(limits.num_blocks) * u64::from(limits.block_size) * config.kv_bytes_per_token(limits.kv_type),
             scratch: Scratch::size_bytes(config, limits),
-            tables: rope_tables + slots + words(1, limits.max_upload_words()),
+            tables: rope_tables + slots + limits.max_upload_words(config.vocab_size) * 4,
             swap: SwapArena::size_bytes(config, limits),
         }
     }

@@ -18,6 +18,8 @@ pub(super) struct Budget<'a> {
     tokens: u32,
     /// Rows of the output layer.
     rows: u32,
+    /// Tokens of admitted sequences that the device is told, to count them.
+    known_tokens: u32,
     /// What has been taken.
     shape: StepShape,
     /// What the step may take on the device; `None` while decodes are planned and where nothing binds it.
@@ -33,6 +35,7 @@ impl<'a> Budget<'a> {
             cost,
             tokens: config.max_num_batched_tokens,
             rows: config.max_logit_rows,
+            known_tokens: config.max_model_len,
             shape: StepShape::default(),
             limit_ns: None,
             has_prefill: false,
@@ -55,6 +58,9 @@ impl<'a> Budget<'a> {
     /// Tokens of `sequence` that fit.
     pub fn fit(&mut self, sequence: &Sequence) -> u32 {
         self.held = Held::Budget;
+        if num_told_tokens(sequence) > self.known_tokens {
+            return 0;
+        }
         let num_tokens = sequence.num_uncomputed_tokens(self.config.max_model_len).min(self.tokens);
         let num_tokens = match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
             true => num_tokens.min(self.rows),
@@ -79,6 +85,7 @@ impl<'a> Budget<'a> {
         let rows = self.rows_of(sequence, num_tokens);
         self.tokens -= num_tokens;
         self.rows -= rows;
+        self.known_tokens -= num_told_tokens(sequence);
         self.shape = self.shape.with_slice(sequence.num_computed_tokens, num_tokens, rows);
         self.has_prefill |= self.limit_ns.is_some();
     }
@@ -87,6 +94,7 @@ impl<'a> Budget<'a> {
         let rows = self.rows_of(sequence, num_tokens);
         self.tokens += num_tokens;
         self.rows += rows;
+        self.known_tokens += num_told_tokens(sequence);
         self.shape = self.shape.without_slice(sequence.num_computed_tokens, num_tokens, rows);
     }
 
@@ -97,4 +105,9 @@ impl<'a> Budget<'a> {
             false => u32::from(num_tokens == sequence.num_uncomputed_tokens(self.config.max_model_len)),
         }
     }
+}
+
+/// Tokens that the device is told when the sequence gets a slot.
+fn num_told_tokens(sequence: &Sequence) -> u32 {
+    if sequence.num_uploaded_blocks == 0 && sequence.is_counted() { sequence.num_tokens() } else { 0 }
 }

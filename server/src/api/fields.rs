@@ -12,10 +12,9 @@ use crate::http::error::ApiError;
 pub struct Fields<'a>(pub &'a Map<String, Value>);
 
 /// Fields of the API that change the answer and that we do not have: all but the value that changes nothing is refused.
-const UNSUPPORTED: [&str; 25] = [
+const UNSUPPORTED: [&str; 21] = [
     "audio",
     "best_of",
-    "frequency_penalty",
     "function_call",
     "functions",
     "guided_choice",
@@ -23,12 +22,9 @@ const UNSUPPORTED: [&str; 25] = [
     "guided_json",
     "guided_regex",
     "include_stop_str_in_output",
-    "logit_bias",
     "min_tokens",
     "prediction",
-    "presence_penalty",
     "prompt_logprobs",
-    "repetition_penalty",
     "response_format",
     "skip_special_tokens",
     "structured_outputs",
@@ -101,8 +97,8 @@ pub fn wrong(name: &str, value: &Value, expected: impl Display) -> ApiError {
 
 fn changes_nothing(name: &str, value: &Value) -> bool {
     match name {
-        "frequency_penalty" | "presence_penalty" | "min_tokens" => value.as_f64() == Some(0.0),
-        "repetition_penalty" | "best_of" => value.as_f64() == Some(1.0),
+        "min_tokens" => value.as_f64() == Some(0.0),
+        "best_of" => value.as_f64() == Some(1.0),
         "skip_special_tokens" => *value == true,
         "tool_choice" => *value == "none" || *value == "auto",
         "response_format" => value["type"] == "text",

@@ -1,8 +1,10 @@
 //! What completions and chats ask of the engine in the same words. Invariant: a request made here is within the ranges
 //! that `request.rs` states; that it fits the model's context is the engine's to say.
 
-use fullbore_engine::request::{Request, SamplingParams, TokenId};
-use serde_json::Value;
+use std::sync::Arc;
+
+use fullbore_engine::request::{self, MAX_LOGIT_BIASES, Request, SamplingParams, TokenId, token_mask};
+use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
 use super::generation::Job;
@@ -14,7 +16,7 @@ use crate::start::random;
 /// Choices of one HTTP request at most, over all its prompts.
 pub const MAX_CHOICES: usize = 128;
 /// Alternatives of one token at most.
-pub const MAX_LOGPROBS: i64 = 20;
+pub const MAX_LOGPROBS: i64 = request::MAX_LOGPROBS as i64;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 
@@ -55,6 +57,14 @@ impl Sampling {
             top_k: top_k.or(defaults.top_k).unwrap_or(0),
             min_p: fields.number("min_p", 0.0..=1.0)?.or(defaults.min_p).unwrap_or(0.0),
             seed: seed(fields)?,
+            presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+            frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+            repetition_penalty: fields
+                .number("repetition_penalty", 0.01..=100.0)?
+                .or(defaults.repetition_penalty)
+                .unwrap_or(1.0),
+            logit_bias: logit_bias(model, fields)?,
+            allowed_tokens: allowed_tokens(model, fields)?,
         };
         Ok(Sampling {
             max_tokens: max_tokens.map(|max_tokens| max_tokens as u32),
@@ -143,6 +153,36 @@ fn stop_ids(model: &ServedModel, fields: &Fields) -> Result<Vec<TokenId>, ApiErr
         }
     }
     Ok(stop_ids)
+}
+
+/// By ascending token.
+fn logit_bias(model: &ServedModel, fields: &Fields) -> Result<Vec<(TokenId, f32)>, ApiError> {
+    let Some(value) = fields.get("logit_bias") else { return Ok(Vec::new()) };
+    let vocab_size = model.engine.vocab_size();
+    let expected =
+        || format!("a map of at most {MAX_LOGIT_BIASES} token ids below {vocab_size} to numbers from -100 to 100");
+    let map = value.as_object().filter(|map| map.len() <= MAX_LOGIT_BIASES as usize);
+    let map = map.ok_or_else(|| wrong("logit_bias", value, expected()))?;
+    let mut biases = Vec::with_capacity(map.len());
+    for (key, bias) in map {
+        let id = key.parse::<u32>().ok().filter(|id| *id < vocab_size && id.to_string() == *key);
+        let bias = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
+        let (Some(id), Some(bias)) = (id, bias) else {
+            return Err(wrong("logit_bias", &json!({ key: map[key] }), expected()));
+        };
+        biases.push((TokenId(id), bias as f32));
+    }
+    biases.sort_unstable_by_key(|(id, _)| *id);
+    Ok(biases)
+}
+
+fn allowed_tokens(model: &ServedModel, fields: &Fields) -> Result<Option<Arc<[u32]>>, ApiError> {
+    const NAME: &str = "allowed_token_ids";
+    let Some(value) = fields.get(NAME) else { return Ok(None) };
+    let items = value.as_array().filter(|items| !items.is_empty());
+    let items = items.ok_or_else(|| wrong(NAME, value, "a list of at least one token id"))?;
+    let ids = items.iter().map(|item| token_id(model, NAME, item)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Some(token_mask(ids, model.engine.vocab_size())))
 }
 
 /// One token id of a list in field `name`.

@@ -114,6 +114,7 @@ impl From<UnfitRequest> for ApiError {
                 ApiError::invalid(param, message).with_code("context_length_exceeded")
             }
             UnfitRequest::Empty | UnfitRequest::NoSuchToken { .. } => ApiError::invalid("prompt", message),
+            UnfitRequest::BadMask { .. } => ApiError::invalid("allowed_token_ids", message),
         }
     }
 }

@@ -18,7 +18,6 @@ use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
 mod add;
-mod arg_max;
 mod attention;
 mod avx2;
 mod embed;
@@ -27,8 +26,10 @@ mod gather_rows;
 mod kv_head;
 mod mat_mul;
 mod packed;
+mod reset_counts;
 mod rms_norm;
 mod rope;
+pub(super) mod sample;
 mod store_kv;
 mod update_table;
 mod worker;
@@ -145,7 +146,8 @@ impl Memory {
             Op::GatedAct(op) => gated_act::run(op, self),
             Op::Add(op) => add::run(op, self),
             Op::GatherRows(op) => gather_rows::run(op, self),
-            Op::ArgMax(op) => arg_max::run(op, self),
+            Op::ResetCounts(op) => reset_counts::run(op, self),
+            Op::Sample(op) => sample::run(op, self),
         }
     }
 }

@@ -7,13 +7,13 @@ use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 use super::packing::UNIT;
 use super::pipelines::Kernel;
 use crate::op::{
-    ATTENTION_ROWS, Activation, Add, ArgMax, Attention, Embed, GatedAct, GatherRows, MatMul, Op, RmsNorm, Rope,
-    RopeStyle, StoreKv, UpdateTable,
+    ATTENTION_ROWS, Activation, Add, Attention, Embed, GatedAct, GatherRows, MatMul, Op, ResetCounts, RmsNorm, Rope,
+    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, StoreKv, UpdateTable,
 };
 use crate::tensor::{BufferId, KvType, Weight, WeightFormat};
 
-/// Buffers of a kernel at most.
-pub const MAX_BUFFERS: usize = 6;
+/// Buffers of a kernel at most, which is WebGPU's guarantee too.
+pub const MAX_BUFFERS: usize = 8;
 /// Scalars of a kernel at most.
 pub const MAX_PARAMS: usize = 16;
 
@@ -56,7 +56,8 @@ impl Encoder<'_> {
             Op::GatedAct(op) => self.gated_act(op),
             Op::Add(op) => self.add(op),
             Op::GatherRows(op) => self.gather_rows(op),
-            Op::ArgMax(op) => self.arg_max(op),
+            Op::ResetCounts(op) => self.reset_counts(op),
+            Op::Sample(op) => self.sample(op),
         }
     }
 
@@ -231,10 +232,22 @@ impl Encoder<'_> {
         self.push_elements(Kernel::GatherRows, &buffers, &params, num_elements);
     }
 
-    fn arg_max(&mut self, op: &ArgMax) {
-        let buffers = [op.logits.buffer, op.slots.buffer, op.sampled.buffer];
-        let params = [op.logits.offset, op.slots.offset, op.sampled.offset, op.logits.rows, op.logits.cols];
-        self.push(Kernel::ArgMax, &buffers, &params, op.logits.rows);
+    fn reset_counts(&mut self, op: &ResetCounts) {
+        let buffers = [op.resets.buffer, op.tokens.buffer, op.counts.buffer];
+        let params = [op.resets.offset, op.tokens.offset, op.counts.offset, op.resets.rows, op.counts.cols];
+        self.push(Kernel::ResetCounts, &buffers, &params, op.resets.rows);
+    }
+
+    /// Slices of rows first, then rows.
+    fn sample(&mut self, op: &Sample) {
+        let Sample { logits, rows, extras, counts, slices, sampled, chosen, top } = *op;
+        let num_slices = slices.cols / SLICE_WORDS;
+        let buffers = [logits, rows, extras, counts, slices, sampled, chosen, top].map(|tensor| tensor.buffer);
+        let offsets = [logits, rows, extras, counts, slices, sampled, chosen, top].map(|tensor| tensor.offset);
+        let shape = [logits.rows, logits.cols, num_slices];
+        let params = [&offsets[..5], &shape, &[SAMPLE_SLICE]].concat();
+        self.push(Kernel::SampleSlices, &buffers[..5], &params, logits.rows * num_slices);
+        self.push(Kernel::Sample, &buffers, &[&offsets[..], &shape].concat(), logits.rows);
     }
 }
 

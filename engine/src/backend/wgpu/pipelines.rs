@@ -27,19 +27,23 @@ pub enum Kernel {
     GatedAct,
     Add,
     GatherRows,
-    ArgMax,
+    ResetCounts,
+    SampleSlices,
+    Sample,
 }
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 7] = [
+    const GENERAL: [Kernel; 9] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
         Kernel::Rope,
         Kernel::GatedAct,
         Kernel::Add,
         Kernel::GatherRows,
-        Kernel::ArgMax,
+        Kernel::ResetCounts,
+        Kernel::SampleSlices,
+        Kernel::Sample,
     ];
 
     /// Those that read weights of `format`.
@@ -96,7 +100,16 @@ impl Kernel {
             Kernel::GatedAct => "gated_act",
             Kernel::Add => "add",
             Kernel::GatherRows => "gather_rows",
-            Kernel::ArgMax => "arg_max",
+            Kernel::ResetCounts => "reset_counts",
+            Kernel::SampleSlices => "sample_slices",
+            Kernel::Sample => {
+                // Old software Vulkan ends all loops of an invocation after 65,535 rounds together: a row is read a
+                // dozen times, so that it takes more lanes than one subgroup has.
+                if tier == Tier::Lavapipe {
+                    constants.extend([("ROW_LANES", 128), ("ONE_SUBGROUP", 0)]);
+                }
+                "sample"
+            }
         };
         (name, constants)
     }

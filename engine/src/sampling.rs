@@ -1,0 +1,159 @@
+//! Between a batch and `Op::Sample`: what is asked of each logit row, and what the rows that came back say.
+//!
+//! Invariant: reading needs the batch and the words alone. By the time that a step comes back its sequences may have
+//! moved on or ended, so nothing here looks at their state; packing looks at requests, which never change.
+
+use crate::batch::{Batch, PackedBatch, SequenceId, Slice};
+use crate::model::Choices;
+use crate::op::{CHOSEN_WORDS, MAX_TOP, NON_FINITE, NONE, SampleRow};
+use crate::request::{MAX_LOGIT_BIASES, MAX_LOGPROBS, Request, TokenId, TokenLogprobs};
+use crate::scheduler::Choice;
+use crate::tensor::Tensor;
+
+/// A lower one chooses the best token; dividing by it would leave no digits.
+const LEAST_TEMPERATURE: f32 = 1e-5;
+
+/// What a step brought for one slice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SliceResult {
+    pub choice: Choice,
+    /// Of the chosen token.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Of the prompt's tokens after the slice's rows.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// Fills the part of `packed` that says what is asked of each logit row. `request` finds that of a planned sequence.
+pub fn pack<'a>(batch: &Batch, request: impl Fn(SequenceId) -> &'a Request, packed: &mut PackedBatch) {
+    for slice in &batch.slices {
+        let num_rows = slice.num_logit_rows();
+        if num_rows == 0 {
+            continue;
+        }
+        let request = request(slice.sequence);
+        for row in 0..num_rows {
+            let asked = if row < slice.num_targets {
+                target(slice, request.prompt[(slice.start + row + 1) as usize])
+            } else if slice.sample && row + 1 == num_rows {
+                choice(slice, request, &mut packed.extras)
+            } else {
+                SampleRow::IDLE
+            };
+            packed.sample_rows.push(asked);
+        }
+    }
+}
+
+fn target(slice: &Slice, token: TokenId) -> SampleRow {
+    assert!(slice.prompt_logprobs <= MAX_LOGPROBS, "{slice:?}");
+    SampleRow { target: token.0, logprobs: slice.prompt_logprobs + 1, ..SampleRow::IDLE }
+}
+
+fn choice(slice: &Slice, request: &Request, extras: &mut Vec<u32>) -> SampleRow {
+    let params = &request.sampling;
+    assert!(params.logit_bias.len() <= MAX_LOGIT_BIASES as usize && slice.logprobs.unwrap_or(0) <= MAX_LOGPROBS);
+    let bias_at = extras.len() as u32;
+    extras.extend(params.logit_bias.iter().flat_map(|(token, bias)| [token.0, bias.to_bits()]));
+    let mask_at = params.allowed_tokens.as_ref().map_or(NONE, |_| extras.len() as u32);
+    extras.extend(params.allowed_tokens.iter().flat_map(|mask| mask.iter()));
+    SampleRow {
+        slot: slice.slot.0,
+        position: slice.start + slice.num_tokens(),
+        seed: [params.seed as u32, (params.seed >> 32) as u32],
+        temperature: if params.temperature < LEAST_TEMPERATURE { 0.0 } else { params.temperature },
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        presence: params.presence_penalty,
+        frequency: params.frequency_penalty,
+        repetition: params.repetition_penalty,
+        target: NONE,
+        logprobs: slice.logprobs.map_or(0, |num_top| num_top + 1),
+        bias_at,
+        num_biases: params.logit_bias.len() as u32,
+        mask_at,
+    }
+}
+
+/// What must come back of a step: the choices of all rows, and the likeliest tokens of the rows that asked for them.
+pub fn downloads(batch: &Batch, choices: Choices, downloads: &mut Vec<Tensor>) {
+    downloads.push(choices.chosen);
+    let mut first = 0;
+    for slice in &batch.slices {
+        for (row, num_rows) in rows_with_top(slice) {
+            let offset = choices.top.offset + (first + row) * choices.top.cols;
+            downloads.push(Tensor { offset, rows: num_rows, ..choices.top });
+        }
+        first += slice.num_logit_rows();
+    }
+}
+
+/// Runs of a slice's logit rows whose most likely tokens come back: a first one and how many.
+fn rows_with_top(slice: &Slice) -> impl Iterator<Item = (u32, u32)> {
+    let targets = (slice.num_targets > 0 && slice.prompt_logprobs > 0).then_some((0, slice.num_targets));
+    let last = slice.logprobs.filter(|num_top| *num_top > 0).map(|_| (slice.num_logit_rows() - 1, 1));
+    targets.into_iter().chain(last)
+}
+
+/// Reads the bytes of [`downloads`]: one result a slice.
+pub fn read(batch: &Batch, bytes: &[u8], vocab_size: u32) -> Vec<SliceResult> {
+    let words: Vec<u32> = bytemuck::pod_collect_to_vec(bytes);
+    let (chosen, top) = words.split_at((batch.num_logit_rows() * CHOSEN_WORDS) as usize);
+    let mut rows = Rows { chosen: chosen.chunks_exact(CHOSEN_WORDS as usize), top, vocab_size };
+    batch.slices.iter().map(|slice| rows.slice(slice)).collect()
+}
+
+/// Rows that have come back and were not read yet.
+struct Rows<'a> {
+    chosen: std::slice::ChunksExact<'a, u32>,
+    top: &'a [u32],
+    vocab_size: u32,
+}
+
+impl Rows<'_> {
+    fn slice(&mut self, slice: &Slice) -> SliceResult {
+        let mut result = SliceResult { choice: Choice::None, logprobs: None, prompt_logprobs: Vec::new() };
+        let num_rows = slice.num_logit_rows();
+        for row in 0..num_rows {
+            if row < slice.num_targets {
+                let Some(entry) = self.next(Some(slice.prompt_logprobs)) else {
+                    result.choice = broken_row();
+                    continue;
+                };
+                result.prompt_logprobs.push(entry);
+            } else if slice.sample && row + 1 == num_rows {
+                match self.next(slice.logprobs) {
+                    None => result.choice = broken_row(),
+                    Some(entry) if result.choice == Choice::None => {
+                        result.choice = Choice::Token(entry.id);
+                        result.logprobs = slice.logprobs.map(|_| entry);
+                    }
+                    // A broken row of the prompt has failed it already.
+                    Some(_) => {}
+                }
+            } else {
+                self.chosen.next();
+            }
+        }
+        result
+    }
+
+    /// The next row, whose `num_top` most likely tokens were asked; `None` if it was not finite.
+    fn next(&mut self, num_top: Option<u32>) -> Option<TokenLogprobs> {
+        let row = self.chosen.next().expect("a row for each that was asked");
+        let num_top = num_top.unwrap_or(0);
+        let mut top = Vec::new();
+        if num_top > 0 {
+            let (mine, rest) = self.top.split_at(2 * MAX_TOP as usize);
+            let pairs = mine.chunks_exact(2).take(num_top.min(self.vocab_size) as usize);
+            top.extend(pairs.map(|pair| (TokenId(pair[0]), f32::from_bits(pair[1]))));
+            self.top = rest;
+        }
+        let entry = TokenLogprobs { id: TokenId(row[0]), logprob: f32::from_bits(row[1]), rank: row[2], top };
+        (row[0] != NON_FINITE).then_some(entry)
+    }
+}
+
+fn broken_row() -> Choice {
+    Choice::Failed("the model's output was not finite (NaN or infinity); this request was ended".to_owned())
+}
