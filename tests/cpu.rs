@@ -45,7 +45,7 @@ fn a_matmul_is_the_product_with_the_dequantised_weight() {
 
 #[test]
 fn rows_do_not_depend_on_how_many_there_are() {
-    for format in [WeightFormat::Q4_1, WeightFormat::Q8_0, WeightFormat::Q6K, WeightFormat::F32, WeightFormat::BF16] {
+    for format in WeightFormat::ALL {
         assert_rows_do_not_depend_on_m(&mut cpu(false, 2), format, 72, 256, 65, "cpu");
     }
 }

@@ -270,6 +270,12 @@ mod gguf {
             out
         }
 
+        /// Bytes of the header that the tensors' entries take.
+        fn entries_bytes(&self) -> usize {
+            let bare = Sample { tensors: Vec::new(), ..self.clone() };
+            self.header().len() - bare.header().len()
+        }
+
         fn bytes(&self) -> Vec<u8> {
             let mut out = self.header();
             out.resize(out.len().next_multiple_of(self.alignment), 0);
@@ -450,6 +456,23 @@ mod gguf {
             let sentence = Gguf::open(&path).expect_err(expected).to_string();
             assert!(sentence.contains(expected), "expected `{expected}`, got `{sentence}`");
             assert!(sentence.contains("hostile.gguf"), "{sentence}");
+        }
+    }
+
+    /// A sparse file is as long as it likes, and none of it need be there.
+    #[test]
+    fn a_header_over_the_limit_is_refused_unread() {
+        let dir = fresh_dir("long-header-gguf");
+        let open = |value: Vec<u8>| {
+            let header = Sample::sound(3).with_key("k", value).header();
+            let path = write(&dir, "long.gguf", &header[..header.len() - Sample::sound(3).entries_bytes()]);
+            let sparse = fs::File::options().write(true).open(&path).and_then(|file| file.set_len(1 << 40));
+            sparse.expect("a sparse file");
+            Gguf::open(&path).expect_err("too long").to_string()
+        };
+        for value in [typed(STRING, &(1u64 << 30).to_le_bytes()), array(STRING, 1 << 30, &[]), array(0, 1 << 30, &[])] {
+            let sentence = open(value);
+            assert!(sentence.contains("the value of `k` claims 1073741824"), "{sentence}");
         }
     }
 

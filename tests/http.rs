@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use fullbore::api::ServedModel;
 use fullbore::http::accept::Limits;
 use fullbore::serve::Server;
 use fullbore::start::{self, Plan};
@@ -100,7 +101,7 @@ impl Backend for Gated {
 }
 
 /// A server on a free port, ended when dropped.
-struct Harness {
+pub struct Harness {
     runtime: Runtime,
     server: Option<Server>,
     address: SocketAddr,
@@ -145,6 +146,13 @@ impl Setup {
 }
 
 impl Harness {
+    /// Serves a model that was loaded as the command line does it.
+    pub fn serving(model: ServedModel) -> Harness {
+        let harness = Setup { loaded: false, ..Setup::default() }.start();
+        harness.server.as_ref().expect("running").set_model(model);
+        harness
+    }
+
     fn load(&self, config: EngineConfig, change: fn(&mut Bundle)) {
         let mut bundle = Bundle::simulated();
         change(&mut bundle);
@@ -167,7 +175,7 @@ impl Harness {
         stream
     }
 
-    fn get(&self, path: &str) -> Reply {
+    pub fn get(&self, path: &str) -> Reply {
         read_reply(self.send(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")))
     }
 
@@ -175,15 +183,15 @@ impl Harness {
         read_reply(self.send(post(path, body)))
     }
 
-    fn post(&self, path: &str, body: &Value) -> Reply {
+    pub fn post(&self, path: &str, body: &Value) -> Reply {
         self.post_bytes(path, body.to_string().as_bytes())
     }
 
-    fn complete(&self, body: Value) -> Value {
+    pub fn complete(&self, body: Value) -> Value {
         self.post("/v1/completions", &body).ok()
     }
 
-    fn chat(&self, body: Value) -> Value {
+    pub fn chat(&self, body: Value) -> Value {
         self.post("/v1/chat/completions", &body).ok()
     }
 
@@ -222,7 +230,7 @@ impl Drop for Harness {
 }
 
 #[derive(Debug)]
-struct Reply {
+pub struct Reply {
     status: u16,
     head: String,
     body: Vec<u8>,
@@ -237,13 +245,13 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
-    fn ok(&self) -> Value {
+    pub fn ok(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.text());
         self.json()
     }
 
     /// The error's fields, after a check that they are OpenAI's.
-    fn error(&self, status: u16) -> Value {
+    pub fn error(&self, status: u16) -> Value {
         assert_eq!(self.status, status, "{self:?}");
         assert!(self.head.contains("content-type: application/json"), "{}", self.head);
         let error = self.json()["error"].clone();
@@ -315,7 +323,7 @@ fn prompt(index: usize) -> String {
     format!("Prompt number {index}: {}", "tell me more. ".repeat(index % 7))
 }
 
-fn ids(value: &Value) -> Vec<u64> {
+pub fn ids(value: &Value) -> Vec<u64> {
     value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id")).collect()
 }
 
@@ -858,13 +866,21 @@ fn unknown_models_and_long_prompts_have_their_codes() {
         assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
         assert!(error["message"].as_str().expect("text").contains("gpt-9"), "{error}");
     }
-    let long = "word ".repeat(2000);
-    let error = server.post("/v1/completions", &json!({"prompt": long})).error(400);
-    assert_eq!(error["code"], "context_length_exceeded");
-    assert!(error["message"].as_str().expect("text").contains("1024"), "{error}");
-    let error =
-        server.post("/v1/chat/completions", &json!({"messages": [{"role": "user", "content": long}]})).error(400);
-    assert_eq!(error["code"], "context_length_exceeded");
+    // The second is so long that it is refused without a look at its tokens.
+    for length in [2000, 1_600_000] {
+        let long = "word ".repeat(length);
+        let chat = json!({"messages": [{"role": "user", "content": long}]});
+        let bodies = [
+            ("/v1/completions", json!({"prompt": long}), "prompt"),
+            ("/v1/completions", json!({"prompt": ["x", long]}), "prompt"),
+            ("/v1/chat/completions", chat, "messages"),
+        ];
+        for (path, body, param) in bodies {
+            let error = server.post(path, &body).error(400);
+            assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!(param)));
+            assert!(error["message"].as_str().expect("text").contains("1024"), "{error}");
+        }
+    }
     let error = server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2000})).error(400);
     assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("max_tokens")));
 }
@@ -897,6 +913,26 @@ fn bodies_that_are_no_json_object_are_refused() {
         }
     }
     assert_eq!(server.get("/health/ready").status, 200);
+}
+
+#[test]
+fn bodies_that_are_not_said_to_be_json_are_refused() {
+    let server = Setup::default().start();
+    let ask = |path: &str, content_type: &str| {
+        let body = r#"{"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}"#;
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{content_type}");
+        read_reply(server.send(format!("{head}content-length: {}\r\n\r\n{body}", body.len())))
+    };
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        for right in ["application/json", "application/json; charset=utf-8", "Application/JSON"] {
+            ask(path, &format!("Content-Type: {right}\r\n")).ok();
+        }
+        for wrong in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""] {
+            let error = ask(path, &format!("content-type: {wrong}\r\n")).error(415);
+            assert!(error["message"].as_str().expect("text").contains(wrong), "{error}");
+        }
+        assert_eq!(ask(path, "").error(415)["code"], "unsupported_media_type");
+    }
 }
 
 #[test]
@@ -963,7 +999,10 @@ fn a_connection_serves_one_request_after_the_other() {
     let mut stream = server.connect();
     for _ in 0..3 {
         let body = br#"{"prompt": "x", "max_tokens": 2}"#;
-        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         stream.write_all(&[head.as_bytes(), body].concat()).expect("the server reads");
         let mut bytes = Vec::new();
         let mut part = [0; 4096];

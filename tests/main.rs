@@ -20,6 +20,8 @@ mod random;
 mod sampling;
 /// Needs nothing: traces of steps, as expected text.
 mod scheduler;
+/// Needs nothing: whole model files and folders, served, and damaged at random.
+mod serving;
 /// Needs Vulkan drivers: every shader variant validates, and does what its op says.
 mod shaders;
 /// Needs nothing: whole engines on `sim`, seeded, invariants after every step.

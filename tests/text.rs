@@ -133,6 +133,28 @@ mod tokenizer {
         }
     }
 
+    /// Also of those texts that are the longest tokens, one after the other.
+    #[test]
+    fn no_text_is_fewer_tokens_than_its_length_says() {
+        for tokenizer in [&*SMOLLM2, &*GEMMA3, &*LLAMA_SPM] {
+            let length = |id: &u32| tokenizer.token_bytes(TokenId(*id)).len();
+            let mut longest: Vec<u32> = (0..tokenizer.vocab_size() as u32).collect();
+            longest.sort_by_key(|id| std::cmp::Reverse(length(id)));
+            let longest: Vec<TokenId> = longest.into_iter().take(50).map(TokenId).collect();
+            assert_eq!(tokenizer.least_tokens(length(&longest[0].0)), 1);
+            let long = proptest::sample::subsequence(longest, 0..=50).prop_map(|ids| tokenizer.decode(&ids));
+            runner(300)
+                .run(&prop_oneof![texts(), long], |text| {
+                    for special in [Special::AsText, Special::Parse] {
+                        let num_tokens = tokenizer.encode(&text, special).len();
+                        prop_assert!(tokenizer.least_tokens(text.len()) <= num_tokens, "{:?}: {}", text, num_tokens);
+                    }
+                    Ok(())
+                })
+                .expect("a bound");
+        }
+    }
+
     /// A vocabulary in which merging, or a word as a whole, could spell control tokens.
     #[test]
     fn merging_never_makes_a_special_token() {
@@ -257,6 +279,10 @@ mod hf_json {
     #[test]
     fn bytes_prefixes_and_added_tokens_are_followed() {
         let tokenizer = metaspace(|_| ()).expect("a tokenizer");
+        // One of its tokens takes any white space with it, so length says nothing of the number of tokens.
+        assert_eq!(tokenizer.least_tokens(1 << 30), 1);
+        let plain = metaspace(|json| json["added_tokens"][2]["rstrip"] = json!(false)).expect("a tokenizer");
+        assert_eq!(plain.least_tokens("<unk>".len() * 100), 100);
         let encode = |text, special| tokenizer.encode(text, special).iter().map(|id| id.0).collect::<Vec<_>>();
         assert_eq!((tokenizer.bos(), tokenizer.add_bos()), (Some(TokenId(1)), true));
         assert_eq!(encode("a ab", Special::AsText), [261, 261, 260]);

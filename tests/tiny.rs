@@ -253,7 +253,11 @@ fn weights_of_another_shape_are_refused_by_name() {
         (ModelConfig { ffn_dim: 64, ..config.clone() }, "blk.0.ffn_gate.weight"),
         (ModelConfig { num_layers: 3, windows: vec![None; 3], ..config.clone() }, "blk.2.attn_norm.weight"),
         (ModelConfig { num_layers: 1, windows: vec![None; 1], ..config.clone() }, "model.layers.1."),
-        (ModelConfig { vocab_size: 256, ..config }, "token_embd.weight"),
+        (ModelConfig { vocab_size: 256, ..config.clone() }, "token_embd.weight"),
+        // Parts that these families have and Llama has not.
+        (ModelConfig { family: Family::Qwen2, ..config.clone() }, "blk.0.attn_q.bias"),
+        (ModelConfig { family: Family::Qwen3, ..config.clone() }, "blk.0.attn_q_norm.weight"),
+        (ModelConfig { family: Family::Gemma3, ..config }, "blk.0.attn_q_norm.weight"),
     ];
     for (config, tensor) in cases {
         let mut backend = CpuBackend::new(CpuOptions::default()).expect("threads can be started");

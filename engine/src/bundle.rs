@@ -41,6 +41,25 @@ pub struct SamplingDefaults {
     pub repetition_penalty: Option<f32>,
 }
 
+impl SamplingDefaults {
+    /// Holds them to the ranges that requests are held to.
+    fn check(&self, path: &Path) -> Result<(), BundleError> {
+        let in_range = |range: std::ops::RangeInclusive<f32>| move |value: f32| range.contains(&value);
+        let above_zero = |value: f32| value > 0.0 && value <= 1.0;
+        let checks: [(&str, Option<f32>, &dyn Fn(f32) -> bool, &str); 3] = [
+            ("temperature", self.temperature, &in_range(0.0..=2.0), "from 0 to 2"),
+            ("top_p", self.top_p, &above_zero, "above 0 and at most 1"),
+            ("min_p", self.min_p, &in_range(0.0..=1.0), "from 0 to 1"),
+        ];
+        for (name, value, is_right, expected) in checks {
+            if let Some(value) = value.filter(|&value| !is_right(value)) {
+                return Err(BundleError::BadDefault { path: path.to_owned(), name, value, expected });
+            }
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     #[error("there is no {}; give a GGUF file, or a folder with config.json and safetensors files", .0.display())]
@@ -49,6 +68,8 @@ pub enum BundleError {
     UnknownKind(PathBuf),
     #[error("{}: its tokenizer has {tokens} tokens and its weights only {vocab_size}", path.display())]
     VocabularyTooLarge { path: PathBuf, tokens: usize, vocab_size: u32 },
+    #[error("{}: the model's default {name} is {value}; it must be {expected}", path.display())]
+    BadDefault { path: PathBuf, name: &'static str, value: f32, expected: &'static str },
     #[error("{}: config.json does not tie the output to the embedding, and lm_head.weight is missing", .0.display())]
     NoOutput(PathBuf),
     #[error(transparent)]
@@ -63,6 +84,10 @@ impl Bundle {
     pub fn open(path: &Path) -> Result<Bundle, BundleError> {
         let bundle = match path {
             path if path.join("config.json").is_file() => Self::from_safetensors(SafetensorsDir::open(path)?)?,
+            path if path.join("adapter_config.json").is_file() => {
+                let what = "an adapter (LoRA) instead of a model; merge it into its model".to_owned();
+                return Err(ModelConfigError::Unsupported { what }.into());
+            }
             path if path.is_file() => Self::from_gguf(Gguf::open(path)?)?,
             path if path.exists() => return Err(BundleError::UnknownKind(path.to_owned())),
             path => return Err(BundleError::NotFound(path.to_owned())),
@@ -144,7 +169,7 @@ impl Bundle {
         let tokenizer_config = dir.tokenizer_config_json().unwrap_or(&null);
         let generation = dir.generation_config_json().unwrap_or(&null);
         let (bos, eos) = (spelling(&tokenizer_config["bos_token"]), spelling(&tokenizer_config["eos_token"]));
-        let template = dir.chat_template();
+        let template = dir.chat_template().or_else(|| older_chat_template(tokenizer_config));
         let chat_template = template.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?;
         let mut stop_ids = ids(&generation["eos_token_id"]);
         stop_ids.extend(ids(&dir.config_json()["eos_token_id"]));
@@ -174,6 +199,7 @@ impl Bundle {
         if tokens > vocab_size as usize {
             return Err(BundleError::VocabularyTooLarge { path: path.to_owned(), tokens, vocab_size });
         }
+        self.defaults.check(path)?;
         self.stop_ids.retain(|id| id.0 < vocab_size);
         self.stop_ids.sort_unstable();
         self.stop_ids.dedup();
@@ -196,6 +222,14 @@ fn above_0(penalty: Option<f32>) -> Option<f32> {
 
 fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// The template in tokenizer_config.json, where older folders have it: a text, or a list of texts with names.
+fn older_chat_template(tokenizer_config: &Value) -> Option<&str> {
+    let template = &tokenizer_config["chat_template"];
+    let mut named = template.as_array().into_iter().flatten();
+    let default = named.find(|template| template["name"] == "default");
+    template.as_str().or_else(|| default?["template"].as_str())
 }
 
 /// A token of tokenizer_config.json: a string, or an object around one.

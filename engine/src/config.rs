@@ -83,16 +83,26 @@ pub enum ConfigError {
          token; set --target-itl-ms to {least_ms} or more, or choose a smaller model or a faster device"
     )]
     TargetBelowStep { target_ms: u32, step_ms: f64, least_ms: u32 },
+    #[error(
+        "max_num_seqs {max_num_seqs} sequences of {max_blocks} blocks each make a block table of more than {most} \
+         entries; lower max_num_seqs or max_model_len, or raise block_size"
+    )]
+    TableTooLarge { max_num_seqs: u32, max_blocks: u32, most: u32 },
 }
 
+/// Entries of the device's block table at most: 256 MiB of them.
+const MAX_TABLE_ENTRIES: u32 = 1 << 26;
+
 impl EngineConfig {
+    pub const MAX_BLOCK_SIZE: u32 = 256;
+
     pub fn check(&self) -> Result<(), ConfigError> {
         let ranges = [
             ("max_num_seqs", self.max_num_seqs, 1, 4096),
             // Every running sequence may decode in one step.
             ("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs, 1 << 16),
             ("max_model_len", self.max_model_len, 2, 1 << 24),
-            ("block_size", self.block_size, 1, 256),
+            ("block_size", self.block_size, 1, EngineConfig::MAX_BLOCK_SIZE),
             ("num_blocks", self.num_blocks, 1, u32::MAX / self.block_size.max(1)),
             ("num_host_blocks", self.num_host_blocks, 0, u32::MAX / self.block_size.max(1)),
             ("max_waiting", self.max_waiting, 1, 1 << 20),
@@ -119,6 +129,10 @@ impl EngineConfig {
         if self.num_blocks < self.max_model_len.div_ceil(self.block_size) {
             let EngineConfig { num_blocks, block_size, max_model_len, .. } = *self;
             return Err(ConfigError::PoolTooSmall { num_blocks, block_size, max_model_len });
+        }
+        let (max_num_seqs, max_blocks) = (self.max_num_seqs, self.max_model_len.div_ceil(self.block_size));
+        if max_blocks > MAX_TABLE_ENTRIES / max_num_seqs {
+            return Err(ConfigError::TableTooLarge { max_num_seqs, max_blocks, most: MAX_TABLE_ENTRIES });
         }
         Ok(())
     }

@@ -33,7 +33,10 @@ pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
         },
         // An empty selector would mean the best there is.
         "" => Err(DeviceChoiceError::Unknown(wanted.to_owned())),
-        _ => Ok(gpu(wanted)?),
+        _ => gpu(wanted).map_err(|error| match error {
+            adapters::OpenError::NotFound { .. } => DeviceChoiceError::Unknown(wanted.to_owned()),
+            error => error.into(),
+        }),
     }
 }
 

@@ -63,6 +63,8 @@ pub enum FetchError {
     Hub { repo: String, reason: String },
     #[error("{repo} has several GGUF files; name one as {repo}:FILE out of {files}")]
     SeveralFiles { repo: String, files: String },
+    #[error("no GGUF file of {repo} has {part} in its name; there is {files}")]
+    NoSuchFile { repo: String, part: String, files: String },
     #[error("{repo} has neither a GGUF file nor safetensors")]
     NoWeights { repo: String },
 }
@@ -189,18 +191,23 @@ fn fetch_repository(model: &str) -> Result<PathBuf, FetchError> {
     let api = ApiBuilder::from_env().with_progress(true).with_retries(2).build().map_err(hub)?;
     let remote = api.model(repo.to_owned());
     let names: Vec<String> = remote.info().map_err(hub)?.siblings.into_iter().map(|file| file.rfilename).collect();
-    let ggufs: Vec<&String> = names.iter().filter(|name| name.ends_with(".gguf")).collect();
-    let chosen: Vec<&&String> = ggufs
-        .iter()
-        .filter(|name| part.is_none_or(|part| name.to_lowercase().contains(&part.to_lowercase())))
-        .collect();
+    match choose_gguf(repo, part, &names)? {
+        Some(file) => remote.get(file).map_err(hub),
+        None => fetch_safetensors(&remote, repo, &names),
+    }
+}
+
+/// The one GGUF file of a repository, or the one with `part` in its name; `None` where there is no GGUF at all.
+fn choose_gguf<'n>(repo: &str, part: Option<&str>, names: &'n [String]) -> Result<Option<&'n str>, FetchError> {
+    let ggufs: Vec<&str> = names.iter().map(String::as_str).filter(|name| name.ends_with(".gguf")).collect();
+    let wanted = |name: &str, part: &str| name.to_lowercase().contains(&part.to_lowercase());
+    let chosen: Vec<&str> = ggufs.iter().copied().filter(|name| part.is_none_or(|part| wanted(name, part))).collect();
+    let (repo, files) = (repo.to_owned(), if ggufs.is_empty() { "none".to_owned() } else { ggufs.join(", ") });
     match (chosen.as_slice(), part) {
-        ([only], _) => remote.get(only).map_err(hub),
-        ([], None) => fetch_safetensors(&remote, repo, &names),
-        _ => {
-            let files = ggufs.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
-            Err(FetchError::SeveralFiles { repo: repo.to_owned(), files })
-        }
+        ([only], _) => Ok(Some(only)),
+        ([], None) => Ok(None),
+        ([], Some(part)) => Err(FetchError::NoSuchFile { repo, part: part.to_owned(), files }),
+        _ => Err(FetchError::SeveralFiles { repo, files }),
     }
 }
 
@@ -236,6 +243,26 @@ mod tests {
     fn a_local_path_is_taken_as_it_is() {
         let folder = env!("CARGO_MANIFEST_DIR");
         assert_eq!(fetch(folder).expect("a path"), Path::new(folder));
+    }
+
+    #[test]
+    fn one_file_of_a_repository_is_chosen_or_the_choice_is_named() {
+        let names = ["config.json", "m-Q4_K_M.gguf", "m-Q8_0.gguf"].map(str::to_owned);
+        let choose = |part, names: &[String]| {
+            let chosen = choose_gguf("a/b", part, names).map(|name| name.map(str::to_owned));
+            chosen.map_err(|error| error.to_string())
+        };
+        assert_eq!(choose(Some("q8_0"), &names), Ok(Some("m-Q8_0.gguf".to_owned())));
+        assert_eq!(choose(None, &names[..2]), Ok(Some("m-Q4_K_M.gguf".to_owned())));
+        assert_eq!(choose(None, &names[..1]), Ok(None));
+        let several = "a/b has several GGUF files; name one as a/b:FILE out of m-Q4_K_M.gguf, m-Q8_0.gguf";
+        assert_eq!(choose(None, &names), Err(several.to_owned()));
+        let missing = "no GGUF file of a/b has Q2 in its name; there is m-Q4_K_M.gguf, m-Q8_0.gguf";
+        assert_eq!(choose(Some("Q2"), &names), Err(missing.to_owned()));
+        assert_eq!(
+            choose(Some("Q2"), &names[..1]),
+            Err("no GGUF file of a/b has Q2 in its name; there is none".to_owned())
+        );
     }
 
     #[test]

@@ -91,8 +91,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The command: ends after SIGINT or SIGTERM.
 pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
     if args.dry_run {
-        println!("{}", start::plan(&args.engine, args.served_model_name.as_deref())?.memory);
-        return Ok(());
+        let plan = start::plan(&args.engine, args.served_model_name.as_deref())?;
+        println!("{}", plan.memory);
+        return Ok(plan.check_memory()?);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(run(args));

@@ -42,6 +42,13 @@ pub enum StartError {
     #[error("--swap-memory of {} holds no block of the KV cache, which takes {}: give more, or 0 to swap nothing",
         human_bytes(*.asked), human_bytes(*.block))]
     SwapTooSmall { asked: u64, block: u64 },
+    #[error(
+        "{needed} of memory are needed, and {device} has {available}: lower --kv-memory (or --kv-blocks), \
+         --max-num-seqs or --max-num-batched-tokens, or choose a smaller model"
+    )]
+    BeyondMemory { needed: String, device: String, available: String },
+    #[error("{rows} rows of {width} numbers are too many for one buffer: lower {flag}")]
+    TooWide { rows: u32, width: u32, flag: &'static str },
     #[error(transparent)]
     Load(#[from] LoadError),
 }
@@ -68,6 +75,7 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     let measured = args.kv_blocks.is_none() && args.kv_memory.is_none();
     let memory_bytes = measured.then(|| devices::memory_bytes(device)).flatten();
     let config = engine_config(args, &bundle, weights, memory_bytes, device.max_buffer_bytes)?;
+    check_widths(&bundle.config, &config)?;
     let memory = memory_table(&bundle.config, &config, weights);
     let default_name = if Path::new(&args.model.model).exists() { &bundle.name } else { &args.model.model };
     Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory })
@@ -92,9 +100,37 @@ pub fn memory_table(model: &ModelConfig, config: &EngineConfig, weights: u64) ->
     }
 }
 
+/// Elements of a tensor are counted in 32 bits.
+fn check_widths(model: &ModelConfig, config: &EngineConfig) -> Result<(), StartError> {
+    let widest = model.dim.max(model.num_heads * model.head_dim).max(model.ffn_dim);
+    let tensors = [
+        (config.max_num_batched_tokens, widest, "--max-num-batched-tokens"),
+        (config.max_logit_rows, model.vocab_size, "--max-num-seqs"),
+        (config.max_model_len, model.head_dim, "--max-model-len"),
+    ];
+    match tensors.into_iter().find(|(rows, width, _)| rows.checked_mul(*width).is_none()) {
+        Some((rows, width, flag)) => Err(StartError::TooWide { rows, width, flag }),
+        None => Ok(()),
+    }
+}
+
 impl Plan {
+    /// Refuses what the device's memory, where that is known, cannot hold.
+    pub fn check_memory(&self) -> Result<(), StartError> {
+        let device = self.backend.info();
+        match device.memory_bytes.filter(|&available| available < self.memory.total()) {
+            Some(available) => Err(StartError::BeyondMemory {
+                needed: human_bytes(self.memory.total()),
+                device: device.id.clone(),
+                available: human_bytes(available),
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Loads the weights, with a progress bar where there is a terminal, and starts the engine's thread.
     pub fn load(mut self) -> Result<ServedModel, StartError> {
+        self.check_memory()?;
         let bar = ProgressBar::new(self.bundle.total_bytes).with_style(bar_style()).with_message("loading");
         let limits = self.config.state_limits();
         let Bundle { config, mut checkpoint, tokenizer, chat_template, defaults, stop_ids, .. } = self.bundle;
@@ -154,7 +190,8 @@ fn engine_config(
     bundle.config.check_kv_type(kv_type)?;
     let kv_bytes_per_token = bundle.config.kv_bytes_per_token(kv_type);
     let longest = args.max_model_len.unwrap_or(max_positions.min(DEFAULT_MODEL_LEN));
-    let block_size = args.block_size.max(1);
+    // Anything else is refused by `check` below.
+    let block_size = args.block_size.clamp(1, EngineConfig::MAX_BLOCK_SIZE);
     let mut config = EngineConfig {
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
@@ -207,10 +244,10 @@ fn num_host_blocks(args: &EngineArgs, kv_bytes_per_token: u64) -> Result<u32, St
 
 /// Enough for every sequence at a usual length, and for one at its longest, but at most half of what is free.
 fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_bytes: u64) -> u64 {
-    let block_size = u64::from(args.block_size.max(1));
+    let block_size = u64::from(args.block_size.clamp(1, EngineConfig::MAX_BLOCK_SIZE));
     let usual = u64::from(args.max_num_seqs) * u64::from(longest.min(USUAL_LEN));
     let tokens = usual.max(u64::from(longest)).next_multiple_of(block_size);
-    (tokens * config.kv_bytes_per_token(args.model.kv_type)).min(free_bytes / 2)
+    tokens.saturating_mul(config.kv_bytes_per_token(args.model.kv_type)).min(free_bytes / 2)
 }
 
 #[cfg(test)]

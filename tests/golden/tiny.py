@@ -3,7 +3,7 @@
     python tests/golden/tiny.py
 
 with torch, transformers and safetensors from PyPI. Each folder has config.json and weights in 16 bits as `transformers`
-saves them, and expected.json: natural log-probabilities in float32 of each prompt token but the first, the greedy
+saves them, what tiny_tokenizer.py puts beside them, and expected.json: natural log-probabilities in float32 of each prompt token but the first, the greedy
 continuation with the gap between the two best logits of each, and whole rows of the last prompt positions. Those rows
 alone are with K and V rounded to f16, as Fullbore's cache holds them, so that they can be compared closely.
 """
@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 
+import tiny_tokenizer
 import torch
 import transformers
 from transformers.masking_utils import eager_mask
@@ -121,7 +122,7 @@ def main():
         randomise(model, seed, name == "gemma3")
         model.tie_weights()
         model.to(dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES.get(name, 1 << 30))
-        (folder / "generation_config.json").unlink(missing_ok=True)
+        tiny_tokenizer.write(folder)
         generator = torch.Generator().manual_seed(1000 + seed)
         prompt = torch.randint(0, config.vocab_size, (PROMPT_LEN,), generator=generator).tolist()
         (folder / "expected.json").write_text(json.dumps(expected(folder, prompt)) + "\n")

@@ -79,7 +79,7 @@ impl SafetensorsDir {
         self.tokenizer_config.as_ref()
     }
 
-    /// `chat_template.jinja`; older folders have theirs in the tokenizer's config.
+    /// `chat_template.jinja`; older folders have theirs in `tokenizer_config.json`.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
     }

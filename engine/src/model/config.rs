@@ -83,7 +83,7 @@ pub struct UnfitKvType {
 /// Why a model cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelConfigError {
-    #[error("this model has {what}, which Fullbore does not run yet")]
+    #[error("the model file has {what}, which Fullbore does not run yet")]
     Unsupported { what: String },
     #[error("the model file does not say {key}")]
     Missing { key: String },
@@ -103,8 +103,10 @@ impl ModelConfigError {
         let lower = name.to_lowercase();
         let reason = if lower.contains("moe") || lower.contains("mixtral") {
             ", a mixture of experts (MoE)"
-        } else if lower.contains("conditionalgeneration") || lower.contains("vl") {
+        } else if ["conditionalgeneration", "vl", "clip", "mllama"].iter().any(|part| lower.contains(part)) {
             ", a model of images and text (vision)"
+        } else if ["eagle", "medusa", "draft"].iter().any(|part| lower.contains(part)) {
+            ", a draft for speculative decoding"
         } else {
             ""
         };
@@ -114,6 +116,8 @@ impl ModelConfigError {
 
 pub(super) const MAX_LAYERS: u32 = 1024;
 const MAX_WIDTH: u32 = 1 << 20;
+/// Some ten times what the largest models take.
+const MAX_KV_BYTES_PER_TOKEN: u64 = 1 << 26;
 
 impl ModelConfig {
     /// Holds every number against what the ops can take; their products then fit.
@@ -137,6 +141,12 @@ impl ModelConfig {
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             return bad("number of KV heads", format!("is {} for {} heads", self.num_kv_heads, self.num_heads));
+        }
+        if self.kv_bytes_per_token(KvType::F16) > MAX_KV_BYTES_PER_TOKEN {
+            return bad(
+                "number of KV heads",
+                format!("and head size take {} bytes a token", self.kv_bytes_per_token(KvType::F16)),
+            );
         }
         // Two f16 share a word of the cache.
         if !KvType::F16.takes(self.head_dim) || !self.rope.rotary_dim.is_multiple_of(2) {

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 
 use crate::backend::{Backend, LoadError, WeightSpec};
+use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
 use crate::tensor::{Tensor, Weight};
 
@@ -90,23 +91,27 @@ impl Loader<'_> {
         let name = |part: &str| format!("blk.{layer}.{part}");
         let q_dim = config.num_heads * config.head_dim;
         let kv_dim = config.num_kv_heads * config.head_dim;
+        // A family's own parts must be there: without them the numbers would be wrong.
+        let has_biases = config.family == Family::Qwen2;
+        let has_head_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
+        let has_post_norms = config.family == Family::Gemma3;
         Ok(Layer {
             attn_norm: self.vector(&name("attn_norm.weight"), config.dim)?,
             q: self.linear(&name("attn_q.weight"), q_dim, config.dim)?,
             k: self.linear(&name("attn_k.weight"), kv_dim, config.dim)?,
             v: self.linear(&name("attn_v.weight"), kv_dim, config.dim)?,
-            q_bias: self.optional_vector(&name("attn_q.bias"), q_dim)?,
-            k_bias: self.optional_vector(&name("attn_k.bias"), kv_dim)?,
-            v_bias: self.optional_vector(&name("attn_v.bias"), kv_dim)?,
-            q_norm: self.optional_vector(&name("attn_q_norm.weight"), config.head_dim)?,
-            k_norm: self.optional_vector(&name("attn_k_norm.weight"), config.head_dim)?,
+            q_bias: self.vector_if(has_biases, &name("attn_q.bias"), q_dim)?,
+            k_bias: self.vector_if(has_biases, &name("attn_k.bias"), kv_dim)?,
+            v_bias: self.vector_if(has_biases, &name("attn_v.bias"), kv_dim)?,
+            q_norm: self.vector_if(has_head_norms, &name("attn_q_norm.weight"), config.head_dim)?,
+            k_norm: self.vector_if(has_head_norms, &name("attn_k_norm.weight"), config.head_dim)?,
             attn_output: self.linear(&name("attn_output.weight"), config.dim, q_dim)?,
-            post_attn_norm: self.optional_vector(&name("post_attention_norm.weight"), config.dim)?,
+            post_attn_norm: self.vector_if(has_post_norms, &name("post_attention_norm.weight"), config.dim)?,
             ffn_norm: self.vector(&name("ffn_norm.weight"), config.dim)?,
             gate: self.linear(&name("ffn_gate.weight"), config.ffn_dim, config.dim)?,
             up: self.linear(&name("ffn_up.weight"), config.ffn_dim, config.dim)?,
             down: self.linear(&name("ffn_down.weight"), config.dim, config.ffn_dim)?,
-            post_ffn_norm: self.optional_vector(&name("post_ffw_norm.weight"), config.dim)?,
+            post_ffn_norm: self.vector_if(has_post_norms, &name("post_ffw_norm.weight"), config.dim)?,
         })
     }
 
@@ -120,8 +125,9 @@ impl Loader<'_> {
         Ok(weight)
     }
 
-    fn optional_vector(&mut self, name: &str, cols: u32) -> Result<Option<Tensor>, LoadError> {
-        self.checkpoint.contains(name).then(|| self.vector(name, cols)).transpose()
+    /// A vector that must be there, or may be.
+    fn vector_if(&mut self, required: bool, name: &str, cols: u32) -> Result<Option<Tensor>, LoadError> {
+        (required || self.checkpoint.contains(name)).then(|| self.vector(name, cols)).transpose()
     }
 
     fn vector(&mut self, name: &str, cols: u32) -> Result<Tensor, LoadError> {

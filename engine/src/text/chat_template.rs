@@ -8,13 +8,12 @@
 //! special tokens: those are stood in for by characters of a private plane until the rendering has been cut into tokens
 //! and text. Fuel bounds a template's instructions and the bytes they make. Lists that hold themselves many times over
 //! can still cost time that fuel does not see, so a template works on a thread of its own, with a deadline, and one
-//! that outruns it is not run again.
+//! that outruns it is not run again before that work has ended.
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -38,9 +37,11 @@ pub struct ChatTemplate {
     bos: String,
     eos: String,
     deadline: Duration,
-    /// A rendering outran the deadline and may still be at it.
-    is_stuck: AtomicBool,
+    /// Renderings that outran the deadline and may still be at it.
+    late: Mutex<Vec<mpsc::Receiver<Rendering>>>,
 }
+
+type Rendering = Result<String, TextError>;
 
 const NAME: &str = "chat_template";
 const MAX_SOURCE_BYTES: usize = 64 << 10;
@@ -69,7 +70,7 @@ impl ChatTemplate {
         let source = source.to_string();
         let env = with_deadline(DEADLINE, move || compile(source)).map_err(|lost| lost.sentence(DEADLINE))??;
         let (bos, eos) = (bos.to_string(), eos.to_string());
-        Ok(ChatTemplate { env, bos, eos, deadline: DEADLINE, is_stuck: AtomicBool::new(false) })
+        Ok(ChatTemplate { env, bos, eos, deadline: DEADLINE, late: Mutex::default() })
     }
 
     /// The ids of the whole prompt, a BOS token included where the template writes one.
@@ -79,19 +80,34 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<Vec<TokenId>, TextError> {
+        self.encode_at_most(tokenizer, messages, add_generation_prompt, usize::MAX)
+    }
+
+    /// The same, refused before anything is tokenized where the prompt can only be more than `max_tokens` long.
+    pub fn encode_at_most(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+        max_tokens: usize,
+    ) -> Result<Vec<TokenId>, TextError> {
         let mut stand_ins = StandIns::new();
         let safe: Vec<_> = messages.iter().map(|message| stand_ins.replace_in(message, tokenizer)).collect();
         let rendered = self.render(safe, add_generation_prompt)?;
+        let least_tokens = tokenizer.least_tokens(stand_ins.restore(&rendered).len());
+        if least_tokens > max_tokens {
+            return Err(TextError::TooLong { least_tokens });
+        }
         Ok(tokenizer.encode_restoring(&rendered, Special::Parse, |text| stand_ins.restore(text)))
     }
 
-    fn render(&self, messages: Vec<ChatMessage>, add_generation_prompt: bool) -> Result<String, TextError> {
+    fn render(&self, messages: Vec<ChatMessage>, add_generation_prompt: bool) -> Rendering {
         let num_bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
         let num_messages = messages.len() as u64;
         let fuel = FUEL + num_messages * FUEL_PER_MESSAGE + (num_bytes * MAX_PASSES / 64) as u64;
         let max_bytes = MAX_OUTPUT_BYTES + num_bytes * MAX_PASSES;
-        if self.is_stuck.load(Ordering::Relaxed) {
-            return Err(Lost::Late.sentence(self.deadline));
+        if self.is_at_work() {
+            return Err(TextError::TemplateTime { deadline: self.deadline });
         }
         let mut env = self.env.clone();
         env.set_fuel(Some(fuel));
@@ -109,9 +125,22 @@ impl ChatTemplate {
             }
         };
         with_deadline(self.deadline, work).unwrap_or_else(|lost| {
-            self.is_stuck.store(matches!(lost, Lost::Late), Ordering::Relaxed);
-            Err(lost.sentence(self.deadline))
+            let sentence = lost.sentence(self.deadline);
+            if let Lost::Late(rendering) = lost {
+                self.late().push(rendering);
+            }
+            Err(sentence)
         })
+    }
+
+    fn is_at_work(&self) -> bool {
+        let mut late = self.late();
+        late.retain(|rendering| matches!(rendering.try_recv(), Err(mpsc::TryRecvError::Empty)));
+        !late.is_empty()
+    }
+
+    fn late(&self) -> MutexGuard<'_, Vec<mpsc::Receiver<Rendering>>> {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -130,29 +159,33 @@ fn compile(source: String) -> Result<Environment<'static>, TextError> {
 }
 
 /// Why a thread gave no result.
-enum Lost {
-    Late,
+enum Lost<T> {
+    /// Here it may still come.
+    Late(mpsc::Receiver<T>),
     Failed(String),
 }
 
-impl Lost {
-    fn sentence(self, deadline: Duration) -> TextError {
+impl<T> Lost<T> {
+    fn sentence(&self, deadline: Duration) -> TextError {
         match self {
-            Lost::Late => TextError::TemplateTime { deadline },
-            Lost::Failed(problem) => TextError::Template(problem),
+            Lost::Late(_) => TextError::TemplateTime { deadline },
+            Lost::Failed(problem) => TextError::Template(problem.clone()),
         }
     }
 }
 
 /// Does `work` on a thread with a deep stack, and leaves that thread alone once the deadline is over.
-fn with_deadline<T: Send + 'static>(deadline: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Lost> {
+fn with_deadline<T: Send + 'static>(
+    deadline: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Lost<T>> {
     let (sender, receiver) = mpsc::sync_channel(1);
     let thread = thread::Builder::new().name("chat-template".to_string()).stack_size(STACK_BYTES);
     // Nobody listens any more after the deadline.
     let spawned = thread.spawn(move || drop(sender.send(work())));
     spawned.map_err(|error| Lost::Failed(format!("no thread could be started for it: {error}")))?;
     receiver.recv_timeout(deadline).map_err(|error| match error {
-        mpsc::RecvTimeoutError::Timeout => Lost::Late,
+        mpsc::RecvTimeoutError::Timeout => Lost::Late(receiver),
         mpsc::RecvTimeoutError::Disconnected => Lost::Failed("the template engine failed on it".to_string()),
     })
 }
@@ -296,23 +329,49 @@ impl StandIns {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::text::GgufVocab;
 
-    /// Two trees of 2^26 leaves, held in 26 lists each: comparing them takes no fuel and far longer than the deadline.
+    fn tokenizer() -> Tokenizer {
+        let vocab = GgufVocab { model: "gpt2".to_string(), tokens: vec!["a".to_string()], ..GgufVocab::default() };
+        Tokenizer::from_vocab(vocab).expect("a vocabulary")
+    }
+
+    /// Two trees of 2^`depth` leaves, held in as many lists as they are deep: comparing them takes no fuel and, from a
+    /// depth of 26 on, far longer than the deadline.
+    fn trees(depth: &str) -> ChatTemplate {
+        let source = format!(
+            "{{% set a = namespace(x=1) %}}{{% set b = namespace(x=1) %}}{{% for i in range({depth}) %}}\
+             {{% set a.x = [a.x, a.x] %}}{{% set b.x = [b.x, b.x] %}}{{% endfor %}}{{{{ a.x == b.x }}}}"
+        );
+        ChatTemplate { deadline: Duration::from_millis(50), ..ChatTemplate::new(&source, "", "").expect("a template") }
+    }
+
     #[test]
     fn a_template_that_outruns_the_deadline_is_not_run_again() {
-        let source = "{% set a = namespace(x=1) %}{% set b = namespace(x=1) %}{% for i in range(26) %}\
-            {% set a.x = [a.x, a.x] %}{% set b.x = [b.x, b.x] %}{% endfor %}{{ a.x == b.x }}";
-        let mut template = ChatTemplate::new(source, "", "").expect("a template");
-        template.deadline = Duration::from_millis(50);
-        let vocab = GgufVocab { model: "gpt2".to_string(), tokens: vec!["a".to_string()], ..GgufVocab::default() };
-        let tokenizer = Tokenizer::from_vocab(vocab).expect("a vocabulary");
+        let template = trees("26");
         for _ in 0..2 {
-            let start = std::time::Instant::now();
-            let error = template.encode(&tokenizer, &[], false).expect_err("no time");
+            let start = Instant::now();
+            let error = template.encode(&tokenizer(), &[], false).expect_err("no time");
             assert!(matches!(error, TextError::TemplateTime { .. }), "{error}");
             assert!(start.elapsed() < Duration::from_secs(2));
+        }
+    }
+
+    /// A message makes this one work too long; without one it is quick.
+    #[test]
+    fn a_template_is_used_again_once_its_late_work_has_ended() {
+        let template = trees("22 if messages else 1");
+        let message = ChatMessage { role: "user".to_string(), content: "x".to_string() };
+        let error = template.encode(&tokenizer(), &[message], false).expect_err("no time");
+        assert!(matches!(error, TextError::TemplateTime { .. }), "{error}");
+        let start = Instant::now();
+        while let Err(error) = template.encode(&tokenizer(), &[], false) {
+            assert!(matches!(error, TextError::TemplateTime { .. }), "{error}");
+            assert!(start.elapsed() < Duration::from_secs(60), "it never ended");
+            thread::sleep(Duration::from_millis(20));
         }
     }
 }

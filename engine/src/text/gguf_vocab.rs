@@ -56,7 +56,7 @@ impl Tokenizer {
             strip_left: false,
             strip_right: false,
         }));
-        Ok(Tokenizer {
+        let tokenizer = Tokenizer {
             pieces: vocab.tokens,
             kinds,
             special,
@@ -65,7 +65,9 @@ impl Tokenizer {
             bos: vocab.bos.map(TokenId),
             eos: vocab.eos.map(TokenId),
             add_bos: vocab.add_bos.unwrap_or(add_bos),
-        })
+            max_bytes_per_token: 0,
+        };
+        Ok(tokenizer.measured())
     }
 }
 

@@ -32,7 +32,10 @@ impl Tokenizer {
         let alphabet = if is_byte_level { Alphabet::ByteLevel } else { Alphabet::SentencePiece { add_space_prefix } };
         let merger = Merger::Bpe(file.bpe(model, &pieces, &kinds)?.into());
         let special = SpecialTokens::new(added.into_iter());
-        Ok(Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos: None, add_bos: bos.is_some() })
+        let (eos, add_bos) = (None, bos.is_some());
+        let tokenizer =
+            Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos, add_bos, max_bytes_per_token: 0 };
+        Ok(tokenizer.measured())
     }
 }
 

@@ -50,6 +50,8 @@ pub enum TextError {
     TemplateFuel { fuel: u64 },
     #[error("the model's chat template writes more than {max_bytes} bytes for these messages")]
     TemplateOutput { max_bytes: usize },
-    #[error("the model's chat template works for longer than {deadline:?} on messages; start again with another one")]
+    #[error("these messages are {least_tokens} tokens or more")]
+    TooLong { least_tokens: usize },
+    #[error("the model's chat template works for longer than {deadline:?} on messages; it is not used until that ends")]
     TemplateTime { deadline: Duration },
 }

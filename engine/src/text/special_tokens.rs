@@ -147,6 +147,11 @@ impl SpecialTokens {
         (length == spelling.len()).then(|| self.tokens[place as usize].id)
     }
 
+    /// Whether white space around a spelling may belong to it.
+    pub fn strips(&self) -> bool {
+        self.tokens.iter().any(|token| token.strip_left || token.strip_right)
+    }
+
     /// Cuts `text` at every spelling for which `wanted` holds.
     pub fn split<'t>(&self, text: &'t str, wanted: impl Fn(TokenKind) -> bool) -> Vec<Fragment<'t>> {
         let mut fragments = Vec::new();

@@ -36,6 +36,8 @@ pub struct Tokenizer {
     pub(super) bos: Option<TokenId>,
     pub(super) eos: Option<TokenId>,
     pub(super) add_bos: bool,
+    /// Of a text, that one token can stand for.
+    pub(super) max_bytes_per_token: usize,
 }
 
 #[derive(Debug)]
@@ -92,6 +94,27 @@ impl Tokenizer {
             Merger::Bpe(bpe) => bpe.encode(text, at_start, ids),
             Merger::SentencePiece(pieces) => pieces.encode(text, ids),
         }
+    }
+
+    /// How many tokens a text of `num_bytes` is at least. Costs nothing, where tokenizing a long text takes seconds and
+    /// hundreds of times its size in memory.
+    pub fn least_tokens(&self, num_bytes: usize) -> usize {
+        num_bytes.div_ceil(self.max_bytes_per_token)
+    }
+
+    /// Sets what a token can stand for at most: the bytes of the longest, four times of them after a normalizer, which
+    /// may have shortened the text, and any number where white space goes with a token.
+    pub(super) fn measured(self) -> Tokenizer {
+        let longest = (0..self.pieces.len() as u32).map(|id| self.token_bytes(TokenId(id)).len()).max().unwrap_or(1);
+        let shortens = match &self.merger {
+            Merger::Bpe(bpe) => bpe.normalizer.is_some(),
+            Merger::SentencePiece(_) => false,
+        };
+        let max_bytes_per_token = match self.special.strips() {
+            true => usize::MAX,
+            false => longest.max(1) * if shortens { 4 } else { 1 },
+        };
+        Tokenizer { max_bytes_per_token, ..self }
     }
 
     /// The text of `ids` as a whole, control tokens left out.

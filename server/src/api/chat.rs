@@ -1,7 +1,7 @@
 //! `/v1/chat/completions`: messages through the model's template. Invariant: what is written in a message never becomes
 //! a special token; the template sees to that.
 
-use fullbore_engine::text::ChatMessage;
+use fullbore_engine::text::{ChatMessage, TextError};
 use serde_json::Value;
 
 use super::ServedModel;
@@ -19,8 +19,15 @@ pub fn jobs(model: &ServedModel, id: &str, fields: &Fields) -> Result<Vec<Job>, 
         let message = format!("{} has no chat template; use /v1/completions", model.name);
         return Err(ApiError::invalid("messages", message));
     };
-    let ids = template.encode(&model.tokenizer, &messages, add_generation_prompt);
-    let ids = ids.map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+    let max_model_len = model.max_model_len();
+    let max_tokens = max_model_len as usize;
+    let ids = template.encode_at_most(&model.tokenizer, &messages, add_generation_prompt, max_tokens);
+    let ids = ids.map_err(|error| match error {
+        TextError::TooLong { least_tokens } => ApiError::too_long("messages", least_tokens, max_model_len),
+        // No fault of these messages.
+        TextError::TemplateTime { .. } => ApiError::unavailable(&error.to_string()),
+        error => ApiError::invalid("messages", error.to_string()),
+    })?;
     let max_tokens = sampling.max_tokens.unwrap_or_else(|| Sampling::rest_of_context(model, ids.len()));
     sampling.jobs(id, vec![Prompt { ids, max_tokens, logprobs, echo: None }])
 }

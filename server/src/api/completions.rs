@@ -63,6 +63,7 @@ fn ids(model: &ServedModel, input: &Input) -> Result<Vec<TokenId>, ApiError> {
     match input {
         Input::Ids(ids) => ids.iter().map(|id| token_id(model, "prompt", id)).collect(),
         Input::Text(text) => {
+            model.check_text("prompt", text)?;
             let tokenizer = &model.tokenizer;
             let mut ids = tokenizer.encode(text, Special::Parse);
             let bos = tokenizer.bos().filter(|bos| tokenizer.add_bos() && ids.first() != Some(bos));

@@ -48,6 +48,21 @@ pub struct ServedModel {
     pub engine: EngineHandle,
 }
 
+impl ServedModel {
+    /// Refuses text of field `param` that cannot fit into the context, before it is tokenized.
+    fn check_text(&self, param: &str, text: &str) -> Result<(), ApiError> {
+        let (least_tokens, max_model_len) = (self.tokenizer.least_tokens(text.len()), self.max_model_len());
+        match least_tokens > max_model_len as usize {
+            true => Err(ApiError::too_long(param, least_tokens, max_model_len)),
+            false => Ok(()),
+        }
+    }
+
+    fn max_model_len(&self) -> u32 {
+        self.engine.config().max_model_len
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     Completions,

@@ -12,6 +12,8 @@ use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use warp::reject::{InvalidHeader, MethodNotAllowed, Rejection};
 use warp::reply::Response;
 
+use crate::api::Endpoint;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
     pub status: StatusCode,
@@ -38,6 +40,22 @@ impl ApiError {
     /// The body is no JSON object.
     pub fn not_json(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::BAD_REQUEST, message).with_code("invalid_json")
+    }
+
+    /// Text that has more tokens than the context without being counted.
+    pub fn too_long(param: &str, least_tokens: usize, max_model_len: u32) -> ApiError {
+        let message = format!(
+            "this model's context is {max_model_len} tokens; the prompt has {least_tokens} or more: shorten the prompt"
+        );
+        ApiError::invalid(param, message).with_code("context_length_exceeded")
+    }
+
+    /// The body is not said to be JSON. A browser asks before it sends such a type to another site, so no web page can
+    /// have a request answered that its user knows nothing of.
+    pub fn media_type(found: Option<&str>) -> ApiError {
+        let found = found.map_or_else(|| "missing".to_owned(), |found| format!("{found:.60}"));
+        let message = format!("the Content-Type of the request is {found}; it must be application/json");
+        ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message).with_code("unsupported_media_type")
     }
 
     pub fn unknown_model(asked: &str, served: &str) -> ApiError {
@@ -70,6 +88,14 @@ impl ApiError {
 
     pub fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("internal_error")
+    }
+
+    /// The engine knows prompts only; where a chat's is at fault, its field is called messages.
+    pub fn of_endpoint(self, endpoint: Endpoint) -> ApiError {
+        match (endpoint, self.param.as_deref()) {
+            (Endpoint::Chat, Some("prompt")) => ApiError { param: Some("messages".to_owned()), ..self },
+            _ => self,
+        }
     }
 
     fn kind(&self) -> &'static str {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
-use warp::http::header::{CONTENT_LENGTH, EXPECT};
+use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use warp::reply::{Reply, Response};
 
 use super::accept::Limits;
@@ -59,6 +59,7 @@ where
     B: Buf,
 {
     let body = read_body(&app.limits, &headers, body).await?;
+    check_media_type(&headers)?;
     let arrived = Instant::now();
     let model = app.serving()?.clone();
     // Templates and tokenizers are plain computation, and a long prompt's takes its time.
@@ -68,7 +69,7 @@ where
         tokio::task::spawn_blocking(prepare).await
     };
     let (exchange, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
-    let generation = Generation::submit(&model, jobs)?;
+    let generation = Generation::submit(&model, jobs).map_err(|error| error.of_endpoint(endpoint))?;
     match exchange.stream {
         true => Ok(stream::response(app, model, exchange, generation, arrived)),
         false => {
@@ -76,6 +77,15 @@ where
             app.metrics.observe_end(arrived.elapsed());
             Ok(json_response(&value))
         }
+    }
+}
+
+fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let found = headers.get(CONTENT_TYPE).map(|value| value.to_str().unwrap_or("no text"));
+    let essence = found.and_then(|found| found.split(';').next()).unwrap_or_default();
+    match essence.trim().eq_ignore_ascii_case("application/json") {
+        true => Ok(()),
+        false => Err(ApiError::media_type(found)),
     }
 }
 

@@ -82,6 +82,9 @@ impl Value {
 const MAX_ARRAY_DEPTH: u32 = 4;
 /// Bytes of a key or of a tensor's name, at most: GGUF's own limit for keys.
 const MAX_NAME_BYTES: u64 = 65_535;
+/// Bytes before the tensor data, at most: tens of times what the largest vocabularies take. A sparse file is as long as
+/// it likes, so its size alone justifies nothing.
+const MAX_HEADER_BYTES: u64 = 256 << 20;
 
 const TYPE_STRING: u32 = 8;
 const TYPE_ARRAY: u32 = 9;
@@ -90,7 +93,7 @@ pub(super) struct Reader {
     input: BufReader<File>,
     pub path: PathBuf,
     file_bytes: u64,
-    left: u64,
+    position: u64,
     /// What is being read, for errors: "the value of `general.name`".
     place: String,
 }
@@ -100,7 +103,7 @@ type Result<T> = std::result::Result<T, FormatError>;
 impl Reader {
     pub fn new(path: PathBuf, file: File) -> Result<Reader> {
         let file_bytes = file.metadata().map_err(FormatError::io(&path))?.len();
-        Ok(Reader { input: BufReader::new(file), path, file_bytes, left: file_bytes, place: String::new() })
+        Ok(Reader { input: BufReader::new(file), path, file_bytes, position: 0, place: String::new() })
     }
 
     pub fn file_bytes(&self) -> u64 {
@@ -108,7 +111,12 @@ impl Reader {
     }
 
     pub fn position(&self) -> u64 {
-        self.file_bytes - self.left
+        self.position
+    }
+
+    /// Bytes that the header may still take.
+    fn left(&self) -> u64 {
+        self.file_bytes.min(MAX_HEADER_BYTES) - self.position
     }
 
     pub fn enter(&mut self, place: String) {
@@ -126,8 +134,9 @@ impl Reader {
     /// A count of things that take `min_bytes` each at least, held against what is left.
     pub fn count(&mut self, min_bytes: u64, things: &str) -> Result<usize> {
         let count = self.u64()?;
-        if count > self.left / min_bytes {
-            let (place, left) = (&self.place, self.left);
+        let left = self.left();
+        if count > left / min_bytes {
+            let place = &self.place;
             return Err(self.malformed(format!("{place} claims {count} {things}, but only {left} bytes are left")));
         }
         Ok(count as usize)
@@ -141,11 +150,14 @@ impl Reader {
 
     fn fill(&mut self, out: &mut [u8]) -> Result<()> {
         let size = out.len() as u64;
-        if size > self.left {
+        if size > self.file_bytes - self.position {
             return Err(self.malformed(format!("the file ends inside {}", self.place)));
         }
+        if size > self.left() {
+            return Err(self.malformed(format!("{} lies beyond {MAX_HEADER_BYTES} bytes of header", self.place)));
+        }
         self.input.read_exact(out).map_err(FormatError::io(&self.path))?;
-        self.left -= size;
+        self.position += size;
         Ok(())
     }
 
