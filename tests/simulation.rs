@@ -49,6 +49,7 @@ fn every_request_gets_what_it_gets_alone() {
 #[derive(Debug, Default)]
 struct Seen {
     preemptions: u64,
+    swaps: u64,
     cached_tokens: u64,
     aborts: u64,
     failures: u64,
@@ -57,6 +58,7 @@ struct Seen {
 impl Seen {
     fn check(&self) {
         assert!(self.preemptions > 500, "{self:?}");
+        assert!(self.swaps > 150 && self.swaps + 150 < self.preemptions, "{self:?}");
         assert!(self.cached_tokens > 1000, "{self:?}");
         assert!(self.aborts > 500, "{self:?}");
         assert!(self.failures > 50, "{self:?}");
@@ -65,7 +67,8 @@ impl Seen {
 
 #[test]
 fn planted_bugs_are_caught_each_time() {
-    let bugs: [(&str, Bug); 10] = [
+    let bugs: [(&str, Bug); 11] = [
+        ("a block that did not leave", missing_swap),
         ("a block that comes back from elsewhere", wrong_swap),
         ("a wrong block in the device's table", wrong_table_block),
         ("a table entry that is not uploaded", missing_table_entry),
@@ -80,7 +83,8 @@ fn planted_bugs_are_caught_each_time() {
     for (name, bug) in bugs {
         let mut num_planted = 0;
         for seed in 0..60 {
-            let workload = Workload::for_bugs(seed);
+            let swaps = name == "a block that did not leave";
+            let workload = if swaps { Workload::for_swaps(seed) } else { Workload::for_bugs(seed) };
             let mut planted = false;
             let mut plant = |engine: &mut Engine, step: u32| planted = planted || bug(engine, step, &workload);
             let result = catch_unwind(AssertUnwindSafe(|| workload.run(&mut plant, &mut Seen::default())));
@@ -150,6 +154,13 @@ fn wrong_swap(engine: &mut Engine, _: u32, workload: &Workload) -> bool {
     plants
 }
 
+/// What the host holds in its place is nothing yet.
+fn missing_swap(engine: &mut Engine, _: u32, _: &Workload) -> bool {
+    let copies = &mut engine.batch_mut().copies;
+    let leaves = copies.iter().position(|copy| copy.direction == ToHost);
+    leaves.map(|index| copies.remove(index)).is_some()
+}
+
 fn swapped_rows(engine: &mut Engine, _: u32, _: &Workload) -> bool {
     let slices = &mut engine.batch_mut().slices;
     let [first, second, ..] = slices.as_mut_slice() else { return false };
@@ -199,6 +210,7 @@ fn wrong_hash(engine: &mut Engine, step: u32, workload: &Workload) -> bool {
 
 struct Workload {
     config: EngineConfig,
+    ns_per_copied_megabyte: f64,
     requests: Vec<PlannedRequest>,
 }
 
@@ -227,7 +239,17 @@ impl Workload {
             }
         });
         let requests = requests.collect();
-        Workload { config, requests }
+        let ns_per_copied_megabyte = if random.one_in(3) { 1e12 } else { 1.0 };
+        Workload { config, ns_per_copied_megabyte, requests }
+    }
+
+    /// As `for_bugs`, with so little memory that sequences are swapped, and no prefix cache to find them in.
+    fn for_swaps(seed: u64) -> Workload {
+        let workload = Workload::for_bugs(seed);
+        let num_blocks = 64 / workload.config.block_size + 2;
+        let config =
+            EngineConfig { num_blocks, num_host_blocks: 6 * num_blocks, prefix_cache: false, ..workload.config };
+        Workload { config, ..workload }
     }
 
     /// Nobody leaves, prompts differ, each samples many tokens, and memory is not so short that a row is recomputed.
@@ -257,12 +279,18 @@ impl Workload {
             PlannedRequest { request, arrival: random.between(0, 12), leaves_at: None, max_events: usize::MAX }
         });
         let requests = requests.collect();
-        Workload { config, requests }
+        Workload { config, ns_per_copied_megabyte: 1.0, requests }
     }
 
     /// Runs it all, with a chance to change each planned step, and returns the first difference to running alone.
     fn run(&self, change: &mut dyn FnMut(&mut Engine, u32), seen: &mut Seen) -> Option<String> {
-        let mut engine = engine(self.config);
+        let options = SimOptions {
+            poisonous_token: Some(POISONOUS),
+            ns_per_copied_megabyte: self.ns_per_copied_megabyte,
+            ..SimOptions::default()
+        };
+        let mut engine = engine_on(SimBackend::new(options), self.config);
+        engine.enable_swap().expect("the simulator is never lost");
         engine.set_cost(CostModel::line(3e6, 2e5, Prices::default()));
         let mut clients: Vec<Option<Client>> = self.requests.iter().map(|_| None).collect();
         for step in 0.. {
@@ -301,6 +329,7 @@ impl Workload {
         }
         let stats = engine.stats();
         seen.preemptions += stats.num_preemptions;
+        seen.swaps += stats.num_swaps;
         seen.cached_tokens += stats.cached_tokens;
         seen.aborts += stats.num_aborted;
         seen.failures += stats.num_failed;

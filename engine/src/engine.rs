@@ -8,10 +8,10 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, DeviceError, Ticket};
-use crate::batch::{Batch, PackedBatch, SequenceId};
+use crate::batch::{Batch, BlockCopy, CopyDirection, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
 use crate::memory::{BlockCounts, KvCache};
@@ -86,6 +86,9 @@ pub struct EngineStats {
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
     pub num_preemptions: u64,
+    /// Preemptions in which what was computed went to the host's memory, and blocks that are there now.
+    pub num_swaps: u64,
+    pub num_swapped_blocks: u32,
     pub num_aborted: u64,
     pub num_stopped: u64,
     pub num_length: u64,
@@ -93,6 +96,9 @@ pub struct EngineStats {
     pub last_step_ms: f64,
     pub total_step_ms: f64,
 }
+
+/// Blocks that are copied there and back to see what a copy takes.
+const MEASURED_BLOCKS: u32 = 8;
 
 impl Engine {
     /// `config` has been checked; `model` was loaded with the same limits, on `backend`. `hash_key` is a fresh random
@@ -125,6 +131,34 @@ impl Engine {
             cost: CostFit::new(CostModel::UNKNOWN),
             stats: EngineStats::default(),
         }
+    }
+
+    /// Measures what it takes to copy blocks to the host and back, and has preempted sequences leave there from now on
+    /// where that is cheaper than to compute them again. Before the first request: it writes blocks.
+    pub fn enable_swap(&mut self) -> Result<(), DeviceError> {
+        let num_host_blocks = self.model.num_host_blocks();
+        let num_blocks = num_host_blocks.min(self.config.num_blocks).min(MEASURED_BLOCKS);
+        if num_blocks == 0 {
+            return Ok(());
+        }
+        assert!(self.is_idle() && self.clients.is_empty(), "blocks are in use");
+        let copy = |direction, block| BlockCopy { direction, device_block: block, host_block: block };
+        let there = (0..num_blocks).map(|block| copy(CopyDirection::ToHost, block));
+        let back = (0..num_blocks).map(|block| copy(CopyDirection::ToDevice, block));
+        let copies: Vec<BlockCopy> = there.chain(back).collect();
+        let mut least = Duration::MAX;
+        // The first touches memory that nothing has touched before.
+        for _ in 0..3 {
+            self.recording.clear();
+            self.model.record_copies(&copies, &mut self.recording);
+            let begun = self.backend.now();
+            let ticket = self.backend.submit(&self.recording)?;
+            self.downloads.clear();
+            self.backend.wait(ticket, &mut self.downloads)?;
+            least = least.min(self.backend.now() - begun);
+        }
+        self.scheduler.enable_swap(num_host_blocks, least.as_nanos() as u64 / u64::from(2 * num_blocks));
+        Ok(())
     }
 
     pub fn config(&self) -> &EngineConfig {
@@ -222,6 +256,7 @@ impl Engine {
         }
         self.scheduler.schedule(&mut self.cache, &mut self.planned.batch, &mut self.planned.trace);
         self.stats.num_preemptions = self.scheduler.num_preemptions();
+        self.stats.num_swaps = self.scheduler.num_swaps();
         self.update_counts();
         !self.planned.batch.slices.is_empty()
     }
@@ -374,6 +409,7 @@ impl Engine {
     fn update_counts(&mut self) {
         self.stats.num_running = self.scheduler.num_running();
         self.stats.num_waiting = self.scheduler.queue().len() as u32;
+        self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
         self.stats.blocks = self.cache.counts();
     }
 }

@@ -14,10 +14,11 @@
 //! another sequence has freed memory. Work in a step is O(rows): nothing is done for a token that was computed before,
 //! and no memory is taken.
 
-use crate::batch::{Batch, InputToken, Logits, SequenceId, Slice, SlotId};
+use crate::batch::{Batch, BlockCopy, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::config::EngineConfig;
 use crate::cost::CostModel;
 use crate::memory::KvCache;
+use crate::memory::swap::HostBlocks;
 use crate::queue::{DECODE_COST, PREFILL_COST, Queue};
 use crate::request::{FinishReason, TokenId, Usage};
 use crate::sequence::Sequence;
@@ -25,6 +26,7 @@ use crate::sequence::Sequence;
 mod admission;
 mod budget;
 mod preemption;
+mod swap;
 pub mod trace;
 
 use budget::Budget;
@@ -44,10 +46,16 @@ pub struct Scheduler {
     /// Refilled in each step.
     candidates: Vec<SlotId>,
     blocked: Option<Blocked>,
+    host: HostBlocks,
+    /// Planned, and not yet part of a batch.
+    copies: Vec<BlockCopy>,
+    /// What the device takes to copy a block to the host or back.
+    copy_ns: u64,
     /// Of the device, as far as it is known.
     cost: CostModel,
     num_steps: u64,
     num_preemptions: u64,
+    num_swaps: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -95,9 +103,13 @@ impl Scheduler {
             plan: Vec::with_capacity(max_num_seqs),
             candidates: Vec::with_capacity(max_num_seqs),
             blocked: None,
+            host: HostBlocks::new(0),
+            copies: Vec::new(),
+            copy_ns: 0,
             cost: CostModel::UNKNOWN,
             num_steps: 0,
             num_preemptions: 0,
+            num_swaps: 0,
         }
     }
 
@@ -191,6 +203,7 @@ impl Scheduler {
     pub fn check(&self, cache: &KvCache) {
         cache.check(self.running().map(|sequence| &sequence.table));
         self.queue.check(self.running().map(|sequence| sequence.tenant));
+        self.host.check(self.queue.iter().filter_map(|sequence| sequence.swapped.as_ref()));
         assert_eq!(self.order.len() + self.free_slots.len(), self.config.max_num_seqs as usize);
         for &slot in &self.order {
             let sequence = self.sequence(slot);
@@ -201,7 +214,7 @@ impl Scheduler {
                 "{} tokens are pending",
                 sequence.num_pending
             );
-            assert_eq!(sequence.slot, Some(slot));
+            assert_eq!((sequence.slot, &sequence.swapped), (Some(slot), &None));
             assert!(!self.free_slots.contains(&slot), "slot {} is free and in use", slot.0);
         }
         for sequence in self.queue.iter() {
@@ -269,6 +282,9 @@ impl Scheduler {
     /// Writes the plan down as a batch, single tokens first.
     fn fill(&mut self, cache: &mut KvCache, batch: &mut Batch, trace: &mut StepTrace) {
         batch.clear();
+        if !self.plan.is_empty() {
+            batch.copies.append(&mut self.copies);
+        }
         let plan = std::mem::take(&mut self.plan);
         for single in [true, false] {
             for planned in plan.iter().filter(|planned| (planned.num_tokens == 1) == single) {
@@ -319,7 +335,8 @@ impl Scheduler {
                 self.queue.ended(sequence.tenant);
             }
             None => {
-                self.queue.remove(id);
+                let swapped = self.queue.remove(id).and_then(|sequence| sequence.swapped);
+                swapped.into_iter().for_each(|swapped| self.host.give_back(swapped));
             }
         }
     }

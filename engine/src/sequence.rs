@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::batch::{SequenceId, SlotId};
+use crate::memory::swap::SwappedTable;
 use crate::memory::{BlockChain, BlockTable};
 use crate::queue::TenantIndex;
 use crate::request::{FinishReason, Request, TokenId, Usage};
@@ -25,6 +26,8 @@ pub struct Sequence {
     /// While running.
     pub slot: Option<SlotId>,
     pub table: BlockTable,
+    /// What it had computed when it was preempted, on the host; while waiting.
+    pub swapped: Option<SwappedTable>,
     /// Keys of the blocks that `tokens` fill.
     pub chain: BlockChain,
     /// Entries of `table` that the device's row of this slot holds.
@@ -48,6 +51,7 @@ impl Sequence {
             num_computed_tokens: 0,
             slot: None,
             table: BlockTable::default(),
+            swapped: None,
             chain,
             num_uploaded_blocks: 0,
             num_admitted_tokens: 0,
@@ -89,6 +93,11 @@ impl Sequence {
     /// Whether the device counts this sequence's tokens while it runs.
     pub fn is_counted(&self) -> bool {
         self.request.sampling.is_penalised() && self.request.max_tokens > 0
+    }
+
+    /// Tokens that need not be computed when it is admitted with `num_cached` in the prefix cache.
+    pub fn num_kept_tokens(&self, num_cached: u32) -> u32 {
+        self.swapped.as_ref().map_or(num_cached, |swapped| swapped.num_tokens.max(num_cached))
     }
 
     /// Whether the rows of `[start, end)` go through the output layer for the prompt's own log-probabilities.

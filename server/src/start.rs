@@ -140,7 +140,8 @@ impl Plan {
         if model.num_host_blocks() < self.config.num_host_blocks {
             tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
         }
-        let engine = Engine::new(self.config, model, self.backend, (random(), random()));
+        let mut engine = Engine::new(self.config, model, self.backend, (random(), random()));
+        engine.enable_swap().map_err(LoadError::from)?;
         Ok(ServedModel {
             name: self.name,
             tokenizer,

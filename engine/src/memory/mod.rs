@@ -11,6 +11,7 @@ pub mod block_pool;
 pub mod block_table;
 pub mod capacity;
 pub mod prefix_cache;
+pub mod swap;
 
 pub use block_pool::{BlockId, BlockPool};
 pub use block_table::BlockTable;

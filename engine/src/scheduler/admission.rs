@@ -75,7 +75,7 @@ impl Scheduler {
             return Some(Attempt::LacksRoom(Held::KvMemory, blocked.num_missing));
         }
         let prefix = cache.find(&head.chain, &head.tokens, head.max_hit_tokens());
-        if prefix.next_is_promised {
+        if prefix.next_is_promised && head.swapped.is_none() {
             return Some(Attempt::Waits);
         }
         // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
@@ -89,7 +89,7 @@ impl Scheduler {
         if self.free_slots.is_empty() {
             return Some(Attempt::LacksRoom(Held::Slots, 0));
         }
-        head.num_computed_tokens = prefix.num_blocks * cache.block_size();
+        head.num_computed_tokens = head.num_kept_tokens(prefix.num_blocks * cache.block_size());
         let num_tokens = budget.fit(head);
         head.num_computed_tokens = 0;
         Some(match num_tokens {
@@ -103,15 +103,20 @@ impl Scheduler {
     fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget) -> u32 {
         let mut sequence = self.queue.take().expect("the head of the queue was tried");
         let mut table = cache.open(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
-        let num_cached = table.num_blocks() * cache.block_size();
-        cache.grow(&mut table, num_cached + num_tokens).expect("fewer than what was counted when it was tried");
+        let num_found = table.num_blocks();
+        let num_cached = num_found * cache.block_size();
+        let num_kept = sequence.num_kept_tokens(num_cached);
+        cache.grow(&mut table, num_kept + num_tokens).expect("fewer than what was counted when it was tried");
+        if let Some(swapped) = sequence.swapped.take() {
+            self.swap_in(swapped, &table, num_found);
+        }
         cache.promise(&table, &sequence.chain, sequence.id.0);
         let slot = self.free_slots.pop().expect("a free slot was seen when it was tried");
         let promised = cache.blocks_for(sequence.num_tokens()).saturating_sub(table.num_blocks());
         sequence.table = table;
         sequence.slot = Some(slot);
-        sequence.num_computed_tokens = num_cached;
-        sequence.num_admitted_tokens = num_cached;
+        sequence.num_computed_tokens = num_kept;
+        sequence.num_admitted_tokens = num_kept;
         sequence.cached_tokens.get_or_insert(num_cached);
         budget.take(&sequence, num_tokens);
         self.plan.push(Planned { slot, num_tokens });

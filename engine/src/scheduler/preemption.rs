@@ -36,13 +36,16 @@ impl Scheduler {
         self.order.iter().copied().filter(gives_way).max_by_key(rank)
     }
 
-    /// Sends a running sequence back to the queue; it is recomputed from what the prefix cache keeps of it.
+    /// Sends a running sequence back to the queue. What it computed is copied to the host, or computed again from what
+    /// the prefix cache keeps of it.
     pub(super) fn preempt(&mut self, slot: SlotId, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
         if let Some(index) = self.plan.iter().position(|planned| planned.slot == slot) {
             let planned = self.plan.remove(index);
             budget.give_back(self.sequence(slot), planned.num_tokens);
         }
+        let swapped = self.swap_out(slot, cache);
         let mut victim = self.leave(slot, cache, true);
+        victim.swapped = swapped;
         trace.preempted.push(victim.id);
         self.num_preemptions += 1;
         victim.num_preemptions += 1;
