@@ -4,7 +4,7 @@
 //!
 //! Two towers meet in one file.
 //!
-//! - **Plan**: [`request`], [`sequence`], [`memory`] and [`scheduler`] decide which tokens run next and make a
+//! - **Plan**: [`request`], [`sequence`], [`queue`], [`memory`] and [`scheduler`] decide which tokens run next and make a
 //!   [`batch::Batch`], plain data. Nothing there knows a device. What a step costs on one is a [`cost::CostModel`],
 //!   learned from steps that were measured.
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
@@ -18,20 +18,28 @@
 //! bytes a row, and the log-probabilities that were asked for; then `Scheduler::complete`, and events go to each
 //! request's `Sink`.
 //!
+//! Two steps are in flight: the next is planned and submitted while the last one runs. A device runs recordings in
+//! order, and everything rests on that: a token counts before its id is known and is read on the device by whoever
+//! follows; a freed block may be planned for another sequence at once; a full block is findable once it is submitted.
+//!
 //! # What must stay true
 //!
 //! - A request's tokens do not depend on its neighbours, on chunking, on sharing or on preemption: every matmul has one
 //!   accumulation order for each (N, K, format), and attention goes over tiles aligned to absolute positions.
+//! - A pipeline of two steps gives the tokens that the plain loop gives (`pipeline_depth` 1), bit for bit.
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
 //! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
-//! - The scheduler has no clock and no chance: the same state gives the same batch.
+//! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a step
+//!   is O(rows), and takes no memory (the bench `step` asserts it).
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.
 //! - Files are hostile: every count is held against the bytes left before anything is allocated for it.
 //!
 //! # Where this differs from the design page
 //!
-//! - The engine runs one step at a time; the interfaces allow two in flight.
+//! - A backend has a clock ([`backend::Backend::now`]), so that a simulated device's time is the engine's too.
+//! - Copies between device and host are a list of their own in a recording, before its ops: a device copies outside
+//!   its compute pass.
 //! - There is no `limits.rs` and no `fleet/` yet, and no CUDA backend.
 
 pub mod backend;

@@ -78,9 +78,10 @@ pub struct EngineArgs {
     /// Share of the device's free memory to take in all, up to 1, instead of --kv-memory.
     #[arg(long, value_parser = parse_fraction, conflicts_with_all = ["kv_memory", "kv_blocks"])]
     pub memory_fraction: Option<f64>,
-    /// Memory of the host for the KV of preempted requests, such as 4GiB.
-    #[arg(long, default_value = "0", value_parser = parse_bytes)]
-    pub swap_memory: u64,
+    /// Memory of the host for the KV of preempted requests, such as 4GiB; 0 recomputes them [default: as much as the KV
+    /// cache, at most 1GiB].
+    #[arg(long, value_parser = parse_bytes)]
+    pub swap_memory: Option<u64>,
     /// Never share the KV of equal prompt prefixes.
     #[arg(long)]
     pub no_prefix_cache: bool,
@@ -180,7 +181,7 @@ impl EngineArgs {
             kv_blocks: None,
             kv_memory: None,
             memory_fraction: None,
-            swap_memory: 0,
+            swap_memory: None,
             no_prefix_cache: false,
             profile: Profile::Balanced,
             target_itl_ms: None,

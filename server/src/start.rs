@@ -200,7 +200,7 @@ fn engine_config(
         kv_type,
         block_size: args.block_size,
         num_blocks: args.kv_blocks.unwrap_or(longest.div_ceil(block_size)),
-        num_host_blocks: num_host_blocks(args, kv_bytes_per_token)?,
+        num_host_blocks: 0,
         max_waiting: args.max_waiting,
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
@@ -225,6 +225,7 @@ fn engine_config(
         let bindable = max_buffer_bytes.saturating_mul(2 * u64::from(bundle.config.num_layers));
         config.num_blocks = capacity::num_blocks(kv_bytes_per_token, budget.min(bindable), block_size, least_len)?;
     }
+    config.num_host_blocks = num_host_blocks(args, kv_bytes_per_token, config.num_blocks)?;
     if args.max_model_len.is_none() {
         config.max_model_len = longest.min(config.num_blocks.saturating_mul(block_size));
     }
@@ -232,12 +233,18 @@ fn engine_config(
     Ok(config)
 }
 
-fn num_host_blocks(args: &EngineArgs, kv_bytes_per_token: u64) -> Result<u32, StartError> {
+/// Unless asked otherwise the host keeps as much as the KV cache holds, and no more than this.
+const DEFAULT_SWAP: u64 = 1 << 30;
+
+fn num_host_blocks(args: &EngineArgs, kv_bytes_per_token: u64, num_blocks: u32) -> Result<u32, StartError> {
     let block_size = args.block_size.max(1);
-    match capacity::num_host_blocks(kv_bytes_per_token, args.swap_memory, block_size) {
-        0 if args.swap_memory > 0 => {
+    let Some(asked) = args.swap_memory else {
+        return Ok(capacity::num_host_blocks(kv_bytes_per_token, DEFAULT_SWAP, block_size).min(num_blocks));
+    };
+    match capacity::num_host_blocks(kv_bytes_per_token, asked, block_size) {
+        0 if asked > 0 => {
             let block = kv_bytes_per_token * u64::from(block_size);
-            Err(StartError::SwapTooSmall { asked: args.swap_memory, block })
+            Err(StartError::SwapTooSmall { asked, block })
         }
         num_blocks => Ok(num_blocks),
     }
@@ -295,7 +302,7 @@ mod tests {
             |args: &EngineArgs| engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect_err("no plan").to_string();
         let fraction = sentence(&EngineArgs { memory_fraction: Some(0.9), ..args(KvType::F16) });
         assert!(fraction.contains("--kv-memory instead of --memory-fraction"), "{fraction}");
-        let swap = sentence(&EngineArgs { swap_memory: 100, ..args(KvType::F16) });
+        let swap = sentence(&EngineArgs { swap_memory: Some(100), ..args(KvType::F16) });
         assert!(swap.starts_with("--swap-memory of 100 B holds no block"), "{swap}");
     }
 }
