@@ -167,7 +167,7 @@ fn all_devices() -> Vec<(String, Device)> {
 
 /// Each parameter alone, pairs, and everything together; no value of theirs falls on an edge of the distribution.
 fn samplers() -> Vec<(&'static str, Sampler)> {
-    let at = |temperature: f32, change: fn(&mut Sampler)| {
+    let at = |temperature: f32, change: Change| {
         let mut sampler = Sampler::new(temperature);
         change(&mut sampler);
         sampler
@@ -233,6 +233,9 @@ fn draws_follow_the_exact_distribution() {
     }
 }
 
+/// Makes a sampler another one.
+type Change = fn(&mut Sampler);
+
 /// What the test above is worth: distributions that are a little wrong are told apart.
 #[test]
 fn a_sampler_that_is_a_little_wrong_is_seen() {
@@ -242,7 +245,7 @@ fn a_sampler_that_is_a_little_wrong_is_seen() {
         let parts = (0..4).flat_map(|part| sampler.draws(device, &logits, 7, part * NUM_ROWS, NUM_ROWS));
         counts_of(&parts.collect::<Vec<_>>(), VOCAB)
     };
-    let changes: [(&str, fn(&mut Sampler)); 10] = [
+    let changes: [(&str, Change); 10] = [
         ("temperature 1", |sampler| sampler.row.temperature = 1.15),
         ("top-k", |sampler| sampler.row.top_k = 8),
         ("top-p", |sampler| sampler.row.top_p = 0.87),

@@ -13,7 +13,7 @@ pub struct MemoryTable {
     pub kv: u64,
     /// Activations of a step.
     pub scratch: u64,
-    /// Block table, rope tables, upload, sampled ids.
+    /// Block table, rope tables, upload, sampled ids, token counts.
     pub tables: u64,
     pub num_blocks: u32,
     pub block_size: u32,
