@@ -167,7 +167,7 @@ fn all_devices() -> Vec<(String, Device)> {
 
 /// Each parameter alone, pairs, and everything together; no value of theirs falls on an edge of the distribution.
 fn samplers() -> Vec<(&'static str, Sampler)> {
-    let at = |temperature: f32, change: fn(&mut Sampler)| {
+    let at = |temperature: f32, change: Change| {
         let mut sampler = Sampler::new(temperature);
         change(&mut sampler);
         sampler
@@ -233,6 +233,9 @@ fn draws_follow_the_exact_distribution() {
     }
 }
 
+/// Makes a sampler another one.
+type Change = fn(&mut Sampler);
+
 /// What the test above is worth: distributions that are a little wrong are told apart.
 #[test]
 fn a_sampler_that_is_a_little_wrong_is_seen() {
@@ -242,7 +245,7 @@ fn a_sampler_that_is_a_little_wrong_is_seen() {
         let parts = (0..4).flat_map(|part| sampler.draws(device, &logits, 7, part * NUM_ROWS, NUM_ROWS));
         counts_of(&parts.collect::<Vec<_>>(), VOCAB)
     };
-    let changes: [(&str, fn(&mut Sampler)); 10] = [
+    let changes: [(&str, Change); 10] = [
         ("temperature 1", |sampler| sampler.row.temperature = 1.15),
         ("top-k", |sampler| sampler.row.top_k = 8),
         ("top-p", |sampler| sampler.row.top_p = 0.87),
@@ -311,7 +314,7 @@ fn a_flat_large_vocabulary_is_drawn_evenly() {
     }
 }
 
-/// Thousands of unlikely tokens together are as likely as their sum: the noise of a draw has enough digits.
+/// Thousands of unlikely tokens together are as likely as their sum.
 #[test]
 fn unlikely_tokens_are_drawn_as_often_as_they_should() {
     const LARGE: u32 = 16_385;
@@ -323,6 +326,27 @@ fn unlikely_tokens_are_drawn_as_often_as_they_should() {
             (0..4).flat_map(|part| Sampler::new(1.0).draws(&mut device, &logits, 11, part * 256, 256)).collect();
         let others = draws.iter().map(|id| (*id).min(1)).collect::<Vec<_>>();
         assert_drawn_from(&name, &counts_of(&others, 2), &[0.5, 0.5]);
+    }
+}
+
+#[test]
+fn tokens_equal_to_the_last_kept_are_kept_too() {
+    let logits = [0.5, 1.0, 2.0, 1.0, 0.0, 1.0];
+    let weights = [0.0, 1f64.exp(), 2f64.exp(), 1f64.exp(), 0.0, 1f64.exp()];
+    let exact = weights.map(|weight| weight / weights.iter().sum::<f64>());
+    // The largest has .41 of the mass, each of the three behind it .15.
+    let changes: [Change; 3] = [
+        |sampler| sampler.row.top_k = 2,
+        |sampler| sampler.row.top_p = 0.5,
+        |sampler| (sampler.row.top_k, sampler.row.top_p, sampler.row.min_p) = (3, 0.6, 0.3),
+    ];
+    for (name, mut device) in all_devices() {
+        for change in changes {
+            let mut sampler = Sampler::new(1.0);
+            change(&mut sampler);
+            let draws = sampler.draws(&mut device, &logits, 31, 0, 2048);
+            assert_drawn_from(&name, &counts_of(&draws, 6), &exact);
+        }
     }
 }
 

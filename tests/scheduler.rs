@@ -6,8 +6,13 @@ use fullbore_engine::batch::{Batch, Logits, SequenceId};
 use fullbore_engine::config::{EngineConfig, LatencyTarget, UnfitRequest};
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::memory::KvCache;
+<<<<<<< HEAD
 use fullbore_engine::request::{Request, Share, TokenId};
 use fullbore_engine::scheduler::{Choice, Scheduler, StepTrace};
+=======
+use fullbore_engine::request::{Request, SamplingParams, TokenId};
+use fullbore_engine::scheduler::{Choice, Scheduler};
+>>>>>>> sampling
 use fullbore_engine::sequence::Sequence;
 use fullbore_engine::tensor::KvType;
 
@@ -144,8 +149,65 @@ fn what_can_never_fit_is_refused_with_its_numbers() {
     assert_eq!(CONFIG.fits(&request(20, u32::MAX), 1000).map_err(|error| error.to_string().contains("24")), Err(true));
     assert_eq!(CONFIG.fits(&request(0, 1), 1000), Err(UnfitRequest::Empty));
     assert_eq!(CONFIG.fits(&request(9, 1), 8), Err(UnfitRequest::NoSuchToken { id: 8, vocab_size: 8 }));
+    let sampling = |sampling| Request { sampling, ..request(2, 2) };
+    let bias = SamplingParams { logit_bias: vec![(TokenId(3), 1.0), (TokenId(40), 1.0)], ..SamplingParams::default() };
+    assert_eq!(CONFIG.fits(&sampling(bias.clone()), 41), Ok(()));
+    assert_eq!(CONFIG.fits(&sampling(bias), 40), Err(UnfitRequest::NoSuchToken { id: 40, vocab_size: 40 }));
+    let masked = |mask: &[u32]| sampling(SamplingParams { allowed_tokens: Some(mask.into()), ..Default::default() });
+    assert_eq!(CONFIG.fits(&masked(&[0, 128]), 40), Ok(()));
+    for mask in [&[0, 0][..], &[1], &[1, 0, 0], &[1, 256]] {
+        let refused = CONFIG.fits(&masked(mask), 40).expect_err("no mask of 40 tokens").to_string();
+        assert!(refused.contains("mask") && refused.contains("40"), "{refused}");
+    }
     let starved = EngineConfig { num_blocks: 5, ..CONFIG };
     assert!(starved.check().is_err_and(|error| error.to_string().contains("KV memory")));
+}
+
+/// The penalties of sequences apply to tokens that the device has counted: it is told them with each new slot.
+#[test]
+fn a_slot_is_told_what_its_sequence_holds() {
+    let penalised = |first: u32, len: u32, max_tokens| Request {
+        prompt: (first..first + len).map(TokenId).collect(),
+        max_tokens,
+        sampling: SamplingParams { presence_penalty: 0.5, ..SamplingParams::default() },
+        ..Request::default()
+    };
+    let told = |run: &Run| -> Vec<(u64, Vec<u32>, u32)> {
+        let of_slot = |slot| run.batch.slices.iter().find(|slice| slice.slot == slot).expect("it runs").sequence.0;
+        let told = run.batch.resets.iter().map(|reset| {
+            let tokens = &run.batch.known_tokens[reset.tokens.start as usize..reset.tokens.end as usize];
+            (of_slot(reset.slot), tokens.iter().map(|token| token.0).collect(), reset.num_prompt_tokens)
+        });
+        told.collect()
+    };
+    let mut run = Run::new(CONFIG);
+    run.add(0, 8, 12);
+    run.add_request(penalised(100, 8, 8));
+    let mut all = Vec::new();
+    while !run.scheduler.is_idle() {
+        run.step();
+        all.extend(told(&run));
+    }
+    assert_eq!(run.scheduler.num_preemptions(), 1);
+    let prompt: Vec<u32> = (100..108).collect();
+    let [(1, first, 8), (1, second, 8)] = all.as_slice() else { panic!("{all:?}") };
+    assert_eq!(*first, prompt);
+    assert!(second.len() > 8 && second[..8] == prompt && second[8..].iter().all(|token| *token == 901), "{second:?}");
+
+    // A step tells no more than `max_model_len` tokens; the next is admitted in the step after.
+    let mut run = Run::new(EngineConfig { max_num_batched_tokens: 64, num_blocks: 18, ..CONFIG });
+    for nth in 0..3 {
+        run.add_request(penalised(100 * nth, 13, 4));
+    }
+    for _ in 0..3 {
+        run.step();
+        assert_eq!(run.batch.known_tokens.len(), 13);
+    }
+    // Nobody is told where no token is chosen.
+    let mut run = Run::new(CONFIG);
+    run.add_request(Request { prompt_logprobs: Some(0), ..penalised(0, 4, 0) });
+    run.step();
+    assert!(run.batch.resets.is_empty());
 }
 
 #[test]

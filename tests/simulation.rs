@@ -16,11 +16,18 @@ use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::BlockTable;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
+<<<<<<< HEAD
 use fullbore_engine::op::{Embed, Op};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId, token_mask};
 use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
+=======
+use fullbore_engine::op::{Embed, MatMul, NON_FINITE, Op, SAMPLED_BY_SLOT, SampleRow};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId, token_mask};
+use fullbore_engine::tensor::WeightFormat;
+>>>>>>> sampling
 
+use crate::device::{Device, sampling};
 use crate::random::Random;
 
 const NUM_WORKLOADS: u64 = 2500;
@@ -523,6 +530,7 @@ fn a_poisoned_request_fails_alone_and_says_so() {
     assert!(sentence.contains("not finite"), "{sentence}");
 }
 
+<<<<<<< HEAD
 /// Curved over rows, with every price its own order of magnitude, so that none can stand for another.
 fn costly() -> CostModel {
     let prices = Prices {
@@ -535,6 +543,28 @@ fn costly() -> CostModel {
 }
 
 /// The cost fidelity takes the same steps as the exact one, and its clock is the sum of what its profile predicts.
+=======
+/// A step may have been handed in before it was known that the one before it had sampled nothing.
+#[test]
+fn what_a_broken_row_sampled_breaks_the_row_that_reads_it() {
+    let mut device = Device::new(Box::new(SimBackend::new(SimOptions::default())));
+    let sampled = device.u32(2, 1, &[NON_FINITE, 9]);
+    let ids = device.u32(2, 1, &[SAMPLED_BY_SLOT, SAMPLED_BY_SLOT | 1]);
+    let table = device.weight(WeightFormat::F32, 64, 8, 1);
+    let rows = [0, 1].map(|slot| SampleRow { slot, ..SampleRow::IDLE });
+    let op = sampling(&mut device, &[0.0; 2 * 64], 64, &rows, &[]);
+    let hidden = device.unwritten(2, 8);
+    let ops = [
+        Op::Embed(Embed { ids, sampled, table, scale: 1.0, out: hidden }),
+        Op::MatMul(MatMul { x: hidden, weight: table, bias: None, out: op.logits }),
+        Op::Sample(op),
+    ];
+    let words = device.run(&ops, &[op.sampled]);
+    assert!(words[0] == NON_FINITE && words[1] < 64, "{words:?}");
+}
+
+/// The cost fidelity takes the same steps as the exact one, and its clock is the sum that the cost model states.
+>>>>>>> sampling
 #[test]
 fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
     let config =

@@ -145,6 +145,7 @@ fn towers_do_not_see_each_other() {
         ("engine/src/backend/", &["crate::request"]),
         ("engine/src/op.rs", &["crate::model", "crate::backend"]),
         ("engine/src/model/llama.rs", &plan),
+        ("engine/src/sampling.rs", &["crate::sequence", "crate::memory", "crate::engine"]),
         ("engine/src/", &["tokio::", "warp::"]),
         ("shaders/", &["wgpu::"]),
         ("server/", &["wgpu::", "naga::"]),

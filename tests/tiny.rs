@@ -11,7 +11,7 @@ use fullbore_engine::format::safetensors::SafetensorsDir;
 use fullbore_engine::model::config::{Family, RopeScaling};
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::RopeStyle;
-use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, TokenId, TokenLogprobs};
+use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, SamplingParams, TokenId, TokenLogprobs, token_mask};
 use serde_json::{Value, json};
 
 use crate::golden::{add, tokens};
@@ -100,6 +100,39 @@ fn chunks_give_the_same_bits() {
             assert!(run(name, &prompt, chunk, |_| {}) == whole, "{name} in chunks of {chunk}");
         }
     }
+}
+
+/// A model with real logits, in chunks and whole: the same draws, and each parameter does what it says.
+#[test]
+fn sampling_parameters_act_on_a_model() {
+    let prompt = ids(&expected("llama")["prompt"]);
+    let generate = |chunk: u32, sampling: SamplingParams| {
+        let request = Request { prompt: prompt.clone(), max_tokens: 24, sampling, ..Request::default() };
+        tokens(&run_request("llama", request, chunk, |_| {}))
+    };
+    let default = SamplingParams::default;
+    let drawn = SamplingParams { temperature: 1.0, top_p: 0.9, seed: 5, presence_penalty: 0.7, ..default() };
+    let whole = generate(64, drawn.clone());
+    assert_eq!(generate(5, drawn.clone()), whole);
+    assert_ne!(generate(64, SamplingParams { seed: 6, ..drawn }), whole);
+    let forced = SamplingParams { temperature: 1.0, logit_bias: vec![(TokenId(77), 100.0)], ..default() };
+    assert_eq!(generate(64, forced), [TokenId(77); 24]);
+    let allowed = [3, 50, 127].map(TokenId);
+    let mask = Some(token_mask(allowed, VOCAB_SIZE as u32));
+    let masked = generate(64, SamplingParams { temperature: 2.0, allowed_tokens: mask.clone(), ..default() });
+    assert!(masked.iter().all(|token| allowed.contains(token)) && masked.iter().any(|token| *token != masked[0]));
+    // Each choice costs more than logits differ, so that the three take turns.
+    let turns = SamplingParams { frequency_penalty: 100.0, allowed_tokens: mask.clone(), ..default() };
+    for three in generate(64, turns).chunks_exact(3) {
+        assert!(allowed.iter().all(|token| three.contains(token)), "{three:?}");
+    }
+    // What was generated once is never taken while something new is left; the prompt does not count.
+    let once = generate(64, SamplingParams { presence_penalty: 100.0, ..default() });
+    assert!((1..24).all(|at| !once[..at].contains(&once[at])), "{once:?}");
+    let fresh = generate(64, SamplingParams { repetition_penalty: 100.0, ..default() });
+    let known = |at: usize| prompt.iter().chain(&fresh[..at]).any(|token| *token == fresh[at]);
+    let num_known = (0..24).filter(|at| known(*at)).count();
+    assert_eq!(num_known, 0, "{fresh:?} after {prompt:?}");
 }
 
 #[test]
@@ -272,6 +305,13 @@ fn weights_of_another_shape_are_refused_by_name() {
 /// All events of a greedy request with as many log-probabilities as there are; its prompt goes in chunks of
 /// `max_num_batched_tokens`.
 fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
+    let num_top = Some(MAX_LOGPROBS);
+    let prompt = prompt.to_vec();
+    let request = Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() };
+    run_request(name, request, max_num_batched_tokens, change)
+}
+
+fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
     let config = EngineConfig {
         max_num_seqs: 1,
         max_num_batched_tokens,
@@ -291,9 +331,6 @@ fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32, change: Chan
     let limits = config.state_limits();
     let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2));
-    let num_top = Some(MAX_LOGPROBS);
-    let prompt = prompt.to_vec();
-    let request = Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() };
     let events = add(&mut engine, request);
     while engine.step().expect("the cpu is never lost") {}
     engine.check();

@@ -184,8 +184,9 @@ impl EngineConfig {
         }
         let Some(mask) = &request.sampling.allowed_tokens else { return Ok(()) };
         let num_tokens = mask.iter().map(|word| word.count_ones()).sum();
-        let beyond = (vocab_size % 32 != 0).then(|| mask.last().map_or(0, |word| word >> (vocab_size % 32)));
-        match mask.len() == vocab_size.div_ceil(32) as usize && num_tokens > 0 && beyond.unwrap_or(0) == 0 {
+        let rest = vocab_size % 32;
+        let beyond = rest > 0 && mask.last().is_some_and(|word| word >> rest != 0);
+        match mask.len() == vocab_size.div_ceil(32) as usize && num_tokens > 0 && !beyond {
             true => Ok(()),
             false => Err(UnfitRequest::BadMask { num_words: mask.len(), num_tokens, vocab_size }),
         }

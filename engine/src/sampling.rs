@@ -157,3 +157,98 @@ impl Rows<'_> {
 fn broken_row() -> Choice {
     Choice::Failed("the model's output was not finite (NaN or infinity); this request was ended".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{InputToken, Logits, SlotId};
+    use crate::request::SamplingParams;
+    use crate::tensor::BufferId;
+
+    /// A prefill chunk with prompt logprobs that chooses, a chunk that has nothing, a decode with two top logprobs.
+    fn batch() -> Batch {
+        let slice = |id: u64, start, tokens, logits, sample| Slice {
+            sequence: SequenceId(id),
+            slot: SlotId(7 - id as u32),
+            start,
+            tokens,
+            logits,
+            sample,
+            logprobs: None,
+            num_targets: 0,
+            prompt_logprobs: 0,
+        };
+        let slices = vec![
+            Slice { logprobs: Some(2), ..slice(0, 9, 0..1, Logits::Last, true) },
+            slice(1, 0, 1..4, Logits::None, false),
+            Slice { num_targets: 2, prompt_logprobs: 1, ..slice(2, 0, 4..7, Logits::All, true) },
+        ];
+        Batch { slices, input: vec![InputToken::Id(TokenId(0)); 7], ..Batch::default() }
+    }
+
+    fn request(id: SequenceId) -> Request {
+        let sampling = SamplingParams {
+            temperature: if id.0 == 0 { 0.5 } else { 1e-7 },
+            seed: (3 << 32) + 4,
+            logit_bias: if id.0 == 0 { Vec::new() } else { vec![(TokenId(5), -1.0)] },
+            allowed_tokens: (id.0 == 2).then(|| [8, 9].into()),
+            ..SamplingParams::default()
+        };
+        Request { prompt: vec![TokenId(40), TokenId(41), TokenId(42)], sampling, ..Request::default() }
+    }
+
+    #[test]
+    fn every_logit_row_says_what_is_asked_of_it() {
+        let requests = [0, 1, 2].map(|id| request(SequenceId(id)));
+        let mut packed = PackedBatch::default();
+        pack(&batch(), |id| &requests[id.0 as usize], &mut packed);
+        let [decode, first, second, last] = packed.sample_rows[..] else { panic!("{packed:?}") };
+        assert_eq!((decode.slot, decode.position, decode.seed, decode.logprobs), (7, 10, [4, 3], 3));
+        assert_eq!((decode.temperature, decode.num_biases, decode.mask_at), (0.5, 0, NONE));
+        assert_eq!([first, second].map(|row| (row.slot, row.target, row.logprobs)), [(NONE, 41, 2), (NONE, 42, 2)]);
+        assert_eq!((last.slot, last.position, last.target, last.logprobs), (5, 3, NONE, 0));
+        assert_eq!((last.temperature, last.bias_at, last.num_biases, last.mask_at), (0.0, 0, 1, 2));
+        assert_eq!(packed.extras, [5, (-1.0f32).to_bits(), 8, 9]);
+    }
+
+    #[test]
+    fn only_rows_that_asked_bring_their_likeliest_tokens() {
+        let tensor = |cols| Tensor::u32(BufferId(0), 4, cols);
+        let mut wanted = Vec::new();
+        downloads(&batch(), Choices { chosen: tensor(CHOSEN_WORDS), top: tensor(2 * MAX_TOP) }, &mut wanted);
+        let places: Vec<_> = wanted.iter().map(|tensor| (tensor.offset, tensor.rows)).collect();
+        assert_eq!(places, [(0, 4), (0, 1), (2 * MAX_TOP, 2)]);
+    }
+
+    /// The words of four rows with these ids, and those of the three that have most likely tokens.
+    fn words(ids: [u32; 4]) -> Vec<u8> {
+        let chosen = ids.into_iter().flat_map(|id| [id, (-0.5f32).to_bits(), 3, 0]);
+        let top = (0..3).flat_map(|row| (0..MAX_TOP).flat_map(move |nth| [100 * row + nth, (-1.0f32).to_bits()]));
+        chosen.chain(top).flat_map(u32::to_le_bytes).collect()
+    }
+
+    #[test]
+    fn rows_are_read_back_in_the_order_of_the_batch() {
+        let results = read(&batch(), &words([60, 41, 42, 61]), 1000);
+        let entry = |id, top: &[u32]| TokenLogprobs {
+            id: TokenId(id),
+            logprob: -0.5,
+            rank: 3,
+            top: top.iter().map(|id| (TokenId(*id), -1.0)).collect(),
+        };
+        assert_eq!(results[0].choice, Choice::Token(TokenId(60)));
+        assert_eq!(results[0].logprobs, Some(entry(60, &[0, 1])));
+        assert_eq!(results[1], SliceResult { choice: Choice::None, logprobs: None, prompt_logprobs: Vec::new() });
+        assert_eq!((&results[2].choice, &results[2].logprobs), (&Choice::Token(TokenId(61)), &None));
+        assert_eq!(results[2].prompt_logprobs, [entry(41, &[100]), entry(42, &[200])]);
+    }
+
+    #[test]
+    fn a_broken_row_fails_its_own_request() {
+        for broken in [[NON_FINITE, 41, 42, 61], [60, NON_FINITE, 42, 61], [60, 41, NON_FINITE, 61]] {
+            let results = read(&batch(), &words(broken), 1000);
+            let failed = results.iter().map(|result| matches!(result.choice, Choice::Failed(_))).collect::<Vec<_>>();
+            assert_eq!(failed, [broken[0] == NON_FINITE, false, broken[0] != NON_FINITE]);
+        }
+    }
+}

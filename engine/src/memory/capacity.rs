@@ -15,7 +15,7 @@ pub struct MemoryTable {
     pub kv: u64,
     /// Activations of a step.
     pub scratch: u64,
-    /// Block table, rope tables, upload, sampled ids.
+    /// Block table, rope tables, upload, sampled ids, token counts.
     pub tables: u64,
     pub kv_type: KvType,
     /// Swapped blocks, in the host's memory: no part of the total.

@@ -112,7 +112,7 @@ fn engine_registry(model: &ServedModel) -> Registry {
     registry
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u74); 7] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 7] {
     [
         ("fullbore_steps_total", "Steps done.", stats.num_steps),
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),

@@ -5,6 +5,7 @@
 //! way. Rows go in parallel; a row's choice depends on nothing outside of it.
 
 use std::borrow::Cow;
+use std::cmp::Reverse;
 
 use rayon::prelude::*;
 
@@ -245,7 +246,7 @@ pub(in crate::backend) fn log_probabilities(logits: &[f32], id: u32, num_top: u3
         let least = value(select(logits.iter().map(|logit| (key(*logit), 1)), num_top));
         top.extend((0u32..).zip(logits.iter().copied()).filter(|(_, logit)| *logit >= least));
         // A stable sort: the lowest token stays first among equals.
-        top.sort_by(|a, b| key(b.1).cmp(&key(a.1)));
+        top.sort_by_key(|(_, logit)| Reverse(key(*logit)));
         top.truncate(num_top as usize);
         top.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
     }
