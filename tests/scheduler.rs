@@ -6,13 +6,8 @@ use fullbore_engine::batch::{Batch, Logits, SequenceId};
 use fullbore_engine::config::{EngineConfig, LatencyTarget, UnfitRequest};
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::memory::KvCache;
-<<<<<<< HEAD
-use fullbore_engine::request::{Request, Share, TokenId};
+use fullbore_engine::request::{Request, SamplingParams, Share, TokenId};
 use fullbore_engine::scheduler::{Choice, Scheduler, StepTrace};
-=======
-use fullbore_engine::request::{Request, SamplingParams, TokenId};
-use fullbore_engine::scheduler::{Choice, Scheduler};
->>>>>>> sampling
 use fullbore_engine::sequence::Sequence;
 use fullbore_engine::tensor::KvType;
 

@@ -16,16 +16,10 @@ use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::BlockTable;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
-<<<<<<< HEAD
-use fullbore_engine::op::{Embed, Op};
+use fullbore_engine::op::{Embed, MatMul, NON_FINITE, Op, SAMPLED_BY_SLOT, SampleRow};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId, token_mask};
 use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
-=======
-use fullbore_engine::op::{Embed, MatMul, NON_FINITE, Op, SAMPLED_BY_SLOT, SampleRow};
-use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId, token_mask};
-use fullbore_engine::tensor::WeightFormat;
->>>>>>> sampling
 
 use crate::device::{Device, sampling};
 use crate::random::Random;
@@ -530,20 +524,6 @@ fn a_poisoned_request_fails_alone_and_says_so() {
     assert!(sentence.contains("not finite"), "{sentence}");
 }
 
-<<<<<<< HEAD
-/// Curved over rows, with every price its own order of magnitude, so that none can stand for another.
-fn costly() -> CostModel {
-    let prices = Prices {
-        ns_for_logits: 70_000_000.0,
-        ns_per_logit_row: 1_000_000.0,
-        ns_per_attended_token: 1000.0,
-        ns_per_loaded_token: 1.0,
-    };
-    CostModel::new(std::array::from_fn(|k| 1e9 * (k * k + 1) as f64), prices)
-}
-
-/// The cost fidelity takes the same steps as the exact one, and its clock is the sum of what its profile predicts.
-=======
 /// A step may have been handed in before it was known that the one before it had sampled nothing.
 #[test]
 fn what_a_broken_row_sampled_breaks_the_row_that_reads_it() {
@@ -563,8 +543,18 @@ fn what_a_broken_row_sampled_breaks_the_row_that_reads_it() {
     assert!(words[0] == NON_FINITE && words[1] < 64, "{words:?}");
 }
 
-/// The cost fidelity takes the same steps as the exact one, and its clock is the sum that the cost model states.
->>>>>>> sampling
+/// Curved over rows, with every price its own order of magnitude, so that none can stand for another.
+fn costly() -> CostModel {
+    let prices = Prices {
+        ns_for_logits: 70_000_000.0,
+        ns_per_logit_row: 1_000_000.0,
+        ns_per_attended_token: 1000.0,
+        ns_per_loaded_token: 1.0,
+    };
+    CostModel::new(std::array::from_fn(|k| 1e9 * (k * k + 1) as f64), prices)
+}
+
+/// The cost fidelity takes the same steps as the exact one, and its clock is the sum of what its profile predicts.
 #[test]
 fn the_clock_of_the_cost_fidelity_is_the_sum_of_its_steps() {
     let config =
