@@ -4,6 +4,10 @@
 //! as the server drives it, through its handle or step by step.
 
 pub mod offline;
+pub mod play;
+pub mod profile;
+pub mod report;
+pub mod simulate;
 pub mod statistics;
 pub mod trace;
 pub mod workload;
