@@ -69,7 +69,7 @@ pub fn play(
     clock: &Clock,
     options: PlayOptions,
 ) -> Result<ServingReport, PlayError> {
-    let mut player = Player { engine, clock, options, heard: Arc::default(), steps: Steps::default(), left: 0 };
+    let mut player = Player { engine, clock, options, heard: Arc::default(), steps: Steps::default(), num_new: 0 };
     let (mut too_long, mut refused, mut max_waiting) = (LeftOut::default(), LeftOut::default(), 0);
     let (mut next, mut arrived) = (0, 0);
     loop {
@@ -107,7 +107,7 @@ struct Player<'a> {
     heard: Arc<Mutex<Heard>>,
     steps: Steps,
     /// Requests handed in since the engine last counted its waiting ones.
-    left: u32,
+    num_new: u32,
 }
 
 /// What clients were told.
@@ -142,7 +142,7 @@ impl Player<'_> {
     }
 
     fn num_waiting(&self) -> u32 {
-        self.engine.stats().num_waiting + self.left
+        self.engine.stats().num_waiting + self.num_new
     }
 
     fn has_room(&self) -> bool {
@@ -155,14 +155,14 @@ impl Player<'_> {
         let client =
             Client { row, arrival, last: None, clock: self.clock.clone(), heard: self.heard.clone(), num_tokens: 0 };
         self.engine.add(planned.request(vocab_size, self.options.seed), Box::new(client));
-        self.left += 1;
+        self.num_new += 1;
     }
 
     fn step(&mut self) -> Result<(), PlayError> {
         let begun = self.clock.now();
         self.clock.spend_host_time();
         let ran = self.engine.step()?;
-        self.left = 0;
+        self.num_new = 0;
         if let Some(failed) = lock(&self.heard).failed.take() {
             return Err(failed);
         }
