@@ -1,8 +1,13 @@
 //! Fullbore's benchmarks: workloads, the run that measures one, and the statistics of what came out.
 //!
-//! Invariant: a workload is a pure function of its seed. Nothing here knows HTTP or a device: an engine is driven
-//! through its handle, as the server drives it.
+//! Invariant: a workload is a pure function of its seed. Nothing here knows HTTP or opens a device: an engine is driven
+//! as the server drives it, through its handle or step by step.
 
 pub mod offline;
+pub mod play;
+pub mod profile;
+pub mod report;
+pub mod simulate;
 pub mod statistics;
+pub mod trace;
 pub mod workload;

@@ -1,8 +1,10 @@
 //! The command line's words and defaults. Invariant: nothing here is checked against a model or a device.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use fullbore_bench::workload::{Arrivals, Lengths};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::request::Share;
 use fullbore_engine::tensor::KvType;
@@ -27,6 +29,8 @@ pub enum Command {
         /// smollm2, gemma3-270m, a Hugging Face repository (owner/name or owner/name:file), or a path.
         model: String,
     },
+    /// Play a workload on a device that is known by its profile, in virtual time: a table, and JSON on standard output.
+    Simulate(SimulateArgs),
     /// Measure.
     Bench {
         #[command(subcommand)]
@@ -38,6 +42,10 @@ pub enum Command {
 pub enum BenchCommand {
     /// All requests at once, no HTTP: prints tokens a second as JSON.
     Offline(BenchArgs),
+    /// What steps cost on this device: writes the profile that `fullbore simulate` reads.
+    Profile(ProfileArgs),
+    /// Play a workload in real time, no HTTP: the same report as `fullbore simulate`.
+    Trace(TraceArgs),
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -160,14 +168,113 @@ pub enum Profile {
     Throughput,
 }
 
+#[derive(Clone, Debug, ClapArgs)]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// The file to write.
+    #[arg(long, short, default_value = "device.json")]
+    pub output: PathBuf,
+    /// Measure for so many seconds; the grid is gone through at least once.
+    #[arg(long, default_value_t = 90)]
+    pub seconds: u64,
+}
+
+/// Which requests come when.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct WorkloadArgs {
+    /// A trace: CSV of TIMESTAMP,ContextTokens,GeneratedTokens, or JSON lines of timestamp, input_length,
+    /// output_length and perhaps hash_ids. With --arrivals its lengths alone count, over and over.
+    #[arg(long, required_unless_present = "arrivals")]
+    pub trace: Option<PathBuf>,
+    /// at-once, poisson:PER-SECOND, burst:SIZE:SECONDS, instead of the times of a trace.
+    #[arg(long)]
+    pub arrivals: Option<Arrivals>,
+    /// sharegpt, fixed:PROMPT:OUTPUT, uniform:A-B:C-D, lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA.
+    #[arg(long, default_value = "sharegpt", conflicts_with = "trace")]
+    pub lengths: Lengths,
+    /// Requests, at most [default: all rows of the trace, or 1000].
+    #[arg(long)]
+    pub limit: Option<u32>,
+    /// Arrivals come so many times as fast.
+    #[arg(long, default_value_t = 1.0, value_parser = parse_speedup)]
+    pub speedup: f64,
+    /// Turn away what comes while --max-waiting wait, as a server does; otherwise it waits before the door.
+    #[arg(long)]
+    pub refuse_when_full: bool,
+    /// Of lengths, arrivals and token ids.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TraceArgs {
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub workload: WorkloadArgs,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct SimulateArgs {
+    /// Of the device: written by `fullbore bench profile`, or by hand.
+    #[arg(long)]
+    pub profile: PathBuf,
+    /// Take KV bytes a token and the longest context from this model [default: what the profile says].
+    #[arg(long)]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub workload: WorkloadArgs,
+    /// Requests that run at once, at most [default: the profile's; so are the next four].
+    #[arg(long)]
+    pub max_num_seqs: Option<u32>,
+    /// Tokens of a step, at most.
+    #[arg(long)]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Tokens of one request, prompt and answer, at most.
+    #[arg(long)]
+    pub max_model_len: Option<u32>,
+    /// Tokens that share a KV block.
+    #[arg(long)]
+    pub block_size: Option<u32>,
+    /// KV blocks, instead of --kv-memory.
+    #[arg(long, conflicts_with = "kv_memory")]
+    pub kv_blocks: Option<u32>,
+    /// Memory for the KV cache, such as 256MiB or 4GiB.
+    #[arg(long, value_parser = parse_bytes)]
+    pub kv_memory: Option<u64>,
+    /// Type of the KV cache, of which --model says the size.
+    #[arg(long, default_value = "f16", value_parser = parse_kv_type)]
+    pub kv_type: KvType,
+    /// What `serve --profile` would favour.
+    #[arg(long, value_enum, default_value_t = Profile::Balanced)]
+    pub latency_profile: Profile,
+    /// As of `serve`.
+    #[arg(long)]
+    pub target_itl_ms: Option<u32>,
+    /// As of `serve`.
+    #[arg(long, default_value_t = 2)]
+    pub pipeline_depth: u32,
+    /// Never share the KV of equal prompt prefixes.
+    #[arg(long)]
+    pub no_prefix_cache: bool,
+    /// Requests that wait for admission, at most.
+    #[arg(long, default_value_t = 256)]
+    pub max_waiting: u32,
+}
+
+pub fn latency_target(target_itl_ms: Option<u32>, profile: Profile) -> LatencyTarget {
+    match (target_itl_ms, profile) {
+        (Some(ms), _) => LatencyTarget::Milliseconds(ms),
+        (None, Profile::Latency) => LatencyTarget::Stretch(150),
+        (None, Profile::Balanced) => LatencyTarget::Stretch(300),
+        (None, Profile::Throughput) => LatencyTarget::None,
+    }
+}
+
 impl EngineArgs {
     pub fn latency(&self) -> LatencyTarget {
-        match (self.target_itl_ms, self.profile) {
-            (Some(ms), _) => LatencyTarget::Milliseconds(ms),
-            (None, Profile::Latency) => LatencyTarget::Stretch(150),
-            (None, Profile::Balanced) => LatencyTarget::Stretch(300),
-            (None, Profile::Throughput) => LatencyTarget::None,
-        }
+        latency_target(self.target_itl_ms, self.profile)
     }
 
     /// The defaults of the command line, for commands that have no flags for them.
@@ -236,6 +343,11 @@ fn parse_fraction(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => Err(format!("{text} is no share of the memory; write it as 0.9")),
     }
+}
+
+fn parse_speedup(text: &str) -> Result<f64, String> {
+    let speedup = text.parse().ok().filter(|&speedup: &f64| speedup.is_finite() && speedup > 0.0);
+    speedup.ok_or_else(|| format!("{text} is no speed; write a number above 0"))
 }
 
 #[cfg(test)]

@@ -1,20 +1,41 @@
-//! `fullbore bench offline`: one engine, all requests at once, one line of JSON. It knows no HTTP.
+//! `fullbore bench`: one engine in this process, driven without HTTP; JSON on standard output, and what a person reads
+//! on standard error.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use fullbore_bench::offline::{self, BenchError};
+use fullbore_bench::play::{self, Clock, PlayError};
+use fullbore_bench::profile::{self, Measured, ProfileError};
+use fullbore_bench::report::ServingReport;
 use fullbore_bench::workload::Workload;
+use fullbore_engine::cost::DeviceProfile;
+use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
+use fullbore_engine::engine::Engine;
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, ProfileArgs, TraceArgs};
+use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, StartError};
 
 #[derive(Debug, thiserror::Error)]
-pub enum OfflineError {
+pub enum BenchCommandError {
     #[error(transparent)]
     Start(#[from] StartError),
     #[error(transparent)]
     Bench(#[from] BenchError),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
+    #[error(transparent)]
+    Play(#[from] PlayError),
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
 }
 
-pub fn offline(args: &BenchArgs) -> Result<(), OfflineError> {
+/// All requests at once, one line of JSON.
+pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let mut engine_args = args.engine.clone();
     // All are submitted before the first is admitted.
     engine_args.max_waiting = engine_args.max_waiting.max(args.num_requests);
@@ -25,4 +46,71 @@ pub fn offline(args: &BenchArgs) -> Result<(), OfflineError> {
     model.engine.shutdown();
     println!("{}", serde_json::json!(report?));
     Ok(())
+}
+
+/// Measures the device and writes its profile.
+pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
+    let mut engine = start::plan(&args.engine, None)?.load_engine()?;
+    let mut progress = |num_passes, num_steps| eprintln!("{num_passes} passes over the grid, {num_steps} steps");
+    let measured = profile::measure(&mut engine, Duration::from_secs(args.seconds), &mut progress)?;
+    let profile = device_profile(&engine, &args.engine.model.model, measured.clone());
+    fs::write(&args.output, profile.to_json())
+        .map_err(|source| BenchCommandError::Write { path: args.output.clone(), source })?;
+    let Measured { num_steps, num_passes, median_error, p95_error, .. } = measured;
+    let knee = profile.cost.knee(profile.limits.max_num_seqs, KNEE_CONTEXT);
+    eprintln!(
+        "{}: error of the fit {:.1} % (median), {:.1} % (p95); knee at {knee} sequences; {} us of the host a step",
+        args.output.display(),
+        median_error * 100.0,
+        p95_error * 100.0,
+        profile.host_ns_per_step / 1000,
+    );
+    let summary = serde_json::json!({
+        "profile": args.output,
+        "num_steps": num_steps,
+        "num_passes": num_passes,
+        "median_error": median_error,
+        "p95_error": p95_error,
+        "host_ns_per_step": profile.host_ns_per_step,
+        "knee": knee,
+    });
+    println!("{summary}");
+    Ok(())
+}
+
+/// A usual one, for what is told of a device in one number.
+const KNEE_CONTEXT: u32 = 512;
+
+fn device_profile(engine: &Engine, model: &str, measured: Measured) -> DeviceProfile {
+    let (device, config) = (engine.backend().info(), engine.config());
+    let kv_bytes_per_token = engine.model().config.kv_bytes_per_token(engine.config().kv_type);
+    DeviceProfile {
+        device: ProfiledDevice { id: device.id.clone(), name: device.name.clone(), driver: device.driver.clone() },
+        model: ProfiledModel { name: model.to_owned(), kv_bytes_per_token },
+        limits: ProfiledLimits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_model_len: config.max_model_len,
+            block_size: config.block_size,
+            num_blocks: config.num_blocks,
+        },
+        host_ns_per_step: measured.host_ns_per_step,
+        cost: measured.cost,
+        points: measured.points,
+    }
+}
+
+/// Plays a workload in real time.
+pub fn trace(args: &TraceArgs) -> Result<(), BenchCommandError> {
+    let report = play_trace(args)?;
+    eprintln!("{report}");
+    println!("{}", serde_json::json!(report));
+    Ok(())
+}
+
+pub fn play_trace(args: &TraceArgs) -> Result<ServingReport, BenchCommandError> {
+    let requests = requests(&args.workload)?;
+    let mut engine = start::plan(&args.engine, None)?.load_engine()?;
+    let clock = Clock::Real(Instant::now());
+    Ok(play::play(&mut engine, &requests, &clock, play_options(&args.workload))?)
 }

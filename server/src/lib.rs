@@ -11,4 +11,5 @@ pub mod fetch;
 pub mod http;
 pub mod run;
 pub mod serve;
+pub mod simulate;
 pub mod start;

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
-use fullbore::{bench, devices, fetch, run, serve};
+use fullbore::{bench, devices, fetch, run, serve, simulate};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let quiet = matches!(args.command, Command::Run(_) | Command::Bench { .. });
+    let quiet = matches!(args.command, Command::Run(_) | Command::Simulate(_) | Command::Bench { .. });
     let level = if quiet { "warn" } else { "info,wgpu=warn,naga=warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = io::stderr().is_terminal();
@@ -31,7 +31,10 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Run(args) => run::run(&args)?,
         Command::Devices => print!("{}", devices::table(&devices::all()?)),
         Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
+        Command::Simulate(args) => simulate::simulate(&args)?,
         Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,
+        Command::Bench { command: BenchCommand::Profile(args) } => bench::profile(&args)?,
+        Command::Bench { command: BenchCommand::Trace(args) } => bench::trace(&args)?,
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
-use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
+use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -128,20 +128,11 @@ impl Plan {
         }
     }
 
-    /// Loads the weights, with a progress bar where there is a terminal, and starts the engine's thread.
-    pub fn load(mut self) -> Result<ServedModel, StartError> {
+    /// Loads the weights and starts the engine's thread.
+    pub fn load(self) -> Result<ServedModel, StartError> {
         self.check_memory()?;
-        let bar = ProgressBar::new(self.bundle.total_bytes).with_style(bar_style()).with_message("loading");
-        let limits = self.config.state_limits();
-        let Bundle { config, mut checkpoint, tokenizer, chat_template, defaults, stop_ids, .. } = self.bundle;
-        let mut progress = |read_bytes: u64| bar.set_position(read_bytes);
-        let model = Model::load(config, limits, &mut checkpoint, self.backend.as_mut(), &mut progress)?;
-        bar.finish_and_clear();
-        if model.num_host_blocks() < self.config.num_host_blocks {
-            tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
-        }
-        let mut engine = Engine::new(self.config, model, self.backend, (random(), random()));
-        engine.enable_swap().map_err(LoadError::from)?;
+        let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, total_bytes, .. } = self.bundle;
+        let engine = load_engine(config, checkpoint, total_bytes, self.backend, self.config)?;
         Ok(ServedModel {
             name: self.name,
             tokenizer,
@@ -154,6 +145,33 @@ impl Plan {
             engine: EngineHandle::spawn(engine),
         })
     }
+
+    /// Loads the weights, for a command that drives the engine itself.
+    pub fn load_engine(self) -> Result<Engine, StartError> {
+        self.check_memory()?;
+        let Bundle { config, checkpoint, total_bytes, .. } = self.bundle;
+        load_engine(config, checkpoint, total_bytes, self.backend, self.config)
+    }
+}
+
+/// With a progress bar where there is a terminal.
+fn load_engine(
+    model: ModelConfig,
+    mut checkpoint: Checkpoint,
+    total_bytes: u64,
+    mut backend: Box<dyn Backend>,
+    config: EngineConfig,
+) -> Result<Engine, StartError> {
+    let bar = ProgressBar::new(total_bytes).with_style(bar_style()).with_message("loading");
+    let mut progress = |read_bytes: u64| bar.set_position(read_bytes);
+    let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut progress)?;
+    bar.finish_and_clear();
+    if model.num_host_blocks() < config.num_host_blocks {
+        tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
+    }
+    let mut engine = Engine::new(config, model, backend, (random(), random()));
+    engine.enable_swap().map_err(LoadError::from)?;
+    Ok(engine)
 }
 
 /// Bytes done, bytes in all, and what is left, in one line.

@@ -21,7 +21,8 @@ const FAMILIAR: u32 = 16;
 const MAX_ERROR: f64 = 0.5;
 /// Residuals beyond this many typical ones lose weight (Huber 1964).
 const HUBER: f64 = 2.5;
-/// Weight of "neighbouring slopes are alike", in observations: it decides only where steps leave a slope open.
+/// Weight of "neighbouring slopes are alike" and of "logits cost nothing of their own", in observations: they decide
+/// only what steps leave open.
 const SMOOTHNESS: f64 = 0.02;
 const ONLINE_SWEEPS: u32 = 60;
 const OFFLINE_SWEEPS: u32 = 20_000;
@@ -253,7 +254,8 @@ impl Sums {
         }
     }
 
-    /// Asks for slopes like those beside them: a segment that no step reached goes on as the one before it.
+    /// Asks for slopes like those beside them, so that a segment that no step reached goes on as the one before it; and
+    /// where every step had logits, their fixed part counts as the step's.
     fn smooth(&mut self, model: &CostModel, typical_ns: f64) {
         for segment in 1..NUM_KNOTS - 1 {
             let (left, right) = (segment, segment + 1);
@@ -265,6 +267,7 @@ impl Sums {
             self.gram[left][right] -= weight;
             self.gram[right][left] -= weight;
         }
+        self.gram[LOGITS][LOGITS] += SMOOTHNESS / (typical_ns * typical_ns).max(1.0);
     }
 
     /// Coordinate descent from `unknowns` on, each kept at 0 or above.

@@ -1,0 +1,268 @@
+//! Plays a workload against an engine, in real time or on a simulated device's clock.
+//!
+//! One loop for both, the engine's own step for both: where prediction and reality differ, the device differs.
+//! Invariant: a request that did not run is counted and named. On a simulated clock nothing depends on real time.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use fullbore_engine::backend::DeviceError;
+use fullbore_engine::backend::sim::SimClock;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
+
+use crate::report::{KvUse, LeftOut, ServingReport};
+use crate::statistics::Histogram;
+use crate::workload::PlannedRequest;
+
+/// The time that a workload is played in; 0 is its first arrival.
+#[derive(Clone)]
+pub enum Clock {
+    /// Since this instant.
+    Real(Instant),
+    /// Of the device, with what the host takes for each step.
+    Simulated { clock: SimClock, host_per_step: Duration },
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PlayOptions {
+    /// Turns a request away that arrives while `max_waiting` wait; otherwise its client waits before the door.
+    pub refuse_when_full: bool,
+    /// Of token ids.
+    pub seed: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PlayError {
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("the request of row {row} failed: {reason}")]
+    Failed { row: u32, reason: String },
+}
+
+impl Clock {
+    fn now(&self) -> Duration {
+        match self {
+            Clock::Real(start) => start.elapsed(),
+            Clock::Simulated { clock, .. } => clock.now(),
+        }
+    }
+
+    fn wait_until(&self, time: Duration) {
+        match self {
+            Clock::Real(start) => std::thread::sleep(time.saturating_sub(start.elapsed())),
+            Clock::Simulated { clock, .. } => clock.advance_to(time),
+        }
+    }
+
+    fn spend_host_time(&self) {
+        if let Clock::Simulated { clock, host_per_step } = self {
+            clock.advance(*host_per_step);
+        }
+    }
+}
+
+/// Plays `requests`, which are in order of arrival, to their end.
+pub fn play(
+    engine: &mut Engine,
+    requests: &[PlannedRequest],
+    clock: &Clock,
+    options: PlayOptions,
+) -> Result<ServingReport, PlayError> {
+    let mut player = Player { engine, clock, options, heard: Arc::default(), steps: Steps::default(), num_new: 0 };
+    let (mut too_long, mut refused, mut max_waiting) = (LeftOut::default(), LeftOut::default(), 0);
+    let (mut next, mut arrived) = (0, 0);
+    loop {
+        let now = clock.now();
+        arrived += requests[arrived..].iter().take_while(|request| request.arrival <= now).count();
+        while next < arrived {
+            let request = &requests[next];
+            if !player.fits(request) {
+                too_long.add(request.row);
+            } else if player.has_room() {
+                player.add(request);
+            } else if options.refuse_when_full {
+                refused.add(request.row);
+            } else {
+                break;
+            }
+            next += 1;
+        }
+        max_waiting = max_waiting.max(player.num_waiting() + (arrived - next) as u32);
+        if !player.engine.is_idle() {
+            player.step()?;
+        } else if let Some(request) = requests.get(arrived) {
+            clock.wait_until(request.arrival);
+        } else if next == requests.len() {
+            break;
+        }
+    }
+    Ok(player.report(requests.len() as u32, too_long, refused, max_waiting))
+}
+
+struct Player<'a> {
+    engine: &'a mut Engine,
+    clock: &'a Clock,
+    options: PlayOptions,
+    heard: Arc<Mutex<Heard>>,
+    steps: Steps,
+    /// Requests handed in since the engine last counted its waiting ones.
+    num_new: u32,
+}
+
+/// What clients were told.
+#[derive(Default)]
+struct Heard {
+    ttft: Histogram,
+    itl: Histogram,
+    total: Histogram,
+    num_completed: u32,
+    prompt_tokens: u64,
+    cached_tokens: u64,
+    output_tokens: u64,
+    last_token: Duration,
+    failed: Option<PlayError>,
+}
+
+/// Sums over steps.
+#[derive(Default)]
+struct Steps {
+    count: u64,
+    num_rows: u64,
+    busy: Duration,
+    /// Share of blocks held, times seconds.
+    held_s: f64,
+    max_held: f64,
+}
+
+impl Player<'_> {
+    fn fits(&self, request: &PlannedRequest) -> bool {
+        let length = u64::from(request.prompt_tokens) + u64::from(request.output_tokens);
+        length <= u64::from(self.engine.config().max_model_len)
+    }
+
+    fn num_waiting(&self) -> u32 {
+        self.engine.stats().num_waiting + self.num_new
+    }
+
+    fn has_room(&self) -> bool {
+        self.num_waiting() < self.engine.config().max_waiting
+    }
+
+    fn add(&mut self, planned: &PlannedRequest) {
+        let vocab_size = self.engine.model().config.vocab_size;
+        let PlannedRequest { row, arrival, .. } = *planned;
+        let client =
+            Client { row, arrival, last: None, clock: self.clock.clone(), heard: self.heard.clone(), num_tokens: 0 };
+        self.engine.add(planned.request(vocab_size, self.options.seed), Box::new(client));
+        self.num_new += 1;
+    }
+
+    fn step(&mut self) -> Result<(), PlayError> {
+        let begun = self.clock.now();
+        self.clock.spend_host_time();
+        let ran = self.engine.step()?;
+        self.num_new = 0;
+        if let Some(failed) = lock(&self.heard).failed.take() {
+            return Err(failed);
+        }
+        if ran {
+            let took = self.clock.now() - begun;
+            let blocks = self.engine.stats().blocks;
+            let held = f64::from(blocks.referenced) / f64::from(blocks.total);
+            self.steps.count += 1;
+            self.steps.num_rows += u64::from(self.engine.last_step().shape.num_tokens);
+            self.steps.busy += took;
+            self.steps.held_s += held * took.as_secs_f64();
+            self.steps.max_held = self.steps.max_held.max(held);
+        }
+        Ok(())
+    }
+
+    fn report(self, num_requests: u32, too_long: LeftOut, refused: LeftOut, max_waiting: u32) -> ServingReport {
+        let heard = lock(&self.heard);
+        let Steps { count, num_rows, busy, held_s, max_held } = self.steps;
+        let duration_s = heard.last_token.as_secs_f64();
+        let a_second = |count: u64| if duration_s > 0.0 { count as f64 / duration_s } else { 0.0 };
+        let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
+        let config = self.engine.config();
+        let kv_bytes_per_token = self.engine.model().config.kv_bytes_per_token(config.kv_type);
+        ServingReport {
+            num_requests,
+            num_completed: heard.num_completed,
+            too_long,
+            refused,
+            duration_s,
+            num_steps: count,
+            prompt_tokens: heard.prompt_tokens,
+            output_tokens: heard.output_tokens,
+            output_tokens_per_s: a_second(heard.output_tokens),
+            scheduled_tokens_per_s: a_second(num_rows),
+            mean_rows: share(num_rows as f64, count as f64),
+            busy_share: share(busy.as_secs_f64(), duration_s),
+            ttft_ms: (&heard.ttft).into(),
+            itl_ms: (&heard.itl).into(),
+            total_ms: (&heard.total).into(),
+            num_preemptions: self.engine.stats().num_preemptions,
+            kv: KvUse {
+                num_blocks: config.num_blocks,
+                block_size: config.block_size,
+                pool_bytes: u64::from(config.num_blocks) * u64::from(config.block_size) * kv_bytes_per_token,
+                mean_share: share(held_s, duration_s),
+                max_share: max_held,
+            },
+            prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
+            max_waiting,
+        }
+    }
+}
+
+/// Stamps what it is told.
+struct Client {
+    row: u32,
+    arrival: Duration,
+    /// When the token before came.
+    last: Option<Duration>,
+    clock: Clock,
+    heard: Arc<Mutex<Heard>>,
+    num_tokens: u32,
+}
+
+impl Sink for Client {
+    fn event(&mut self, event: Event) -> Flow {
+        let now = self.clock.now();
+        let mut heard = lock(&self.heard);
+        match event {
+            Event::Prompt(_) => {}
+            Event::Token { .. } => {
+                match self.last {
+                    None => heard.ttft.record(now - self.arrival),
+                    Some(last) => heard.itl.record(now - last),
+                }
+                self.last = Some(now);
+                self.num_tokens += 1;
+                heard.last_token = now;
+            }
+            Event::Finished { reason: FinishReason::Error(reason), .. } => {
+                heard.failed = Some(PlayError::Failed { row: self.row, reason });
+            }
+            Event::Finished { usage, .. } => {
+                heard.num_completed += 1;
+                heard.prompt_tokens += u64::from(usage.prompt_tokens);
+                heard.cached_tokens += u64::from(usage.cached_tokens);
+                heard.output_tokens += u64::from(self.num_tokens);
+                heard.total.record(now - self.arrival);
+            }
+        }
+        Flow::Continue
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+/// Sums are whole after every event.
+fn lock(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
+    heard.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,225 @@
+//! Trace files: when real requests came and how long they were.
+//!
+//! Two forms, told apart by the first character. CSV with the header `TIMESTAMP,ContextTokens,GeneratedTokens`
+//! (AzurePublicDataset), where a timestamp is seconds or `2023-11-16 18:17:03.9799600`; and JSON lines with `timestamp`
+//! in milliseconds, `input_length`, `output_length` and perhaps `hash_ids` (Mooncake). Invariant: a row that does not
+//! fit its form is refused with file, row and field; nothing is passed over in silence.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
+
+use serde_json::Value;
+
+use crate::workload::{PlannedRequest, TOKENS_PER_HASH};
+
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}, row {row}: `{field}` {problem}", path.display())]
+    Row { path: PathBuf, row: u32, field: &'static str, problem: String },
+    #[error("{}: {problem}", path.display())]
+    File { path: PathBuf, problem: String },
+}
+
+const HEADER: [&str; 3] = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"];
+
+/// What is wrong with one row.
+type BadField = (&'static str, String);
+
+/// The requests of a file, in order of arrival, at most `limit`; the first arrives at 0.
+pub fn read(path: &Path, limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
+    let text = fs::read_to_string(path).map_err(|source| TraceError::Read { path: path.to_owned(), source })?;
+    parse(path, &text, limit)
+}
+
+/// `read` of a text that is there; `path` is for sentences.
+fn parse(path: &Path, text: &str, limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
+    let file = |problem: String| TraceError::File { path: path.to_owned(), problem };
+    let is_json = text.trim_start().starts_with('{');
+    // A spreadsheet begins a text with a byte order mark.
+    let mut lines = (1..).zip(text.trim_start_matches('\u{feff}').lines());
+    if !is_json {
+        let header: Vec<&str> = lines.next().map_or(Vec::new(), |(_, line)| line.split(',').map(str::trim).collect());
+        if header != HEADER {
+            return Err(file(format!("has neither the header {} nor JSON lines", HEADER.join(","))));
+        }
+    }
+    let mut rows = Vec::new();
+    for (row, line) in lines.filter(|(_, line)| !line.trim().is_empty()).take(limit) {
+        let parsed = if is_json { json_row(line) } else { csv_row(line) };
+        let bad = |(field, problem)| TraceError::Row { path: path.to_owned(), row, field, problem };
+        let (time_s, request) = parsed.map_err(bad)?;
+        rows.push((time_s, PlannedRequest { row, ..request }));
+    }
+    if rows.is_empty() {
+        return Err(file("has no rows".to_owned()));
+    }
+    rows.sort_by(|left, right| left.0.total_cmp(&right.0));
+    let first = rows[0].0;
+    let at = |(time_s, request): (f64, PlannedRequest)| PlannedRequest {
+        arrival: Duration::from_secs_f64(time_s - first),
+        ..request
+    };
+    Ok(rows.into_iter().map(at).collect())
+}
+
+/// Seconds of any epoch, and the request.
+fn csv_row(line: &str) -> Result<(f64, PlannedRequest), BadField> {
+    let fields: Vec<&str> = line.split(',').map(str::trim).collect();
+    let &[timestamp, prompt_tokens, output_tokens] = fields.as_slice() else {
+        return Err((HEADER[fields.len().min(2)], format!("does not fit: the row has {} fields, not 3", fields.len())));
+    };
+    let seconds = match timestamp.parse::<f64>() {
+        Ok(seconds) => Some(seconds).filter(|seconds| (0.0..MAX_SECONDS).contains(seconds)),
+        Err(_) => date_time(timestamp),
+    };
+    let wrong_time =
+        || (HEADER[0], format!("is {timestamp:?}; write seconds, or a time like 2023-11-16 18:17:03.9799600"));
+    let count = |field, text: &str| match text.parse::<u32>() {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err((field, format!("is {text:?}; it must be a number of tokens, at least 1"))),
+    };
+    let request = PlannedRequest {
+        prompt_tokens: count(HEADER[1], prompt_tokens)?,
+        output_tokens: count(HEADER[2], output_tokens)?,
+        ..PlannedRequest::default()
+    };
+    Ok((seconds.ok_or_else(wrong_time)?, request))
+}
+
+/// Some 300,000 years: what a `Duration` surely takes.
+const MAX_SECONDS: f64 = 1e13;
+
+/// `2023-11-16 18:17:03.9799600`, also with a T, as seconds since 1970.
+fn date_time(text: &str) -> Option<f64> {
+    let (date, time) = text.split_once([' ', 'T'])?;
+    let numbers = |text: &str, separator| -> Option<Vec<f64>> {
+        let digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        text.split(separator).map(|part| part.parse().ok().filter(|_| digits(part))).collect()
+    };
+    let (date, time) = (numbers(date, '-')?, numbers(time, ':')?);
+    let (&[year, month, day], &[hour, minute, second]) = (date.as_slice(), time.as_slice()) else { return None };
+    let whole = [year, month, day, hour, minute].iter().all(|part| part.fract() == 0.0);
+    let in_range = (1970.0..10_000.0).contains(&year)
+        && (1.0..=12.0).contains(&month)
+        && (1.0..=31.0).contains(&day)
+        && hour < 24.0
+        && minute < 60.0
+        && second < 61.0;
+    if !whole || !in_range {
+        return None;
+    }
+    // The year begins in March, so that a leap day is its last.
+    let (year, month) = if month < 3.0 { (year - 1.0, month + 9.0) } else { (year, month - 3.0) };
+    let leap_days = (year / 4.0).floor() - (year / 100.0).floor() + (year / 400.0).floor();
+    let days = 365.0 * year + leap_days + ((153.0 * month + 2.0) / 5.0).floor() + day - 719_469.0;
+    Some(days * 86_400.0 + hour * 3600.0 + minute * 60.0 + second)
+}
+
+/// Seconds, and the request.
+fn json_row(line: &str) -> Result<(f64, PlannedRequest), BadField> {
+    let value: Value = serde_json::from_str(line).map_err(|error| ("row", format!("is not JSON: {error}")))?;
+    let time_ms = value["timestamp"].as_f64().filter(|ms| (0.0..MAX_SECONDS * 1e3).contains(ms));
+    let wrong_time = || ("timestamp", format!("is {}; it must be milliseconds", value["timestamp"]));
+    let count = |field: &'static str| {
+        let count = value[field].as_u64().and_then(|count| u32::try_from(count).ok()).filter(|&count| count > 0);
+        count.ok_or_else(|| (field, format!("is {}; it must be a number of tokens, at least 1", value[field])))
+    };
+    let prompt_tokens = count("input_length")?;
+    let ids = value["hash_ids"].as_array().map_or(&[][..], Vec::as_slice);
+    let hash_ids: Vec<u64> = ids.iter().map(Value::as_u64).collect::<Option<_>>().unwrap_or_default();
+    let wanted = prompt_tokens.div_ceil(TOKENS_PER_HASH) as usize;
+    if !value["hash_ids"].is_null() && hash_ids.len() != wanted {
+        let problem = format!("must be {wanted} whole numbers for {prompt_tokens} tokens, {TOKENS_PER_HASH} to each");
+        return Err(("hash_ids", problem));
+    }
+    let output_tokens = count("output_length")?;
+    let request = PlannedRequest { prompt_tokens, output_tokens, hash_ids, ..PlannedRequest::default() };
+    Ok((time_ms.ok_or_else(wrong_time)? / 1e3, request))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Vec<PlannedRequest>, String> {
+        parse(Path::new("a.trace"), text, usize::MAX).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn both_forms_are_read() {
+        let csv = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-12-31 23:59:59.9799600,4808,10\r\n\r\n\
+                   2024-01-01 00:00:01.2319600,3180,8\r\n";
+        let rows = parsed(csv).expect("it is right");
+        let gap = rows[1].arrival.as_secs_f64();
+        assert!((gap - 1.252).abs() < 1e-5, "{gap}");
+        assert_eq!((rows[0].row, rows[0].arrival, rows[0].prompt_tokens), (2, Duration::ZERO, 4808));
+        assert_eq!((rows[1].row, rows[1].output_tokens), (4, 8));
+        let seconds = "TIMESTAMP,ContextTokens,GeneratedTokens\n12.5,7,1\n10.25,9,2\n";
+        let rows = parsed(seconds).expect("it is right");
+        // In order of arrival.
+        assert_eq!(rows.iter().map(|row| row.row).collect::<Vec<_>>(), [3, 2]);
+        assert_eq!(rows[1].arrival, Duration::from_millis(2250));
+        let json = "{\"timestamp\": 3000, \"input_length\": 600, \"output_length\": 5, \"hash_ids\": [0, 14]}\n\
+                    {\"timestamp\": 4500.0, \"input_length\": 9, \"output_length\": 1}\n";
+        let rows = parsed(json).expect("it is right");
+        assert_eq!((rows[0].hash_ids.as_slice(), rows[0].prompt_tokens), ([0, 14].as_slice(), 600));
+        assert_eq!((rows[1].arrival, rows[1].hash_ids.len()), (Duration::from_millis(1500), 0));
+        assert_eq!(parse(Path::new("a.trace"), json, 1).expect("it is right").len(), 1);
+    }
+
+    #[test]
+    fn days_are_counted_as_the_calendar_has_them() {
+        let day = |text: &str| date_time(&format!("{text} 00:00:00")).expect("a day") / 86_400.0;
+        assert_eq!(day("1970-01-01"), 0.0);
+        assert_eq!(day("2000-03-01"), 11_017.0);
+        assert_eq!(day("2024-03-01") - day("2024-02-28"), 2.0);
+        assert_eq!(day("2023-03-01") - day("2023-02-28"), 1.0);
+        assert_eq!(date_time("2023-11-16T18:17:03.5"), Some(day("2023-11-16") * 86_400.0 + 65_823.5));
+    }
+
+    #[test]
+    fn a_bad_row_is_named_with_its_field() {
+        let csv = |row: &str| parsed(&format!("TIMESTAMP,ContextTokens,GeneratedTokens\n1,2,3\n{row}\n"));
+        for (row, field) in [
+            ("2,x,3", "ContextTokens"),
+            ("2,0,3", "ContextTokens"),
+            ("2,-4,3", "ContextTokens"),
+            ("2,5000000000,3", "ContextTokens"),
+            ("2,5,0", "GeneratedTokens"),
+            ("2,5,1.5", "GeneratedTokens"),
+            ("yesterday,5,1", "TIMESTAMP"),
+            ("2023-13-01 00:00:00,5,1", "TIMESTAMP"),
+            ("2023-11-16 25:00:00,5,1", "TIMESTAMP"),
+            ("-1,5,1", "TIMESTAMP"),
+            ("nan,5,1", "TIMESTAMP"),
+            ("1e300,5,1", "TIMESTAMP"),
+            ("2,5", "GeneratedTokens"),
+            ("2,5,6,7", "GeneratedTokens"),
+        ] {
+            let sentence = csv(row).expect_err("it is wrong");
+            assert!(sentence.starts_with(&format!("a.trace, row 3: `{field}`")), "{row}: {sentence}");
+        }
+        let json = |row: &str| parsed(&format!("{{\"timestamp\":1,\"input_length\":2,\"output_length\":3}}\n{row}\n"));
+        for (row, field) in [
+            ("{\"timestamp\":1,\"output_length\":3}", "input_length"),
+            ("{\"timestamp\":\"now\",\"input_length\":2,\"output_length\":3}", "timestamp"),
+            ("{\"timestamp\":1,\"input_length\":2,\"output_length\":\"3\"}", "output_length"),
+            ("{\"timestamp\":1,\"input_length\":600,\"output_length\":3,\"hash_ids\":[1]}", "hash_ids"),
+            ("{\"timestamp\":1,\"input_length\":2,\"output_length\":3,\"hash_ids\":[-1]}", "hash_ids"),
+            ("{\"timestamp\":1,\"input_length\":2,\"output_length\":3,\"hash_ids\":7}", "hash_ids"),
+            ("{\"timestamp\":1", "row"),
+        ] {
+            let sentence = json(row).expect_err("it is wrong");
+            assert!(sentence.starts_with(&format!("a.trace, row 2: `{field}`")), "{row}: {sentence}");
+        }
+        for wrong in ["", "a,b,c\n1,2,3\n", "TIMESTAMP,ContextTokens,GeneratedTokens\n"] {
+            let sentence = parsed(wrong).expect_err("it is wrong");
+            assert!(sentence.starts_with("a.trace: has n"), "{sentence}");
+        }
+        let missing = read(Path::new("no-such.csv"), 1).expect_err("not there").to_string();
+        assert!(missing.contains("no-such.csv"), "{missing}");
+    }
+}

@@ -1,0 +1,143 @@
+//! The capacity planner, in the command line's own words: profile, workload and limits in, a report or a sentence out.
+//! Needs nothing: every file is made here.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use fullbore::args::{Args, BenchCommand, Command};
+use fullbore::{bench, simulate};
+use fullbore_bench::report::ServingReport;
+use fullbore_engine::cost::DeviceProfile;
+
+const PROFILE: &str = r#"{
+    "version": 1,
+    "device": { "id": "by hand", "name": "10 ms a step, 0.1 ms a row" },
+    "model": { "name": "a model", "kv_bytes_per_token": 1024 },
+    "limits": { "max_num_seqs": 4, "max_num_batched_tokens": 256, "max_model_len": 1024,
+                "block_size": 16, "num_blocks": 256 },
+    "host_ns_per_step": 0,
+    "cost": { "ns_at_rows": [[1, 10000000], [256, 35500000]] }
+}"#;
+
+const HEADER: &str = "TIMESTAMP,ContextTokens,GeneratedTokens\n";
+
+/// A file of a test's own.
+fn file(name: &str, text: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("planner");
+    fs::create_dir_all(&folder).expect("a temporary folder");
+    let path = folder.join(name);
+    fs::write(&path, text).expect("a temporary file");
+    path
+}
+
+/// What `fullbore simulate --profile PROFILE WORDS` says.
+fn check(profile: &Path, words: &[&str]) -> Result<ServingReport, String> {
+    let profile = profile.to_str().expect("a path in UTF-8");
+    let words = [&["fullbore", "simulate", "--profile", profile], words].concat();
+    let args = Args::try_parse_from(words).map_err(|error| error.to_string())?;
+    let Command::Simulate(args) = args.command else { panic!("simulate is simulate") };
+    simulate::report(&args).map_err(|error| error.to_string())
+}
+
+#[track_caller]
+fn check_refused(profile: &Path, words: &[&str], parts: &[&str]) {
+    let sentence = check(profile, words).expect_err("it is refused");
+    for part in parts {
+        assert!(sentence.contains(part), "`{part}` is not in: {sentence}");
+    }
+}
+
+#[test]
+fn a_trace_is_played_on_a_profile_written_by_hand() {
+    let profile = file("hand.json", PROFILE);
+    let rows = "2023-11-16 18:17:03.5,100,5\n2023-11-16 18:17:13.5,1020,5\n2023-11-16 18:17:23.5,300,2\n";
+    let trace = file("played.csv", &format!("{HEADER}{rows}"));
+    let trace = trace.to_str().expect("a path in UTF-8");
+    let report = check(&profile, &["--trace", trace]).expect("it is right");
+    assert_eq!((report.num_requests, report.num_completed, report.output_tokens), (3, 2, 7));
+    assert_eq!((report.too_long.count, report.too_long.rows.as_slice()), (1, [3].as_slice()));
+    // The last row comes after 20 s: 256 rows, 44 rows, and one more token.
+    let wanted = 20.0 + (35.5 + 14.3 + 10.0) / 1e3;
+    assert!((report.duration_s - wanted).abs() < 1e-6, "{}", report.duration_s);
+    assert_eq!((report.kv.num_blocks, report.kv.pool_bytes), (256, 256 * 16 * 1024));
+    let fast = check(&profile, &["--trace", trace, "--speedup", "10", "--limit", "1"]).expect("it is right");
+    assert_eq!((fast.num_requests, fast.num_completed), (1, 1));
+    // Ten requests with the lengths of three rows, all at once.
+    let cycled = check(&profile, &["--trace", trace, "--arrivals", "at-once", "--limit", "10"]).expect("it is right");
+    assert_eq!((cycled.num_completed, cycled.output_tokens), (7, 4 * 5 + 3 * 2));
+    assert_eq!(cycled.too_long.rows, [2, 5, 8]);
+}
+
+#[test]
+fn limits_are_the_profiles_unless_the_command_line_says_otherwise() {
+    let profile = file("limits.json", PROFILE);
+    let workload = ["--arrivals", "at-once", "--lengths", "fixed:64:64", "--limit", "16"];
+    let with = |more: &[&str]| check(&profile, &[&workload[..], more].concat()).expect("it is right");
+    let (four, eight) = (with(&[]), with(&["--max-num-seqs", "8", "--kv-memory", "8MiB"]));
+    assert!(eight.output_tokens_per_s > 1.5 * four.output_tokens_per_s, "{eight}");
+    assert_eq!((eight.kv.num_blocks, eight.kv.block_size), (512, 16));
+    assert_eq!(with(&["--block-size", "32"]).kv.num_blocks, 128);
+    let refused = with(&["--max-waiting", "6", "--refuse-when-full"]);
+    assert_eq!((refused.num_completed, refused.refused.count), (6, 10));
+}
+
+#[test]
+fn a_simulation_that_makes_no_sense_is_refused_with_its_reason() {
+    let profile = file("sense.json", PROFILE);
+    let workload = ["--arrivals", "poisson:3", "--limit", "4"];
+    let refused = |words: &[&str], parts: &[&str]| check_refused(&profile, &[&workload[..], words].concat(), parts);
+    refused(&["--kv-blocks", "2"], &["2 KV blocks of 16 tokens", "max_model_len 1024"]);
+    refused(&["--kv-memory", "16KiB"], &["16.0 KiB of KV memory hold 1 blocks", "1.0 MiB"]);
+    refused(&["--max-num-batched-tokens", "3"], &["max_num_batched_tokens is 3", "at least 4"]);
+    refused(&["--speedup", "0"], &["0 is no speed"]);
+    refused(&["--speedup", "1e-12"], &["request 2", "more than 31 years"]);
+    check_refused(&profile, &[], &["--trace"]);
+    check_refused(&profile, &["--arrivals", "poisson:3", "--limit", "0"], &["--limit is 0"]);
+    check_refused(&profile, &["--arrivals", "sometimes"], &["sometimes", "poisson:PER-SECOND"]);
+    check_refused(&profile, &["--trace", "no-such.csv"], &["no-such.csv"]);
+    let trace = file("bad.csv", &format!("{HEADER}1,2,3\n2,many,3\n"));
+    check_refused(
+        &profile,
+        &["--trace", trace.to_str().expect("UTF-8")],
+        &["bad.csv, row 3: `ContextTokens` is \"many\""],
+    );
+    let wrong = file("wrong.json", &PROFILE.replace("[256, 35500000]", "[256, 3]"));
+    check_refused(&wrong, &workload, &["wrong.json: `cost.ns_at_rows` has 3 ns in pair 1"]);
+    check_refused(Path::new("no-such.json"), &workload, &["no-such.json"]);
+}
+
+#[test]
+fn the_profile_in_the_docs_is_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/simulate.md")).expect("the page is there");
+    let example = text.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).expect("an example");
+    let report = check(&file("docs.json", example), &["--arrivals", "poisson:2", "--limit", "50"]);
+    assert_eq!(report.expect("it is right").num_completed, 50);
+}
+
+#[test]
+fn a_device_is_measured_and_then_simulated_and_played() {
+    let output = file("measured.json", "");
+    let path = output.to_str().expect("a path in UTF-8");
+    let engine = ["--device", "sim", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256"];
+    let bench = |command: &[&str]| {
+        let args = Args::parse_from(["fullbore", "bench"].iter().chain(command).chain(&engine));
+        let Command::Bench { command } = args.command else { panic!("bench is bench") };
+        command
+    };
+    let BenchCommand::Profile(args) = bench(&["profile", "--output", path, "--seconds", "0"]) else {
+        panic!("profile is profile")
+    };
+    bench::profile(&args).expect("the simulator can be measured");
+    let profile = DeviceProfile::open(&output).expect("what was written can be read");
+    assert_eq!((profile.limits.max_num_seqs, profile.limits.max_num_batched_tokens), (4, 64));
+    assert!(profile.cost.is_known() && profile.points.len() > 10 && profile.device.id == "sim");
+    let workload = ["--arrivals", "burst:3:0.02", "--lengths", "uniform:10-60:2-9", "--limit", "9"];
+    let simulated = check(&output, &workload).expect("it is right");
+    let BenchCommand::Trace(args) = bench(&[&["trace"], &workload[..]].concat()) else { panic!("trace is trace") };
+    let played = bench::play_trace(&args).expect("the simulator is never lost");
+    assert_eq!(played.num_completed, 9);
+    assert_eq!((simulated.prompt_tokens, simulated.output_tokens), (played.prompt_tokens, played.output_tokens));
+    assert!(played.duration_s >= 0.04 && played.ttft_ms.p50 > 0.0, "{played}");
+}
