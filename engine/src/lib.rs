@@ -4,8 +4,8 @@
 //!
 //! Two towers meet in one file.
 //!
-//! - **Plan**: [`request`], [`sequence`], [`queue`], [`memory`] and [`scheduler`] decide which tokens run next and make a
-//!   [`batch::Batch`], plain data. Nothing there knows a device. What a step costs on one is a [`cost::CostModel`],
+//! - **Plan**: [`request`], [`sequence`], [`queue`], [`memory`] and [`scheduler`] decide which tokens run next and make
+//!   a [`batch::Batch`], plain data. Nothing there knows a device. What a step costs on one is a [`cost::CostModel`],
 //!   learned from steps that were measured.
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
@@ -30,8 +30,8 @@
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
 //! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
-//! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a step
-//!   is O(rows), and takes no memory (the bench `step` asserts it).
+//! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a
+//!   step is O(rows), and takes no memory (the bench `step` asserts it).
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.
 //! - Files are hostile: every count is held against the bytes left before anything is allocated for it.
 //!

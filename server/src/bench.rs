@@ -14,7 +14,7 @@ use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
 use fullbore_engine::engine::Engine;
 
-use crate::args::{BenchArgs, ProfileArgs, TraceArgs};
+use crate::args::{BenchArgs, EngineArgs, Profile, ProfileArgs, TraceArgs};
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, StartError};
 
@@ -50,7 +50,10 @@ pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
 
 /// Measures the device and writes its profile.
 pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
-    let mut engine = start::plan(&args.engine, None)?.load_engine()?;
+    // One step at a time, and nothing but the grid decides what is in it.
+    let engine_args =
+        EngineArgs { pipeline_depth: 1, profile: Profile::Throughput, target_itl_ms: None, ..args.engine.clone() };
+    let mut engine = start::plan(&engine_args, None)?.load_engine()?;
     let mut progress = |num_passes, num_steps| eprintln!("{num_passes} passes over the grid, {num_steps} steps");
     let measured = profile::measure(&mut engine, Duration::from_secs(args.seconds), &mut progress)?;
     let profile = device_profile(&engine, &args.engine.model.model, measured.clone());

@@ -26,7 +26,8 @@ pub fn all() -> Result<Vec<DeviceInfo>, DeviceChoiceError> {
 pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     match wanted {
         "cpu" => Ok(cpu()?),
-        "sim" => Ok(Box::new(SimBackend::new(SimOptions::default()))),
+        // Host and device share the machine's time, as they do on a real one.
+        "sim" => Ok(Box::new(SimBackend::new(SimOptions { sleeps: true, ..SimOptions::default() }))),
         "auto" => match gpu("") {
             Err(adapters::OpenError::NotFound { .. }) => Ok(cpu()?),
             opened => Ok(opened?),

@@ -142,15 +142,15 @@ impl ModelConfig {
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             return bad("number of KV heads", format!("is {} for {} heads", self.num_kv_heads, self.num_heads));
         }
+        // Two f16 share a word of the cache.
+        if !KvType::F16.takes(self.head_dim) || !self.rope.rotary_dim.is_multiple_of(2) {
+            return bad("head size", "is odd".to_owned());
+        }
         if self.kv_bytes_per_token(KvType::F16) > MAX_KV_BYTES_PER_TOKEN {
             return bad(
                 "number of KV heads",
                 format!("and head size take {} bytes a token", self.kv_bytes_per_token(KvType::F16)),
             );
-        }
-        // Two f16 share a word of the cache.
-        if !KvType::F16.takes(self.head_dim) || !self.rope.rotary_dim.is_multiple_of(2) {
-            return bad("head size", "is odd".to_owned());
         }
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let bases = std::iter::once(&self.rope).chain(&self.local_rope).map(|rope| rope.base);
