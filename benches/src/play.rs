@@ -133,6 +133,9 @@ struct Steps {
     /// Share of blocks held, times seconds.
     held_s: f64,
     max_held: f64,
+    /// Slots held, and those of them that hold nothing, times seconds.
+    slots_s: f64,
+    unused_slots_s: f64,
 }
 
 impl Player<'_> {
@@ -175,13 +178,16 @@ impl Player<'_> {
             self.steps.busy += took;
             self.steps.held_s += held * took.as_secs_f64();
             self.steps.max_held = self.steps.max_held.max(held);
+            let slots = f64::from(blocks.referenced) * f64::from(self.engine.config().block_size);
+            self.steps.slots_s += slots * took.as_secs_f64();
+            self.steps.unused_slots_s += self.engine.stats().unused_kv_slots as f64 * took.as_secs_f64();
         }
         Ok(())
     }
 
     fn report(self, num_requests: u32, too_long: LeftOut, refused: LeftOut, max_waiting: u32) -> ServingReport {
         let heard = lock(&self.heard);
-        let Steps { count, num_rows, busy, held_s, max_held } = self.steps;
+        let Steps { count, num_rows, busy, held_s, max_held, slots_s, unused_slots_s } = self.steps;
         let duration_s = heard.last_token.as_secs_f64();
         let a_second = |count: u64| if duration_s > 0.0 { count as f64 / duration_s } else { 0.0 };
         let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
@@ -210,6 +216,7 @@ impl Player<'_> {
                 pool_bytes: u64::from(config.num_blocks) * u64::from(config.block_size) * kv_bytes_per_token,
                 mean_share: share(held_s, duration_s),
                 max_share: max_held,
+                unused_share: share(unused_slots_s, slots_s),
             },
             prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
             max_waiting,

@@ -70,6 +70,8 @@ pub struct KvUse {
     /// Over time.
     pub mean_share: f64,
     pub max_share: f64,
+    /// Of the slots that requests hold, those that hold nothing, over time.
+    pub unused_share: f64,
 }
 
 /// Rows that [`LeftOut`] names.
@@ -109,7 +111,7 @@ impl fmt::Display for LeftOut {
 
 impl fmt::Display for ServingReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let KvUse { num_blocks, block_size, pool_bytes, mean_share, max_share } = self.kv;
+        let KvUse { num_blocks, block_size, pool_bytes, mean_share, max_share, unused_share } = self.kv;
         let percent = |share: f64| format!("{:.1} %", share * 100.0);
         writeln!(f, "{:<18}{} of {}", "completed", self.num_completed, self.num_requests)?;
         writeln!(f, "{:<18}{}", "too long", self.too_long)?;
@@ -127,7 +129,8 @@ impl fmt::Display for ServingReport {
         writeln!(f, "{:<18}{}", "preemptions", self.num_preemptions)?;
         writeln!(f, "{:<18}{} at most", "waiting", self.max_waiting)?;
         let pool = format!("{num_blocks} blocks of {block_size} tokens, {}", human_bytes(pool_bytes));
-        writeln!(f, "{:<18}{pool}: {} held on average, {} at most", "KV", percent(mean_share), percent(max_share))?;
+        let [mean, most, unused] = [mean_share, max_share, unused_share].map(percent);
+        writeln!(f, "{:<18}{pool}: {mean} held on average, {most} at most; {unused} of that unused", "KV")?;
         write!(f, "{:<18}{} of prompt tokens", "prefix hits", percent(self.prefix_hit_share))
     }
 }

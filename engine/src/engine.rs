@@ -78,6 +78,8 @@ pub struct EngineStats {
     pub num_running: u32,
     pub num_waiting: u32,
     pub blocks: BlockCounts,
+    /// Slots of blocks that running sequences hold and have computed nothing for.
+    pub unused_kv_slots: u64,
     pub num_steps: u64,
     /// Tokens computed for prompts, recomputation included.
     pub prefill_tokens: u64,
@@ -411,6 +413,7 @@ impl Engine {
         self.stats.num_waiting = self.scheduler.queue().len() as u32;
         self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
         self.stats.blocks = self.cache.counts();
+        self.stats.unused_kv_slots = self.scheduler.unused_kv_slots();
     }
 }
 

@@ -136,6 +136,12 @@ impl Scheduler {
         self.order.len() as u32
     }
 
+    /// Slots of the blocks that running sequences hold for tokens that were not computed yet.
+    pub fn unused_kv_slots(&self) -> u64 {
+        let held = |sequence: &Sequence| u64::from(sequence.table.num_blocks()) * u64::from(self.config.block_size);
+        self.running().map(|sequence| held(sequence) - u64::from(sequence.num_computed_tokens)).sum()
+    }
+
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.order.is_empty()
     }
