@@ -103,8 +103,10 @@ pub(super) fn create(
     size_bytes: u64,
     usage: BufferUsages,
 ) -> Result<wgpu::Buffer, DeviceError> {
-    if usage.contains(BufferUsages::STORAGE) && size_bytes > device.info.max_buffer_bytes {
-        return Err(device.out_of_memory(label, size_bytes));
+    let max_bytes = device.info.max_buffer_bytes;
+    if usage.contains(BufferUsages::STORAGE) && size_bytes > max_bytes {
+        let (device, what) = (device.info.id.clone(), label.to_owned());
+        return Err(DeviceError::BufferTooLarge { device, what, needed_bytes: size_bytes, max_bytes });
     }
     let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let descriptor = wgpu::BufferDescriptor { label: Some(label), size: size_bytes, usage, mapped_at_creation: false };
