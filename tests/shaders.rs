@@ -64,8 +64,9 @@ fn devices_are_chosen_by_name_and_refused_by_name() {
     }
     let mut backend = open(&found[0].id, None).expect("a listed device opens");
     match backend.alloc("K cache", 1 << 50) {
-        Err(DeviceError::OutOfMemory { what, needed_bytes, .. }) => {
+        Err(DeviceError::BufferTooLarge { what, needed_bytes, max_bytes, .. }) => {
             assert_eq!((what.as_str(), needed_bytes), ("K cache", 1 << 50));
+            assert_eq!(max_bytes, found[0].max_buffer_bytes);
         }
         other => panic!("a petabyte was {other:?}"),
     }

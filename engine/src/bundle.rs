@@ -44,19 +44,16 @@ pub struct SamplingDefaults {
 impl SamplingDefaults {
     /// Holds them to the ranges that requests are held to.
     fn check(&self, path: &Path) -> Result<(), BundleError> {
-        let in_range = |range: std::ops::RangeInclusive<f32>| move |value: f32| range.contains(&value);
-        let above_zero = |value: f32| value > 0.0 && value <= 1.0;
-        let checks: [(&str, Option<f32>, &dyn Fn(f32) -> bool, &str); 3] = [
-            ("temperature", self.temperature, &in_range(0.0..=2.0), "from 0 to 2"),
-            ("top_p", self.top_p, &above_zero, "above 0 and at most 1"),
-            ("min_p", self.min_p, &in_range(0.0..=1.0), "from 0 to 1"),
-        ];
-        for (name, value, is_right, expected) in checks {
-            if let Some(value) = value.filter(|&value| !is_right(value)) {
-                return Err(BundleError::BadDefault { path: path.to_owned(), name, value, expected });
+        let from_0_to = |most: f32| move |value: f32| (0.0..=most).contains(&value);
+        let check = |name, value: Option<f32>, is_right: &dyn Fn(f32) -> bool, expected| match value {
+            Some(value) if !is_right(value) => {
+                Err(BundleError::BadDefault { path: path.to_owned(), name, value, expected })
             }
-        }
-        Ok(())
+            _ => Ok(()),
+        };
+        check("temperature", self.temperature, &from_0_to(2.0), "from 0 to 2")?;
+        check("top_p", self.top_p, &|top_p| top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1")?;
+        check("min_p", self.min_p, &from_0_to(1.0), "from 0 to 1")
     }
 }
 

@@ -138,7 +138,7 @@ pub struct RunArgs {
     #[arg(long, default_value_t = 256)]
     pub max_tokens: u32,
     /// 0 is greedy [default: the model's].
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Continue the prompt as it is, without a chat template.
     #[arg(long)]

@@ -215,6 +215,7 @@ fn choose_gguf<'n>(repo: &str, part: Option<&str>, names: &'n [String]) -> Resul
 fn fetch_safetensors(remote: &ApiRepo, repo: &str, names: &[String]) -> Result<PathBuf, FetchError> {
     let hub = |error: ApiError| FetchError::Hub { repo: repo.to_owned(), reason: error.to_string() };
     let beside = [
+        "adapter_config.json",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -222,8 +223,9 @@ fn fetch_safetensors(remote: &ApiRepo, repo: &str, names: &[String]) -> Result<P
         "chat_template.jinja",
         "model.safetensors.index.json",
     ];
-    let wanted =
-        |name: &&String| beside.contains(&name.as_str()) || name.ends_with(".safetensors") && !name.contains('/');
+    // Some repositories have their weights a second time, in a layout that nothing here reads.
+    let is_shard = |name: &str| name.ends_with(".safetensors") && !name.contains('/') && !name.contains("consolidated");
+    let wanted = |name: &&String| beside.contains(&name.as_str()) || is_shard(name);
     if !names.iter().any(|name| name.ends_with(".safetensors")) {
         return Err(FetchError::NoWeights { repo: repo.to_owned() });
     }

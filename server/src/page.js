@@ -125,6 +125,7 @@ function clear() {
 element("form").addEventListener("submit", submit);
 element("clear").addEventListener("click", clear);
 element("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) submit(event);
+  // Enter also ends the composing of a word, in the scripts that need it.
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
 });
 connect();

@@ -105,6 +105,8 @@ pub struct DeviceInfo {
 pub enum DeviceError {
     #[error("device {device} is out of memory: {what} needs {needed_bytes} bytes")]
     OutOfMemory { device: String, what: String, needed_bytes: u64 },
+    #[error("{what} needs {needed_bytes} bytes in one piece, and device {device} takes pieces of {max_bytes} at most")]
+    BufferTooLarge { device: String, what: String, needed_bytes: u64, max_bytes: u64 },
     #[error("device {device} was lost: {reason}")]
     Lost { device: String, reason: String },
 }

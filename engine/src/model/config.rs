@@ -114,7 +114,8 @@ impl ModelConfigError {
     }
 }
 
-pub(super) const MAX_LAYERS: u32 = 1024;
+/// Twice what the largest models have; a pass over them is one recording.
+pub(super) const MAX_LAYERS: u32 = 256;
 const MAX_WIDTH: u32 = 1 << 20;
 /// Some ten times what the largest models take.
 const MAX_KV_BYTES_PER_TOKEN: u64 = 1 << 26;

@@ -114,12 +114,13 @@ pub(super) fn create(
     size_bytes: u64,
     usage: BufferUsages,
 ) -> Result<wgpu::Buffer, DeviceError> {
-    let most = match usage.contains(BufferUsages::STORAGE) {
+    let max_bytes = match usage.contains(BufferUsages::STORAGE) {
         true => device.info.max_buffer_bytes,
         false => device.device.limits().max_buffer_size,
     };
-    if size_bytes > most {
-        return Err(device.out_of_memory(label, size_bytes));
+    if size_bytes > max_bytes {
+        let (device, what) = (device.info.id.clone(), label.to_owned());
+        return Err(DeviceError::BufferTooLarge { device, what, needed_bytes: size_bytes, max_bytes });
     }
     let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let descriptor = wgpu::BufferDescriptor { label: Some(label), size: size_bytes, usage, mapped_at_creation: false };
