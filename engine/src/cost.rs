@@ -147,8 +147,8 @@ impl CostModel {
     }
 
     /// The most rows of one sequence, from position `start` on, that can join `base` in a step of at most `budget_ns`.
-    /// 0 where not even one can. Never falls as the budget rises. A chunk that may end its prompt wants its logit row
-    /// in `base` already.
+    /// 0 where not even one can. Never falls as the budget rises. Where the chunk may end its prompt, `base` has its
+    /// logit row already.
     pub fn max_prefill_tokens(&self, base: &StepShape, start: u32, budget_ns: u64) -> u32 {
         let fits = |num_tokens: u32| self.predict_ns(&base.with_slice(start, num_tokens, 0)) <= budget_ns;
         if !fits(1) {

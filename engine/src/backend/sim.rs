@@ -357,11 +357,14 @@ impl Backend for SimBackend {
     }
 }
 
-/// What a pass does before its layers, and from the rows that get logits on.
+/// All of a pass but what its layers compute for every row, before the rows that get logits are gathered.
 fn without_layers(ops: &[Op]) -> impl Iterator<Item = &Op> {
     let end = ops.iter().position(|op| matches!(op, Op::GatherRows(_))).unwrap_or(ops.len());
-    let before_layers = |op: &&Op| matches!(op, Op::UpdateTable(_) | Op::Embed(_));
-    ops[..end].iter().filter(before_layers).chain(&ops[end..])
+    let of_a_layer = |op: &Op| {
+        let mixes = matches!(op, Op::RmsNorm(_) | Op::MatMul(_) | Op::GatedAct(_) | Op::Add(_));
+        mixes || matches!(op, Op::Rope(_) | Op::StoreKv(_) | Op::Attention(_))
+    };
+    ops[..end].iter().filter(move |op| !of_a_layer(op)).chain(&ops[end..])
 }
 
 /// The hash of a row that is not finite; every row that sees one is one.
