@@ -5,4 +5,5 @@
 
 pub mod offline;
 pub mod statistics;
+pub mod stopwatch;
 pub mod workload;

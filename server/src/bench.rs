@@ -1,10 +1,11 @@
 //! `fullbore bench offline`: one engine, all requests at once, one line of JSON. It knows no HTTP.
 
 use fullbore_bench::offline::{self, BenchError};
+use fullbore_bench::stopwatch::Stopwatch;
 use fullbore_bench::workload::Workload;
 
 use crate::args::BenchArgs;
-use crate::start::{self, StartError};
+use crate::start::{self, Plan, StartError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum OfflineError {
@@ -18,10 +19,13 @@ pub fn offline(args: &BenchArgs) -> Result<(), OfflineError> {
     let mut engine_args = args.engine.clone();
     // All are submitted before the first is admitted.
     engine_args.max_waiting = engine_args.max_waiting.max(args.num_requests);
-    let model = start::plan(&engine_args, None)?.load()?;
+    let plan = start::plan(&engine_args, None)?;
+    let stopwatch = Stopwatch::new(plan.backend);
+    let waited = stopwatch.waited();
+    let model = Plan { backend: Box::new(stopwatch), ..plan }.load()?;
     let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
     let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
-    let report = offline::run(&model.engine, workload, model.engine.vocab_size());
+    let report = offline::run(&model.engine, workload, &waited);
     model.engine.shutdown();
     println!("{}", serde_json::json!(report?));
     Ok(())

@@ -104,7 +104,11 @@ impl Plan {
         if model.num_host_blocks() < self.config.num_host_blocks {
             tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
         }
-        let engine = Engine::new(self.config, model, self.backend, (random(), random()));
+        let neighbours = devices::share(self.backend.info(), &self.name);
+        let mut engine = Engine::new(self.config, model, self.backend, (random(), random()));
+        if let Some(neighbours) = neighbours {
+            engine.set_neighbours(neighbours);
+        }
         Ok(ServedModel {
             name: self.name,
             tokenizer,
