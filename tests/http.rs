@@ -20,11 +20,15 @@ use fullbore_engine::tensor::{BufferId, Weight};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+mod limits;
+
 /// How steps end.
 #[derive(Clone, Copy, PartialEq)]
 enum Pace {
     Free,
     Each(Duration),
+    /// The host takes so long to hand a step over.
+    SlowSubmit(Duration),
     Stalled,
     Lost,
     Panic,
@@ -41,6 +45,10 @@ impl Gate {
     fn set(&self, pace: Pace) {
         *self.0.0.lock().expect("no panic holds it") = pace;
         self.0.1.notify_all();
+    }
+
+    fn pace(&self) -> Pace {
+        *self.0.0.lock().expect("no panic holds it")
     }
 
     fn pass(&self) -> Pace {
@@ -80,19 +88,24 @@ impl Backend for Gated {
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        if let Pace::SlowSubmit(time) = self.gate.pace() {
+            std::thread::sleep(time);
+        }
         self.sim.submit(recording)
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
-        match self.gate.pass() {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+        let pace = self.gate.pass();
+        match pace {
             Pace::Lost => {
                 return Err(DeviceError::Lost { device: "sim".to_owned(), reason: "unplugged".to_owned() });
             }
             Pace::Panic => panic!("a bug that a test planted"),
             Pace::Each(time) => std::thread::sleep(time),
-            Pace::Free | Pace::Stalled => {}
+            Pace::Free | Pace::Stalled | Pace::SlowSubmit(_) => {}
         }
-        self.sim.wait(ticket, out)
+        let done_at = self.sim.wait(ticket, out)?;
+        Ok(if matches!(pace, Pace::Each(_)) { Instant::now() } else { done_at })
     }
 
     fn now(&self) -> Instant {

@@ -12,6 +12,8 @@ mod formats;
 mod golden;
 /// Needs nothing: the server on `sim` over real sockets.
 mod http;
+/// Needs nothing: what holds a simulated device back, provoked and named.
+mod limits;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
 /// Needs nothing: traces, profiles and simulations, from the command line's words.

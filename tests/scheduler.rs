@@ -84,9 +84,9 @@ fn prompts_are_chunked_and_mixed_with_decodes() {
     run.add(0, 3, 3);
     run.add(100, 9, 2);
     let expected = "\
-step 1  decode -   prefill a[0..3/3] b[0..5/9]   blocks 3+0/6   preempt -   finish -
-step 2  decode a   prefill b[5..9/9]   blocks 4+0/6   preempt -   finish -
-step 3  decode a b   prefill -   blocks 0+3/6   preempt -   finish a:length b:length";
+step 1  decode -   prefill a[0..3/3] b[0..5/9]   blocks 3+0/6   preempt -   finish -   held budget
+step 2  decode a   prefill b[5..9/9]   blocks 4+0/6   preempt -   finish -   held -
+step 3  decode a b   prefill -   blocks 0+3/6   preempt -   finish a:length b:length   held -";
     assert_eq!(run.steps(3), expected);
     assert!(run.scheduler.is_idle());
 }
@@ -228,10 +228,10 @@ fn a_shared_prefix_is_computed_once() {
         run.add_request(Request { prompt, max_tokens: 1, ..Request::default() });
     }
     let expected = "\
-step 1  decode -   prefill a[0..6/12]   blocks 2+0/24   preempt -   finish -
-step 2  decode -   prefill a[6..12/12]   blocks 0+3/24   preempt -   finish a:length
-step 3  decode -   prefill b[8..12/12] c[8..10/12]   blocks 3+2/24   preempt -   finish b:length
-step 4  decode -   prefill c[10..12/12]   blocks 0+5/24   preempt -   finish c:length";
+step 1  decode -   prefill a[0..6/12]   blocks 2+0/24   preempt -   finish -   held prefix
+step 2  decode -   prefill a[6..12/12]   blocks 0+3/24   preempt -   finish a:length   held prefix
+step 3  decode -   prefill b[8..12/12] c[8..10/12]   blocks 3+2/24   preempt -   finish b:length   held budget
+step 4  decode -   prefill c[10..12/12]   blocks 0+5/24   preempt -   finish c:length   held -";
     assert_eq!(run.steps(4), expected);
 }
 

@@ -107,7 +107,9 @@ fn run(
     let ticket = submit(&prompt, &model, backend.as_mut());
     backend.wait(ticket, &mut Vec::new()).expect("the device is there");
     let tickets = [submit(&other, &model, backend.as_mut()), submit(&decode, &model, backend.as_mut())];
-    tickets.into_iter().for_each(|ticket| backend.wait(ticket, &mut choices).expect("the device is there"));
+    for ticket in tickets {
+        backend.wait(ticket, &mut choices).expect("the device is there");
+    }
     choices
 }
 

@@ -163,7 +163,7 @@ impl Backend for Timed {
         self.time(|device| device.submit(recording))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
         self.time(|device| device.wait(ticket, out))
     }
 

@@ -9,5 +9,6 @@ pub mod profile;
 pub mod report;
 pub mod simulate;
 pub mod statistics;
+pub mod stopwatch;
 pub mod trace;
 pub mod workload;

@@ -1,16 +1,19 @@
 //! Offline throughput: all requests at once, tokens a second until the last has ended.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use fullbore_engine::limits::Cause;
 use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 use fullbore_engine::worker::{EngineHandle, SubmitError};
 
 use crate::statistics::quantile;
+use crate::stopwatch::Waited;
 use crate::workload::Workload;
 
 /// What a run measured.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct OfflineReport {
     pub num_requests: u32,
     pub prompt_tokens: u64,
@@ -26,6 +29,14 @@ pub struct OfflineReport {
     pub cached_tokens: u64,
     /// FNV-1a over all output ids in request order, so that a faster run can be seen to do the same work.
     pub output_hash: String,
+    /// Of `elapsed_s`, in which the device waited for the host, as the engine's limits say.
+    pub host_waiting_share: f64,
+    /// By the wall clock alone: of `elapsed_s`, in which the engine was not blocked waiting for the device. The device
+    /// can have waited for no more than that.
+    pub not_blocked_share: f64,
+    /// Seconds of the engine's life by what they are charged to, those before the first request included.
+    pub device_seconds: BTreeMap<&'static str, f64>,
+    pub verdict: String,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -38,9 +49,10 @@ pub enum BenchError {
     EngineGone,
 }
 
-/// Submits all of `workload` and waits for its end.
-pub fn run(engine: &EngineHandle, workload: Workload, vocab_size: u32) -> Result<OfflineReport, BenchError> {
-    let requests = workload.requests(vocab_size);
+/// Submits all of `workload`, waits for its end and ends the engine, whose device is watched by `waited`.
+pub fn run(engine: &EngineHandle, workload: Workload, waited: &Waited) -> Result<OfflineReport, BenchError> {
+    let requests = workload.requests(engine.vocab_size());
+    let waited_before = waited.so_far();
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
     for (index, request) in requests.into_iter().enumerate() {
@@ -68,7 +80,19 @@ pub fn run(engine: &EngineHandle, workload: Workload, vocab_size: u32) -> Result
             }
         }
     }
-    Ok(report(&traces, workload, start, start.elapsed()))
+    let elapsed = start.elapsed();
+    let blocked = waited.so_far() - waited_before;
+    // Its last step is told to clients first.
+    engine.shutdown();
+    let stats = engine.stats();
+    let total = &stats.limits.total;
+    Ok(OfflineReport {
+        host_waiting_share: total.host_ns() as f64 / 1e9 / elapsed.as_secs_f64(),
+        not_blocked_share: 1.0 - blocked.as_secs_f64() / elapsed.as_secs_f64(),
+        device_seconds: Cause::ALL.into_iter().map(|cause| (cause.name(), total.seconds(cause))).collect(),
+        verdict: engine.verdict(&stats).sentence,
+        ..report(&traces, workload, start, elapsed)
+    })
 }
 
 fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duration) -> OfflineReport {
@@ -87,6 +111,7 @@ fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duratio
         tpot_ms_mean: gaps.iter().sum::<f64>() / gaps.len().max(1) as f64,
         cached_tokens: traces.iter().map(|trace| trace.cached_tokens).sum(),
         output_hash: format!("{:016x}", fnv1a(traces.iter().flat_map(|trace| &trace.ids))),
+        ..OfflineReport::default()
     }
 }
 

@@ -14,6 +14,8 @@ use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, BlockCopy, CopyDirection, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
+use crate::limits::neighbours::{Company, Membership};
+use crate::limits::{self, Limits, Phase, StepFacts};
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
 use crate::recording::Recording;
@@ -21,6 +23,8 @@ use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Us
 use crate::sampling;
 use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
+
+mod times;
 
 pub struct Engine {
     config: EngineConfig,
@@ -42,10 +46,14 @@ pub struct Engine {
     choices: Vec<Choice>,
     gone: Vec<SequenceId>,
     outcomes: Vec<Outcome>,
+    started_at: Instant,
     /// When the device became idle, or turned to the step that runs now.
     device_free_at: Instant,
     last_step: StepTime,
     cost: CostFit,
+    limits: Limits,
+    /// Other engines on the device.
+    neighbours: Option<Arc<Membership>>,
     stats: EngineStats,
 }
 
@@ -53,7 +61,9 @@ pub struct Engine {
 struct Step {
     batch: Batch,
     trace: StepTrace,
+    facts: StepFacts,
     submitted_at: Instant,
+    company: Company,
 }
 
 /// What a step took on the device, from the end of the one before it, or its own submission, to its results.
@@ -97,6 +107,8 @@ pub struct EngineStats {
     pub num_failed: u64,
     pub last_step_ms: f64,
     pub total_step_ms: f64,
+    /// Where the device's time went.
+    pub limits: limits::Snapshot,
 }
 
 /// Blocks that are copied there and back to see what a copy takes.
@@ -128,9 +140,12 @@ impl Engine {
             choices: Vec::new(),
             gone: Vec::new(),
             outcomes: Vec::new(),
+            started_at: now,
             device_free_at: now,
             last_step: StepTime::default(),
             cost: CostFit::new(CostModel::UNKNOWN),
+            limits: Limits::default(),
+            neighbours: None,
             stats: EngineStats::default(),
         }
     }
@@ -175,12 +190,6 @@ impl Engine {
         self.backend.as_ref()
     }
 
-    /// Starts from what a device was measured to take, instead of from nothing.
-    pub fn set_cost(&mut self, cost: CostModel) {
-        self.cost = CostFit::new(cost);
-        self.scheduler.set_cost(cost);
-    }
-
     /// What steps take on this device, as far as it has been seen.
     pub fn cost(&self) -> &CostModel {
         self.cost.model()
@@ -204,6 +213,7 @@ impl Engine {
 
     /// Queues a request. That it fits is the caller's to have checked with [`EngineConfig::fits`].
     pub fn add(&mut self, request: Request, sink: Box<dyn Sink>) -> SequenceId {
+        self.turn_to(Phase::Schedule);
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let request = Arc::new(request);
@@ -251,6 +261,7 @@ impl Engine {
     /// Ends sequences whose clients have left, and plans the next step.
     pub fn plan(&mut self) -> bool {
         assert!(self.has_room(), "{} steps are in flight", self.in_flight.len());
+        self.turn_to(Phase::Schedule);
         let gone = self.clients.iter().filter(|(_, client)| client.sink.is_closed());
         self.gone.extend(gone.map(|(&id, _)| id));
         while let Some(id) = self.gone.pop() {
@@ -260,11 +271,23 @@ impl Engine {
         self.stats.num_preemptions = self.scheduler.num_preemptions();
         self.stats.num_swaps = self.scheduler.num_swaps();
         self.update_counts();
-        !self.planned.batch.slices.is_empty()
+        self.planned.facts = StepFacts {
+            held: self.planned.trace.held,
+            num_waiting: self.stats.num_waiting,
+            waiting_tokens: self.scheduler.queue().waiting_tokens(),
+            num_running: self.stats.num_running,
+            referenced_blocks: self.stats.blocks.referenced,
+        };
+        let planned = !self.planned.batch.slices.is_empty();
+        if !planned {
+            self.turn_from_step();
+        }
+        planned
     }
 
     /// Records the planned batch and hands it to the device.
     pub fn submit(&mut self) -> Result<(), DeviceError> {
+        self.turn_to(Phase::Record);
         let batch = &self.planned.batch;
         self.packed.pack(batch, self.model.limits.max_blocks_per_seq());
         self.recording.clear();
@@ -275,8 +298,12 @@ impl Engine {
         if let Some(choices) = self.model.record(&inputs, &mut self.recording) {
             sampling::downloads(batch, choices, &mut self.recording.downloads);
         }
+        self.turn_to(Phase::Upload);
         let ticket = self.backend.submit(&self.recording)?;
         self.planned.submitted_at = self.backend.now();
+        self.limits.submitted(self.since_start(self.planned.submitted_at));
+        self.planned.company = self.neighbours.as_ref().map(|others| others.submitted()).unwrap_or_default();
+        self.turn_to(Phase::Schedule);
         let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
         self.in_flight.push_back((ticket, std::mem::replace(&mut self.planned, next)));
         Ok(())
@@ -285,9 +312,10 @@ impl Engine {
     /// Waits for the oldest step in flight and tells the clients what it brought.
     pub fn complete(&mut self) -> Result<(), DeviceError> {
         let (ticket, mut step) = self.in_flight.pop_front().expect("a step was submitted");
+        self.turn_to(Phase::ReadBack);
         self.downloads.clear();
-        self.backend.wait(ticket, &mut self.downloads)?;
-        self.count(&step);
+        let ended_at = self.backend.wait(ticket, &mut self.downloads)?;
+        self.count(&step, ended_at);
 
         let mut logprobs = self.choose(&step.batch);
         let mut outcomes = std::mem::take(&mut self.outcomes);
@@ -299,6 +327,7 @@ impl Engine {
             self.tell(outcome, logprobs);
         }
         self.outcomes = outcomes;
+        self.turn_from_step();
         self.update_counts();
         Ok(())
     }
@@ -338,21 +367,6 @@ impl Engine {
         if self.is_idle() {
             assert_eq!(self.cache.counts().referenced, 0, "blocks leaked");
         }
-    }
-
-    fn count(&mut self, step: &Step) {
-        let now = self.backend.now();
-        // The device runs its steps one after another.
-        let begun = step.submitted_at.max(self.device_free_at);
-        self.device_free_at = now;
-        self.last_step = StepTime { shape: step.batch.shape(), device_ns: (now - begun).as_nanos() as u64 };
-        if self.cost.observe(&self.last_step.shape, self.last_step.device_ns) {
-            self.scheduler.set_cost(*self.cost.model());
-        }
-        self.stats.last_step_ms = (now - begun).as_secs_f64() * 1e3;
-        self.stats.total_step_ms += self.stats.last_step_ms;
-        self.stats.num_steps += 1;
-        self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
     }
 
     /// Refills `choices` with what the step chose for each slice, and returns the log-probabilities of chosen tokens
@@ -414,13 +428,15 @@ impl Engine {
         self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
         self.stats.blocks = self.cache.counts();
         self.stats.unused_kv_slots = self.scheduler.unused_kv_slots();
+        self.stats.limits = self.limits.snapshot();
     }
 }
 
 impl Step {
     fn new(config: &EngineConfig, now: Instant) -> Step {
         let batch = Batch::with_capacity(config);
-        Step { batch, trace: StepTrace::with_capacity(config.max_num_seqs), submitted_at: now }
+        let trace = StepTrace::with_capacity(config.max_num_seqs);
+        Step { batch, trace, facts: StepFacts::default(), submitted_at: now, company: Company::default() }
     }
 }
 

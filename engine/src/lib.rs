@@ -9,7 +9,8 @@
 //!   learned from steps that were measured.
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
-//! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it.
+//! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it. What it sees
+//!   of a device's time goes to [`limits`], which says what holds the device back.
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
 //!   opens a model with all that comes with it. The engine thread never touches text.
 //!
@@ -33,6 +34,7 @@
 //! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a
 //!   step is O(rows), and takes no memory (the bench `step` asserts it).
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.
+//! - Every nanosecond of a device is charged to one cause ([`limits`]), and the causes sum to its time.
 //! - Files are hostile: every count is held against the bytes left before anything is allocated for it.
 //!
 //! # Where this differs from the design page
@@ -40,7 +42,7 @@
 //! - A backend has a clock ([`backend::Backend::now`]), so that a simulated device's time is the engine's too.
 //! - Copies between device and host are a list of their own in a recording, before its ops: a device copies outside
 //!   its compute pass.
-//! - There is no `limits.rs` and no `fleet/` yet, and no CUDA backend.
+//! - There is no `fleet/` yet, and no CUDA backend.
 
 pub mod backend;
 pub mod batch;
@@ -49,6 +51,7 @@ pub mod config;
 pub mod cost;
 pub mod engine;
 pub mod format;
+pub mod limits;
 pub mod memory;
 pub mod model;
 pub mod op;

@@ -168,6 +168,9 @@ impl Scheduler {
         } else {
             trace.held = Held::KvMemory;
         }
+        if trace.held == Held::NoRequests {
+            trace.held = budget.cut().unwrap_or_default();
+        }
         self.fill(cache, batch, trace);
         trace.blocks = cache.counts();
     }

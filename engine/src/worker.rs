@@ -5,14 +5,16 @@
 //! says why from then on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::backend::DeviceInfo;
 use crate::config::{EngineConfig, UnfitRequest};
 use crate::engine::{Engine, EngineStats};
+use crate::limits::neighbours::Membership;
+use crate::limits::verdict::{Setting, Verdict};
 use crate::request::{Request, Sink};
 
 /// A running engine; clones share it.
@@ -41,6 +43,8 @@ struct Shared {
     config: EngineConfig,
     vocab_size: u32,
     device: DeviceInfo,
+    setting: Setting,
+    neighbours: Option<Weak<Membership>>,
     /// Requests handed in, and those that no longer wait; the difference is bounded by `max_waiting`.
     num_submitted: AtomicU64,
     num_left_queue: AtomicU64,
@@ -65,6 +69,8 @@ impl EngineHandle {
             config,
             vocab_size: engine.model().config.vocab_size,
             device: engine.backend().info().clone(),
+            setting: engine.setting(),
+            neighbours: engine.neighbours().map(Arc::downgrade),
             num_submitted: AtomicU64::new(0),
             num_left_queue: AtomicU64::new(0),
             state: Mutex::new(state),
@@ -112,6 +118,13 @@ impl EngineHandle {
         lock(&self.shared.state).stats.clone()
     }
 
+    /// What holds the device back, as `stats` tell it.
+    pub fn verdict(&self, stats: &EngineStats) -> Verdict {
+        let neighbours = self.shared.neighbours.as_ref().and_then(Weak::upgrade);
+        let names = neighbours.map(|neighbours| neighbours.others()).unwrap_or_default();
+        Verdict::new(&stats.limits, &self.shared.setting, &names)
+    }
+
     /// Requests that wait for admission, those not yet seen by the engine thread included.
     pub fn num_waiting(&self) -> u64 {
         let num_left = self.shared.num_left_queue.load(Ordering::Acquire);
@@ -141,6 +154,8 @@ impl EngineHandle {
     }
 }
 
+/// How often an engine without work says so.
+const IDLE_TICK: Duration = Duration::from_secs(1);
 const ENDED: &str = "the server is shutting down";
 
 struct Worker {
@@ -191,15 +206,19 @@ impl Worker {
 
     /// Takes in what has arrived; blocks while there is nothing to do.
     fn receive(&mut self) -> Received {
-        if self.engine.is_idle() {
-            match self.inbox.recv() {
+        while self.engine.is_idle() {
+            match self.inbox.recv_timeout(IDLE_TICK) {
                 Ok(message) => {
                     lock(&self.shared.state).last_progress = Instant::now();
                     if !self.take(message) {
                         return Received::Stop;
                     }
                 }
-                Err(_) => return Received::Stop,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.engine.settle_idle();
+                    self.publish();
+                }
+                Err(RecvTimeoutError::Disconnected) => return Received::Stop,
             }
         }
         loop {

@@ -9,6 +9,7 @@ use fullbore_bench::offline::{self, BenchError};
 use fullbore_bench::play::{self, Clock, PlayError};
 use fullbore_bench::profile::{self, Measured, ProfileError};
 use fullbore_bench::report::ServingReport;
+use fullbore_bench::stopwatch::Stopwatch;
 use fullbore_bench::workload::Workload;
 use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
@@ -16,7 +17,7 @@ use fullbore_engine::engine::Engine;
 
 use crate::args::{BenchArgs, EngineArgs, Profile, ProfileArgs, TraceArgs};
 use crate::simulate::{WorkloadError, play_options, requests};
-use crate::start::{self, StartError};
+use crate::start::{self, Plan, StartError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchCommandError {
@@ -39,10 +40,13 @@ pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let mut engine_args = args.engine.clone();
     // All are submitted before the first is admitted.
     engine_args.max_waiting = engine_args.max_waiting.max(args.num_requests);
-    let model = start::plan(&engine_args, None)?.load()?;
+    let plan = start::plan(&engine_args, None)?;
+    let stopwatch = Stopwatch::new(plan.backend);
+    let waited = stopwatch.waited();
+    let model = Plan { backend: Box::new(stopwatch), ..plan }.load()?;
     let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
     let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
-    let report = offline::run(&model.engine, workload, model.engine.vocab_size());
+    let report = offline::run(&model.engine, workload, &waited);
     model.engine.shutdown();
     println!("{}", serde_json::json!(report?));
     Ok(())

@@ -4,6 +4,7 @@
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, wgpu as adapters};
+use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::memory::capacity::human_bytes;
 
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,11 @@ pub fn memory_bytes(device: &DeviceInfo) -> Option<u64> {
         "sim" => None,
         id => device.memory_bytes.or_else(|| adapters::free_bytes(id)),
     }
+}
+
+/// An engine's place among those of this process that share the device; a simulated one is nobody else's.
+pub fn share(device: &DeviceInfo, engine_name: &str) -> Option<Membership> {
+    (device.id != "sim").then(|| Membership::join(&device.id, engine_name))
 }
 
 fn cpu() -> Result<Box<dyn Backend>, DeviceError> {

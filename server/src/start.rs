@@ -132,7 +132,11 @@ impl Plan {
     pub fn load(self) -> Result<ServedModel, StartError> {
         self.check_memory()?;
         let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, total_bytes, .. } = self.bundle;
-        let engine = load_engine(config, checkpoint, total_bytes, self.backend, self.config)?;
+        let neighbours = devices::share(self.backend.info(), &self.name);
+        let mut engine = load_engine(config, checkpoint, total_bytes, self.backend, self.config)?;
+        if let Some(neighbours) = neighbours {
+            engine.set_neighbours(neighbours);
+        }
         Ok(ServedModel {
             name: self.name,
             tokenizer,

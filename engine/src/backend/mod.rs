@@ -5,8 +5,9 @@
 //! - `submit` returns before the work is done. The recording's upload takes effect after all earlier recordings and
 //!   before its own copies, and those one by one before its first op; ops see the writes of earlier ops; there are no
 //!   barriers in the interface.
-//! - `wait` blocks until the recording of that ticket is done and delivers its downloads. Tickets are waited for once
-//!   each and in order; at most [`MAX_IN_FLIGHT`] are open.
+//! - `wait` blocks until the recording of that ticket is done and delivers its downloads, and when it was done, as
+//!   exactly as the device can tell: never later than `wait` returns, and just then where it tells nothing. Tickets are
+//!   waited for once each and in order; at most [`MAX_IN_FLIGHT`] are open.
 //! - Shapes, ranges and lifetimes are the caller's responsibility, asserted by `Recording`; a backend that meets a
 //!   violation panics, because it is a bug above.
 //! - `alloc`, `alloc_host`, `write` and `load_weight` are for loading, before the first `submit`. Buffers start zeroed.
@@ -51,8 +52,8 @@ pub trait Backend: Send {
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError>;
 
-    /// Appends the downloads of the ticket's recording to `out`.
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError>;
+    /// Appends the downloads of the ticket's recording to `out`, and says when the device had done it, on its clock.
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError>;
 
     /// The time on this device's clock: the machine's own, but for a simulator, whose time is virtual.
     fn now(&self) -> Instant;

@@ -337,7 +337,7 @@ impl Backend for SimBackend {
         Ok(Ticket(self.num_submitted))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
         let oldest = self.in_flight.pop_front().expect("a recording is in flight");
         assert_eq!(oldest.ticket, ticket.0, "tickets are waited for in order");
         self.clock.advance_to(Duration::from_nanos(oldest.done_at_ns));
@@ -345,7 +345,7 @@ impl Backend for SimBackend {
             std::thread::sleep(done_at.saturating_duration_since(Instant::now()));
         }
         out.extend_from_slice(&oldest.downloads);
-        Ok(())
+        Ok(oldest.done_at.unwrap_or(self.started_at + Duration::from_nanos(oldest.done_at_ns)))
     }
 
     /// Real time where the device sleeps, for then host and device share it; else the clock's.

@@ -26,6 +26,8 @@ pub(super) struct Budget<'a> {
     limit_ns: Option<u64>,
     has_prefill: bool,
     held: Held,
+    /// What first gave a sequence fewer tokens than it had to compute.
+    cut: Option<Held>,
 }
 
 impl<'a> Budget<'a> {
@@ -40,6 +42,7 @@ impl<'a> Budget<'a> {
             limit_ns: None,
             has_prefill: false,
             held: Held::Budget,
+            cut: None,
         }
     }
 
@@ -57,6 +60,14 @@ impl<'a> Budget<'a> {
 
     /// Tokens of `sequence` that fit.
     pub fn fit(&mut self, sequence: &Sequence) -> u32 {
+        let num_tokens = self.fit_in_limits(sequence);
+        if num_tokens < sequence.num_uncomputed_tokens(self.config.max_model_len) {
+            self.cut.get_or_insert(self.held);
+        }
+        num_tokens
+    }
+
+    fn fit_in_limits(&mut self, sequence: &Sequence) -> u32 {
         self.held = Held::Budget;
         if num_told_tokens(sequence) > self.known_tokens {
             return 0;
@@ -79,6 +90,11 @@ impl<'a> Budget<'a> {
     /// Why no more of what was fitted last fits.
     pub fn held(&self) -> Held {
         self.held
+    }
+
+    /// What the step would have had more tokens without.
+    pub fn cut(&self) -> Option<Held> {
+        self.cut
     }
 
     pub fn take(&mut self, sequence: &Sequence, num_tokens: u32) {

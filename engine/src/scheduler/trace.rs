@@ -1,9 +1,10 @@
 //! A step in one line: the log, and the snapshot format of the scheduler's tests.
 //!
 //! ```text
-//! step 12  decode a b c   prefill d[64..128/300]   blocks 41+7/64   preempt -   finish b:stop
+//! step 12  decode a b c   prefill d[64..128/300]   blocks 41+7/64   preempt -   finish b:stop   held memory
 //! ```
-//! Blocks are referenced + cached / all. A sequence is its number, as a letter where one does.
+//! Blocks are referenced + cached / all. A sequence is its number, as a letter where one does. What held the step is
+//! what kept it from being larger.
 
 use std::fmt;
 use std::ops::Range;
@@ -20,7 +21,7 @@ pub struct StepTrace {
     pub prefilled: Vec<(SequenceId, Range<u32>, u32)>,
     pub blocks: BlockCounts,
     pub preempted: Vec<SequenceId>,
-    /// Why no more sequences joined.
+    /// Why no more tokens joined.
     pub held: Held,
     pub finished: Vec<(SequenceId, FinishReason)>,
 }
@@ -28,7 +29,7 @@ pub struct StepTrace {
 /// What kept a step from being larger.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Held {
-    /// Nobody waits.
+    /// Nobody waits, and nobody who runs has more to compute.
     #[default]
     NoRequests,
     /// `max_num_seqs` sequences run.
@@ -42,6 +43,21 @@ pub enum Held {
     TenantCap,
     /// Who waits shares a prefix that is being computed.
     SharedPrefix,
+}
+
+impl Held {
+    /// One word for the trace.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Held::NoRequests => "-",
+            Held::Slots => "slots",
+            Held::KvMemory => "memory",
+            Held::Budget => "budget",
+            Held::Latency => "latency",
+            Held::TenantCap => "cap",
+            Held::SharedPrefix => "prefix",
+        }
+    }
 }
 
 impl StepTrace {
@@ -95,7 +111,8 @@ impl fmt::Display for StepTrace {
         let finished = list(self.finished.iter().map(|(id, why)| format!("{}:{}", name(*id), reason(why))).collect());
         let BlockCounts { referenced, cached, total, .. } = self.blocks;
         write!(f, "step {}  decode {decoded}   prefill {prefilled}   ", self.step)?;
-        write!(f, "blocks {referenced}+{cached}/{total}   preempt {preempted}   finish {finished}")
+        write!(f, "blocks {referenced}+{cached}/{total}   preempt {preempted}   finish {finished}   ")?;
+        write!(f, "held {}", self.held.word())
     }
 }
 

@@ -21,6 +21,7 @@ mod completions;
 mod exchange;
 mod fields;
 mod generation;
+pub mod limits;
 mod logprobs;
 pub mod models;
 mod sampling;

@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use fullbore_engine::engine::EngineStats;
+use fullbore_engine::limits::Cause;
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder,
 };
 use warp::http::StatusCode;
 use warp::http::header::{CONTENT_TYPE, HeaderValue};
@@ -97,6 +99,11 @@ fn engine_registry(model: &ServedModel) -> Registry {
         [("free", stats.blocks.free), ("cached", stats.blocks.cached), ("used", stats.blocks.referenced)]
     {
         blocks.with_label_values(&[state]).set(f64::from(count));
+    }
+    let seconds = Opts::new("fullbore_device_seconds_total", "Wall time of the device by what it is charged to.");
+    let seconds = register(&registry, CounterVec::new(seconds, &["cause"]));
+    for cause in Cause::ALL {
+        seconds.with_label_values(&[cause.name()]).inc_by(stats.limits.total.seconds(cause));
     }
     let finished = Opts::new("fullbore_requests_finished_total", "Sequences by how they ended.");
     let finished = register(&registry, IntCounterVec::new(finished, &["reason"]));

@@ -33,11 +33,16 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         Ok(model) => json_response(&api::models::list(model)),
         Err(error) => error.response(),
     });
+    let limits = warp::path!("v1" / "limits").and(warp::get()).and(with_app.clone());
+    let limits = limits.map(|app: Arc<App>| match app.serving() {
+        Ok(model) => json_response(&api::limits::report(model)),
+        Err(error) => error.response(),
+    });
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
     let generate = completions.or(chat).unify().and(warp::post()).and(with_app);
     let generate = generate.and(warp::header::headers_cloned()).and(warp::body::stream()).then(generate_reply);
-    let api = models.or(generate).unify();
+    let api = models.or(limits).unify().or(generate).unify();
     let rest = page.or(script).unify().or(style).unify().or(live).unify().or(ready).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
 }

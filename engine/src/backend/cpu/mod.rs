@@ -217,11 +217,10 @@ impl Backend for CpuBackend {
         Ok(Ticket(self.num_submitted))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
         self.num_waited += 1;
         assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
-        self.worker.wait(out);
-        Ok(())
+        Ok(self.worker.wait(out))
     }
 
     fn now(&self) -> Instant {

@@ -5,6 +5,7 @@
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::backend::MAX_IN_FLIGHT;
 use crate::recording::Recording;
@@ -21,6 +22,8 @@ pub(super) struct Worker {
 pub(super) struct Job {
     pub recording: Recording,
     pub downloads: Vec<u8>,
+    /// When it was run, once it has.
+    done_at: Instant,
 }
 
 impl Worker {
@@ -31,6 +34,7 @@ impl Worker {
         let work = move || {
             for mut job in todo {
                 run(&mut job);
+                job.done_at = Instant::now();
                 if finished.send(job).is_err() {
                     return;
                 }
@@ -41,7 +45,11 @@ impl Worker {
     }
 
     pub fn submit(&mut self, recording: &Recording) {
-        let new = || Job { recording: Recording::new(recording.upload_buffer), downloads: Vec::new() };
+        let new = || Job {
+            recording: Recording::new(recording.upload_buffer),
+            downloads: Vec::new(),
+            done_at: Instant::now(),
+        };
         let mut job = self.spare.pop().unwrap_or_else(new);
         job.recording.copy_from(recording);
         job.downloads.clear();
@@ -49,11 +57,13 @@ impl Worker {
         jobs.send(job).expect("the device's thread met a bug");
     }
 
-    /// The downloads of the oldest recording that was not waited for.
-    pub fn wait(&mut self, out: &mut Vec<u8>) {
+    /// The downloads of the oldest recording that was not waited for, and when it was done.
+    pub fn wait(&mut self, out: &mut Vec<u8>) -> Instant {
         let job = self.done.recv().expect("the device's thread met a bug");
         out.extend_from_slice(&job.downloads);
+        let done_at = job.done_at;
         self.spare.push(job);
+        done_at
     }
 }
 

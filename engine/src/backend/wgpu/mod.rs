@@ -206,14 +206,16 @@ impl Backend for WgpuBackend {
         Ok(Ticket(self.num_submitted - 1))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
         let num_waited = self.num_submitted - self.in_flight.len() as u64;
         assert_eq!(ticket.0, num_waited, "tickets are waited for once each and in order");
         let submission_index = self.in_flight.pop_front();
         let done = self.device.device.poll(PollType::Wait { submission_index, timeout: None });
         self.device.check()?;
         done.map_err(|error| self.device.lost(&error.to_string()))?;
-        self.readbacks[ticket.0 as usize % MAX_IN_FLIGHT].take(&self.device, out)
+        let seen = Instant::now();
+        self.readbacks[ticket.0 as usize % MAX_IN_FLIGHT].take(&self.device, out)?;
+        Ok(seen)
     }
 
     fn now(&self) -> Instant {

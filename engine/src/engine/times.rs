@@ -1,0 +1,97 @@
+//! An engine's clock: what steps took, what that says of the device's prices, and where its time went.
+//!
+//! Invariant: the device runs its steps one after another, so a step begins when it was submitted or when the one
+//! before it had ended, whichever was later. All times are the backend's.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Engine, Step, StepTime};
+use crate::cost::{CostFit, CostModel};
+use crate::limits::neighbours::Membership;
+use crate::limits::verdict::{Setting, Verdict};
+use crate::limits::{EndedStep, Phase};
+use crate::tensor::KvType;
+
+impl Engine {
+    /// Starts from what a device was measured to take, instead of from nothing.
+    pub fn set_cost(&mut self, cost: CostModel) {
+        self.cost = CostFit::new(cost);
+        self.take_cost();
+    }
+
+    /// Tells this engine of others on its device, and them of it.
+    pub fn set_neighbours(&mut self, membership: Membership) {
+        self.neighbours = Some(Arc::new(membership));
+    }
+
+    pub fn neighbours(&self) -> Option<&Arc<Membership>> {
+        self.neighbours.as_ref()
+    }
+
+    /// Charges an idle device's time up to now.
+    pub fn settle_idle(&mut self) {
+        if self.is_idle() {
+            self.turn_to(Phase::NoWork);
+            self.stats.limits = self.limits.snapshot();
+        }
+    }
+
+    /// What a verdict on this engine's limits knows beside its times.
+    pub fn setting(&self) -> Setting {
+        let model = &self.model.config;
+        let bytes = |kv_type| model.check_kv_type(kv_type).ok().map(|()| model.kv_bytes_per_token(kv_type));
+        Setting { config: self.config, kv_bytes_per_token: KvType::ALL.map(bytes) }
+    }
+
+    /// What holds the device back.
+    pub fn verdict(&self) -> Verdict {
+        let others = self.neighbours.as_ref().map(|others| others.others()).unwrap_or_default();
+        Verdict::new(&self.limits.snapshot(), &self.setting(), &others)
+    }
+
+    /// Takes in the time of a step that has ended.
+    pub(super) fn count(&mut self, step: &Step, ended_at: Instant) {
+        let begun = step.submitted_at.max(self.device_free_at);
+        let ended_at = ended_at.max(begun);
+        self.device_free_at = ended_at;
+        let shape = step.batch.shape();
+        self.last_step = StepTime { shape, device_ns: (ended_at - begun).as_nanos() as u64 };
+        let has_company = self.neighbours.as_ref().is_some_and(|others| others.ended(step.company));
+        self.limits.ended(&EndedStep {
+            shape,
+            facts: step.facts,
+            submitted_ns: self.since_start(step.submitted_at),
+            ended_ns: self.since_start(ended_at),
+            has_company,
+        });
+        // What it takes in company is no price of the device; before any is known it is better than nothing.
+        let counts = !has_company || !self.cost.model().is_known();
+        if counts && self.cost.observe(&shape, self.last_step.device_ns) {
+            self.take_cost();
+        }
+        self.stats.last_step_ms = (ended_at - begun).as_secs_f64() * 1e3;
+        self.stats.total_step_ms += self.stats.last_step_ms;
+        self.stats.num_steps += 1;
+        self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
+    }
+
+    /// Nanoseconds on the device's clock.
+    pub(super) fn since_start(&self, at: Instant) -> u64 {
+        (at - self.started_at).as_nanos() as u64
+    }
+
+    /// The host is at `phase` from now on.
+    pub(super) fn turn_to(&mut self, phase: Phase) {
+        self.limits.turn_to(phase, self.since_start(self.backend.now()));
+    }
+
+    pub(super) fn turn_from_step(&mut self) {
+        self.turn_to(if self.is_idle() { Phase::NoWork } else { Phase::Schedule });
+    }
+
+    fn take_cost(&mut self) {
+        self.scheduler.set_cost(*self.cost.model());
+        self.limits.set_cost(*self.cost.model());
+    }
+}

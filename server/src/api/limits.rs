@@ -1,0 +1,39 @@
+//! `/v1/limits`: where the device's time went, and what holds it back. Invariant: the seconds of a tally are a
+//! partition of its `wall_s`; the same names as in the metrics.
+
+use fullbore_engine::limits::{Cause, Tally};
+use serde_json::{Map, Value, json};
+
+use super::ServedModel;
+
+pub fn report(model: &ServedModel) -> Value {
+    let stats = model.engine.stats();
+    let verdict = model.engine.verdict(&stats);
+    let limits = &stats.limits;
+    let device = model.engine.device();
+    let knee = limits.knee.map(|knee| json!({"num_seqs": knee.batch, "step_ms": knee.step_ns as f64 / 1e6}));
+    json!({
+        "object": "limits",
+        "model": model.name,
+        "device": {"id": device.id, "name": device.name},
+        "limit": verdict.cause.name(),
+        "verdict": verdict.sentence,
+        "knee": knee,
+        "window": tally(&limits.window),
+        "total": tally(&limits.total),
+    })
+}
+
+fn tally(tally: &Tally) -> Value {
+    let by_cause = |value: &dyn Fn(Cause) -> f64| -> Map<String, Value> {
+        Cause::ALL.into_iter().map(|cause| (cause.name().to_owned(), json!(value(cause)))).collect()
+    };
+    let wall_s = tally.wall_ns() as f64 / 1e9;
+    json!({
+        "wall_s": wall_s,
+        "idle_s": tally.idle_ns as f64 / 1e9,
+        "num_tokens": tally.num_tokens,
+        "seconds": by_cause(&|cause| tally.seconds(cause)),
+        "shares": by_cause(&|cause| tally.share(tally.ns(cause))),
+    })
+}
