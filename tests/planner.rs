@@ -3,12 +3,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
 use fullbore::{bench, simulate};
 use fullbore_bench::report::ServingReport;
-use fullbore_engine::cost::DeviceProfile;
+use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::cost::{CostModel, DeviceProfile, Prices, StepShape};
+
+use crate::simulation;
 
 const PROFILE: &str = r#"{
     "version": 1,
@@ -116,27 +121,47 @@ fn the_profile_in_the_docs_is_one() {
     assert_eq!(report.expect("it is right").num_completed, 50);
 }
 
+/// In virtual time, so that the machine's noise is no part of it.
 #[test]
-fn a_device_is_measured_and_then_simulated_and_played() {
-    let output = file("measured.json", "");
-    let path = output.to_str().expect("a path in UTF-8");
-    let engine = ["--device", "sim", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256"];
-    let bench = |command: &[&str]| {
-        let args = Args::parse_from(["fullbore", "bench"].iter().chain(command).chain(&engine));
-        let Command::Bench { command } = args.command else { panic!("bench is bench") };
-        command
+fn a_device_that_was_measured_is_simulated_as_it_is() {
+    let prices =
+        Prices { ns_for_logits: 2e5, ns_per_logit_row: 3e4, ns_per_attended_token: 400.0, ..Prices::default() };
+    let planted = CostModel::line(5e6, 2e5, prices);
+    let config = EngineConfig {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 64,
+        max_model_len: 256,
+        max_logit_rows: 4,
+        pipeline_depth: 1,
+        ..EngineConfig::default()
     };
-    let BenchCommand::Profile(args) = bench(&["profile", "--output", path, "--seconds", "0"]) else {
-        panic!("profile is profile")
-    };
-    bench::profile(&args).expect("the simulator can be measured");
-    let profile = DeviceProfile::open(&output).expect("what was written can be read");
-    assert_eq!((profile.limits.max_num_seqs, profile.limits.max_num_batched_tokens), (4, 64));
-    assert!(profile.cost.is_known() && profile.points.len() > 10 && profile.device.id == "sim");
+    let options = SimOptions { fidelity: Fidelity::Cost, cost: planted, ..SimOptions::default() };
+    let mut engine = simulation::engine_on(SimBackend::new(options), config);
+    let (profile, measured) = bench::measure(&mut engine, "a model", Duration::ZERO).expect("every step takes time");
+    assert!(measured.p95_error < 0.01, "{}", measured.p95_error);
+    for (num_seqs, context) in [(1, 50), (3, 200), (4, 120)] {
+        let shape = StepShape::decode(num_seqs, context).with_slice(10, 37, 0);
+        let (found, wanted) = (profile.cost.predict_ns(&shape) as f64, planted.predict_ns(&shape) as f64);
+        assert!((found / wanted - 1.0).abs() < 0.03, "{found} for {wanted}");
+    }
+    let output = file("measured.json", &profile.to_json());
+    let read = DeviceProfile::open(&output).expect("what was written can be read");
+    assert_eq!((read.limits.max_num_seqs, read.limits.max_num_batched_tokens), (4, 64));
+    assert!(read.cost.is_known() && read.points.len() > 10 && read.device.id == "sim");
+    let simulated = check(&output, &["--arrivals", "burst:3:0.02", "--lengths", "uniform:10-60:2-9", "--limit", "9"]);
+    assert_eq!(simulated.expect("it is right").num_completed, 9);
+}
+
+#[test]
+fn a_workload_is_played_in_real_time() {
+    let words = ["--device", "sim", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256"];
     let workload = ["--arrivals", "burst:3:0.02", "--lengths", "uniform:10-60:2-9", "--limit", "9"];
-    let simulated = check(&output, &workload).expect("it is right");
-    let BenchCommand::Trace(args) = bench(&[&["trace"], &workload[..]].concat()) else { panic!("trace is trace") };
+    let words = [&["fullbore", "bench", "trace"], &workload[..], &words].concat();
+    let Command::Bench { command: BenchCommand::Trace(args) } = Args::parse_from(words).command else {
+        panic!("trace is trace")
+    };
     let played = bench::play_trace(&args).expect("the simulator is never lost");
+    let simulated = check(&file("played.json", PROFILE), &workload).expect("it is right");
     assert_eq!(played.num_completed, 9);
     assert_eq!((simulated.prompt_tokens, simulated.output_tokens), (played.prompt_tokens, played.output_tokens));
     assert!(played.duration_s >= 0.04 && played.ttft_ms.p50 > 0.0, "{played}");

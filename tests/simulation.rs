@@ -426,7 +426,7 @@ fn engine(config: EngineConfig) -> Engine {
     engine_on(SimBackend::new(options), config)
 }
 
-fn engine_on(backend: SimBackend, config: EngineConfig) -> Engine {
+pub fn engine_on(backend: SimBackend, config: EngineConfig) -> Engine {
     config.check().expect("the workload is valid");
     let mut backend = Box::new(backend);
     let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };

@@ -58,9 +58,7 @@ pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
     let engine_args =
         EngineArgs { pipeline_depth: 1, profile: Profile::Throughput, target_itl_ms: None, ..args.engine.clone() };
     let mut engine = start::plan(&engine_args, None)?.load_engine()?;
-    let mut progress = |num_passes, num_steps| eprintln!("{num_passes} passes over the grid, {num_steps} steps");
-    let measured = profile::measure(&mut engine, Duration::from_secs(args.seconds), &mut progress)?;
-    let profile = device_profile(&engine, &args.engine.model.model, measured.clone());
+    let (profile, measured) = measure(&mut engine, &args.engine.model.model, Duration::from_secs(args.seconds))?;
     fs::write(&args.output, profile.to_json())
         .map_err(|source| BenchCommandError::Write { path: args.output.clone(), source })?;
     let Measured { num_steps, num_passes, median_error, p95_error, .. } = measured;
@@ -87,6 +85,13 @@ pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
 
 /// A usual one, for what is told of a device in one number.
 const KNEE_CONTEXT: u32 = 512;
+
+/// The profile of an engine's device, and how it was come by.
+pub fn measure(engine: &mut Engine, model: &str, time: Duration) -> Result<(DeviceProfile, Measured), ProfileError> {
+    let mut progress = |num_passes, num_steps| eprintln!("{num_passes} passes over the grid, {num_steps} steps");
+    let measured = profile::measure(engine, time, &mut progress)?;
+    Ok((device_profile(engine, model, measured.clone()), measured))
+}
 
 fn device_profile(engine: &Engine, model: &str, measured: Measured) -> DeviceProfile {
     let (device, config) = (engine.backend().info(), engine.config());
