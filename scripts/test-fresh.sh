@@ -10,7 +10,7 @@ say() { echo "test-fresh: $*" >&2; }
 command -v mmdebstrap >/dev/null || { say "mmdebstrap was not found; apt-get install mmdebstrap"; exit 1; }
 rustup=$(rustc --print sysroot)
 
-if [ $# -gt 0 ]; then folder=$1; else folder=$(mktemp -d); fi
+if [ $# -gt 0 ]; then folder=$1; mkdir -p "$folder"; else folder=$(mktemp -d); fi
 root=$folder/root
 cleanup() {
   mountpoint -q "$root/proc" && umount "$root/proc"

@@ -8,6 +8,8 @@ mod cpu;
 mod device;
 /// Needs nothing: readers and dequantisers against stored vectors, hostile files.
 mod formats;
+/// GGUF files to be.
+mod gguf_file;
 /// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.
 mod golden;
 /// Needs nothing: the server on `sim` over real sockets.

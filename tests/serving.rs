@@ -16,6 +16,7 @@ use fullbore_engine::tensor::WeightFormat;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+use crate::gguf_file::{GgufFile, array, f32, text, typed, u32};
 use crate::http::{Harness, ids};
 use crate::random::Random;
 
@@ -212,38 +213,9 @@ mod damaged {
         tokio::runtime::Builder::new_current_thread().build().expect("a runtime")
     }
 
-    /// A value of GGUF's metadata, encoded with its type.
-    fn typed(number: u32, value: &[u8]) -> Vec<u8> {
-        [&number.to_le_bytes(), value].concat()
-    }
-
-    fn u32(value: u32) -> Vec<u8> {
-        typed(4, &value.to_le_bytes())
-    }
-
-    fn f32(value: f32) -> Vec<u8> {
-        typed(6, &value.to_le_bytes())
-    }
-
-    fn text(text: &str) -> Vec<u8> {
-        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-    }
-
-    fn array(number: u32, elements: &[Vec<u8>]) -> Vec<u8> {
-        let head = [number.to_le_bytes().as_slice(), &(elements.len() as u64).to_le_bytes()].concat();
-        typed(9, &[head, elements.concat()].concat())
-    }
-
-    #[derive(Clone)]
-    struct File {
-        keys: Vec<(String, Vec<u8>)>,
-        /// Name, dimensions (innermost first), format's number, bytes.
-        tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
-    }
-
-    impl File {
+    impl GgufFile {
         /// A Llama or a Gemma of one layer that knows bytes.
-        fn sound(family: &str) -> File {
+        fn sound(family: &str) -> GgufFile {
             let pieces: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter().collect();
             let pieces: Vec<String> =
                 pieces.into_iter().chain((0..=255).map(|byte| format!("<0x{byte:02X}>"))).collect();
@@ -278,27 +250,7 @@ mod damaged {
                 of_family("rope.scaling.type", typed(8, &text("linear"))),
                 of_family("rope.scaling.factor", f32(2.0)),
             ];
-            File { keys, tensors: tensors(family, pieces.len() as u64) }
-        }
-
-        fn bytes(&self) -> Vec<u8> {
-            let counts = [self.tensors.len() as u64, self.keys.len() as u64].map(u64::to_le_bytes);
-            let mut out = [b"GGUF".as_slice(), &3u32.to_le_bytes(), counts.as_flattened()].concat();
-            for (name, value) in &self.keys {
-                out.extend([text(name), value.clone()].concat());
-            }
-            let mut data = Vec::new();
-            for (name, dims, format, bytes) in &self.tensors {
-                out.extend(text(name));
-                out.extend((dims.len() as u32).to_le_bytes());
-                dims.iter().for_each(|dim| out.extend(dim.to_le_bytes()));
-                out.extend(format.to_le_bytes());
-                out.extend((data.len() as u64).to_le_bytes());
-                data.extend(bytes);
-                data.resize(data.len().next_multiple_of(32), 0);
-            }
-            out.resize(out.len().next_multiple_of(32), 0);
-            [out, data].concat()
+            GgufFile { keys, tensors: tensors(family, pieces.len() as u64) }
         }
 
         /// One thing changed: a key's value, a key gone or there twice, a tensor's entry or its values.
@@ -377,7 +329,7 @@ mod damaged {
         let (runtime, mut random) = (runtime(), Random::new(21));
         let path = fresh_dir("damaged-gguf").join("damaged.gguf");
         for family in ["llama", "gemma3"] {
-            let sound = File::sound(family);
+            let sound = GgufFile::sound(family);
             write(&path, sound.bytes());
             assert!(try_out(&runtime, &path), "{family}: {}", refusal(&path));
             let mut num_served = 0;
@@ -393,9 +345,9 @@ mod damaged {
         }
     }
 
-    impl File {
+    impl GgufFile {
         /// A key of the file's own family, set to a value.
-        fn with(mut self, key: &str, value: Vec<u8>) -> File {
+        fn with(mut self, key: &str, value: Vec<u8>) -> GgufFile {
             let family = String::from_utf8_lossy(&self.keys[0].1[12..]).into_owned();
             let key = if key.contains("general.") { key.to_owned() } else { format!("{family}.{key}") };
             self.keys.retain(|(other, _)| *other != key);
@@ -407,12 +359,12 @@ mod damaged {
     #[test]
     fn gguf_files_that_are_not_run_are_refused_by_name() {
         let path = fresh_dir("other-gguf").join("other.gguf");
-        let check = |file: File, words: &[&str]| {
+        let check = |file: GgufFile, words: &[&str]| {
             write(&path, file.bytes());
             let sentence = refusal(&path);
             assert!(words.iter().all(|word| sentence.contains(word)), "{words:?}: {sentence}");
         };
-        let llama = || File::sound("llama");
+        let llama = || GgufFile::sound("llama");
         check(llama().with("general.type", typed(8, &text("adapter"))), &["LoRA"]);
         check(llama().with("general.type", typed(8, &text("mmproj"))), &["vision"]);
         check(llama().with("general.type", typed(8, &text("imatrix"))), &["imatrix"]);
@@ -434,7 +386,7 @@ mod damaged {
         let mut other = llama();
         other.tensors.push(("blk.0.attn_q.lora_a.weight".to_owned(), vec![4], 0, vec![0; 16]));
         check(other, &["blk.0.attn_q.lora_a.weight"]);
-        let mut incomplete = File::sound("gemma3");
+        let mut incomplete = GgufFile::sound("gemma3");
         incomplete.tensors.retain(|(name, ..)| !name.contains("attn_k_norm"));
         check(incomplete, &["blk.0.attn_k_norm.weight", "not in the model file"]);
     }
@@ -442,24 +394,24 @@ mod damaged {
     #[test]
     fn windows_and_their_rotation_are_the_files_own() {
         let path = fresh_dir("windows").join("windows.gguf");
-        let config = |file: File| {
+        let config = |file: GgufFile| {
             write(&path, file.bytes());
             let file = Gguf::open(&path).unwrap_or_else(|error| panic!("{error}"));
             ModelConfig::from_gguf(&file).unwrap_or_else(|error| panic!("{error}"))
         };
-        let windows = |file: File| config(file).windows.iter().map(Option::is_some).collect::<Vec<_>>();
-        let gemma = || File::sound("gemma3").with("block_count", u32(7));
+        let windows = |file: GgufFile| config(file).windows.iter().map(Option::is_some).collect::<Vec<_>>();
+        let gemma = || GgufFile::sound("gemma3").with("block_count", u32(7));
         assert_eq!(windows(gemma()), [true, true, true, true, true, false, true]);
         let three = gemma().with("attention.sliding_window_pattern", u32(3));
         assert_eq!(windows(three), [true, true, false, true, true, false, true]);
         let named = [0, 1, 0, 1, 0, 1, 1].map(|is_local| vec![is_local]);
         let named = gemma().with("attention.sliding_window_pattern", array(7, &named));
         assert_eq!(windows(named), [false, true, false, true, false, true, true]);
-        assert_eq!(windows(File::sound("llama").with("block_count", u32(2))), [true, true]);
-        let local_base = |file: File| config(file).local_rope.map(|rope| rope.base);
+        assert_eq!(windows(GgufFile::sound("llama").with("block_count", u32(2))), [true, true]);
+        let local_base = |file: GgufFile| config(file).local_rope.map(|rope| rope.base);
         assert_eq!(local_base(gemma()), Some(10_000.0));
         assert_eq!(local_base(gemma().with("rope.freq_base_swa", f32(5000.0))), Some(5000.0));
-        assert_eq!(local_base(File::sound("llama")), None);
+        assert_eq!(local_base(GgufFile::sound("llama")), None);
     }
 
     /// Every place in a JSON value, by the keys and indices that lead there.

@@ -7,13 +7,17 @@ use std::path::{Path, PathBuf};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
+use fullbore_engine::format::gguf::Gguf;
+use fullbore_engine::format::quant::dequantize_row;
 use fullbore_engine::format::safetensors::SafetensorsDir;
-use fullbore_engine::model::config::{Family, RopeScaling};
+use fullbore_engine::model::config::{Family, RopeConfig, RopeScaling};
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::RopeStyle;
 use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, SamplingParams, TokenId, TokenLogprobs, token_mask};
+use fullbore_engine::tensor::WeightFormat;
 use serde_json::{Value, json};
 
+use crate::gguf_file::{GgufFile, array, f32, text, typed, u32};
 use crate::golden::{add, tokens};
 
 const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma3"];
@@ -133,6 +137,133 @@ fn sampling_parameters_act_on_a_model() {
     let known = |at: usize| prompt.iter().chain(&fresh[..at]).any(|token| *token == fresh[at]);
     let num_known = (0..24).filter(|at| known(*at)).count();
     assert_eq!(num_known, 0, "{fresh:?} after {prompt:?}");
+}
+
+/// The same weights and the same config in the words of GGUF, as converters write them. Only Gemma's scale of scores
+/// has none there.
+#[test]
+fn the_same_models_as_gguf_give_the_same() {
+    for name in FAMILIES {
+        let expected = expected(name);
+        let prompt = ids(&expected["prompt"]);
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.gguf"));
+        std::fs::write(&path, as_gguf(name).bytes()).expect("a temporary file");
+        let file = Gguf::open(&path).unwrap_or_else(|error| panic!("{error}"));
+        let mut config = ModelConfig::from_gguf(&file).unwrap_or_else(|error| panic!("{error}"));
+        if name == "gemma3" {
+            config.attention_scale = (1.0 / 24f64.sqrt()) as f32;
+        }
+        let events = run_checkpoint(config, Checkpoint::Gguf(file), greedy(&prompt), 64);
+        let (chosen, rows) = differences(&expected, &events);
+        println!(
+            "{name} as GGUF: log-probabilities differ by {chosen:.1e} from f32, by {rows:.1e} from K and V in f16"
+        );
+        assert!(chosen < F32_TOLERANCE && rows < F16_CACHE_TOLERANCE, "{name} as GGUF differs by {chosen} and {rows}");
+        if !is_permuted(name) {
+            assert!(events == run(name, &prompt, 64, |_| {}), "{name}: not the bits of the folder");
+        }
+    }
+}
+
+/// Whether converters reorder the rows of q and k, so that pairs that rotate together are neighbours.
+fn is_permuted(name: &str) -> bool {
+    matches!(name, "llama" | "mistral")
+}
+
+fn as_gguf(name: &str) -> GgufFile {
+    let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
+    let config = ModelConfig::from_json(dir.config_json()).expect("a config");
+    let family = if name == "mistral" { "llama" } else { name };
+    let mut file = GgufFile { keys: gguf_keys(family, &config), tensors: Vec::new() };
+    for info in dir.tensors() {
+        let number = [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16].iter().position(|f| *f == info.format);
+        let number = [0, 1, 30][number.expect("a format of safetensors")];
+        let mut bytes = vec![0; info.size_bytes as usize];
+        dir.rows(&info.name).expect("a tensor").read_rows(&mut bytes).expect("its rows");
+        let gguf_name = gguf_name(&info.name, name == "gemma3");
+        let mut entry = (gguf_name, vec![u64::from(info.cols), u64::from(info.rows)], number, bytes);
+        if info.rows == 1 {
+            // Vectors are f32 there, and Gemma's norms have their 1.
+            let mut values = vec![0.0; info.cols as usize];
+            dequantize_row(info.format, &entry.3, &mut values);
+            let one = if name == "gemma3" { 1.0 } else { 0.0 };
+            let bytes = values.iter().flat_map(|value| (value + one).to_le_bytes()).collect();
+            entry = (entry.0, vec![u64::from(info.cols)], 0, bytes);
+        } else if is_permuted(name) && ["attn_q.", "attn_k."].iter().any(|part| entry.0.contains(part)) {
+            entry.3 = permuted(&entry.3, config.head_dim as usize, info.format.row_bytes(info.cols) as usize);
+        }
+        file.tensors.push(entry);
+    }
+    if matches!(config.rope.scaling, RopeScaling::Llama3 { .. }) {
+        let plain = RopeConfig { scaling: RopeScaling::None, ..config.rope.clone() };
+        let divisors = plain.frequencies().into_iter().zip(config.rope.frequencies());
+        let bytes: Vec<u8> = divisors.flat_map(|(plain, scaled)| ((plain / scaled) as f32).to_le_bytes()).collect();
+        file.tensors.push(("rope_freqs.weight".to_owned(), vec![bytes.len() as u64 / 4], 0, bytes));
+    }
+    file
+}
+
+/// Row r of a head's first half, then row r of its second, and so on.
+fn permuted(bytes: &[u8], head_dim: usize, row_bytes: usize) -> Vec<u8> {
+    let heads = bytes.chunks_exact(head_dim * row_bytes);
+    let pairs = |head: &[u8]| {
+        let (first, second) = head.split_at(head.len() / 2);
+        let rows = first.chunks_exact(row_bytes).zip(second.chunks_exact(row_bytes));
+        rows.flat_map(|(first, second)| [first, second].concat()).collect::<Vec<u8>>()
+    };
+    heads.flat_map(pairs).collect()
+}
+
+fn gguf_keys(family: &str, config: &ModelConfig) -> Vec<(String, Vec<u8>)> {
+    let is_local: Vec<Vec<u8>> = config.windows.iter().map(|window| vec![u8::from(window.is_some())]).collect();
+    let keys = [
+        ("block_count", u32(config.num_layers)),
+        ("embedding_length", u32(config.dim)),
+        ("attention.head_count", u32(config.num_heads)),
+        ("attention.head_count_kv", u32(config.num_kv_heads)),
+        ("attention.key_length", u32(config.head_dim)),
+        ("attention.value_length", u32(config.head_dim)),
+        ("feed_forward_length", u32(config.ffn_dim)),
+        ("attention.layer_norm_rms_epsilon", f32(config.norm_eps)),
+        ("context_length", u32(config.max_positions)),
+        ("rope.freq_base", f32(config.rope.base as f32)),
+        ("attention.sliding_window", u32(config.windows.iter().flatten().copied().max().unwrap_or(0))),
+    ];
+    let mut keys: Vec<_> = keys.into_iter().map(|(key, value)| (format!("{family}.{key}"), value)).collect();
+    keys.push(("general.architecture".to_owned(), typed(8, &text(family))));
+    if let RopeScaling::Linear { factor } = config.rope.scaling {
+        keys.push((format!("{family}.rope.scaling.type"), typed(8, &text("linear"))));
+        keys.push((format!("{family}.rope.scaling.factor"), f32(factor as f32)));
+    }
+    if let Some(local) = &config.local_rope {
+        keys.push((format!("{family}.rope.freq_base_swa"), f32(local.base as f32)));
+    }
+    // Gemma's pattern is what a file without a word on it has.
+    if family == "qwen3" {
+        keys.push((format!("{family}.attention.sliding_window_pattern"), array(7, &is_local)));
+    }
+    keys
+}
+
+fn gguf_name(name: &str, gemma: bool) -> String {
+    let name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd");
+    let name = name.replace("model.norm", "output_norm").replace("lm_head", "output");
+    let parts = [
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+        ("post_attention_layernorm", if gemma { "post_attention_norm" } else { "ffn_norm" }),
+    ];
+    parts.iter().fold(name, |name, (theirs, ours)| name.replace(theirs, ours))
 }
 
 #[test]
@@ -305,13 +436,28 @@ fn weights_of_another_shape_are_refused_by_name() {
 /// All events of a greedy request with as many log-probabilities as there are; its prompt goes in chunks of
 /// `max_num_batched_tokens`.
 fn run(name: &str, prompt: &[TokenId], max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
-    let num_top = Some(MAX_LOGPROBS);
-    let prompt = prompt.to_vec();
-    let request = Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() };
-    run_request(name, request, max_num_batched_tokens, change)
+    run_request(name, greedy(prompt), max_num_batched_tokens, change)
+}
+
+fn greedy(prompt: &[TokenId]) -> Request {
+    let (prompt, num_top) = (prompt.to_vec(), Some(MAX_LOGPROBS));
+    Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() }
 }
 
 fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
+    let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
+    let mut config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
+    change(&mut config);
+    let checkpoint = Checkpoint::Safetensors { dir, family: config.family };
+    run_checkpoint(config, checkpoint, request, max_num_batched_tokens)
+}
+
+fn run_checkpoint(
+    model_config: ModelConfig,
+    mut checkpoint: Checkpoint,
+    request: Request,
+    max_num_batched_tokens: u32,
+) -> Vec<Event> {
     let config = EngineConfig {
         max_num_seqs: 1,
         max_num_batched_tokens,
@@ -323,10 +469,6 @@ fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, change
         ..EngineConfig::default()
     };
     config.check().expect("a valid config");
-    let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
-    let mut model_config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
-    change(&mut model_config);
-    let mut checkpoint = Checkpoint::Safetensors { dir, family: model_config.family };
     let mut backend = Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started"));
     let limits = config.state_limits();
     let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});

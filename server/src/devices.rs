@@ -9,8 +9,8 @@ use fullbore_engine::memory::capacity::human_bytes;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceChoiceError {
-    #[error("there is no device {0}: `fullbore devices` lists them; cpu, sim and auto are names too")]
-    Unknown(String),
+    #[error("there is no device {wanted}; there is {known}")]
+    Unknown { wanted: String, known: String },
     #[error(transparent)]
     Gpu(#[from] adapters::OpenError),
     #[error(transparent)]
@@ -34,9 +34,9 @@ pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
             opened => Ok(opened?),
         },
         // An empty selector would mean the best there is.
-        "" => Err(DeviceChoiceError::Unknown(wanted.to_owned())),
+        "" => Err(unknown(wanted)),
         _ => gpu(wanted).map_err(|error| match error {
-            adapters::OpenError::NotFound { .. } => DeviceChoiceError::Unknown(wanted.to_owned()),
+            adapters::OpenError::NotFound { .. } => unknown(wanted),
             error => error.into(),
         }),
     }
@@ -53,6 +53,12 @@ pub fn memory_bytes(device: &DeviceInfo) -> Option<u64> {
 /// An engine's place among those of this process that share the device; a simulated one is nobody else's.
 pub fn share(device: &DeviceInfo, engine_name: &str) -> Option<Membership> {
     (device.id != "sim").then(|| Membership::join(&device.id, engine_name))
+}
+
+fn unknown(wanted: &str) -> DeviceChoiceError {
+    let adapters = adapters::devices().into_iter().map(|device| format!("{} ({})", device.id, device.name));
+    let known: Vec<String> = ["auto", "cpu", "sim"].map(str::to_owned).into_iter().chain(adapters).collect();
+    DeviceChoiceError::Unknown { wanted: wanted.to_owned(), known: known.join(", ") }
 }
 
 fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
@@ -90,11 +96,13 @@ mod tests {
         for name in ["cpu", "sim"] {
             assert_eq!(open(name).expect("always there").info().id, name);
         }
-        assert!(matches!(open("").err(), Some(DeviceChoiceError::Unknown(_))));
         assert!(memory_bytes(cpu().expect("always there").info()).is_some());
         assert_eq!(memory_bytes(open("sim").expect("always there").info()), None);
-        let sentence = open("vulkan:no-such-device").err().expect("not there").to_string();
-        assert!(sentence.contains("vulkan:no-such-device"), "{sentence}");
+        for wanted in ["", "gpu", "vulkan:no-such-device"] {
+            let sentence = open(wanted).err().expect("not there").to_string();
+            let expected = format!("there is no device {wanted}; there is auto, cpu, sim");
+            assert!(sentence.starts_with(&expected), "{sentence}");
+        }
     }
 
     #[test]

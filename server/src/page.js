@@ -59,12 +59,16 @@ function ask() {
   });
 }
 
-// What the status line says of an answer: tokens are counted by the server where it has said, else by events.
+// How fast an answer comes: tokens are counted by the server where it has said, else by events.
 function speed(state) {
   const seconds = (state.last - state.first) / 1000;
-  const rate = seconds > 0 ? `${((state.tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+  return seconds > 0 ? `${((state.tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+}
+
+// What the line below an answer says.
+function summary(state) {
   const wait = `first after ${(state.first - state.start).toFixed(0)} ms`;
-  return [`${state.tokens} tokens`, rate, wait].filter(Boolean).join(" · ");
+  return [`${state.tokens} tokens`, speed(state), wait].filter(Boolean).join(" · ");
 }
 
 async function answer(view) {
@@ -83,8 +87,8 @@ async function answer(view) {
     }
     if (event.usage) state.tokens = event.usage.completion_tokens;
     if (state.first !== null) {
-      view.note.textContent = speed(state);
-      element("engine").textContent = speed(state).split(" · ")[1];
+      view.note.textContent = summary(state);
+      element("engine").textContent = speed(state);
     }
   }
 }

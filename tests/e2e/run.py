@@ -1,4 +1,4 @@
-"""End to end: the official OpenAI client against the running binary, on sim, cpu and lavapipe.
+"""End to end: the command line, and the official OpenAI client against the running binary on sim, cpu and lavapipe.
 
     python3 tests/e2e/run.py BINARY
 
@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -195,33 +196,83 @@ def sixteen_streams_equal_each_alone(server):
         assert left == right, f"{prompt!r}: alone {left}, among 16 {right}"
 
 
+def command(*arguments, status=0, **environment):
+    """Runs the binary and gives what it printed; without a terminal, nothing may be asked."""
+    done = subprocess.run([BINARY, *arguments], env={**os.environ, **environment}, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == status, (arguments, done)
+    return done.stdout if status == 0 else done.stderr
+
+
+def devices_are_listed():
+    lines = command("devices").splitlines()
+    assert lines[0].split()[:4] == ["device", "name", "memory", "tier"] and lines[1].startswith("cpu "), lines
+    drivers = os.environ["VK_DRIVER_FILES"].split(":")
+    assert len(lines) == 2 + len(drivers) and all(line.startswith("vulkan:") for line in lines[2:]), lines
+
+
+def a_dry_run_prints_the_table_alone():
+    lines = command("serve", "--device", "cpu", "--dry-run", "--kv-memory", "64MiB").splitlines()
+    assert [line.split()[0] for line in lines] == ["weights", "KV", "scratch", "tables", "total"], lines
+    assert "900.0 GiB" in command("serve", "--device", "sim", "--dry-run", "--kv-memory", "900GiB")
+    assert "--kv-memory" in command("serve", "--device", "cpu", "--dry-run", "--kv-memory", "900GiB", status=1)
+
+
+def one_prompt_is_answered():
+    assert len(command("run", "Name a colour.", "--device", "cpu", "--max-tokens", "8", "--temperature", "0").strip()) > 3
+
+
+def models_are_fetched_or_named():
+    assert command("fetch", "smollm2").strip().endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert command("fetch", __file__).strip() == __file__
+    assert "nothing-known" in command("fetch", "nothing-known", status=1)
+    # Nobody listens there, as on a machine without a network.
+    with tempfile.TemporaryDirectory() as folder:
+        error = command("fetch", "owner/name", status=1, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=folder)
+    assert "cannot get owner/name from Hugging Face" in error and "give a path to a local file" in error, error
+
+
+def what_cannot_be_served_is_named():
+    for arguments, word in [(["--model", __file__, "--device", "cpu"], "not a GGUF file"), (["--device", "vulkan:none"], "vulkan:none"),
+                            (["--max-model-len", "99999", "--device", "cpu"], "8192"), (["--host", "192.0.2.1"], "192.0.2.1")]:
+        error = command("serve", *arguments, status=1)
+        assert word in error and "panicked" not in error, error
+
+
+COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_answered, models_are_fetched_or_named,
+            what_cannot_be_served_is_named]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
           bad_input_is_named, a_dropped_client_frees_its_blocks]
 
 
+def run(name, test, *arguments):
+    """Whether the test passed; says so."""
+    start = time.monotonic()
+    try:
+        test(*arguments)
+    except Exception:
+        print(f"FAILED  {name:18} {test.__name__}", flush=True)
+        traceback.print_exc()
+        return False
+    print(f"ok      {name:18} {test.__name__} ({time.monotonic() - start:.1f} s)", flush=True)
+    return True
+
+
 def main():
-    passed, failed = 0, 0
+    results = [run("command line", test) for test in COMMANDS]
     for device, extra, tests in [("sim", [], EVERYWHERE), ("cpu", [], EVERYWHERE + ON_CPU), ("vulkan:llvmpipe", [], EVERYWHERE)]:
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(Server(device, *extra))
             except Exception:
                 traceback.print_exc()
-                failed += len(tests)
+                results += [False] * len(tests)
                 continue
-            for test in tests:
-                start = time.monotonic()
-                try:
-                    test(server)
-                    passed += 1
-                    print(f"ok      {device:18} {test.__name__} ({time.monotonic() - start:.1f} s)", flush=True)
-                except Exception:
-                    failed += 1
-                    print(f"FAILED  {device:18} {test.__name__}", flush=True)
-                    traceback.print_exc()
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(1 if failed else 0)
+            results += [run(device, test, server) for test in tests]
+    passed = sum(results)
+    print(f"{passed} passed, {len(results) - passed} failed")
+    sys.exit(0 if all(results) else 1)
 
 
 main()
