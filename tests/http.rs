@@ -4,6 +4,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::ops::Range;
 use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -94,7 +95,8 @@ impl Backend for Gated {
         self.sim.submit(recording)
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
+        let begun = Instant::now();
         let pace = self.gate.pass();
         match pace {
             Pace::Lost => {
@@ -104,8 +106,8 @@ impl Backend for Gated {
             Pace::Each(time) => std::thread::sleep(time),
             Pace::Free | Pace::Stalled | Pace::SlowSubmit(_) => {}
         }
-        let done_at = self.sim.wait(ticket, out)?;
-        Ok(if matches!(pace, Pace::Each(_)) { Instant::now() } else { done_at })
+        let ran = self.sim.wait(ticket, out)?;
+        Ok(if matches!(pace, Pace::Each(_)) { begun..Instant::now() } else { ran })
     }
 
     fn now(&self) -> Instant {

@@ -4,6 +4,7 @@
 //! `cargo bench -p fullbore-bench --bench step` prints one line of JSON a size; `cargo test` runs it small.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -163,7 +164,7 @@ impl Backend for Timed {
         self.time(|device| device.submit(recording))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         self.time(|device| device.wait(ticket, out))
     }
 

@@ -9,7 +9,7 @@ use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 use fullbore_engine::worker::{EngineHandle, SubmitError};
 
 use crate::statistics::quantile;
-use crate::stopwatch::Waited;
+use crate::stopwatch::{Dial, Reading};
 use crate::workload::Workload;
 
 /// What a run measured.
@@ -31,8 +31,10 @@ pub struct OfflineReport {
     pub output_hash: String,
     /// Of `elapsed_s`, in which the device waited for the host, as the engine's limits say.
     pub host_waiting_share: f64,
-    /// By the wall clock alone: of `elapsed_s`, in which the engine was not blocked waiting for the device. The device
-    /// can have waited for no more than that.
+    /// Of `elapsed_s`, what is left beside the time that the device says it worked.
+    pub not_busy_share: f64,
+    /// Of `elapsed_s`, in which the engine was not blocked waiting for the device: about the most that the device can
+    /// have waited, where `submit` does not block.
     pub not_blocked_share: f64,
     /// Seconds of the engine's life by what they are charged to, those before the first request included.
     pub device_seconds: BTreeMap<&'static str, f64>,
@@ -49,10 +51,10 @@ pub enum BenchError {
     EngineGone,
 }
 
-/// Submits all of `workload`, waits for its end and ends the engine, whose device is watched by `waited`.
-pub fn run(engine: &EngineHandle, workload: Workload, waited: &Waited) -> Result<OfflineReport, BenchError> {
+/// Submits all of `workload`, waits for its end and ends the engine, whose device is behind the stopwatch of `dial`.
+pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<OfflineReport, BenchError> {
     let requests = workload.requests(engine.vocab_size());
-    let waited_before = waited.so_far();
+    let before = dial.read();
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
     for (index, request) in requests.into_iter().enumerate() {
@@ -81,14 +83,16 @@ pub fn run(engine: &EngineHandle, workload: Workload, waited: &Waited) -> Result
         }
     }
     let elapsed = start.elapsed();
-    let blocked = waited.so_far() - waited_before;
+    let Reading { busy, blocked } = dial.read() - before;
+    let rest = |part: Duration| 1.0 - part.as_secs_f64() / elapsed.as_secs_f64();
     // Its last step is told to clients first.
     engine.shutdown();
     let stats = engine.stats();
     let total = &stats.limits.total;
     Ok(OfflineReport {
         host_waiting_share: total.host_ns() as f64 / 1e9 / elapsed.as_secs_f64(),
-        not_blocked_share: 1.0 - blocked.as_secs_f64() / elapsed.as_secs_f64(),
+        not_busy_share: rest(busy),
+        not_blocked_share: rest(blocked),
         device_seconds: Cause::ALL.into_iter().map(|cause| (cause.name(), total.seconds(cause))).collect(),
         verdict: engine.verdict(&stats).sentence,
         ..report(&traces, workload, start, elapsed)

@@ -1,38 +1,55 @@
-//! Any device, with the time that the engine was blocked waiting for it: an outside view of how often it waits.
+//! Any device, with the time that it says it worked, and the time that the engine was blocked waiting for it: two views
+//! from outside the engine of how much of the wall time the device was idle.
 //!
-//! Invariant: while the engine is blocked in `wait` the device runs, but for the moment of waking up. So what is left
-//! of the wall time is about the most that the device can have waited for the host, whatever the engine itself says.
+//! Invariant: while the engine is blocked in `wait` the device works, but for the moment of waking up. So what is left
+//! of the wall time is about the most that the device can have been idle, on a device whose `submit` does not block.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::{Range, Sub};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, Weight};
 
-/// How long a [`Stopwatch`] has been waited for; clones share it.
+/// What a [`Stopwatch`] shows; clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Waited(Arc<AtomicU64>);
+pub struct Dial(Arc<Mutex<Reading>>);
 
-impl Waited {
-    pub fn so_far(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Acquire))
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reading {
+    /// The device worked, by its own account.
+    pub busy: Duration,
+    /// The engine was blocked in `wait`.
+    pub blocked: Duration,
+}
+
+impl Sub for Reading {
+    type Output = Reading;
+
+    fn sub(self, before: Reading) -> Reading {
+        Reading { busy: self.busy - before.busy, blocked: self.blocked - before.blocked }
+    }
+}
+
+impl Dial {
+    pub fn read(&self) -> Reading {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 pub struct Stopwatch {
     inner: Box<dyn Backend>,
-    waited: Waited,
+    dial: Dial,
 }
 
 impl Stopwatch {
     pub fn new(inner: Box<dyn Backend>) -> Stopwatch {
-        Stopwatch { inner, waited: Waited::default() }
+        Stopwatch { inner, dial: Dial::default() }
     }
 
-    pub fn waited(&self) -> Waited {
-        self.waited.clone()
+    pub fn dial(&self) -> Dial {
+        self.dial.clone()
     }
 }
 
@@ -65,11 +82,13 @@ impl Backend for Stopwatch {
         self.inner.submit(recording)
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         let begun = Instant::now();
-        let done_at = self.inner.wait(ticket, out);
-        self.waited.0.fetch_add(begun.elapsed().as_nanos() as u64, Ordering::AcqRel);
-        done_at
+        let ran = self.inner.wait(ticket, out)?;
+        let mut reading = self.dial.0.lock().unwrap_or_else(PoisonError::into_inner);
+        reading.blocked += begun.elapsed();
+        reading.busy += ran.end - ran.start;
+        Ok(ran)
     }
 
     fn now(&self) -> Instant {

@@ -66,7 +66,7 @@ struct Step {
     company: Company,
 }
 
-/// What a step took on the device, from the end of the one before it, or its own submission, to its results.
+/// What a step took on the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTime {
     pub shape: StepShape,
@@ -301,7 +301,7 @@ impl Engine {
         self.turn_to(Phase::Upload);
         let ticket = self.backend.submit(&self.recording)?;
         self.planned.submitted_at = self.backend.now();
-        self.limits.submitted(self.since_start(self.planned.submitted_at));
+        self.limits.submitted();
         self.planned.company = self.neighbours.as_ref().map(|others| others.submitted()).unwrap_or_default();
         self.turn_to(Phase::Schedule);
         let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
@@ -314,8 +314,8 @@ impl Engine {
         let (ticket, mut step) = self.in_flight.pop_front().expect("a step was submitted");
         self.turn_to(Phase::ReadBack);
         self.downloads.clear();
-        let ended_at = self.backend.wait(ticket, &mut self.downloads)?;
-        self.count(&step, ended_at);
+        let ran = self.backend.wait(ticket, &mut self.downloads)?;
+        self.count(&step, ran);
 
         let mut logprobs = self.choose(&step.batch);
         let mut outcomes = std::mem::take(&mut self.outcomes);

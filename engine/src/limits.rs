@@ -47,6 +47,7 @@ pub struct EndedStep {
     pub shape: StepShape,
     pub facts: StepFacts,
     pub submitted_ns: u64,
+    pub begun_ns: u64,
     pub ended_ns: u64,
     /// Whether another engine had a step on the same device meanwhile.
     pub has_company: bool,
@@ -178,17 +179,16 @@ impl Limits {
     }
 
     /// The device has got a step.
-    pub fn submitted(&mut self, now_ns: u64) {
-        if self.num_in_flight == 0 {
-            self.settle_idle(now_ns);
-        }
+    pub fn submitted(&mut self) {
         self.num_in_flight += 1;
     }
 
-    /// The oldest step in flight has ended: it began when it was submitted, or when the one before it ended.
+    /// The oldest step in flight has ended.
     pub fn ended(&mut self, step: &EndedStep) {
         self.num_in_flight = self.num_in_flight.checked_sub(1).expect("a step was submitted");
-        self.settle_idle(step.submitted_ns);
+        // From its submission to its begin it is on its way.
+        self.settle_idle(step.begun_ns.min(step.submitted_ns));
+        self.settle_as(Cause::Upload, step.begun_ns);
         self.settle_busy(step);
         let attended = step.shape.attended_tokens as f64 / f64::from(step.shape.num_tokens.max(1));
         self.context += (attended - self.context) / CONTEXT_PACE;
@@ -205,19 +205,23 @@ impl Limits {
     fn settle_idle(&mut self, until_ns: u64) {
         while self.settled_ns < until_ns {
             let next = self.marks.get(1).map_or(until_ns, |next| next.from_ns.min(until_ns));
-            let cause = self.marks[0].phase.cause();
-            for piece in window::pieces(self.settled_ns, next) {
-                let ns = piece.end - piece.start;
-                self.charge(piece.start, cause, ns, None);
-                self.count(piece.start, 0, ns);
-            }
-            self.settle(next);
+            self.settle_as(self.marks[0].phase.cause(), next);
         }
     }
 
+    /// Charges idle time up to `until_ns` to one cause.
+    fn settle_as(&mut self, cause: Cause, until_ns: u64) {
+        for piece in window::pieces(self.settled_ns, until_ns) {
+            let ns = piece.end - piece.start;
+            self.charge(piece.start, cause, ns, None);
+            self.count(piece.start, 0, ns);
+        }
+        self.settle(until_ns);
+    }
+
     fn settle(&mut self, until_ns: u64) {
-        self.settled_ns = until_ns;
-        while self.marks.get(1).is_some_and(|next| next.from_ns <= until_ns) {
+        self.settled_ns = self.settled_ns.max(until_ns);
+        while self.marks.get(1).is_some_and(|next| next.from_ns <= self.settled_ns) {
             self.marks.pop_front();
         }
     }
@@ -292,9 +296,17 @@ mod tests {
         limits
     }
 
-    fn step(num_rows: u32, held: Held, submitted_ns: u64, ended_ns: u64) -> EndedStep {
+    /// Begun as it is submitted.
+    fn step(num_rows: u32, held: Held, begun_ns: u64, ended_ns: u64) -> EndedStep {
         let facts = StepFacts { held, num_waiting: 3, ..StepFacts::default() };
-        EndedStep { shape: StepShape::decode(num_rows, 1), facts, submitted_ns, ended_ns, has_company: false }
+        EndedStep {
+            shape: StepShape::decode(num_rows, 1),
+            facts,
+            submitted_ns: begun_ns,
+            begun_ns,
+            ended_ns,
+            has_company: false,
+        }
     }
 
     fn check(limits: &Limits, wall_ns: u64) -> Snapshot {
@@ -311,7 +323,7 @@ mod tests {
         let knee = limits.snapshot().knee.expect("known");
         // rate(B) is B / (9.9 + 0.1 B) a ms, 9.1 at 1024 and so 90 % of that at about 450.
         assert!((430..470).contains(&knee.batch), "{knee:?}");
-        limits.submitted(0);
+        limits.submitted();
         limits.ended(&step(50, Held::KvMemory, 0, 20 * MS));
         let snapshot = check(&limits, 20 * MS);
         let rate = |rows: f64| rows / (9.9 + 0.1 * rows);
@@ -321,7 +333,7 @@ mod tests {
         // At the knee and beyond, and for a whole chunk of a prompt, all of it.
         let chunk = StepShape::decode(3, 100).with_slice(0, knee.batch, 0);
         for (shape, at) in [(StepShape::decode(knee.batch, 1), 20), (StepShape::decode(900, 1), 40), (chunk, 60)] {
-            limits.submitted(at * MS);
+            limits.submitted();
             limits.ended(&EndedStep { shape, ..step(1, Held::Slots, at * MS, (at + 20) * MS) });
         }
         assert_eq!(check(&limits, 80 * MS).total.ns(Cause::Slots), 0);
@@ -331,7 +343,7 @@ mod tests {
     fn an_unknown_device_computes_while_it_is_busy() {
         let mut limits = Limits::default();
         limits.turn_to(Phase::Schedule, 5 * MS);
-        limits.submitted(7 * MS);
+        limits.submitted();
         limits.ended(&step(1, Held::Slots, 7 * MS, 9 * MS));
         let snapshot = check(&limits, 9 * MS);
         assert_eq!(snapshot.knee, None);
@@ -347,25 +359,25 @@ mod tests {
         limits.turn_to(Phase::Schedule, 0);
         limits.turn_to(Phase::Record, MS);
         limits.turn_to(Phase::Upload, 3 * MS);
-        limits.submitted(6 * MS);
+        limits.submitted();
         // The next is planned and handed over while the first runs, from 6 to 26; but the host takes until 40.
         limits.turn_to(Phase::Schedule, 6 * MS);
         limits.turn_to(Phase::Record, 28 * MS);
         limits.turn_to(Phase::Upload, 33 * MS);
-        limits.submitted(40 * MS);
+        limits.submitted();
         limits.turn_to(Phase::ReadBack, 40 * MS);
         limits.ended(&step(100, Held::NoRequests, 6 * MS, 26 * MS));
         let of = |snapshot: &Snapshot| Cause::HOST.map(|cause| snapshot.total.ns(cause) / MS);
         assert_eq!(of(&check(&limits, 26 * MS)), [1, 2, 3, 0]);
         // It runs until 60; the host sees that at 62 and tells clients until 65.
-        limits.ended(&step(100, Held::NoRequests, 40 * MS, 60 * MS));
-        assert_eq!(of(&check(&limits, 60 * MS)), [1 + 2, 2 + 5, 3 + 7, 0]);
+        limits.ended(&EndedStep { begun_ns: 42 * MS, ..step(100, Held::NoRequests, 40 * MS, 60 * MS) });
+        assert_eq!(of(&check(&limits, 60 * MS)), [1 + 2, 2 + 5, 3 + 7 + 2, 0]);
         limits.turn_to(Phase::NoWork, 65 * MS);
         limits.turn_to(Phase::Schedule, 70 * MS);
         let snapshot = check(&limits, 70 * MS);
-        assert_eq!(of(&snapshot), [3, 7, 10, 5]);
-        assert_eq!(snapshot.total.host_ns(), 25 * MS);
-        assert_eq!(snapshot.total.idle_ns, 30 * MS);
+        assert_eq!(of(&snapshot), [3, 7, 12, 5]);
+        assert_eq!(snapshot.total.host_ns(), 27 * MS);
+        assert_eq!(snapshot.total.idle_ns, 32 * MS);
     }
 
     #[test]
@@ -373,7 +385,7 @@ mod tests {
         let price = CostModel::line(10e6, 1e5, Prices::default()).predict_ns(&StepShape::decode(1000, 1));
         for has_company in [false, true] {
             let mut limits = known();
-            limits.submitted(0);
+            limits.submitted();
             let step = EndedStep { has_company, ..step(1000, Held::NoRequests, 0, 3 * price) };
             limits.ended(&step);
             let snapshot = check(&limits, 3 * price);
@@ -386,7 +398,7 @@ mod tests {
     fn the_window_forgets_what_is_older_than_a_minute() {
         let mut limits = known();
         limits.turn_to(Phase::Schedule, 500 * MS);
-        limits.submitted(1500 * MS);
+        limits.submitted();
         limits.ended(&step(1, Held::Slots, 1500 * MS, 4500 * MS));
         let snapshot = check(&limits, 4500 * MS);
         assert_eq!(snapshot.window, snapshot.total);
@@ -421,21 +433,21 @@ mod tests {
             now += random(60) * MS + random(1000);
             limits.turn_to(phases[random(5) as usize], now);
             if in_flight.len() < 2 && random(2) == 0 {
-                limits.submitted(now);
+                limits.submitted();
                 let ended: u64 = free_at.max(now) + random(90) * MS;
                 free_at = ended;
                 in_flight.push_back((now, ended));
-            } else if let Some((submitted_ns, ended_ns)) = in_flight.pop_front() {
+            } else if let Some((begun_ns, ended_ns)) = in_flight.pop_front() {
                 now = now.max(ended_ns) + random(3);
                 let held = all_held[random(6) as usize];
                 let has_company = random(3) == 0;
-                let step = step(1 + random(700) as u32, held, submitted_ns, ended_ns);
+                let step = step(1 + random(700) as u32, held, begun_ns, ended_ns);
                 limits.ended(&EndedStep { has_company, ..step });
                 check(&limits, ended_ns.max(limits.settled_ns));
             }
         }
-        while let Some((submitted_ns, ended_ns)) = in_flight.pop_front() {
-            limits.ended(&step(1, Held::Slots, submitted_ns, ended_ns));
+        while let Some((begun_ns, ended_ns)) = in_flight.pop_front() {
+            limits.ended(&step(1, Held::Slots, begun_ns, ended_ns));
         }
         let end = now.max(free_at);
         limits.turn_to(Phase::NoWork, end);

@@ -42,11 +42,11 @@ pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     engine_args.max_waiting = engine_args.max_waiting.max(args.num_requests);
     let plan = start::plan(&engine_args, None)?;
     let stopwatch = Stopwatch::new(plan.backend);
-    let waited = stopwatch.waited();
+    let dial = stopwatch.dial();
     let model = Plan { backend: Box::new(stopwatch), ..plan }.load()?;
     let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
     let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
-    let report = offline::run(&model.engine, workload, &waited);
+    let report = offline::run(&model.engine, workload, &dial);
     model.engine.shutdown();
     println!("{}", serde_json::json!(report?));
     Ok(())

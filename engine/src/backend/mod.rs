@@ -5,8 +5,8 @@
 //! - `submit` returns before the work is done. The recording's upload takes effect after all earlier recordings and
 //!   before its own copies, and those one by one before its first op; ops see the writes of earlier ops; there are no
 //!   barriers in the interface.
-//! - `wait` blocks until the recording of that ticket is done and delivers its downloads, and when it was done, as
-//!   exactly as the device can tell: never later than `wait` returns, and just then where it tells nothing. Tickets are
+//! - `wait` blocks until the recording of that ticket is done and delivers its downloads, and when the device was at
+//!   it, as exactly as it can tell: not before the one before it was done, nor after `wait` has returned. Tickets are
 //!   waited for once each and in order; at most [`MAX_IN_FLIGHT`] are open.
 //! - Shapes, ranges and lifetimes are the caller's responsibility, asserted by `Recording`; a backend that meets a
 //!   violation panics, because it is a bug above.
@@ -19,6 +19,7 @@
 //! A backend knows no scheduler, memory manager, sequence or request: it cannot know what a user is.
 
 use std::io;
+use std::ops::Range;
 use std::time::Instant;
 
 use crate::format::FormatError;
@@ -52,8 +53,9 @@ pub trait Backend: Send {
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError>;
 
-    /// Appends the downloads of the ticket's recording to `out`, and says when the device had done it, on its clock.
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError>;
+    /// Appends the downloads of the ticket's recording to `out`, and says from when until when the device was at it, on
+    /// its clock.
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError>;
 
     /// The time on this device's clock: the machine's own, but for a simulator, whose time is virtual.
     fn now(&self) -> Instant;

@@ -8,6 +8,7 @@
 //! what a [`CostModel`] says: the device works its queue off in order on a [`SimClock`].
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -102,6 +103,7 @@ struct InFlight {
     done_at_ns: u64,
     /// In real time, where the device sleeps.
     done_at: Option<Instant>,
+    cost_ns: u64,
     downloads: Vec<u8>,
 }
 
@@ -332,12 +334,13 @@ impl Backend for SimBackend {
             ticket: self.num_submitted,
             done_at_ns: self.free_at_ns,
             done_at: begins.map(|begins| begins + Duration::from_nanos(cost_ns)),
+            cost_ns,
             downloads,
         });
         Ok(Ticket(self.num_submitted))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         let oldest = self.in_flight.pop_front().expect("a recording is in flight");
         assert_eq!(oldest.ticket, ticket.0, "tickets are waited for in order");
         self.clock.advance_to(Duration::from_nanos(oldest.done_at_ns));
@@ -345,7 +348,8 @@ impl Backend for SimBackend {
             std::thread::sleep(done_at.saturating_duration_since(Instant::now()));
         }
         out.extend_from_slice(&oldest.downloads);
-        Ok(oldest.done_at.unwrap_or(self.started_at + Duration::from_nanos(oldest.done_at_ns)))
+        let done_at = oldest.done_at.unwrap_or(self.started_at + Duration::from_nanos(oldest.done_at_ns));
+        Ok(done_at - Duration::from_nanos(oldest.cost_ns)..done_at)
     }
 
     /// Real time where the device sleeps, for then host and device share it; else the clock's.

@@ -1,8 +1,9 @@
 //! An engine's clock: what steps took, what that says of the device's prices, and where its time went.
 //!
-//! Invariant: the device runs its steps one after another, so a step begins when it was submitted or when the one
-//! before it had ended, whichever was later. All times are the backend's.
+//! Invariant: the device runs its steps one after another, so none begins before the one before it has ended. All times
+//! are the backend's.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -51,9 +52,9 @@ impl Engine {
     }
 
     /// Takes in the time of a step that has ended.
-    pub(super) fn count(&mut self, step: &Step, ended_at: Instant) {
-        let begun = step.submitted_at.max(self.device_free_at);
-        let ended_at = ended_at.max(begun);
+    pub(super) fn count(&mut self, step: &Step, ran: Range<Instant>) {
+        let begun = ran.start.max(self.device_free_at);
+        let ended_at = ran.end.max(begun);
         self.device_free_at = ended_at;
         let shape = step.batch.shape();
         self.last_step = StepTime { shape, device_ns: (ended_at - begun).as_nanos() as u64 };
@@ -62,6 +63,7 @@ impl Engine {
             shape,
             facts: step.facts,
             submitted_ns: self.since_start(step.submitted_at),
+            begun_ns: self.since_start(begun),
             ended_ns: self.since_start(ended_at),
             has_company,
         });

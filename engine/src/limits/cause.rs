@@ -22,7 +22,7 @@ pub enum Cause {
     Schedule,
     /// The host writes a batch as ops.
     Record,
-    /// The host hands ops and their integers to the device.
+    /// The host hands ops and their integers to the device, which begins.
     Upload,
     /// The host sees that a step has ended, reads it back and tells clients.
     ReadBack,

@@ -4,6 +4,7 @@
 //! equal to its twin bit for bit. Invariant: a number depends on its own row alone, never on how many rows, threads or
 //! chunks there are.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -217,7 +218,7 @@ impl Backend for CpuBackend {
         Ok(Ticket(self.num_submitted))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         self.num_waited += 1;
         assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
         Ok(self.worker.wait(out))

@@ -3,6 +3,7 @@
 //! Invariant: recordings are copied in and downloads are copied out, in buffers that go round; the engine's thread and
 //! this one share nothing else. It knows no op and no memory.
 
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -23,7 +24,7 @@ pub(super) struct Job {
     pub recording: Recording,
     pub downloads: Vec<u8>,
     /// When it was run, once it has.
-    done_at: Instant,
+    ran: Range<Instant>,
 }
 
 impl Worker {
@@ -33,8 +34,9 @@ impl Worker {
         let (finished, done) = sync_channel(MAX_IN_FLIGHT);
         let work = move || {
             for mut job in todo {
+                let begun = Instant::now();
                 run(&mut job);
-                job.done_at = Instant::now();
+                job.ran = begun..Instant::now();
                 if finished.send(job).is_err() {
                     return;
                 }
@@ -48,7 +50,7 @@ impl Worker {
         let new = || Job {
             recording: Recording::new(recording.upload_buffer),
             downloads: Vec::new(),
-            done_at: Instant::now(),
+            ran: Instant::now()..Instant::now(),
         };
         let mut job = self.spare.pop().unwrap_or_else(new);
         job.recording.copy_from(recording);
@@ -57,13 +59,13 @@ impl Worker {
         jobs.send(job).expect("the device's thread met a bug");
     }
 
-    /// The downloads of the oldest recording that was not waited for, and when it was done.
-    pub fn wait(&mut self, out: &mut Vec<u8>) -> Instant {
+    /// The downloads of the oldest recording that was not waited for, and when it was run.
+    pub fn wait(&mut self, out: &mut Vec<u8>) -> Range<Instant> {
         let job = self.done.recv().expect("the device's thread met a bug");
         out.extend_from_slice(&job.downloads);
-        let done_at = job.done_at;
+        let ran = job.ran.clone();
         self.spare.push(job);
-        done_at
+        ran
     }
 }
 

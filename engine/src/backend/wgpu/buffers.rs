@@ -12,6 +12,7 @@ use wgpu::{BufferUsages, Features, MapMode, PollType};
 use super::device::Device;
 use super::encode::{Shard, fills_blocks, rows_per_shard};
 use super::packing::{Layout, pack_tile};
+use super::stamps::STAMPS_BYTES;
 use crate::backend::{DeviceError, LoadError, RowSource, WeightSpec};
 use crate::tensor::{BufferId, Tensor};
 
@@ -135,23 +136,27 @@ pub(super) fn create(
 pub(super) struct Readback {
     buffer: Option<wgpu::Buffer>,
     size_bytes: u64,
+    /// Of these, at the end.
+    stamps_bytes: u64,
     mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>>,
 }
 
 impl Readback {
     pub fn new() -> Readback {
-        Readback { buffer: None, size_bytes: 0, mapped: Arc::default() }
+        Readback { buffer: None, size_bytes: 0, stamps_bytes: 0, mapped: Arc::default() }
     }
 
-    /// Records the copies of `downloads`, one after another.
+    /// Records the copies of `downloads`, one after another, and of the stamps behind them.
     pub fn record(
         &mut self,
         device: &Device,
         downloads: &[Tensor],
+        stamps: Option<(&wgpu::Buffer, u64)>,
         buffers: &Buffers,
         encoder: &mut wgpu::CommandEncoder,
     ) -> Result<(), DeviceError> {
-        self.size_bytes = downloads.iter().map(|tensor| tensor.size_bytes()).sum();
+        self.stamps_bytes = if stamps.is_some() { STAMPS_BYTES } else { 0 };
+        self.size_bytes = downloads.iter().map(|tensor| tensor.size_bytes()).sum::<u64>() + self.stamps_bytes;
         if self.size_bytes == 0 {
             return Ok(());
         }
@@ -168,6 +173,9 @@ impl Readback {
                 encoder.copy_buffer_to_buffer(from, tensor.offset_bytes(), buffer, to, tensor.size_bytes());
                 to += tensor.size_bytes();
             }
+            if let Some((from, offset)) = stamps {
+                encoder.copy_buffer_to_buffer(from, offset, buffer, to, STAMPS_BYTES);
+            }
         }
         Ok(())
     }
@@ -181,18 +189,21 @@ impl Readback {
         });
     }
 
-    /// Appends the bytes to `out`; the submission is done.
-    pub fn take(&mut self, device: &Device, out: &mut Vec<u8>) -> Result<(), DeviceError> {
-        let Some(buffer) = self.buffer.as_ref().filter(|_| self.size_bytes > 0) else { return Ok(()) };
+    /// Appends the downloads to `out` and returns the stamps, zeros where there are none; the submission is done.
+    pub fn take(&mut self, device: &Device, out: &mut Vec<u8>) -> Result<[u64; 2], DeviceError> {
+        let Some(buffer) = self.buffer.as_ref().filter(|_| self.size_bytes > 0) else { return Ok([0; 2]) };
         match self.mapped.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(Ok(())) => {}
             Some(Err(error)) => return Err(device.lost(&error.to_string())),
             None => return Err(device.lost("results were not mapped when their submission was done")),
         }
         let view = buffer.get_mapped_range(..self.size_bytes).map_err(|error| device.lost(&error.to_string()))?;
-        out.extend_from_slice(&view);
+        let (downloads, stamps) = view.split_at((self.size_bytes - self.stamps_bytes) as usize);
+        out.extend_from_slice(downloads);
+        let mut stamped = [0u64; 2];
+        bytemuck::bytes_of_mut(&mut stamped)[..stamps.len()].copy_from_slice(stamps);
         drop(view);
         buffer.unmap();
-        Ok(())
+        Ok(stamped)
     }
 }

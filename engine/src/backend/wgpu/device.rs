@@ -11,6 +11,8 @@ use crate::backend::{DeviceError, DeviceInfo};
 
 /// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
 const MAX_SHARD_BYTES: u64 = 1 << 30;
+/// To read the device's clock between commands.
+pub(super) const STAMP_FEATURES: Features = Features::TIMESTAMP_QUERY.union(Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
 
 #[derive(Clone, Debug, Default)]
 pub struct WgpuOptions {
@@ -172,8 +174,10 @@ impl Device {
         }
         let limits = adapter.limits();
         let needed = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
-        // Where it is there: blocks of the KV cache can be swapped to the host.
-        let features = needed | adapter.features() & Features::MAPPABLE_PRIMARY_BUFFERS;
+        // Where they are there: blocks of the KV cache can be swapped to the host, and steps are timed.
+        let has_stamps = adapter.features().contains(STAMP_FEATURES);
+        let stamps = if has_stamps { STAMP_FEATURES } else { Features::empty() };
+        let features = needed | stamps | adapter.features() & Features::MAPPABLE_PRIMARY_BUFFERS;
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("fullbore"),
             required_features: features,

@@ -5,6 +5,7 @@
 //! order.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::time::Instant;
 
 use fullbore_shaders::{TILE, Tier};
@@ -20,6 +21,7 @@ mod device;
 mod encode;
 pub mod packing;
 pub mod pipelines;
+mod stamps;
 
 pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
@@ -28,6 +30,7 @@ pub use device::{OpenError, WgpuOptions, devices};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
 use packing::Layout;
 use pipelines::{Kernel, Pipelines, uniform_layout};
+use stamps::Stamps;
 
 /// Dispatches of a recording at most, on tiers whose parameters lie in a buffer.
 const MAX_DISPATCHES: u64 = 8192;
@@ -45,10 +48,19 @@ pub struct WgpuBackend {
     uniforms: Option<Uniforms>,
     /// One for each recording in flight.
     readbacks: [Readback; MAX_IN_FLIGHT],
-    in_flight: VecDeque<wgpu::SubmissionIndex>,
+    /// Where the device can tell the time.
+    stamps: Option<Stamps>,
+    in_flight: VecDeque<InFlight>,
+    /// When it had done what was waited for last.
+    free_at: Option<Instant>,
     num_submitted: u64,
     /// Refilled each step.
     dispatches: Vec<Dispatch>,
+}
+
+struct InFlight {
+    submission: wgpu::SubmissionIndex,
+    submitted_at: Instant,
 }
 
 /// The parameters of a recording's dispatches, `stride` bytes apart.
@@ -74,7 +86,9 @@ impl WgpuBackend {
             pipelines: Pipelines::new(&device, layout),
             bind_groups: HashMap::new(),
             readbacks: std::array::from_fn(|_| Readback::new()),
+            stamps: Stamps::new(&device).map_err(refused)?,
             in_flight: VecDeque::new(),
+            free_at: None,
             num_submitted: 0,
             dispatches: Vec::new(),
             device,
@@ -193,29 +207,43 @@ impl Backend for WgpuBackend {
         }
         self.prepare();
         let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let place = self.num_submitted as usize % MAX_IN_FLIGHT;
+        if let Some(stamps) = &self.stamps {
+            stamps.begin(place, &mut encoder);
+        }
         for copy in &recording.copies {
             let (from, to) = (self.buffers.get(copy.from), self.buffers.get(copy.to));
             encoder.copy_buffer_to_buffer(from, copy.from_bytes, to, copy.to_bytes, copy.size_bytes);
         }
         self.record_pass(&mut encoder);
-        let readback = &mut self.readbacks[self.num_submitted as usize % MAX_IN_FLIGHT];
-        readback.record(&self.device, &recording.downloads, &self.buffers, &mut encoder)?;
-        self.in_flight.push_back(self.device.queue.submit([encoder.finish()]));
+        let stamps = self.stamps.as_ref().map(|stamps| stamps.end(place, &mut encoder));
+        let readback = &mut self.readbacks[place];
+        readback.record(&self.device, &recording.downloads, stamps, &self.buffers, &mut encoder)?;
+        let commands = encoder.finish();
+        // A software device may have done it before `submit` returns.
+        let submitted_at = Instant::now();
+        let submission = self.device.queue.submit([commands]);
+        self.in_flight.push_back(InFlight { submission, submitted_at });
         readback.map();
         self.num_submitted += 1;
         Ok(Ticket(self.num_submitted - 1))
     }
 
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Instant, DeviceError> {
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         let num_waited = self.num_submitted - self.in_flight.len() as u64;
         assert_eq!(ticket.0, num_waited, "tickets are waited for once each and in order");
-        let submission_index = self.in_flight.pop_front();
-        let done = self.device.device.poll(PollType::Wait { submission_index, timeout: None });
+        let InFlight { submission, submitted_at } = self.in_flight.pop_front().expect("a recording is in flight");
+        let done = self.device.device.poll(PollType::Wait { submission_index: Some(submission), timeout: None });
         self.device.check()?;
         done.map_err(|error| self.device.lost(&error.to_string()))?;
         let seen = Instant::now();
-        self.readbacks[ticket.0 as usize % MAX_IN_FLIGHT].take(&self.device, out)?;
-        Ok(seen)
+        let place = ticket.0 as usize % MAX_IN_FLIGHT;
+        let stamped = self.readbacks[place].take(&self.device, out)?;
+        let begun = self.free_at.map_or(submitted_at, |free_at| free_at.max(submitted_at));
+        let took = self.stamps.as_ref().and_then(|stamps| stamps.took(&stamped));
+        let ended = took.map_or(seen, |took| (begun + took).min(seen).max(begun));
+        self.free_at = Some(ended);
+        Ok(begun..ended)
     }
 
     fn now(&self) -> Instant {
