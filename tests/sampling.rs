@@ -242,7 +242,8 @@ fn a_sampler_that_is_a_little_wrong_is_seen() {
         let parts = (0..4).flat_map(|part| sampler.draws(device, &logits, 7, part * NUM_ROWS, NUM_ROWS));
         counts_of(&parts.collect::<Vec<_>>(), VOCAB)
     };
-    let changes: [(&str, fn(&mut Sampler)); 10] = [
+    type Change = fn(&mut Sampler);
+    let changes: [(&str, Change); 10] = [
         ("temperature 1", |sampler| sampler.row.temperature = 1.15),
         ("top-k", |sampler| sampler.row.top_k = 8),
         ("top-p", |sampler| sampler.row.top_p = 0.87),

@@ -245,7 +245,7 @@ pub(in crate::backend) fn log_probabilities(logits: &[f32], id: u32, num_top: u3
         let least = value(select(logits.iter().map(|logit| (key(*logit), 1)), num_top));
         top.extend((0u32..).zip(logits.iter().copied()).filter(|(_, logit)| *logit >= least));
         // A stable sort: the lowest token stays first among equals.
-        top.sort_by(|a, b| key(b.1).cmp(&key(a.1)));
+        top.sort_by_key(|candidate| std::cmp::Reverse(key(candidate.1)));
         top.truncate(num_top as usize);
         top.iter_mut().for_each(|(_, logit)| *logit = logprob(*logit));
     }
