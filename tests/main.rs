@@ -14,6 +14,8 @@ mod golden;
 mod http;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
+/// Needs nothing: forecasts and fair shares on `sim`, in virtual time.
+mod overload;
 /// Seeded numbers.
 mod random;
 /// Needs Vulkan drivers: draws on the cpu and on wgpu against the exact distribution.

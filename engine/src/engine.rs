@@ -14,6 +14,7 @@ use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
+use crate::forecast::Meter;
 use crate::memory::{BlockCounts, KvCache};
 use crate::model::{Inputs, Model};
 use crate::recording::Recording;
@@ -21,6 +22,9 @@ use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Us
 use crate::sampling;
 use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
+
+mod load;
+mod warm_up;
 
 pub struct Engine {
     config: EngineConfig,
@@ -46,6 +50,9 @@ pub struct Engine {
     device_free_at: Instant,
     last_step: StepTime,
     cost: CostFit,
+    meter: Meter,
+    /// Zero of the meter's clock.
+    created_at: Instant,
     stats: EngineStats,
 }
 
@@ -68,6 +75,8 @@ struct Client {
     request: Arc<Request>,
     sink: Box<dyn Sink>,
     arrived: Instant,
+    /// When it first got a slot, on the meter's clock.
+    started_ns: Option<u64>,
     first_token: Option<Instant>,
     prompt_logprobs: Vec<TokenLogprobs>,
 }
@@ -77,6 +86,8 @@ struct Client {
 pub struct EngineStats {
     pub num_running: u32,
     pub num_waiting: u32,
+    /// Of those, the ones that have run before.
+    pub num_preempted: u32,
     pub blocks: BlockCounts,
     pub num_steps: u64,
     /// Tokens computed for prompts, recomputation included.
@@ -123,6 +134,8 @@ impl Engine {
             device_free_at: now,
             last_step: StepTime::default(),
             cost: CostFit::new(CostModel::UNKNOWN),
+            meter: Meter::default(),
+            created_at: now,
             stats: EngineStats::default(),
         }
     }
@@ -173,8 +186,9 @@ impl Engine {
         let request = Arc::new(request);
         let chain = self.cache.chain(&request.prompt, request.cache_salt);
         self.scheduler.add(Sequence::new(id, request.clone(), chain));
+        let arrived = self.backend.now();
         let client =
-            Client { request, sink, arrived: self.backend.now(), first_token: None, prompt_logprobs: Vec::new() };
+            Client { request, sink, arrived, started_ns: None, first_token: None, prompt_logprobs: Vec::new() };
         self.clients.insert(id, client);
         id
     }
@@ -228,20 +242,13 @@ impl Engine {
 
     /// Records the planned batch and hands it to the device.
     pub fn submit(&mut self) -> Result<(), DeviceError> {
-        let batch = &self.planned.batch;
-        self.packed.pack(batch, self.model.limits.max_blocks_per_seq());
-        self.recording.clear();
         let request = |id: SequenceId| -> &Request { &self.clients[&id].request };
-        sampling::pack(batch, request, &mut self.packed);
-        let inputs = Inputs::upload(&self.packed, &mut self.recording);
-        self.model.record_copies(&batch.copies, &mut self.recording);
-        if let Some(choices) = self.model.record(&inputs, &mut self.recording) {
-            sampling::downloads(batch, choices, &mut self.recording.downloads);
-        }
+        record(&self.planned.batch, request, &self.model, &mut self.packed, &mut self.recording);
         let ticket = self.backend.submit(&self.recording)?;
         self.planned.submitted_at = self.backend.now();
         let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
         self.in_flight.push_back((ticket, std::mem::replace(&mut self.planned, next)));
+        self.tell_started();
         Ok(())
     }
 
@@ -270,6 +277,7 @@ impl Engine {
     pub fn abort(&mut self, id: SequenceId) {
         let Some(client) = self.clients.remove(&id) else { return };
         let usage = self.scheduler.abort(&mut self.cache, id).unwrap_or_default();
+        self.count_end(&client);
         self.stats.num_aborted += 1;
         log_end(&client, "aborted", usage, self.backend.now());
     }
@@ -315,7 +323,9 @@ impl Engine {
         self.stats.last_step_ms = (now - begun).as_secs_f64() * 1e3;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
-        self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
+        let num_prefill_tokens = step.trace.num_prefill_tokens();
+        self.meter.stepped(num_prefill_tokens, self.last_step.device_ns, step.trace.is_full_of_prompts());
+        self.stats.prefill_tokens += u64::from(num_prefill_tokens);
     }
 
     /// Refills `choices` with what the step chose for each slice, and returns the log-probabilities of chosen tokens
@@ -365,6 +375,7 @@ impl Engine {
             FinishReason::Error(sentence) => (&mut self.stats.num_failed, sentence.as_str()),
         };
         *count += 1;
+        self.count_end(&client);
         self.stats.prompt_tokens += u64::from(usage.prompt_tokens);
         self.stats.cached_tokens += u64::from(usage.cached_tokens);
         log_end(&client, word, usage, self.device_free_at);
@@ -374,6 +385,7 @@ impl Engine {
     fn update_counts(&mut self) {
         self.stats.num_running = self.scheduler.num_running();
         self.stats.num_waiting = self.scheduler.queue().len() as u32;
+        self.stats.num_preempted = self.scheduler.queue().num_preempted();
         self.stats.blocks = self.cache.counts();
     }
 }
@@ -382,6 +394,24 @@ impl Step {
     fn new(config: &EngineConfig, now: Instant) -> Step {
         let batch = Batch::with_capacity(config);
         Step { batch, trace: StepTrace::with_capacity(config.max_num_seqs), submitted_at: now }
+    }
+}
+
+/// Writes a batch down as what the device is to do.
+fn record<'a>(
+    batch: &Batch,
+    request: impl Fn(SequenceId) -> &'a Request,
+    model: &Model,
+    packed: &mut PackedBatch,
+    recording: &mut Recording,
+) {
+    packed.pack(batch, model.limits.max_blocks_per_seq());
+    recording.clear();
+    sampling::pack(batch, request, packed);
+    let inputs = Inputs::upload(packed, recording);
+    model.record_copies(&batch.copies, recording);
+    if let Some(choices) = model.record(&inputs, recording) {
+        sampling::downloads(batch, choices, &mut recording.downloads);
     }
 }
 

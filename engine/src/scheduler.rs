@@ -24,10 +24,12 @@ use crate::sequence::Sequence;
 
 mod admission;
 mod budget;
+mod pace;
 mod preemption;
 pub mod trace;
 
 use budget::Budget;
+pub use pace::Begun;
 pub use trace::{Held, StepTrace};
 
 #[derive(Debug)]

@@ -45,7 +45,7 @@ impl Scheduler {
                     promised = self.promised_blocks(cache);
                 }
                 Some(Attempt::Fits(num_tokens)) => {
-                    promised += self.start(num_tokens, cache, budget);
+                    promised += self.start(num_tokens, cache, budget, trace);
                     // Whoever gave way did so for this one alone.
                     if !trace.preempted.is_empty() {
                         break Held::Slots;
@@ -100,8 +100,12 @@ impl Scheduler {
 
     /// Gives the head of the queue a slot and blocks, and its first tokens a place in the step. Returns the blocks that
     /// it will take beyond.
-    fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget) -> u32 {
+    fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> u32 {
         let mut sequence = self.queue.take().expect("the head of the queue was tried");
+        if sequence.cached_tokens.is_none() {
+            let prefix = || cache.explain(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
+            tracing::debug!(id = sequence.request.id, "prefix: {}", prefix());
+        }
         let mut table = cache.open(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
         let num_cached = table.num_blocks() * cache.block_size();
         cache.grow(&mut table, num_cached + num_tokens).expect("fewer than what was counted when it was tried");
@@ -113,6 +117,7 @@ impl Scheduler {
         sequence.num_computed_tokens = num_cached;
         sequence.num_admitted_tokens = num_cached;
         sequence.cached_tokens.get_or_insert(num_cached);
+        trace.admitted.push((sequence.id, num_cached));
         budget.take(&sequence, num_tokens);
         self.plan.push(Planned { slot, num_tokens });
         self.order.push(slot);
