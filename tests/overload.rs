@@ -1,5 +1,5 @@
-//! Too much to do, on the simulator in virtual time: what was predicted against what then happened.
-//! Needs nothing. Times are exact and the same everywhere; nothing sleeps.
+//! Too much to do, on the simulator in virtual time: what was predicted against what then happened, and what a flood of
+//! one tenant does to another. Needs nothing. Times are exact and the same everywhere; nothing sleeps.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -224,3 +224,62 @@ fn predictions_come_true() {
 }
 
 const QUIET: u64 = 1;
+const LOUD: u64 = 2;
+
+/// A tenant with a few requests at once for a minute, and one that hands in several times what the device can do.
+fn tenants(seed: u64, flooded: bool) -> Vec<Arrival> {
+    let mut random = Random::new(seed);
+    let mut arrivals = Vec::new();
+    let mut come = |tenant, per_second, longest_prompt, longest_answer| {
+        let mut at = Duration::ZERO;
+        while at < Duration::from_secs(60) {
+            at += gap(&mut random, per_second);
+            let (prompt_tokens, max_tokens) = (random.between(20, longest_prompt), random.between(20, longest_answer));
+            arrivals.push(Arrival { at, tenant, prompt_tokens, max_tokens });
+        }
+    };
+    come(QUIET, 4.0, 120, 100);
+    if flooded {
+        come(LOUD, 60.0, 600, 200);
+    }
+    arrivals
+}
+
+/// The quiet tenant's 99th percentiles beside the flood over those without it: to the first token, and in all.
+fn flood_ratios(config: EngineConfig) -> [f64; 2] {
+    let p99 = |flooded: bool| {
+        let answers = (0..4).flat_map(|seed| Lab::new(config, like_a_gpu()).run(tenants(seed, flooded)));
+        let quiet: Vec<Answer> = answers.filter(|answer| answer.tenant == QUIET).collect();
+        let p99 = |time: fn(&Answer) -> Duration| quantile(quiet.iter().map(|a| time(a).as_secs_f64()).collect(), 0.99);
+        [p99(|answer| answer.first_token), p99(|answer| answer.ended)]
+    };
+    let (alone, flooded) = (p99(false), p99(true));
+    println!("p99 of first token and of all, in seconds: alone {alone:.4?}, beside a flood {flooded:.4?}");
+    [flooded[0] / alone[0], flooded[1] / alone[1]]
+}
+
+/// A request waits for the two steps in flight and for its own, so its first token comes within as many steps as
+/// without the flood; how long a step with other prompts in it may take is the latency target's to say.
+#[test]
+fn a_flood_leaves_another_tenant_as_it_was() {
+    let config = EngineConfig {
+        max_num_seqs: 32,
+        max_num_batched_tokens: 512,
+        max_model_len: 1024,
+        block_size: 16,
+        num_blocks: 2048,
+        max_queued_requests: 1 << 16,
+        max_queued_tokens: 1 << 26,
+        latency: LatencyTarget::Milliseconds(11),
+        ..EngineConfig::default()
+    };
+    let short_of_memory = EngineConfig { num_blocks: 512, ..config };
+    for (name, config) in [("with memory to spare", config), ("short of memory", short_of_memory)] {
+        let [first, total] = flood_ratios(config);
+        println!("{name}, target 11 ms: {first:.3} to the first token, {total:.3} in all");
+        assert!(first <= 1.2 && total <= 1.2, "{name}: {first}, {total}");
+        let [first, total] = flood_ratios(EngineConfig { latency: LatencyTarget::Stretch(300), ..config });
+        println!("{name}, profile balanced: {first:.3} to the first token, {total:.3} in all");
+        assert!(total <= 1.2, "{name}: {total}");
+    }
+}

@@ -161,11 +161,11 @@ impl Queue {
         self.tenants[tenant.0 as usize].counter
     }
 
-    /// Running sequences of a tenant beyond its fair share of `max_num_seqs`; negative below it.
-    pub fn above_share(&self, tenant: TenantIndex, max_num_seqs: u32) -> i64 {
+    /// Running sequences of a tenant beyond its fair share of `num_at_once`; negative below it.
+    pub fn above_share(&self, tenant: TenantIndex, num_at_once: u32) -> i64 {
         let weights = self.by_id.values().map(|index| u64::from(self.tenants[index.0 as usize].share.weight));
         let Tenant { share, num_running, .. } = self.tenants[tenant.0 as usize];
-        let fair = u64::from(max_num_seqs) * u64::from(share.weight) / weights.sum::<u64>();
+        let fair = u64::from(num_at_once) * u64::from(share.weight) / weights.sum::<u64>();
         i64::from(num_running) - fair.max(1) as i64
     }
 
