@@ -69,7 +69,7 @@ pub fn compare_kv_types(file: &str, name: &str, golden: &str, backend: impl Fn()
 /// Of a passage whose prompt logprobs were asked for.
 fn mean_nll(events: &Events, num_tokens: usize) -> f64 {
     let events = events.lock().expect("no sink panics");
-    let Some(Event::Prompt(logprobs)) = events.first() else { panic!("{events:?}") };
+    let [Event::Started { .. }, Event::Prompt(logprobs), ..] = events.as_slice() else { panic!("{events:?}") };
     assert_eq!(logprobs.len(), num_tokens - 1);
     -logprobs.iter().map(|entry| f64::from(entry.logprob)).sum::<f64>() / logprobs.len() as f64
 }

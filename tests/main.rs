@@ -18,6 +18,8 @@ mod http;
 mod limits;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
+/// Needs nothing: forecasts and fair shares on `sim`, in virtual time.
+mod overload;
 /// Needs nothing: traces, profiles and simulations, from the command line's words.
 mod planner;
 /// Seeded numbers.

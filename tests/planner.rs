@@ -83,7 +83,7 @@ fn limits_are_the_profiles_unless_the_command_line_says_otherwise() {
     assert!(eight.output_tokens_per_s > 1.5 * four.output_tokens_per_s, "{eight}");
     assert_eq!((eight.kv.num_blocks, eight.kv.block_size), (512, 16));
     assert_eq!(with(&["--block-size", "32"]).kv.num_blocks, 128);
-    let refused = with(&["--max-waiting", "6", "--refuse-when-full"]);
+    let refused = with(&["--max-queued-requests", "6", "--refuse-when-full"]);
     assert_eq!((refused.num_completed, refused.refused.count), (6, 10));
 }
 

@@ -245,6 +245,7 @@ fn a_sampler_that_is_a_little_wrong_is_seen() {
         let parts = (0..4).flat_map(|part| sampler.draws(device, &logits, 7, part * NUM_ROWS, NUM_ROWS));
         counts_of(&parts.collect::<Vec<_>>(), VOCAB)
     };
+    type Change = fn(&mut Sampler);
     let changes: [(&str, Change); 10] = [
         ("temperature 1", |sampler| sampler.row.temperature = 1.15),
         ("top-k", |sampler| sampler.row.top_k = 8),

@@ -19,7 +19,9 @@ const CONFIG: EngineConfig = EngineConfig {
     block_size: 4,
     num_blocks: 6,
     num_host_blocks: 0,
-    max_waiting: 8,
+    max_queued_requests: 8,
+    max_queued_tokens: 1024,
+    max_queue_ms: None,
     max_logit_rows: 4,
     pipeline_depth: 1,
     latency: LatencyTarget::None,
@@ -104,6 +106,25 @@ fn out_of_blocks_preempts_the_newest_which_is_recomputed() {
     assert!(tail.contains("finish b:length") || text.contains("finish b:length"), "{text}\n{tail}");
     assert_eq!(run.scheduler.num_preemptions(), 1);
     assert!(run.scheduler.is_idle());
+}
+
+/// What a preempted sequence finds of its own is no hit.
+#[test]
+fn recomputation_is_not_reported_as_cached() {
+    let mut run = Run::new(CONFIG);
+    run.add(0, 8, 12);
+    let second = run.add(100, 8, 8);
+    let mut readmitted = false;
+    while !readmitted {
+        let text = run.step();
+        let preempted_before = run.scheduler.num_preemptions() == 1 && !text.contains("preempt b");
+        readmitted = preempted_before && run.scheduler.running().any(|sequence| sequence.id == second);
+        assert!(run.trace.step < 40, "{text}");
+    }
+    let found = run.trace.prefilled.iter().find(|(id, ..)| *id == second);
+    assert!(found.is_some_and(|(_, computed, _)| computed.start > 0), "it found its own blocks: {}", run.trace);
+    let usage = run.scheduler.abort(&mut run.cache, second).expect("it runs");
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens), (8, 0));
 }
 
 #[test]
@@ -267,6 +288,78 @@ fn a_tenant_below_its_share_takes_the_place_of_one_above() {
     let rest = run.steps(40);
     assert_eq!(run.scheduler.num_preemptions(), 1, "{rest}");
     assert!(run.scheduler.is_idle(), "{rest}");
+}
+
+/// A request of `tenant` whose prompt is `len` tokens from `first` on.
+fn of_tenant(tenant: u64, first: u32, len: u32, max_tokens: u32) -> Request {
+    Request { prompt: (first..first + len).map(TokenId).collect(), max_tokens, tenant, ..Request::default() }
+}
+
+#[test]
+fn who_got_less_has_its_prompt_computed_before_one_that_is_under_way() {
+    let config = EngineConfig { max_num_batched_tokens: 6, num_blocks: 24, ..CONFIG };
+    let mut run = Run::new(config);
+    run.add_request(of_tenant(1, 0, 20, 1));
+    run.step();
+    run.add_request(of_tenant(2, 100, 4, 1));
+    let expected = "\
+step 2  decode -   prefill b[0..4/4] a[6..8/20]   blocks 2+1/24   preempt -   finish b:length
+step 3  decode -   prefill a[8..14/20]   blocks 4+1/24   preempt -   finish -";
+    assert_eq!(run.steps(2), expected);
+}
+
+#[test]
+fn several_give_way_in_one_step_to_several_below_their_share() {
+    let config =
+        EngineConfig { max_num_seqs: 4, max_logit_rows: 4, num_blocks: 40, max_num_batched_tokens: 24, ..CONFIG };
+    let mut run = Run::new(config);
+    for first in [0, 100, 200, 300] {
+        run.add_request(of_tenant(1, first, 4, 16));
+    }
+    run.steps(5);
+    for first in [400, 500, 600] {
+        run.add_request(of_tenant(2, first, 4, 2));
+    }
+    // Two of four places are theirs; the third waits.
+    let text = run.step();
+    assert!(text.contains("prefill e[0..4/4] f[0..4/4]   ") && text.contains("preempt d c"), "{text}");
+}
+
+/// Four of one tenant that hold all memory, two blocks each, after four steps.
+fn four_that_fill_memory() -> Run {
+    let config = EngineConfig {
+        max_num_seqs: 16,
+        max_logit_rows: 16,
+        max_num_batched_tokens: 32,
+        num_blocks: 8,
+        prefix_cache: false,
+        ..CONFIG
+    };
+    let mut run = Run::new(config);
+    for first in [0, 100, 200, 300] {
+        run.add_request(of_tenant(1, first, 4, 16));
+    }
+    assert!(run.steps(4).ends_with("blocks 8+0/8   preempt -   finish -"));
+    run
+}
+
+/// Where memory bounds how many run, a share is one of those, not of slots that nobody can use.
+#[test]
+fn a_share_is_one_of_what_memory_allows() {
+    let mut run = four_that_fill_memory();
+    run.add_request(of_tenant(2, 400, 4, 6));
+    let text = run.step();
+    assert!(text.contains("decode a b c   prefill e[0..4/4]   ") && text.contains("preempt d "), "{text}");
+}
+
+#[test]
+fn who_is_below_its_share_joins_a_step_in_which_memory_runs_out() {
+    let mut run = four_that_fill_memory();
+    run.step();
+    run.add_request(of_tenant(2, 400, 4, 6));
+    // Each of the others needs a third block.
+    let text = run.step();
+    assert!(text.contains("decode a b   prefill e[0..4/4]   ") && text.contains("preempt d c "), "{text}");
 }
 
 #[test]

@@ -180,7 +180,7 @@ mod damaged {
             (Endpoint::Chat, json!({"messages": [{"role": "user", "content": "hi <s>"}], "max_tokens": 3})),
         ];
         for (endpoint, body) in bodies {
-            let Ok((exchange, jobs)) = api::prepare(endpoint, &model, &body) else { continue };
+            let Ok((exchange, jobs)) = api::prepare(endpoint, &model, None, &body) else { continue };
             let Ok(generation) = Generation::submit(&model, jobs) else { continue };
             let _ = runtime.block_on(exchange.collect(&model, generation));
         }

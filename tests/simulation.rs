@@ -355,7 +355,9 @@ fn random_config(random: &mut Random) -> EngineConfig {
         block_size,
         num_blocks: least_blocks + random.below(least_blocks),
         num_host_blocks: random.below(least_blocks),
-        max_waiting: 64,
+        max_queued_requests: 64,
+        max_queued_tokens: 1 << 14,
+        max_queue_ms: None,
         max_logit_rows: max_num_seqs + random.between(0, 8),
         pipeline_depth: random.between(1, 2),
         latency: match random.below(3) {
@@ -446,7 +448,9 @@ fn alone(request: &Request) -> Vec<Event> {
         block_size: 16,
         num_blocks: 16,
         num_host_blocks: 0,
-        max_waiting: 1,
+        max_queued_requests: 1,
+        max_queued_tokens: 256,
+        max_queue_ms: None,
         max_logit_rows: 256,
         pipeline_depth: 1,
         latency: LatencyTarget::None,
@@ -493,8 +497,10 @@ impl Client {
 /// How much a cache helped is the one thing that company may change.
 fn without_cached(event: &Event) -> Event {
     let mut event = event.clone();
-    if let Event::Finished { usage, .. } = &mut event {
-        usage.cached_tokens = 0;
+    match &mut event {
+        Event::Started { cached_tokens } => *cached_tokens = 0,
+        Event::Finished { usage, .. } => usage.cached_tokens = 0,
+        _ => {}
     }
     event
 }
@@ -503,6 +509,8 @@ impl Sink for Client {
     fn event(&mut self, event: Event) -> Flow {
         let mut events = self.events.lock().expect("no client panics");
         let ended = matches!(events.last(), Some(Event::Finished { .. }));
+        let starts = matches!(event, Event::Started { .. });
+        assert_eq!(starts, events.is_empty(), "it starts once, before all else");
         assert!(!ended, "an event after the last");
         assert!(events.len() <= self.max_events, "an event after Stop");
         events.push(event);
@@ -518,7 +526,8 @@ impl Sink for Client {
 fn a_poisoned_request_fails_alone_and_says_so() {
     let request = Request { prompt: vec![TokenId(8), TokenId(POISONOUS)], max_tokens: 4, ..Request::default() };
     let events = alone(&request);
-    let [Event::Finished { reason: FinishReason::Error(sentence), .. }] = events.as_slice() else {
+    let [Event::Started { .. }, Event::Finished { reason: FinishReason::Error(sentence), .. }] = events.as_slice()
+    else {
         panic!("{events:?}")
     };
     assert!(sentence.contains("not finite"), "{sentence}");

@@ -486,7 +486,7 @@ fn rows(events: &[Event]) -> Vec<TokenLogprobs> {
     let rows = |event: &Event| match event {
         Event::Prompt(rows) => rows.clone(),
         Event::Token { logprobs, .. } => logprobs.iter().cloned().collect(),
-        Event::Finished { .. } => Vec::new(),
+        Event::Started { .. } | Event::Finished { .. } => Vec::new(),
     };
     events.iter().flat_map(rows).collect()
 }

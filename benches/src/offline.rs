@@ -58,7 +58,7 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
     for (index, request) in requests.into_iter().enumerate() {
-        engine.submit(request, Box::new(Timestamps { index, sender: sender.clone() }))?;
+        engine.submit_one(request, Box::new(Timestamps { index, sender: sender.clone() }))?;
     }
     drop(sender);
     let mut traces: Vec<Trace> = vec![Trace::default(); workload.num_requests as usize];
@@ -67,7 +67,7 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
         let (index, at, event) = receiver.recv().map_err(|_| BenchError::EngineGone)?;
         let trace = &mut traces[index];
         match event {
-            Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) => {}
             Event::Token { id, .. } => {
                 trace.first.get_or_insert(at);
                 trace.last = Some(at);

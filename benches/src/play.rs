@@ -26,7 +26,7 @@ pub enum Clock {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlayOptions {
-    /// Turns a request away that arrives while `max_waiting` wait; otherwise its client waits before the door.
+    /// Turns a request away that arrives while `max_queued_requests` wait; otherwise its client waits before the door.
     pub refuse_when_full: bool,
     /// Of token ids.
     pub seed: u64,
@@ -149,7 +149,7 @@ impl Player<'_> {
     }
 
     fn has_room(&self) -> bool {
-        self.num_waiting() < self.engine.config().max_waiting
+        self.num_waiting() < self.engine.config().max_queued_requests
     }
 
     fn add(&mut self, planned: &PlannedRequest) {
@@ -240,7 +240,7 @@ impl Sink for Client {
         let now = self.clock.now();
         let mut heard = lock(&self.heard);
         match event {
-            Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) => {}
             Event::Token { .. } => {
                 match self.last {
                     None => heard.ttft.record(now - self.arrival),

@@ -148,7 +148,7 @@ mod tests {
         assert_eq!((report.too_long.count, report.too_long.rows.as_slice()), (1, [5].as_slice()));
         assert_eq!((report.num_completed, report.refused.count), (11, 0));
         let strict = PlayOptions { refuse_when_full: true, ..PlayOptions::default() };
-        let report = run(EngineConfig { max_waiting: 6, ..config() }, &requests, strict);
+        let report = run(EngineConfig { max_queued_requests: 6, ..config() }, &requests, strict);
         assert_eq!((report.num_completed, report.refused.count, report.refused.rows[0]), (6, 5, 8));
         assert!(report.to_string().contains("5 (rows 8, 9, 10, 11, 12)"), "{report}");
     }

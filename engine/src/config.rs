@@ -4,6 +4,7 @@
 //! written beside the numbers. 0 is never "no limit".
 
 use crate::backend::MAX_IN_FLIGHT;
+use crate::cost::{CostModel, StepShape};
 use crate::model::StateLimits;
 use crate::request::Request;
 use crate::tensor::KvType;
@@ -24,8 +25,15 @@ pub struct EngineConfig {
     pub num_blocks: u32,
     /// Blocks in the host's memory, for preempted sequences; 0 for none.
     pub num_host_blocks: u32,
-    /// Requests that wait for admission at most: the inbox of the engine thread and its queue together.
-    pub max_waiting: u32,
+    /// Requests that wait to begin at most: those whose text is being read, the inbox of the engine thread and its
+    /// queue together. Preempted ones are not among them: they have begun, and are `max_num_seqs` at most.
+    pub max_queued_requests: u32,
+    /// Tokens of their prompts at most. The host holds 8 bytes a token for them, in the request and in its sequence,
+    /// and 16 a block of keys: with blocks of 32, 8.5 bytes a token. At least `max_model_len`, so that what fits the
+    /// model can wait. By default 2048 for each request that may wait: 4.3 MiB.
+    pub max_queued_tokens: u32,
+    /// Milliseconds to the first token that a request may be predicted to need; one that waits longer is refused.
+    pub max_queue_ms: Option<u32>,
     /// Rows of a step that go through the output layer at most. A sampling sequence takes one; a prefill chunk with
     /// prompt logprobs takes one a token.
     pub max_logit_rows: u32,
@@ -47,7 +55,9 @@ impl Default for EngineConfig {
             block_size: 32,
             num_blocks: 256,
             num_host_blocks: 0,
-            max_waiting: 256,
+            max_queued_requests: 256,
+            max_queued_tokens: 256 * 2048,
+            max_queue_ms: None,
             max_logit_rows: 32,
             pipeline_depth: 2,
             latency: LatencyTarget::None,
@@ -105,7 +115,10 @@ impl EngineConfig {
             ("block_size", self.block_size, 1, EngineConfig::MAX_BLOCK_SIZE),
             ("num_blocks", self.num_blocks, 1, u32::MAX / self.block_size.max(1)),
             ("num_host_blocks", self.num_host_blocks, 0, u32::MAX / self.block_size.max(1)),
-            ("max_waiting", self.max_waiting, 1, 1 << 20),
+            ("max_queued_requests", self.max_queued_requests, 1, 1 << 20),
+            // The longest request can wait.
+            ("max_queued_tokens", self.max_queued_tokens, self.max_model_len, 1 << 30),
+            ("max_queue_ms", self.max_queue_ms.unwrap_or(1), 1, 1 << 24),
             // Every running sequence may sample in one step.
             ("max_logit_rows", self.max_logit_rows, self.max_num_seqs, 1 << 16),
             ("pipeline_depth", self.pipeline_depth, 1, MAX_IN_FLIGHT as u32),
@@ -135,6 +148,18 @@ impl EngineConfig {
             return Err(ConfigError::TableTooLarge { max_num_seqs, max_blocks, most: MAX_TABLE_ENTRIES });
         }
         Ok(())
+    }
+}
+
+impl LatencyTarget {
+    /// What a step may take that begins with `decodes` on a device of these prices; `None` where nothing binds it.
+    pub fn limit_ns(self, cost: &CostModel, decodes: &StepShape) -> Option<u64> {
+        match self {
+            _ if decodes.num_tokens == 0 || !cost.is_known() => None,
+            LatencyTarget::None => None,
+            LatencyTarget::Milliseconds(ms) => Some(u64::from(ms) * 1_000_000),
+            LatencyTarget::Stretch(percent) => Some(cost.predict_ns(decodes) * u64::from(percent) / 100),
+        }
     }
 }
 

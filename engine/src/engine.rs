@@ -14,6 +14,7 @@ use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, BlockCopy, CopyDirection, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
+use crate::forecast::Meter;
 use crate::limits::neighbours::{Company, Membership};
 use crate::limits::{self, Limits, Phase, StepFacts};
 use crate::memory::{BlockCounts, KvCache};
@@ -24,7 +25,9 @@ use crate::sampling;
 use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
 
+mod load;
 mod times;
+mod warm_up;
 
 pub struct Engine {
     config: EngineConfig,
@@ -54,6 +57,9 @@ pub struct Engine {
     limits: Limits,
     /// Other engines on the device.
     neighbours: Option<Arc<Membership>>,
+    meter: Meter,
+    /// Zero of the meter's clock.
+    created_at: Instant,
     stats: EngineStats,
 }
 
@@ -78,6 +84,8 @@ struct Client {
     request: Arc<Request>,
     sink: Box<dyn Sink>,
     arrived: Instant,
+    /// When it first got a slot, on the meter's clock.
+    started_ns: Option<u64>,
     first_token: Option<Instant>,
     prompt_logprobs: Vec<TokenLogprobs>,
 }
@@ -87,6 +95,8 @@ struct Client {
 pub struct EngineStats {
     pub num_running: u32,
     pub num_waiting: u32,
+    /// Of those, the ones that have run before.
+    pub num_preempted: u32,
     pub blocks: BlockCounts,
     /// Slots of blocks that running sequences hold and have computed nothing for.
     pub unused_kv_slots: u64,
@@ -146,6 +156,8 @@ impl Engine {
             cost: CostFit::new(CostModel::UNKNOWN),
             limits: Limits::default(),
             neighbours: None,
+            meter: Meter::default(),
+            created_at: now,
             stats: EngineStats::default(),
         }
     }
@@ -219,8 +231,9 @@ impl Engine {
         let request = Arc::new(request);
         let chain = self.cache.chain(&request.prompt, request.cache_salt);
         self.scheduler.add(Sequence::new(id, request.clone(), chain));
+        let arrived = self.backend.now();
         let client =
-            Client { request, sink, arrived: self.backend.now(), first_token: None, prompt_logprobs: Vec::new() };
+            Client { request, sink, arrived, started_ns: None, first_token: None, prompt_logprobs: Vec::new() };
         self.clients.insert(id, client);
         id
     }
@@ -288,16 +301,8 @@ impl Engine {
     /// Records the planned batch and hands it to the device.
     pub fn submit(&mut self) -> Result<(), DeviceError> {
         self.turn_to(Phase::Record);
-        let batch = &self.planned.batch;
-        self.packed.pack(batch, self.model.limits.max_blocks_per_seq());
-        self.recording.clear();
         let request = |id: SequenceId| -> &Request { &self.clients[&id].request };
-        sampling::pack(batch, request, &mut self.packed);
-        let inputs = Inputs::upload(&self.packed, &mut self.recording);
-        self.model.record_copies(&batch.copies, &mut self.recording);
-        if let Some(choices) = self.model.record(&inputs, &mut self.recording) {
-            sampling::downloads(batch, choices, &mut self.recording.downloads);
-        }
+        record(&self.planned.batch, request, &self.model, &mut self.packed, &mut self.recording);
         self.turn_to(Phase::Upload);
         let ticket = self.backend.submit(&self.recording)?;
         self.planned.submitted_at = self.backend.now();
@@ -306,6 +311,7 @@ impl Engine {
         self.turn_to(Phase::Schedule);
         let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
         self.in_flight.push_back((ticket, std::mem::replace(&mut self.planned, next)));
+        self.tell_started();
         Ok(())
     }
 
@@ -336,6 +342,7 @@ impl Engine {
     pub fn abort(&mut self, id: SequenceId) {
         let Some(client) = self.clients.remove(&id) else { return };
         let usage = self.scheduler.abort(&mut self.cache, id).unwrap_or_default();
+        self.count_end(&client);
         self.stats.num_aborted += 1;
         log_end(&client, "aborted", usage, self.backend.now());
     }
@@ -416,6 +423,7 @@ impl Engine {
             FinishReason::Error(sentence) => (&mut self.stats.num_failed, sentence.as_str()),
         };
         *count += 1;
+        self.count_end(&client);
         self.stats.prompt_tokens += u64::from(usage.prompt_tokens);
         self.stats.cached_tokens += u64::from(usage.cached_tokens);
         log_end(&client, word, usage, self.device_free_at);
@@ -426,6 +434,7 @@ impl Engine {
         self.stats.num_running = self.scheduler.num_running();
         self.stats.num_waiting = self.scheduler.queue().len() as u32;
         self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
+        self.stats.num_preempted = self.scheduler.queue().num_preempted();
         self.stats.blocks = self.cache.counts();
         self.stats.unused_kv_slots = self.scheduler.unused_kv_slots();
         self.stats.limits = self.limits.snapshot();
@@ -437,6 +446,24 @@ impl Step {
         let batch = Batch::with_capacity(config);
         let trace = StepTrace::with_capacity(config.max_num_seqs);
         Step { batch, trace, facts: StepFacts::default(), submitted_at: now, company: Company::default() }
+    }
+}
+
+/// Writes a batch down as what the device is to do.
+fn record<'a>(
+    batch: &Batch,
+    request: impl Fn(SequenceId) -> &'a Request,
+    model: &Model,
+    packed: &mut PackedBatch,
+    recording: &mut Recording,
+) {
+    packed.pack(batch, model.limits.max_blocks_per_seq());
+    recording.clear();
+    sampling::pack(batch, request, packed);
+    let inputs = Inputs::upload(packed, recording);
+    model.record_copies(&batch.copies, recording);
+    if let Some(choices) = model.record(&inputs, recording) {
+        sampling::downloads(batch, choices, &mut recording.downloads);
     }
 }
 

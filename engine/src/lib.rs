@@ -9,6 +9,7 @@
 //!   learned from steps that were measured.
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
+//! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it. What it sees
 //!   of a device's time goes to [`limits`], which says what holds the device back.
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
@@ -28,6 +29,7 @@
 //! - A request's tokens do not depend on its neighbours, on chunking, on sharing or on preemption: every matmul has one
 //!   accumulation order for each (N, K, format), and attention goes over tiles aligned to absolute positions.
 //! - A pipeline of two steps gives the tokens that the plain loop gives (`pipeline_depth` 1), bit for bit.
+//! - Whoever is turned away is told when to come again, by a forecast and not by a constant.
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
 //! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
@@ -45,11 +47,13 @@
 //! - There is no `fleet/` yet, and no CUDA backend.
 
 pub mod backend;
+pub mod backlog;
 pub mod batch;
 pub mod bundle;
 pub mod config;
 pub mod cost;
 pub mod engine;
+pub mod forecast;
 pub mod format;
 pub mod limits;
 pub mod memory;

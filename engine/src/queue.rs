@@ -36,6 +36,9 @@ pub struct Queue {
     floor: u64,
     num_waiting: usize,
     waiting_tokens: u64,
+    /// Of waiting sequences those that ran before, and their tokens.
+    num_preempted: u32,
+    preempted_tokens: u64,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +67,16 @@ impl Queue {
         self.waiting_tokens
     }
 
+    /// Waiting sequences that have run before.
+    pub fn num_preempted(&self) -> u32 {
+        self.num_preempted
+    }
+
+    /// Their tokens.
+    pub fn preempted_tokens(&self) -> u64 {
+        self.preempted_tokens
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = &Sequence> {
         self.tenants.iter().flat_map(|tenant| &tenant.waiting)
     }
@@ -74,8 +87,7 @@ impl Queue {
     }
 
     pub fn push(&mut self, mut sequence: Sequence) {
-        self.num_waiting += 1;
-        self.waiting_tokens += u64::from(sequence.num_tokens());
+        self.count(&sequence);
         sequence.tenant = self.know(sequence.request.tenant, sequence.request.share);
         let tenant = &mut self.tenants[sequence.tenant.0 as usize];
         let rank = rank(&sequence);
@@ -114,8 +126,7 @@ impl Queue {
         let tenant = &mut self.tenants[tenant];
         let sequence = tenant.waiting.remove(tenant.num_passed)?;
         tenant.num_running += 1;
-        self.num_waiting -= 1;
-        self.waiting_tokens -= u64::from(sequence.num_tokens());
+        self.discount(&sequence);
         Some(sequence)
     }
 
@@ -128,8 +139,7 @@ impl Queue {
         let place = |tenant: &Tenant| tenant.waiting.iter().position(|sequence| sequence.id == id);
         let (tenant, place) = self.tenants.iter().enumerate().find_map(|(i, tenant)| Some((i, place(tenant)?)))?;
         let sequence = self.tenants[tenant].waiting.remove(place)?;
-        self.num_waiting -= 1;
-        self.waiting_tokens -= u64::from(sequence.num_tokens());
+        self.discount(&sequence);
         self.forget_if_idle(sequence.tenant);
         Some(sequence)
     }
@@ -151,11 +161,11 @@ impl Queue {
         self.tenants[tenant.0 as usize].counter
     }
 
-    /// Running sequences of a tenant beyond its fair share of `max_num_seqs`; negative below it.
-    pub fn above_share(&self, tenant: TenantIndex, max_num_seqs: u32) -> i64 {
+    /// Running sequences of a tenant beyond its fair share of `num_at_once`; negative below it.
+    pub fn above_share(&self, tenant: TenantIndex, num_at_once: u32) -> i64 {
         let weights = self.by_id.values().map(|index| u64::from(self.tenants[index.0 as usize].share.weight));
         let Tenant { share, num_running, .. } = self.tenants[tenant.0 as usize];
-        let fair = u64::from(max_num_seqs) * u64::from(share.weight) / weights.sum::<u64>();
+        let fair = u64::from(num_at_once) * u64::from(share.weight) / weights.sum::<u64>();
         i64::from(num_running) - fair.max(1) as i64
     }
 
@@ -171,7 +181,30 @@ impl Queue {
             assert!(tenant.waiting.iter().is_sorted_by_key(rank), "tenant {} is out of order", tenant.id);
         }
         assert_eq!(self.num_waiting, self.iter().count());
+        let preempted = || self.iter().filter(|sequence| sequence.num_preemptions > 0);
+        assert_eq!(self.num_preempted as usize, preempted().count());
+        assert_eq!(self.preempted_tokens, preempted().map(|sequence| u64::from(sequence.num_tokens())).sum::<u64>());
         assert_eq!(self.waiting_tokens, self.iter().map(|sequence| u64::from(sequence.num_tokens())).sum::<u64>());
+    }
+
+    fn count(&mut self, sequence: &Sequence) {
+        let num_tokens = u64::from(sequence.num_tokens());
+        self.num_waiting += 1;
+        self.waiting_tokens += num_tokens;
+        if sequence.num_preemptions > 0 {
+            self.num_preempted += 1;
+            self.preempted_tokens += num_tokens;
+        }
+    }
+
+    fn discount(&mut self, sequence: &Sequence) {
+        let num_tokens = u64::from(sequence.num_tokens());
+        self.num_waiting -= 1;
+        self.waiting_tokens -= num_tokens;
+        if sequence.num_preemptions > 0 {
+            self.num_preempted -= 1;
+            self.preempted_tokens -= num_tokens;
+        }
     }
 
     /// The entry of a tenant, made if there is none; its share is what its last request says.

@@ -117,6 +117,11 @@ pub fn token_mask(tokens: impl IntoIterator<Item = TokenId>, vocab_size: u32) ->
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// Once, first, unless the sequence ends before: it waits no longer, and the prefix cache had so many tokens of its
+    /// prompt.
+    Started {
+        cached_tokens: u32,
+    },
     /// Once, before the first token, where `prompt_logprobs` asked for it: one entry for each prompt token but the
     /// first.
     Prompt(Vec<TokenLogprobs>),

@@ -2,7 +2,8 @@
 //!
 //! There is no prefill phase and no decode phase: each step hands out tokens, within a budget, so that every sequence's
 //! `num_computed_tokens` catches up with its `num_tokens` (vLLM v1). Running sequences come first, those with one token
-//! to compute before the others; then waiting ones, as the [`Queue`] orders them. Out of blocks, a running sequence is
+//! to compute before the others; then waiting ones, as the [`Queue`] orders them. Between tenants, prompts are computed
+//! by what each has got, whether they run or wait. Out of blocks, a running sequence is
 //! preempted: its blocks are freed and it goes back to the queue, to be recomputed from what the prefix cache kept.
 //!
 //! A step may be planned while earlier ones run: a token that they sample counts before its id is known, and its id is
@@ -10,9 +11,9 @@
 //!
 //! Invariants: the same state, prices of the device included, gives the same batch (no clock, no chance); of one tenant
 //! and priority the oldest running sequence is never preempted for another, so there is always progress; nothing is
-//! admitted in a step that ran out of blocks, nor before all tokens that are known would fit, so a victim waits until
-//! another sequence has freed memory. Work in a step is O(rows): nothing is done for a token that was computed before,
-//! and no memory is taken.
+//! admitted in a step in which somebody was preempted, except for tenants below their share, nor before all tokens that
+//! are known would fit, so a victim waits until another sequence has freed memory. Work in a step is O(rows): nothing
+//! is done for a token that was computed before, and no memory is taken.
 
 use crate::batch::{Batch, BlockCopy, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::config::EngineConfig;
@@ -25,11 +26,13 @@ use crate::sequence::Sequence;
 
 mod admission;
 mod budget;
+mod pace;
 mod preemption;
 mod swap;
 pub mod trace;
 
 use budget::Budget;
+pub use pace::Begun;
 pub use trace::{Held, StepTrace};
 
 #[derive(Debug)]
@@ -158,15 +161,14 @@ impl Scheduler {
         trace.begin(self.num_steps);
         let (config, cost) = (self.config, self.cost);
         let mut budget = Budget::new(&config, &cost);
-        self.continue_running(cache, &mut budget, trace);
-        if trace.preempted.is_empty() {
-            self.admit(cache, &mut budget, trace);
-            if self.plan.is_empty() {
-                // Whoever took the whole budget gave way, and in vain.
-                self.continue_running(cache, &mut budget, trace);
-            }
-        } else {
-            trace.held = Held::KvMemory;
+        self.continue_decodes(cache, &mut budget, trace);
+        self.admit_less_served(cache, &mut budget, trace);
+        self.continue_prefills(cache, &mut budget, trace);
+        self.admit(None, cache, &mut budget, trace);
+        if self.plan.is_empty() {
+            // Whoever took the whole budget gave way, and in vain.
+            self.continue_decodes(cache, &mut budget, trace);
+            self.continue_prefills(cache, &mut budget, trace);
         }
         if trace.held == Held::NoRequests {
             trace.held = budget.cut().unwrap_or_default();
@@ -240,34 +242,57 @@ impl Scheduler {
         self.slots[slot.0 as usize].as_mut().filter(|sequence| sequence.id == id)
     }
 
-    /// Plans the next tokens of what runs: those with one token to compute first.
-    fn continue_running(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
-        let mut candidates = std::mem::take(&mut self.candidates);
-        for decodes in [true, false] {
-            candidates.clear();
-            let max_model_len = self.config.max_model_len;
-            candidates.extend(self.order.iter().copied().filter(|&slot| {
-                match self.sequence(slot).num_uncomputed_tokens(max_model_len) {
-                    0 => false,
-                    1 => decodes,
-                    _ => !decodes,
-                }
-            }));
-            if !decodes && self.queue.num_tenants() > 1 {
-                let order = |slot: &SlotId| {
-                    let sequence = self.sequence(*slot);
-                    (self.queue.counter(sequence.tenant), sequence.id)
-                };
-                candidates.sort_unstable_by_key(order);
-            }
-            for &slot in &candidates {
-                self.continue_one(slot, cache, budget, trace);
-            }
-            if decodes {
-                budget.decodes_are_planned();
-            }
+    /// Plans the next tokens of what runs and has one token to compute.
+    fn continue_decodes(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        self.find_candidates(|num_tokens| num_tokens == 1);
+        self.continue_candidates(cache, budget, trace);
+        budget.decodes_are_planned();
+    }
+
+    /// Plans the next tokens of what runs and has more, by what its tenants have got.
+    fn continue_prefills(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        self.find_candidates(|num_tokens| num_tokens > 1);
+        if self.queue.num_tenants() > 1 {
+            let mut candidates = std::mem::take(&mut self.candidates);
+            let order = |slot: &SlotId| {
+                let sequence = self.sequence(*slot);
+                (self.queue.counter(sequence.tenant), sequence.id)
+            };
+            candidates.sort_unstable_by_key(order);
+            self.candidates = candidates;
         }
+        self.continue_candidates(cache, budget, trace);
+    }
+
+    /// Who waits, of tenants that have got no more than any whose prompts are being computed, comes before those.
+    fn admit_less_served(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        if self.queue.num_tenants() < 2 || self.queue.is_empty() {
+            return;
+        }
+        self.find_candidates(|num_tokens| num_tokens > 1);
+        let tenants = self.candidates.iter().map(|&slot| self.sequence(slot).tenant);
+        if let Some(least) = tenants.min_by_key(|&tenant| self.queue.counter(tenant)) {
+            self.admit(Some(least), cache, budget, trace);
+        }
+    }
+
+    /// Running sequences with so many tokens to compute, in order of admission; those admitted in this step are in the
+    /// plan.
+    fn find_candidates(&mut self, wanted: impl Fn(u32) -> bool) {
+        let mut candidates = std::mem::take(&mut self.candidates);
+        candidates.clear();
+        let max_model_len = self.config.max_model_len;
+        candidates.extend(self.order.iter().copied().filter(|&slot| {
+            let sequence = self.sequence(slot);
+            sequence.admitted_in_step != self.num_steps && wanted(sequence.num_uncomputed_tokens(max_model_len))
+        }));
         self.candidates = candidates;
+    }
+
+    fn continue_candidates(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+        for index in 0..self.candidates.len() {
+            self.continue_one(self.candidates[index], cache, budget, trace);
+        }
     }
 
     /// Plans the next tokens of a running sequence, preempting others until they fit.

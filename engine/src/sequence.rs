@@ -34,6 +34,8 @@ pub struct Sequence {
     pub num_uploaded_blocks: u32,
     /// `num_computed_tokens` when it was last admitted.
     pub num_admitted_tokens: u32,
+    /// The step in which it was last admitted.
+    pub admitted_in_step: u64,
     /// Prompt tokens found in the prefix cache when first admitted.
     pub cached_tokens: Option<u32>,
     pub num_preemptions: u32,
@@ -55,6 +57,7 @@ impl Sequence {
             chain,
             num_uploaded_blocks: 0,
             num_admitted_tokens: 0,
+            admitted_in_step: 0,
             cached_tokens: None,
             num_preemptions: 0,
         }

@@ -1,21 +1,24 @@
 //! The one thread that owns an engine, and the handle that everyone else has.
 //!
-//! Invariant: requests and events are the only traffic; one hop in per request, one hop out per token. `submit` never
-//! blocks: a full queue is an answer. When the device is lost the thread ends, every client is told, and the handle
-//! says why from then on.
+//! Invariant: requests and events are the only traffic; one hop in per request, one hop out per token. Nothing blocks
+//! but [`EngineHandle::shutdown`]: a request has a place in the backlog before it is handed in, so the inbox has room
+//! for it, and a full backlog is an answer that says when to come again. When the device is lost the thread ends, every
+//! client is told, and the handle says why from then on.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::backend::DeviceInfo;
+use crate::backlog::{Amount, Backlog, Limit, Overflow};
 use crate::config::{EngineConfig, UnfitRequest};
+use crate::cost::CostModel;
 use crate::engine::{Engine, EngineStats};
+use crate::forecast::Load;
 use crate::limits::neighbours::Membership;
 use crate::limits::verdict::{Setting, Verdict};
-use crate::request::{Request, Sink};
+use crate::request::{Event, Flow, Request, Share, Sink};
 
 /// A running engine; clones share it.
 #[derive(Clone)]
@@ -24,18 +27,36 @@ pub struct EngineHandle {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, PartialEq, thiserror::Error)]
 pub enum SubmitError {
-    #[error("{max_waiting} requests are waiting already; try again later")]
-    QueueFull { max_waiting: u32 },
+    #[error("{}; try again in {} s", too_many(.0), .1.as_secs())]
+    Full(Overflow, Duration),
+    #[error(
+        "{} ms are predicted to the first token, and at most {max_queue_ms} are waited; try again in {} s",
+        .predicted.as_millis(), .retry_after.as_secs()
+    )]
+    TooLate { predicted: Duration, max_queue_ms: u32, retry_after: Duration },
+    #[error(
+        "the first token of a prompt of {prompt_tokens} tokens takes {} ms on this device even alone, and at most \
+         {max_queue_ms} are waited; shorten the prompt", .predicted.as_millis()
+    )]
+    NeverInTime { prompt_tokens: u64, predicted: Duration, max_queue_ms: u32 },
     #[error(transparent)]
     Unfit(#[from] UnfitRequest),
     #[error("the engine has stopped: {reason}")]
     Stopped { reason: String },
 }
 
+/// A request's place among those that wait, later among those that run; given back when dropped.
+pub struct Place {
+    shared: Arc<Shared>,
+    tenant: u64,
+    num_tokens: u64,
+    begun: bool,
+}
+
 enum Message {
-    Submit(Request, Box<dyn Sink>),
+    Submit(Box<Request>, Box<dyn Sink>),
     Stop,
 }
 
@@ -45,9 +66,8 @@ struct Shared {
     device: DeviceInfo,
     setting: Setting,
     neighbours: Option<Weak<Membership>>,
-    /// Requests handed in, and those that no longer wait; the difference is bounded by `max_waiting`.
-    num_submitted: AtomicU64,
-    num_left_queue: AtomicU64,
+    /// Held for a few additions at a time, and never together with `state`.
+    backlog: Mutex<Backlog>,
     /// Written once a step by the engine thread; never held across a device wait.
     state: Mutex<State>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -55,6 +75,11 @@ struct Shared {
 
 struct State {
     stats: EngineStats,
+    load: Load,
+    cost: CostModel,
+    /// Of steps, beyond what they took on the device.
+    host: Duration,
+    busy: bool,
     last_progress: Instant,
     stopped: Option<String>,
 }
@@ -63,42 +88,102 @@ impl EngineHandle {
     /// Starts the thread.
     pub fn spawn(engine: Engine) -> EngineHandle {
         let config = *engine.config();
-        let (inbox, receiver) = sync_channel(config.max_waiting as usize + 1);
-        let state = State { stats: engine.stats().clone(), last_progress: Instant::now(), stopped: None };
+        let (inbox, receiver) = sync_channel(config.max_queued_requests as usize + 1);
+        let state = State {
+            stats: engine.stats().clone(),
+            load: engine.load(),
+            cost: *engine.cost(),
+            host: Duration::ZERO,
+            busy: false,
+            last_progress: Instant::now(),
+            stopped: None,
+        };
+        let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
         let shared = Arc::new(Shared {
             config,
             vocab_size: engine.model().config.vocab_size,
             device: engine.backend().info().clone(),
             setting: engine.setting(),
             neighbours: engine.neighbours().map(Arc::downgrade),
-            num_submitted: AtomicU64::new(0),
-            num_left_queue: AtomicU64::new(0),
+            backlog: Mutex::new(backlog),
             state: Mutex::new(state),
             thread: Mutex::new(None),
         });
-        let worker = Worker { engine, inbox: receiver, shared: shared.clone(), num_received: 0 };
+        let worker = Worker {
+            engine,
+            inbox: receiver,
+            shared: shared.clone(),
+            loaded_at: Instant::now(),
+            stepping: Duration::ZERO,
+        };
         let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run());
         *lock(&shared.thread) = Some(thread.expect("the system can start one more thread"));
         EngineHandle { inbox, shared }
     }
 
-    /// Hands a request in; its events go to `sink` from the engine thread.
-    pub fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<(), SubmitError> {
-        self.shared.config.fits(&request, self.shared.vocab_size)?;
+    /// Whether anybody could get a place now: what is asked before a request is read.
+    pub fn check_full(&self) -> Result<(), SubmitError> {
+        let (full, total) = {
+            let backlog = lock(&self.shared.backlog);
+            (backlog.check_full(), backlog.total())
+        };
+        full.map_err(|overflow| self.full(overflow, total))
+    }
+
+    /// Places for `num_requests` of a tenant, all or none: what is asked before their text is read.
+    pub fn reserve(&self, tenant: u64, share: Share, num_requests: u32) -> Result<Vec<Place>, SubmitError> {
+        let (reserved, total) = {
+            let mut backlog = lock(&self.shared.backlog);
+            (backlog.reserve(tenant, share.weight, num_requests), backlog.total())
+        };
+        reserved.map_err(|overflow| self.full(overflow, total))?;
+        let place = |_| Place { shared: self.shared.clone(), tenant, num_tokens: 0, begun: false };
+        let places = (0..num_requests).map(place).collect();
+        // Those before it may be late enough already.
+        self.check_in_time(tenant, 0)?;
+        Ok(places)
+    }
+
+    /// Hands requests of one tenant in, each into a place that was taken for it, all or none; their events go to their
+    /// sinks from the engine thread.
+    pub fn submit(&self, places: Vec<Place>, requests: Vec<(Request, Box<dyn Sink>)>) -> Result<(), SubmitError> {
+        assert_eq!(places.len(), requests.len(), "a place for each request");
+        for (request, _) in &requests {
+            self.shared.config.fits(request, self.shared.vocab_size)?;
+        }
         if let Some(reason) = self.stopped() {
             return Err(SubmitError::Stopped { reason });
         }
-        let max_waiting = u64::from(self.shared.config.max_waiting);
-        let full = || SubmitError::QueueFull { max_waiting: self.shared.config.max_waiting };
-        let num_left = self.shared.num_left_queue.load(Ordering::Acquire);
-        let claim = |submitted: u64| (submitted.saturating_sub(num_left) < max_waiting).then_some(submitted + 1);
-        self.shared.num_submitted.fetch_update(Ordering::AcqRel, Ordering::Acquire, claim).map_err(|_| full())?;
-        self.inbox.try_send(Message::Submit(request, sink)).map_err(|error| match error {
-            TrySendError::Full(_) => full(),
-            TrySendError::Disconnected(_) => {
-                SubmitError::Stopped { reason: self.stopped().unwrap_or_else(|| ENDED.to_owned()) }
-            }
-        })
+        let Some(tenant) = places.first().map(|place| place.tenant) else { return Ok(()) };
+        let num_tokens = requests.iter().map(|(request, _)| request.prompt.len() as u64).sum();
+        let (added, total) = {
+            let mut backlog = lock(&self.shared.backlog);
+            (backlog.add_tokens(tenant, num_tokens), backlog.total())
+        };
+        added.map_err(|overflow| self.full(overflow, total))?;
+        let placed = places.into_iter().zip(requests).map(|(mut place, (request, sink))| {
+            place.num_tokens = request.prompt.len() as u64;
+            (request, Box::new(Placed { sink, place }))
+        });
+        let placed: Vec<(Request, Box<Placed>)> = placed.collect();
+        let longest = placed.iter().map(|(request, _)| request.prompt.len() as u64).max();
+        self.check_in_time(tenant, longest.unwrap_or(0))?;
+        for (request, sink) in placed {
+            self.inbox.try_send(Message::Submit(Box::new(request), sink)).map_err(|error| match error {
+                TrySendError::Full(_) => unreachable!("the inbox has room for all places"),
+                TrySendError::Disconnected(_) => {
+                    SubmitError::Stopped { reason: self.stopped().unwrap_or_else(|| ENDED.to_owned()) }
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Hands one request in.
+    pub fn submit_one(&self, request: Request, sink: Box<dyn Sink>) -> Result<(), SubmitError> {
+        self.shared.config.fits(&request, self.shared.vocab_size)?;
+        let places = self.reserve(request.tenant, request.share, 1)?;
+        self.submit(places, vec![(request, sink)])
     }
 
     pub fn config(&self) -> &EngineConfig {
@@ -125,17 +210,33 @@ impl EngineHandle {
         Verdict::new(&stats.limits, &self.shared.setting, &names)
     }
 
-    /// Requests that wait for admission, those not yet seen by the engine thread included.
+    /// What runs and how fast, as of the last step or a little earlier.
+    pub fn load(&self) -> Load {
+        lock(&self.shared.state).load
+    }
+
+    /// What steps take on this device, as of the last one.
+    pub fn cost(&self) -> CostModel {
+        lock(&self.shared.state).cost
+    }
+
+    /// What the host has added to the time of steps, a step.
+    pub fn host_per_step(&self) -> Duration {
+        let state = lock(&self.shared.state);
+        state.host.div_f64(state.stats.num_steps.max(1) as f64)
+    }
+
+    /// Requests that have not begun, those whose text is being read included, and sequences that were sent back to
+    /// wait.
     pub fn num_waiting(&self) -> u64 {
-        let num_left = self.shared.num_left_queue.load(Ordering::Acquire);
-        self.shared.num_submitted.load(Ordering::Acquire).saturating_sub(num_left)
+        let num_preempted = lock(&self.shared.state).stats.num_preempted;
+        u64::from(num_preempted) + u64::from(lock(&self.shared.backlog).total().num_requests)
     }
 
     /// How long work has waited without a step being completed; zero when idle.
     pub fn stalled_for(&self) -> Duration {
         let state = lock(&self.shared.state);
-        let has_work = state.stats.num_running > 0 || self.num_waiting() > 0;
-        if has_work { state.last_progress.elapsed() } else { Duration::ZERO }
+        if state.busy { state.last_progress.elapsed() } else { Duration::ZERO }
     }
 
     /// Why the engine has ended, if it has.
@@ -152,17 +253,96 @@ impl EngineHandle {
             let _ = thread.join();
         }
     }
+
+    /// An overflow, with when there will be room.
+    fn full(&self, overflow: Overflow, total: Amount) -> SubmitError {
+        let each = (total.num_tokens / u64::from(total.num_requests.max(1))).max(1);
+        let num_requests = match overflow.limit {
+            Limit::Requests => overflow.num_excess,
+            Limit::Tokens => overflow.num_excess.div_ceil(each),
+        };
+        let begun_ns = self.load().begun_ns(num_requests as u32, num_requests * each);
+        SubmitError::Full(overflow, whole_seconds(Duration::from_nanos(begun_ns)))
+    }
+
+    /// Whether the last of a tenant's waiting requests, with a prompt of `own_tokens`, is predicted to have its first
+    /// token within `max_queue_ms`.
+    fn check_in_time(&self, tenant: u64, own_tokens: u64) -> Result<(), SubmitError> {
+        let Some(max_queue_ms) = self.shared.config.max_queue_ms else { return Ok(()) };
+        let max = Duration::from_millis(u64::from(max_queue_ms));
+        let load = self.load();
+        let alone = Duration::from_nanos(load.first_token_alone_ns(own_tokens));
+        if alone > max {
+            return Err(SubmitError::NeverInTime { prompt_tokens: own_tokens, predicted: alone, max_queue_ms });
+        }
+        let ahead = lock(&self.shared.backlog).ahead(tenant, self.shared.config.max_num_seqs);
+        let predicted = Duration::from_nanos(load.first_token_ns(&ahead, own_tokens));
+        match predicted.checked_sub(max) {
+            None | Some(Duration::ZERO) => Ok(()),
+            Some(over) => Err(SubmitError::TooLate { predicted, max_queue_ms, retry_after: whole_seconds(over) }),
+        }
+    }
 }
 
 /// How often an engine without work says so.
 const IDLE_TICK: Duration = Duration::from_secs(1);
 const ENDED: &str = "the server is shutting down";
+/// Forecasts need no later news of an engine that is busy, and steps may be shorter.
+const LOAD_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Rounded up, and at least one: what `Retry-After` can say.
+fn whole_seconds(time: Duration) -> Duration {
+    Duration::from_secs(time.as_secs_f64().ceil().max(1.0) as u64)
+}
+
+fn too_many(overflow: &Overflow) -> String {
+    let Overflow { limit, num_waiting, max_waiting, .. } = overflow;
+    let what = match limit {
+        Limit::Requests => "requests",
+        Limit::Tokens => "tokens",
+    };
+    format!("{num_waiting} {what} wait of the {max_waiting} that may, of which some are kept for other tenants")
+}
+
+/// A request's sink, which gives up its place in the backlog as the request goes on.
+struct Placed {
+    sink: Box<dyn Sink>,
+    place: Place,
+}
+
+impl Sink for Placed {
+    fn event(&mut self, event: Event) -> Flow {
+        if matches!(event, Event::Started { .. }) {
+            let Place { shared, tenant, num_tokens, begun } = &mut self.place;
+            lock(&shared.backlog).begin(*tenant, *num_tokens);
+            *begun = true;
+        }
+        self.sink.event(event)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.sink.is_closed()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut backlog = lock(&self.shared.backlog);
+        match self.begun {
+            true => backlog.end(self.tenant),
+            false => backlog.leave(self.tenant, self.num_tokens),
+        }
+    }
+}
 
 struct Worker {
     engine: Engine,
     inbox: Receiver<Message>,
     shared: Arc<Shared>,
-    num_received: u64,
+    /// When `load` was published last.
+    loaded_at: Instant,
+    /// Spent in steps, waits for the device included.
+    stepping: Duration,
 }
 
 /// Says that the engine has stopped even when its thread unwinds: a panic is our bug, and nobody may wait for it.
@@ -184,8 +364,9 @@ impl Worker {
                 Received::Work => {}
                 Received::Stop => break ENDED.to_owned(),
             }
+            let begun = Instant::now();
             match self.engine.step() {
-                Ok(_) => self.publish(),
+                Ok(_) => self.publish(begun),
                 Err(error) => break error.to_string(),
             }
         };
@@ -197,11 +378,11 @@ impl Worker {
         // Requests that were handed in before `stopped` was set.
         while let Ok(message) = self.inbox.try_recv() {
             if let Message::Submit(request, sink) = message {
-                self.engine.add(request, sink);
+                self.engine.add(*request, sink);
             }
         }
         self.engine.fail_all(&reason);
-        self.publish();
+        self.publish(Instant::now());
     }
 
     /// Takes in what has arrived; blocks while there is nothing to do.
@@ -209,14 +390,16 @@ impl Worker {
         while self.engine.is_idle() {
             match self.inbox.recv_timeout(IDLE_TICK) {
                 Ok(message) => {
-                    lock(&self.shared.state).last_progress = Instant::now();
+                    let mut state = lock(&self.shared.state);
+                    (state.busy, state.last_progress) = (true, Instant::now());
+                    drop(state);
                     if !self.take(message) {
                         return Received::Stop;
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     self.engine.settle_idle();
-                    self.publish();
+                    self.publish(Instant::now());
                 }
                 Err(RecvTimeoutError::Disconnected) => return Received::Stop,
             }
@@ -236,17 +419,26 @@ impl Worker {
 
     fn take(&mut self, message: Message) -> bool {
         let Message::Submit(request, sink) = message else { return false };
-        self.num_received += 1;
-        self.engine.add(request, sink);
+        self.engine.add(*request, sink);
         true
     }
 
-    fn publish(&self) {
+    /// Tells of the engine after what began at `begun`.
+    fn publish(&mut self, begun: Instant) {
+        self.stepping += begun.elapsed();
+        let is_idle = self.engine.is_idle();
+        let load = (is_idle || self.loaded_at.elapsed() >= LOAD_INTERVAL).then(|| {
+            self.loaded_at = Instant::now();
+            self.engine.load()
+        });
         let stats = self.engine.stats();
-        let num_left = self.num_received - u64::from(stats.num_waiting);
-        self.shared.num_left_queue.store(num_left, Ordering::Release);
+        let on_device = Duration::from_secs_f64(stats.total_step_ms / 1e3);
         let mut state = lock(&self.shared.state);
         state.stats.clone_from(stats);
+        state.load = load.unwrap_or(state.load);
+        state.cost = *self.engine.cost();
+        state.host = self.stepping.saturating_sub(on_device);
+        state.busy = !is_idle;
         state.last_progress = Instant::now();
     }
 }

@@ -102,9 +102,18 @@ pub struct EngineArgs {
     /// Steps submitted before the oldest is read back: 2 keeps the device busy, 1 waits for each.
     #[arg(long, default_value_t = 2)]
     pub pipeline_depth: u32,
-    /// Requests that wait for admission, at most.
+    /// Requests that wait to begin, at most; what is beyond is told when to come again (429).
     #[arg(long, default_value_t = 256)]
-    pub max_waiting: u32,
+    pub max_queued_requests: u32,
+    /// Tokens of their prompts, at most [default: 2048 for each request that may wait].
+    #[arg(long)]
+    pub max_queued_tokens: Option<u32>,
+    /// Refuse what is predicted to have no token within so many milliseconds.
+    #[arg(long)]
+    pub max_queue_ms: Option<u32>,
+    /// Learn what steps take on this device anew, and keep nothing of it in the cache folder.
+    #[arg(long)]
+    pub no_saved_costs: bool,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -119,7 +128,7 @@ pub struct ServeArgs {
     /// The model's name in the API [default: the name it was asked for by].
     #[arg(long)]
     pub served_model_name: Option<String>,
-    /// Weight of a tenant (the `user` of its requests), and how many of its requests run at once: NAME=WEIGHT[:MAX].
+    /// Weight of a tenant (the API key of its requests, else their `user`), and how many of them run at once.
     #[arg(long = "share", value_name = "NAME=WEIGHT[:MAX]", value_parser = parse_share)]
     pub shares: Vec<(String, Share)>,
     /// Connections open at once, at most.
@@ -199,7 +208,7 @@ pub struct WorkloadArgs {
     /// Arrivals come so many times as fast.
     #[arg(long, default_value_t = 1.0, value_parser = parse_speedup)]
     pub speedup: f64,
-    /// Turn away what comes while --max-waiting wait, as a server does; otherwise it waits before the door.
+    /// Turn away what comes while --max-queued-requests wait, as a server does; otherwise it waits before the door.
     #[arg(long)]
     pub refuse_when_full: bool,
     /// Of lengths, arrivals and token ids.
@@ -260,7 +269,7 @@ pub struct SimulateArgs {
     pub no_prefix_cache: bool,
     /// Requests that wait for admission, at most.
     #[arg(long, default_value_t = 256)]
-    pub max_waiting: u32,
+    pub max_queued_requests: u32,
 }
 
 pub fn latency_target(target_itl_ms: Option<u32>, profile: Profile) -> LatencyTarget {
@@ -293,7 +302,10 @@ impl EngineArgs {
             profile: Profile::Balanced,
             target_itl_ms: None,
             pipeline_depth: EngineConfig::default().pipeline_depth,
-            max_waiting: 256,
+            max_queued_requests: EngineConfig::default().max_queued_requests,
+            max_queued_tokens: None,
+            max_queue_ms: None,
+            no_saved_costs: false,
         }
     }
 }
@@ -378,6 +390,15 @@ mod tests {
     fn types_of_the_kv_cache_are_read_by_name() {
         assert_eq!(KvType::ALL.map(|kv_type| parse_kv_type(kv_type.name())), KvType::ALL.map(Ok));
         assert_eq!(parse_kv_type("q5_0"), Err("q5_0 is no type of a KV cache; there are f16, q8_0, q4_0".to_owned()));
+    }
+
+    #[test]
+    fn an_unknown_profile_is_refused_with_those_there_are() {
+        let sentence =
+            Args::try_parse_from(["fullbore", "serve", "--profile", "fastest"]).expect_err("no such profile");
+        let sentence = sentence.to_string();
+        let words = ["fastest", "latency", "balanced", "throughput"];
+        assert!(words.iter().all(|word| sentence.contains(word)), "{sentence}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use fullbore_engine::engine::Engine;
 
 use crate::args::{BenchArgs, EngineArgs, Profile, ProfileArgs, TraceArgs};
 use crate::simulate::{WorkloadError, play_options, requests};
-use crate::start::{self, Plan, StartError};
+use crate::start::{self, Plan, StartError, USUAL_LEN};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchCommandError {
@@ -38,8 +38,11 @@ pub enum BenchCommandError {
 /// All requests at once, one line of JSON.
 pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let mut engine_args = args.engine.clone();
-    // All are submitted before the first is admitted.
-    engine_args.max_waiting = engine_args.max_waiting.max(args.num_requests);
+    // All are submitted before the first begins, and one tenant alone does not get every place.
+    let num_places = args.num_requests.saturating_mul(2);
+    engine_args.max_queued_requests = engine_args.max_queued_requests.max(num_places);
+    let num_tokens = num_places.saturating_mul(args.prompt_tokens.max(USUAL_LEN));
+    engine_args.max_queued_tokens = engine_args.max_queued_tokens.max(Some(num_tokens));
     let plan = start::plan(&engine_args, None)?;
     let stopwatch = Stopwatch::new(plan.backend);
     let dial = stopwatch.dial();
@@ -47,7 +50,7 @@ pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
     let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
     let report = offline::run(&model.engine, workload, &dial);
-    model.engine.shutdown();
+    model.end();
     println!("{}", serde_json::json!(report?));
     Ok(())
 }

@@ -84,7 +84,8 @@ pub fn fetch(model: &str) -> Result<PathBuf, FetchError> {
     }
 }
 
-fn cache_folder() -> Result<PathBuf, FetchError> {
+/// Where all that is kept between runs lies.
+pub fn cache_folder() -> Result<PathBuf, FetchError> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     variable("FULLBORE_CACHE").or_else(|| Some(variable("HOME")?.join(".cache/fullbore"))).ok_or(FetchError::NoCache)
 }

@@ -6,6 +6,7 @@
 pub mod api;
 pub mod args;
 pub mod bench;
+pub mod costs;
 pub mod devices;
 pub mod fetch;
 pub mod http;

@@ -27,7 +27,7 @@ pub fn run(args: &RunArgs) -> Result<(), RunError> {
     let model = start::plan(&engine_args, None)?.load()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let result = runtime.block_on(answer(&model, args));
-    model.engine.shutdown();
+    model.end();
     result
 }
 
@@ -41,7 +41,7 @@ async fn answer(model: &ServedModel, args: &RunArgs) -> Result<(), RunError> {
     body["max_tokens"] = json!(args.max_tokens);
     body["temperature"] = json!(args.temperature);
     let endpoint = if raw { Endpoint::Completions } else { Endpoint::Chat };
-    let (_, jobs) = api::prepare(endpoint, model, &body).map_err(refused)?;
+    let (_, jobs) = api::prepare(endpoint, model, None, &body).map_err(refused)?;
     let start = Instant::now();
     let mut generation = Generation::submit(model, jobs).map_err(refused)?;
     let mut first = None;

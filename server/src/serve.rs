@@ -73,9 +73,9 @@ impl Server {
         let all = self.app.limits.max_connections as u32;
         let done = timeout(grace, self.connections.acquire_many(all)).await.is_ok();
         if let Some(model) = self.app.model() {
-            let engine = model.engine.clone();
+            let model = model.clone();
             // A device that no longer answers must not keep the process.
-            let _ = timeout(ENGINE_GRACE, tokio::task::spawn_blocking(move || engine.shutdown())).await;
+            let _ = timeout(ENGINE_GRACE, tokio::task::spawn_blocking(move || model.end())).await;
         }
         if !done {
             // Streams that were told of the end above still have to send it.

@@ -102,7 +102,10 @@ fn engine_config(
         block_size,
         num_blocks,
         num_host_blocks: 0,
-        max_waiting: args.max_waiting,
+        max_queued_requests: args.max_queued_requests,
+        // What waits before the door counts nothing here: requests alone are turned away.
+        max_queued_tokens: 1 << 30,
+        max_queue_ms: None,
         max_logit_rows: max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
         latency: latency_target(args.target_itl_ms, args.latency_profile),

@@ -7,9 +7,9 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
 
-use fullbore_engine::backend::{Backend, LoadError};
+use fullbore_engine::backend::{Backend, DeviceError, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
-use fullbore_engine::config::{ConfigError, EngineConfig};
+use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
@@ -18,6 +18,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::api::{ServedModel, unix_seconds};
 use crate::args::EngineArgs;
+use crate::costs::SavedCosts;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
 
@@ -51,6 +52,8 @@ pub enum StartError {
     TooWide { rows: u32, width: u32, flag: &'static str },
     #[error(transparent)]
     Load(#[from] LoadError),
+    #[error(transparent)]
+    Lost(#[from] DeviceError),
 }
 
 /// Everything decided, nothing loaded.
@@ -60,6 +63,8 @@ pub struct Plan {
     pub backend: Box<dyn Backend>,
     pub config: EngineConfig,
     pub memory: MemoryTable,
+    /// Where prices of steps are kept, if they are.
+    pub costs: Option<SavedCosts>,
 }
 
 /// Opens model and device and fits the engine into memory.
@@ -78,7 +83,11 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     check_widths(&bundle.config, &config)?;
     let memory = memory_table(&bundle.config, &config, weights);
     let default_name = if Path::new(&args.model.model).exists() { &bundle.name } else { &args.model.model };
-    Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory })
+    // What steps take on the simulator is made up.
+    let keeps = !args.no_saved_costs && device.id != "sim";
+    let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
+    let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
+    Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory, costs })
 }
 
 /// Where memory will go, with `weights` bytes of it for weights.
@@ -137,6 +146,16 @@ impl Plan {
         if let Some(neighbours) = neighbours {
             engine.set_neighbours(neighbours);
         }
+        // A simulated device has nothing to compile, and its steps say nothing unless a target is held against them.
+        let has_target = matches!(self.config.latency, LatencyTarget::Milliseconds(_));
+        if has_target || engine.backend().info().id != "sim" {
+            let step = engine.warm_up()?;
+            tracing::info!(step_ms = step.as_secs_f64() * 1e3, "one sequence alone");
+            self.config.check_target(step.as_nanos() as u64)?;
+        }
+        if let Some(cost) = self.costs.as_ref().and_then(SavedCosts::read) {
+            engine.set_cost(cost);
+        }
         Ok(ServedModel {
             name: self.name,
             tokenizer,
@@ -145,6 +164,7 @@ impl Plan {
             stop_ids,
             memory: self.memory,
             shares: HashMap::new(),
+            costs: self.costs,
             loaded_at: unix_seconds(),
             engine: EngineHandle::spawn(engine),
         })
@@ -192,7 +212,7 @@ pub fn random() -> u64 {
 /// Unless asked otherwise a sequence may be this long, so that a model made for 128k tokens does not claim all memory.
 const DEFAULT_MODEL_LEN: u32 = 8192;
 /// Of a request, prompt and answer, as far as memory is concerned.
-const USUAL_LEN: u32 = 2048;
+pub const USUAL_LEN: u32 = 2048;
 /// What counts as free where a device does not say.
 const UNKNOWN_MEMORY: u64 = 2 << 30;
 
@@ -223,7 +243,11 @@ fn engine_config(
         block_size: args.block_size,
         num_blocks: args.kv_blocks.unwrap_or(longest.div_ceil(block_size)),
         num_host_blocks: 0,
-        max_waiting: args.max_waiting,
+        max_queued_requests: args.max_queued_requests,
+        max_queued_tokens: args
+            .max_queued_tokens
+            .unwrap_or(args.max_queued_requests.saturating_mul(USUAL_LEN).max(longest)),
+        max_queue_ms: args.max_queue_ms,
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
         latency: args.latency(),
@@ -326,5 +350,36 @@ mod tests {
         assert!(fraction.contains("--kv-memory instead of --memory-fraction"), "{fraction}");
         let swap = sentence(&EngineArgs { swap_memory: Some(100), ..args(KvType::F16) });
         assert!(swap.starts_with("--swap-memory of 100 B holds no block"), "{swap}");
+    }
+
+    #[test]
+    fn settings_that_contradict_each_other_are_refused_with_their_numbers() {
+        let bundle = Bundle::simulated();
+        let sentence =
+            |args: &EngineArgs| engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect_err("no plan").to_string();
+        let long = EngineArgs { max_model_len: Some(1000), ..args(KvType::F16) };
+        let pool = sentence(&EngineArgs { kv_blocks: Some(31), block_size: 32, ..long.clone() });
+        assert!(pool.starts_with("31 KV blocks of 32 tokens cannot hold one sequence of max_model_len 1000"), "{pool}");
+        let memory = sentence(&EngineArgs { kv_memory: Some(4096), ..long.clone() });
+        assert!(memory.contains("1000"), "{memory}");
+        let queue = sentence(&EngineArgs { max_queued_tokens: Some(999), ..long.clone() });
+        assert_eq!(queue, "max_queued_tokens is 999; it must be at least 1000");
+        let slots = sentence(&EngineArgs { max_num_seqs: 600, ..long.clone() });
+        assert_eq!(slots, "max_num_batched_tokens is 512; it must be at least 600");
+        let target = sentence(&EngineArgs { target_itl_ms: Some(0), ..long.clone() });
+        assert!(target.contains("the latency target is 0"), "{target}");
+        let deadline = sentence(&EngineArgs { max_queue_ms: Some(0), ..long });
+        assert_eq!(deadline, "max_queue_ms is 0; it must be at least 1");
+    }
+
+    #[test]
+    fn as_many_tokens_may_wait_as_fit_the_requests_that_may_or_the_longest_one() {
+        let bundle = Bundle::simulated();
+        let tokens = |args: &EngineArgs| {
+            engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect("a plan").max_queued_tokens
+        };
+        assert_eq!(tokens(&args(KvType::F16)), 256 * USUAL_LEN);
+        let few = EngineArgs { max_queued_requests: 1, max_model_len: Some(4000), ..args(KvType::F16) };
+        assert_eq!(tokens(&few), 4000);
     }
 }

@@ -71,10 +71,12 @@ impl CostFit {
         self.num_observed
     }
 
-    /// Typical relative error of predictions, over the kinds of step that were seen; 1 before any was.
+    /// Typical relative error of predictions, over the steps that are remembered; 1 before any was seen. A kind that
+    /// came once, before anything was known, says little.
     pub fn relative_error(&self) -> f64 {
-        let seen = self.buckets.iter().filter(|bucket| bucket.num_observed > 0);
-        let (sum, count) = seen.fold((0.0, 0.0), |(sum, count), bucket| (sum + bucket.error, count + 1.0));
+        let weight = |bucket: &Bucket| f64::from(bucket.num_observed).min(MEMORY);
+        let sum: f64 = self.buckets.iter().map(|bucket| bucket.error * weight(bucket)).sum();
+        let count: f64 = self.buckets.iter().map(weight).sum();
         if count > 0.0 { sum / count } else { 1.0 }
     }
 
@@ -436,6 +438,17 @@ mod tests {
         assert!(fit.model().is_known());
         assert!(!super::fit(&seen[..3]).is_known());
         assert!(!super::fit(&[]).is_known());
+    }
+
+    /// One prompt, then an answer: as a server's first request is.
+    #[test]
+    fn a_single_prompt_does_not_keep_decoding_unknown() {
+        let mut fit = CostFit::new(CostModel::UNKNOWN);
+        fit.observe(&StepShape::default().with_slice(0, 300, 1), 200_000_000);
+        for position in 0..150 {
+            fit.observe(&StepShape::decode(1, 301 + position), 24_000_000);
+        }
+        assert!(fit.model().is_known(), "{}", fit.relative_error());
     }
 
     #[test]

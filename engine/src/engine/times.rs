@@ -75,7 +75,9 @@ impl Engine {
         self.stats.last_step_ms = (ended_at - begun).as_secs_f64() * 1e3;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
-        self.stats.prefill_tokens += u64::from(step.trace.num_prefill_tokens());
+        let num_prefill_tokens = step.trace.num_prefill_tokens();
+        self.meter.stepped(num_prefill_tokens, self.last_step.device_ns, step.trace.is_full_of_prompts());
+        self.stats.prefill_tokens += u64::from(num_prefill_tokens);
     }
 
     /// Nanoseconds on the device's clock.

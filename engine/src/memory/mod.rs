@@ -10,6 +10,7 @@ use crate::request::TokenId;
 pub mod block_pool;
 pub mod block_table;
 pub mod capacity;
+pub mod miss;
 pub mod prefix_cache;
 pub mod swap;
 
@@ -203,7 +204,7 @@ impl KvCache {
     pub fn withdraw(&mut self, table: &BlockTable) {
         let Some(prefixes) = &mut self.prefixes else { return };
         for &block in &table.blocks {
-            prefixes.evict(block);
+            prefixes.forget(block);
         }
     }
 

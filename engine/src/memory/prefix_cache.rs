@@ -12,6 +12,7 @@ use std::hash::Hasher;
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use crate::memory::block_pool::BlockId;
+use crate::memory::miss::Evicted;
 use crate::request::TokenId;
 
 /// All tokens up to the end of a block, as a hash; a type of its own so that it is not taken for a token or a slot.
@@ -36,6 +37,8 @@ pub struct PrefixCache {
     tokens: Vec<TokenId>,
     /// Blocks to be computed soon, by who computes them.
     promised: HashMap<BlockHash, u64>,
+    /// To say why a prefix was not found.
+    evicted: Evicted,
 }
 
 impl PrefixCache {
@@ -49,6 +52,7 @@ impl PrefixCache {
             keys: vec![None; num_blocks as usize],
             tokens: vec![TokenId(0); num_blocks as usize * block_size as usize],
             promised: HashMap::with_capacity(capacity),
+            evicted: Evicted::new(num_blocks as usize),
         }
     }
 
@@ -92,10 +96,22 @@ impl PrefixCache {
         self.keys[block.0 as usize].is_some()
     }
 
-    /// Forgets a block: it is about to be overwritten, or not to be trusted.
+    /// Forgets a block, which is about to be overwritten; says whether it was known.
     pub fn evict(&mut self, block: BlockId) -> bool {
-        let hash = self.keys[block.0 as usize].take();
-        hash.is_some_and(|hash| self.by_hash.remove(&hash).is_some())
+        let hash = self.forget(block);
+        hash.into_iter().for_each(|hash| self.evicted.remember(hash));
+        hash.is_some()
+    }
+
+    /// Makes a block unfindable.
+    pub fn forget(&mut self, block: BlockId) -> Option<BlockHash> {
+        let hash = self.keys[block.0 as usize].take()?;
+        self.by_hash.remove(&hash).map(|_| hash)
+    }
+
+    /// Whether a block called `hash` was evicted lately.
+    pub fn was_evicted(&self, hash: BlockHash) -> bool {
+        self.evicted.contains(hash)
     }
 
     /// `owner` is going to compute the block called `hash`.

@@ -5,8 +5,9 @@
 //! admission, unless one that runs has to give way to it.
 
 use super::{Blocked, Budget, Held, Planned, Scheduler, StepTrace};
-use crate::batch::SlotId;
 use crate::memory::KvCache;
+use crate::queue::TenantIndex;
+use crate::sequence::Sequence;
 
 /// Sequences that are passed over in one step, at most.
 const MAX_PASSED: u32 = 64;
@@ -23,11 +24,31 @@ enum Attempt {
 }
 
 impl Scheduler {
-    pub(super) fn admit(&mut self, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
+    /// Up to the first that comes `behind` a tenant that runs: it has got more, or is the same.
+    pub(super) fn admit(
+        &mut self,
+        behind: Option<TenantIndex>,
+        cache: &mut KvCache,
+        budget: &mut Budget,
+        trace: &mut StepTrace,
+    ) {
         self.queue.rewind();
         let mut promised = self.promised_blocks(cache);
         let mut num_passed = 0;
+        let mut helped = None;
         trace.held = loop {
+            let head = self.queue.peek().map(|head| (head.id, head.tenant));
+            let comes_behind = |other: TenantIndex| {
+                let got_more = |tenant| tenant == other || self.queue.counter(tenant) > self.queue.counter(other);
+                head.is_some_and(|(_, tenant)| got_more(tenant))
+            };
+            if behind.is_some_and(comes_behind) {
+                break Held::Budget;
+            }
+            // What was freed, was freed for sequences that run, or for tenants below their share.
+            if !trace.preempted.is_empty() && !head.is_some_and(|(_, tenant)| self.is_below_share(tenant)) {
+                break if self.free_slots.is_empty() { Held::Slots } else { Held::KvMemory };
+            }
             match self.attempt(cache, budget, promised) {
                 None if num_passed > 0 => break Held::SharedPrefix,
                 None if self.queue.is_empty() => break Held::NoRequests,
@@ -39,18 +60,13 @@ impl Scheduler {
                 }
                 Some(Attempt::Lacks(held)) => break held,
                 Some(Attempt::LacksRoom(held, num_blocks)) => {
-                    if !trace.preempted.is_empty() || !self.give_way(num_blocks, cache, budget, trace) {
+                    let again = helped.replace(head.map(|(id, _)| id)) == Some(head.map(|(id, _)| id));
+                    if again || !self.give_way(num_blocks, cache, budget, trace) {
                         break held;
                     }
                     promised = self.promised_blocks(cache);
                 }
-                Some(Attempt::Fits(num_tokens)) => {
-                    promised += self.start(num_tokens, cache, budget);
-                    // Whoever gave way did so for this one alone.
-                    if !trace.preempted.is_empty() {
-                        break Held::Slots;
-                    }
-                }
+                Some(Attempt::Fits(num_tokens)) => promised += self.start(num_tokens, cache, budget, trace),
             }
         };
     }
@@ -100,8 +116,12 @@ impl Scheduler {
 
     /// Gives the head of the queue a slot and blocks, and its first tokens a place in the step. Returns the blocks that
     /// it will take beyond.
-    fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget) -> u32 {
+    fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> u32 {
         let mut sequence = self.queue.take().expect("the head of the queue was tried");
+        if sequence.cached_tokens.is_none() {
+            let prefix = || cache.explain(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
+            tracing::debug!(id = sequence.request.id, "prefix: {}", prefix());
+        }
         let mut table = cache.open(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
         let num_found = table.num_blocks();
         let num_cached = num_found * cache.block_size();
@@ -117,7 +137,9 @@ impl Scheduler {
         sequence.slot = Some(slot);
         sequence.num_computed_tokens = num_kept;
         sequence.num_admitted_tokens = num_kept;
-        sequence.cached_tokens.get_or_insert(num_cached);
+        let cached_tokens = *sequence.cached_tokens.get_or_insert(num_cached);
+        sequence.admitted_in_step = self.num_steps;
+        trace.admitted.push((sequence.id, cached_tokens));
         budget.take(&sequence, num_tokens);
         self.plan.push(Planned { slot, num_tokens });
         self.order.push(slot);
@@ -129,9 +151,9 @@ impl Scheduler {
     fn give_way(&mut self, num_blocks: u32, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> bool {
         let Some(head) = self.queue.peek() else { return false };
         let (tenant, priority) = (head.tenant, head.request.priority);
-        let victim = self.fair_victim(tenant, priority);
-        let frees = |&slot: &SlotId| cache.num_exclusive(&self.sequence(slot).table) >= num_blocks;
-        victim.filter(frees).is_some_and(|slot| {
+        let frees = |sequence: &Sequence| cache.num_exclusive(&sequence.table) >= num_blocks;
+        let victim = self.fair_victim(tenant, priority, frees);
+        victim.is_some_and(|slot| {
             self.preempt(slot, cache, budget, trace);
             true
         })

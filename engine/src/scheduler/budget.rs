@@ -5,7 +5,7 @@
 //! what is taken was fitted before; a decode always fits.
 
 use super::Held;
-use crate::config::{EngineConfig, LatencyTarget};
+use crate::config::EngineConfig;
 use crate::cost::{CostModel, StepShape};
 use crate::sequence::Sequence;
 
@@ -48,14 +48,7 @@ impl<'a> Budget<'a> {
 
     /// From here on, what joins the step makes those wait that decode in it.
     pub fn decodes_are_planned(&mut self) {
-        if self.shape.num_tokens == 0 || !self.cost.is_known() {
-            return;
-        }
-        self.limit_ns = match self.config.latency {
-            LatencyTarget::None => None,
-            LatencyTarget::Milliseconds(ms) => Some(u64::from(ms) * 1_000_000),
-            LatencyTarget::Stretch(percent) => Some(self.cost.predict_ns(&self.shape) * u64::from(percent) / 100),
-        };
+        self.limit_ns = self.config.latency.limit_ns(self.cost, &self.shape);
     }
 
     /// Tokens of `sequence` that fit.

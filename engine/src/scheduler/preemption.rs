@@ -18,22 +18,38 @@ impl Scheduler {
         self.order.iter().copied().max_by_key(rank).expect("a sequence that needs blocks is running")
     }
 
-    /// The running sequence whose place a waiting one of `tenant` and `priority` may take.
-    pub(super) fn fair_victim(&self, tenant: TenantIndex, priority: i32) -> Option<SlotId> {
-        let max_num_seqs = self.config.max_num_seqs;
-        let is_below_share = self.queue.above_share(tenant, max_num_seqs) < 0;
+    /// The running sequence whose place a waiting one of `tenant` and `priority` may take, of those that free enough.
+    pub(super) fn fair_victim(
+        &self,
+        tenant: TenantIndex,
+        priority: i32,
+        frees_enough: impl Fn(&Sequence) -> bool,
+    ) -> Option<SlotId> {
+        let is_below_share = self.is_below_share(tenant);
         let gives_way = |slot: &SlotId| {
             let sequence = self.sequence(*slot);
+            if !frees_enough(sequence) {
+                return false;
+            }
             if sequence.tenant == tenant {
                 return sequence.request.priority > priority;
             }
             let advanced = sequence.num_computed_tokens - sequence.num_admitted_tokens >= self.config.block_size;
-            let is_above_share = self.queue.above_share(sequence.tenant, max_num_seqs) > 0;
+            let is_above_share = self.queue.above_share(sequence.tenant, self.num_at_once()) > 0;
             let got_more = self.queue.counter(sequence.tenant) >= self.queue.counter(tenant);
             is_below_share && advanced && is_above_share && got_more
         };
         let rank = |&slot: &SlotId| self.rank_of_victim(self.sequence(slot));
         self.order.iter().copied().filter(gives_way).max_by_key(rank)
+    }
+
+    pub(super) fn is_below_share(&self, tenant: TenantIndex) -> bool {
+        self.queue.above_share(tenant, self.num_at_once()) < 0
+    }
+
+    /// Sequences that run at once where as many run as can: slots bound them, or memory as it does now.
+    fn num_at_once(&self) -> u32 {
+        self.config.max_num_seqs.min(self.num_running() + 1)
     }
 
     /// Sends a running sequence back to the queue. What it computed is copied to the host, or computed again from what
@@ -46,6 +62,7 @@ impl Scheduler {
         let swapped = self.swap_out(slot, cache);
         let mut victim = self.leave(slot, cache, true);
         victim.swapped = swapped;
+        trace.admitted.retain(|&(id, _)| id != victim.id);
         trace.preempted.push(victim.id);
         self.num_preemptions += 1;
         victim.num_preemptions += 1;
@@ -55,7 +72,7 @@ impl Scheduler {
     }
 
     fn rank_of_victim(&self, sequence: &Sequence) -> impl Ord + use<> {
-        let above_share = self.queue.above_share(sequence.tenant, self.config.max_num_seqs);
+        let above_share = self.queue.above_share(sequence.tenant, self.num_at_once());
         (above_share, sequence.request.priority, sequence.id)
     }
 }

@@ -16,6 +16,8 @@ use crate::request::FinishReason;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepTrace {
     pub step: u64,
+    /// Sequences that got a slot, with the tokens that the prefix cache had of each.
+    pub admitted: Vec<(SequenceId, u32)>,
     pub decoded: Vec<SequenceId>,
     /// Range of computed tokens, and all tokens the sequence has.
     pub prefilled: Vec<(SequenceId, Range<u32>, u32)>,
@@ -64,6 +66,7 @@ impl StepTrace {
     pub fn with_capacity(max_num_seqs: u32) -> StepTrace {
         let max_num_seqs = max_num_seqs as usize;
         StepTrace {
+            admitted: Vec::with_capacity(max_num_seqs),
             decoded: Vec::with_capacity(max_num_seqs),
             prefilled: Vec::with_capacity(max_num_seqs),
             preempted: Vec::with_capacity(max_num_seqs),
@@ -75,6 +78,7 @@ impl StepTrace {
     /// Forgets the last step.
     pub fn begin(&mut self, step: u64) {
         self.step = step;
+        self.admitted.clear();
         self.decoded.clear();
         self.prefilled.clear();
         self.preempted.clear();
@@ -87,6 +91,12 @@ impl StepTrace {
             1 if computed.end == num_tokens => self.decoded.push(sequence),
             _ => self.prefilled.push((sequence, computed, num_tokens)),
         }
+    }
+
+    /// Whether more of a prompt is there than went into the step.
+    pub fn is_full_of_prompts(&self) -> bool {
+        let unfinished = self.prefilled.iter().any(|(_, computed, num_tokens)| computed.end < *num_tokens);
+        unfinished || matches!(self.held, Held::Budget | Held::Latency)
     }
 
     pub fn num_prefill_tokens(&self) -> u32 {

@@ -6,12 +6,12 @@ use serde_json::Value;
 
 use super::ServedModel;
 use super::fields::{Fields, wrong};
-use super::generation::Job;
+use super::generation::Jobs;
 use super::sampling::{MAX_LOGPROBS, Prompt, Sampling};
 use crate::http::error::ApiError;
 
-pub fn jobs(model: &ServedModel, id: &str, fields: &Fields) -> Result<Vec<Job>, ApiError> {
-    let sampling = Sampling::read(model, fields, 1)?;
+pub fn jobs(model: &ServedModel, id: &str, key: Option<&str>, fields: &Fields) -> Result<Jobs, ApiError> {
+    let sampling = Sampling::read(model, key, fields, 1)?;
     let logprobs = logprobs(fields)?;
     let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(true);
     let messages = messages(fields.get("messages"))?;
@@ -19,6 +19,7 @@ pub fn jobs(model: &ServedModel, id: &str, fields: &Fields) -> Result<Vec<Job>, 
         let message = format!("{} has no chat template; use /v1/completions", model.name);
         return Err(ApiError::invalid("messages", message));
     };
+    let places = sampling.reserve(model, 1)?;
     let max_model_len = model.max_model_len();
     let max_tokens = max_model_len as usize;
     let ids = template.encode_at_most(&model.tokenizer, &messages, add_generation_prompt, max_tokens);
@@ -29,7 +30,7 @@ pub fn jobs(model: &ServedModel, id: &str, fields: &Fields) -> Result<Vec<Job>, 
         error => ApiError::invalid("messages", error.to_string()),
     })?;
     let max_tokens = sampling.max_tokens.unwrap_or_else(|| Sampling::rest_of_context(model, ids.len()));
-    sampling.jobs(id, vec![Prompt { ids, max_tokens, logprobs, echo: None }])
+    Ok(Jobs { jobs: sampling.jobs(id, vec![Prompt { ids, max_tokens, logprobs, echo: None }]), places })
 }
 
 fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {

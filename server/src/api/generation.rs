@@ -1,15 +1,15 @@
 //! The choices of one HTTP request while they grow: events in, text out.
 //!
 //! Invariant: dropping a `Generation` ends its sequences. A choice's channel holds all its events, so the engine never
-//! waits for a client: `max_tokens` tokens, one event for the prompt and one for the end. Detokenizing and stop strings
-//! happen where a `Generation` is polled, never on the engine thread.
+//! waits for a client: `max_tokens` tokens, and one event each for the start, the prompt and the end. Detokenizing and
+//! stop strings happen where a `Generation` is polled, never on the engine thread.
 
 use std::future::poll_fn;
 use std::task::{Context, Poll};
 
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs, Usage};
 use fullbore_engine::text::{Detokenizer, StopStrings};
-use fullbore_engine::worker::EngineHandle;
+use fullbore_engine::worker::{EngineHandle, Place};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::ServedModel;
@@ -23,6 +23,12 @@ pub struct Job {
     pub stops: Vec<String>,
     /// Text to begin with: the prompt's.
     pub echo: Option<String>,
+}
+
+/// All choices of an HTTP request, and as many places for them.
+pub struct Jobs {
+    pub jobs: Vec<Job>,
+    pub places: Vec<Place>,
 }
 
 /// What has come to a choice since the last.
@@ -59,6 +65,8 @@ struct Choice {
     /// `None` once the choice has ended.
     receiver: Option<Receiver<Event>>,
     num_prompt_tokens: u32,
+    /// Of those, what the prefix cache had.
+    cached_tokens: u32,
     num_tokens: u32,
     stop_ids: Vec<TokenId>,
     detokenizer: Detokenizer,
@@ -81,17 +89,18 @@ struct Start {
 }
 
 impl Generation {
-    /// Hands all jobs to the engine, or none: a refusal of one drops those before it.
-    pub fn submit(model: &ServedModel, jobs: Vec<Job>) -> Result<Generation, ApiError> {
-        let submit = |(index, job): (usize, Job)| {
+    /// Hands all jobs to the engine, or none.
+    pub fn submit(model: &ServedModel, Jobs { jobs, places }: Jobs) -> Result<Generation, ApiError> {
+        let mut choices = Vec::with_capacity(jobs.len());
+        let mut requests = Vec::with_capacity(jobs.len());
+        for (index, job) in jobs.into_iter().enumerate() {
             // Checked before the channel is made, because its size is the client's word.
-            model.engine.config().fits(&job.request, model.engine.vocab_size()).map_err(ApiError::from)?;
-            let (sender, receiver) = channel(job.request.max_tokens as usize + 2);
-            let choice = Choice::new(model, index, &job, receiver);
-            model.engine.submit(job.request, Box::new(ChannelSink(sender)))?;
-            Ok(choice)
-        };
-        let choices = jobs.into_iter().enumerate().map(submit).collect::<Result<_, ApiError>>()?;
+            model.engine.config().fits(&job.request, model.engine.vocab_size())?;
+            let (sender, receiver) = channel(job.request.max_tokens as usize + 3);
+            choices.push(Choice::new(model, index, &job, receiver));
+            requests.push((job.request, Box::new(ChannelSink(sender)) as Box<dyn Sink>));
+        }
+        model.engine.submit(places, requests)?;
         Ok(Generation { engine: model.engine.clone(), choices, turn: 0 })
     }
 
@@ -106,11 +115,11 @@ impl Generation {
 
     /// What was read and written until now; a prompt counts once however many choices it has.
     pub fn usage(&self) -> Usage {
-        let first_choices = self.choices.iter().filter(|choice| choice.nth == 0);
+        let first_choices = || self.choices.iter().filter(|choice| choice.nth == 0);
         Usage {
-            prompt_tokens: first_choices.map(|choice| choice.num_prompt_tokens).sum(),
+            prompt_tokens: first_choices().map(|choice| choice.num_prompt_tokens).sum(),
             completion_tokens: self.choices.iter().map(|choice| choice.num_tokens).sum(),
-            cached_tokens: 0,
+            cached_tokens: first_choices().map(|choice| choice.cached_tokens).sum(),
         }
     }
 
@@ -147,6 +156,7 @@ impl Choice {
             nth: job.nth,
             receiver: Some(receiver),
             num_prompt_tokens: job.request.prompt.len() as u32,
+            cached_tokens: 0,
             num_tokens: 0,
             stop_ids: job.request.stop_ids.clone(),
             stops: StopStrings::new(job.stops.clone()),
@@ -177,6 +187,10 @@ impl Choice {
 
     fn take(&mut self, event: Event) -> Result<Option<Delta>, String> {
         match event {
+            Event::Started { cached_tokens } => {
+                self.cached_tokens = cached_tokens;
+                Ok(None)
+            }
             Event::Prompt(logprobs) => {
                 if let Some(start) = &mut self.start {
                     start.logprobs = logprobs;

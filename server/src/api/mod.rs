@@ -14,6 +14,7 @@ use fullbore_engine::text::{ChatTemplate, Tokenizer};
 use fullbore_engine::worker::EngineHandle;
 use serde_json::Value;
 
+use crate::costs::SavedCosts;
 use crate::http::error::ApiError;
 
 mod chat;
@@ -28,7 +29,8 @@ mod sampling;
 mod tenancy;
 
 pub use exchange::Exchange;
-pub use generation::{Delta, Generation, Job};
+pub use generation::{Delta, Generation, Job, Jobs};
+pub use tenancy::bearer_key;
 
 use fields::Fields;
 
@@ -44,6 +46,7 @@ pub struct ServedModel {
     pub memory: MemoryTable,
     /// Of tenants that have other shares than most, by name.
     pub shares: HashMap<String, Share>,
+    pub costs: Option<SavedCosts>,
     /// Unix seconds.
     pub loaded_at: u64,
     pub engine: EngineHandle,
@@ -70,8 +73,24 @@ pub enum Endpoint {
     Chat,
 }
 
-/// Reads a body: how to answer, and what to run.
-pub fn prepare(endpoint: Endpoint, model: &ServedModel, body: &Value) -> Result<(Exchange, Vec<Job>), ApiError> {
+impl ServedModel {
+    /// Ends the engine, and keeps what it has found out.
+    pub fn end(&self) {
+        self.engine.shutdown();
+        if let Some(costs) = &self.costs {
+            costs.keep(&self.engine);
+        }
+    }
+}
+
+/// Reads a body: how to answer, and what to run. `key` is the client's API key. Places are taken before any text is
+/// tokenized.
+pub fn prepare(
+    endpoint: Endpoint,
+    model: &ServedModel,
+    key: Option<&str>,
+    body: &Value,
+) -> Result<(Exchange, Jobs), ApiError> {
     let object = body.as_object().ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))?;
     let fields = Fields(object);
     if let Some(asked) = fields.string("model")?.filter(|asked| *asked != model.name) {
@@ -80,8 +99,8 @@ pub fn prepare(endpoint: Endpoint, model: &ServedModel, body: &Value) -> Result<
     fields.refuse_unsupported()?;
     let exchange = Exchange::read(endpoint, model, &fields)?;
     let jobs = match endpoint {
-        Endpoint::Completions => completions::jobs(model, &exchange.id, &fields)?,
-        Endpoint::Chat => chat::jobs(model, &exchange.id, &fields)?,
+        Endpoint::Completions => completions::jobs(model, &exchange.id, key, &fields)?,
+        Endpoint::Chat => chat::jobs(model, &exchange.id, key, &fields)?,
     };
     Ok((exchange, jobs))
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use fullbore_engine::request::{self, MAX_LOGIT_BIASES, Request, SamplingParams, TokenId, token_mask};
+use fullbore_engine::worker::Place;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
@@ -41,7 +42,12 @@ pub struct Prompt {
 
 impl Sampling {
     /// `least_tokens` is the smallest `max_tokens` that makes sense.
-    pub fn read(model: &ServedModel, fields: &Fields, least_tokens: u32) -> Result<Sampling, ApiError> {
+    pub fn read(
+        model: &ServedModel,
+        key: Option<&str>,
+        fields: &Fields,
+        least_tokens: u32,
+    ) -> Result<Sampling, ApiError> {
         let limit = |name| fields.integer(name, i64::from(least_tokens)..=i64::from(u32::MAX));
         let max_tokens = limit("max_completion_tokens")?.or(limit("max_tokens")?);
         let top_p = fields.number("top_p", 0.0..=1.0)?.or(model.defaults.top_p).unwrap_or(1.0);
@@ -72,7 +78,7 @@ impl Sampling {
             params,
             stops: stops(fields)?,
             stop_ids: stop_ids(model, fields)?,
-            tenancy: Tenancy::read(model, fields)?,
+            tenancy: Tenancy::read(model, key, fields)?,
         })
     }
 
@@ -82,17 +88,21 @@ impl Sampling {
         model.engine.config().max_model_len.saturating_sub(num_prompt_tokens).max(1)
     }
 
-    /// `n` choices for each prompt, each with a seed of its own.
-    pub fn jobs(&self, id: &str, prompts: Vec<Prompt>) -> Result<Vec<Job>, ApiError> {
-        let num_choices = prompts.len() * self.n as usize;
+    /// A place for each choice of `num_prompts` prompts.
+    pub fn reserve(&self, model: &ServedModel, num_prompts: usize) -> Result<Vec<Place>, ApiError> {
+        let num_choices = num_prompts * self.n as usize;
         if num_choices > MAX_CHOICES {
+            let n = self.n;
             let message = format!(
-                "{} prompts with n = {} make {num_choices} choices; at most {MAX_CHOICES} are made at once",
-                prompts.len(),
-                self.n
+                "{num_prompts} prompts with n = {n} make {num_choices} choices; at most {MAX_CHOICES} are made at once"
             );
             return Err(ApiError::invalid("n", message));
         }
+        Ok(model.engine.reserve(self.tenancy.tenant, self.tenancy.share, num_choices as u32)?)
+    }
+
+    /// `n` choices for each prompt, each with a seed of its own.
+    pub fn jobs(&self, id: &str, prompts: Vec<Prompt>) -> Vec<Job> {
         let pairs = prompts.iter().flat_map(|prompt| (0..self.n).map(move |nth| (prompt, nth)));
         let job = |(prompt, nth): (&Prompt, u32)| {
             let seed = self.params.seed.wrapping_add(u64::from(nth));
@@ -112,7 +122,7 @@ impl Sampling {
             };
             Job { request, nth, stops: self.stops.clone(), echo: prompt.echo.clone() }
         };
-        Ok(pairs.map(job).collect())
+        pairs.map(job).collect()
     }
 }
 

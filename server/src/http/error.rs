@@ -21,11 +21,13 @@ pub struct ApiError {
     /// The field of the request that is at fault.
     pub param: Option<String>,
     pub code: Option<&'static str>,
+    /// Seconds after which the same may succeed.
+    pub retry_after: Option<u64>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> ApiError {
-        ApiError { status, message: message.into(), param: None, code: None }
+        ApiError { status, message: message.into(), param: None, code: None, retry_after: None }
     }
 
     fn with_code(self, code: &'static str) -> ApiError {
@@ -114,7 +116,8 @@ impl ApiError {
         let mut response = json_response(&self.json());
         *response.status_mut() = self.status;
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            let seconds = HeaderValue::from(self.retry_after.unwrap_or(1));
+            response.headers_mut().insert(RETRY_AFTER, seconds);
         }
         response
     }
@@ -124,7 +127,14 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> ApiError {
         let message = error.to_string();
         match error {
-            SubmitError::QueueFull { .. } => ApiError::overloaded(message),
+            SubmitError::Full(_, retry_after) => {
+                ApiError { retry_after: Some(retry_after.as_secs()), ..ApiError::overloaded(message) }
+            }
+            SubmitError::TooLate { retry_after, .. } => ApiError {
+                retry_after: Some(retry_after.as_secs()),
+                ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_too_slow")
+            },
+            SubmitError::NeverInTime { .. } => ApiError::invalid("prompt", message).with_code("prompt_too_slow"),
             SubmitError::Unfit(unfit) => unfit.into(),
             SubmitError::Stopped { .. } => ApiError::unavailable(&message),
         }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
-use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use warp::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use warp::reply::{Reply, Response};
 
 use super::accept::Limits;
@@ -63,14 +63,18 @@ where
     S: Stream<Item = Result<B, warp::Error>>,
     B: Buf,
 {
-    let body = read_body(&app.limits, &headers, body).await?;
+    // Whoever would get no place in any case is not read.
+    let full = app.serving().ok().and_then(|model| model.engine.check_full().err()).map(ApiError::from);
+    let body = read_body(&app.limits, &headers, full, body).await?;
     check_media_type(&headers)?;
     let arrived = Instant::now();
     let model = app.serving()?.clone();
+    let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let key = authorization.and_then(api::bearer_key).map(str::to_owned);
     // Templates and tokenizers are plain computation, and a long prompt's takes its time.
     let prepared = {
         let model = model.clone();
-        let prepare = move || api::prepare(endpoint, &model, &parse(&body)?);
+        let prepare = move || api::prepare(endpoint, &model, key.as_deref(), &parse(&body)?);
         tokio::task::spawn_blocking(prepare).await
     };
     let (exchange, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
@@ -102,15 +106,23 @@ fn parse(body: &[u8]) -> Result<Value, ApiError> {
 /// it; more is cut off.
 const MAX_DISCARDED_BYTES: u64 = 256 << 20;
 
-async fn read_body<S, B>(limits: &Limits, headers: &HeaderMap, body: S) -> Result<Vec<u8>, ApiError>
+/// A body that is within its limits; where the answer is known already nothing of it is kept.
+async fn read_body<S, B>(
+    limits: &Limits,
+    headers: &HeaderMap,
+    refused: Option<ApiError>,
+    body: S,
+) -> Result<Vec<u8>, ApiError>
 where
     S: Stream<Item = Result<B, warp::Error>>,
     B: Buf,
 {
     let max_bytes = limits.max_body_bytes;
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > max_bytes) && headers.contains_key(EXPECT) {
-        return Err(ApiError::body_too_large(max_bytes));
+    let too_large = length.is_some_and(|length| length > max_bytes);
+    let refused = refused.or(too_large.then(|| ApiError::body_too_large(max_bytes)));
+    if let Some(error) = refused.as_ref().filter(|_| headers.contains_key(EXPECT)) {
+        return Err(error.clone());
     }
     let read = async {
         let mut body = std::pin::pin!(body);
@@ -122,13 +134,17 @@ where
             if num_bytes > MAX_DISCARDED_BYTES {
                 break;
             }
-            if num_bytes > max_bytes {
+            if num_bytes > max_bytes || refused.is_some() {
                 bytes = Vec::new();
                 continue;
             }
             bytes.extend_from_slice(&chunk.copy_to_bytes(chunk.remaining()));
         }
-        if num_bytes > max_bytes { Err(ApiError::body_too_large(max_bytes)) } else { Ok(bytes) }
+        match refused {
+            Some(error) => Err(error),
+            None if num_bytes > max_bytes => Err(ApiError::body_too_large(max_bytes)),
+            None => Ok(bytes),
+        }
     };
     let too_slow = |_| ApiError::body_too_slow(limits.body_timeout.as_secs());
     timeout(limits.body_timeout, read).await.map_err(too_slow)?

@@ -1,0 +1,55 @@
+//! What an engine says of itself for forecasts: who begins and ends, and what it does now.
+
+use super::{Client, Engine};
+use crate::cost::StepShape;
+use crate::forecast::Load;
+use crate::request::{Event, Flow};
+
+impl Engine {
+    /// What runs now and how fast, for a forecast of what comes next. O(running sequences).
+    pub fn load(&self) -> Load {
+        let begun = self.scheduler.begun();
+        let counts = self.cache.counts();
+        let block_size = u64::from(self.config.block_size);
+        let free_tokens = u64::from(counts.total - counts.referenced) * block_size;
+        let step_ns = (self.stats.last_step_ms * 1e6) as u64;
+        Load {
+            num_running: self.scheduler.num_running(),
+            free_slots: self.config.max_num_seqs - self.scheduler.num_running(),
+            free_tokens: free_tokens.saturating_sub(begun.num_tokens),
+            begun_tokens: begun.num_tokens,
+            service_ns: self.meter.service_ns(self.now_ns()),
+            computed_share: self.meter.computed_share(),
+            num_in_flight: self.in_flight.len() as u32,
+            pace: self.meter.pace(self.scheduler.pace(&begun.decodes, step_ns)),
+            idle_pace: self.scheduler.pace(&StepShape::default(), step_ns),
+        }
+    }
+
+    /// Tells those that got their first slot in the step that was submitted last.
+    pub(super) fn tell_started(&mut self) {
+        let now_ns = self.now_ns();
+        let (_, step) = self.in_flight.back_mut().expect("a step was submitted");
+        let admitted = std::mem::take(&mut step.trace.admitted);
+        for &(id, cached_tokens) in &admitted {
+            let Some(client) = self.clients.get_mut(&id).filter(|client| client.started_ns.is_none()) else { continue };
+            client.started_ns = Some(now_ns);
+            self.meter.started(now_ns, client.request.prompt.len() as u32, cached_tokens);
+            if client.sink.event(Event::Started { cached_tokens }) == Flow::Stop {
+                self.abort(id);
+            }
+        }
+        self.in_flight.back_mut().expect("a step was submitted").1.trace.admitted = admitted;
+    }
+
+    /// `client` is gone; whether its sequence ever began, it knows.
+    pub(super) fn count_end(&mut self, client: &Client) {
+        if let Some(started_ns) = client.started_ns {
+            self.meter.ended(started_ns, self.now_ns());
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        (self.backend.now() - self.created_at).as_nanos() as u64
+    }
+}
