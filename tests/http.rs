@@ -1259,7 +1259,7 @@ fn with_key(server: &Harness, key: &str, body: &Value) -> TcpStream {
     let body = body.to_string();
     server.send(format!(
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {key}\r\n\
-         content-length: {}\r\n\r\n{body}",
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     ))
 }

@@ -303,8 +303,8 @@ fn who_got_less_has_its_prompt_computed_before_one_that_is_under_way() {
     run.step();
     run.add_request(of_tenant(2, 100, 4, 1));
     let expected = "\
-step 2  decode -   prefill b[0..4/4] a[6..8/20]   blocks 2+1/24   preempt -   finish b:length
-step 3  decode -   prefill a[8..14/20]   blocks 4+1/24   preempt -   finish -";
+step 2  decode -   prefill b[0..4/4] a[6..8/20]   blocks 2+1/24   preempt -   finish b:length   held budget
+step 3  decode -   prefill a[8..14/20]   blocks 4+1/24   preempt -   finish -   held budget";
     assert_eq!(run.steps(2), expected);
 }
 
@@ -339,7 +339,7 @@ fn four_that_fill_memory() -> Run {
     for first in [0, 100, 200, 300] {
         run.add_request(of_tenant(1, first, 4, 16));
     }
-    assert!(run.steps(4).ends_with("blocks 8+0/8   preempt -   finish -"));
+    assert!(run.steps(4).ends_with("blocks 8+0/8   preempt -   finish -   held -"));
     run
 }
 

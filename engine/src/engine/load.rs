@@ -3,6 +3,7 @@
 use super::{Client, Engine};
 use crate::cost::StepShape;
 use crate::forecast::Load;
+use crate::limits::Phase;
 use crate::request::{Event, Flow};
 
 impl Engine {
@@ -28,6 +29,10 @@ impl Engine {
 
     /// Tells those that got their first slot in the step that was submitted last.
     pub(super) fn tell_started(&mut self) {
+        if self.in_flight.back().is_none_or(|(_, step)| step.trace.admitted.is_empty()) {
+            return;
+        }
+        self.turn_to(Phase::ReadBack);
         let now_ns = self.now_ns();
         let (_, step) = self.in_flight.back_mut().expect("a step was submitted");
         let admitted = std::mem::take(&mut step.trace.admitted);
@@ -40,6 +45,7 @@ impl Engine {
             }
         }
         self.in_flight.back_mut().expect("a step was submitted").1.trace.admitted = admitted;
+        self.turn_to(Phase::Schedule);
     }
 
     /// `client` is gone; whether its sequence ever began, it knows.
