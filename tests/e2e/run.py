@@ -215,7 +215,7 @@ def devices_are_listed():
 
 def a_dry_run_prints_the_table_alone():
     lines = command("serve", "--device", "cpu", "--dry-run", "--kv-memory", "64MiB").splitlines()
-    assert [line.split()[0] for line in lines] == ["weights", "KV", "scratch", "tables", "total"], lines
+    assert [line.split()[0] for line in lines] == ["weights", "KV", "scratch", "tables", "total", "swap"], lines
     assert "900.0 GiB" in command("serve", "--device", "sim", "--dry-run", "--kv-memory", "900GiB")
     assert "--kv-memory" in command("serve", "--device", "cpu", "--dry-run", "--kv-memory", "900GiB", status=1)
 
