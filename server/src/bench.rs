@@ -38,11 +38,10 @@ pub enum BenchCommandError {
 /// All requests at once, one line of JSON.
 pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let mut engine_args = args.engine.clone();
-    // All are submitted before the first begins, and one tenant alone does not get every place.
-    let num_places = args.num_requests.saturating_mul(2);
+    // All are submitted before the first begins, one tenant alone does not get every place, and a place is worth
+    // `USUAL_LEN` tokens unless more is asked for.
+    let num_places = args.num_requests.saturating_mul(2).saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
     engine_args.max_queued_requests = engine_args.max_queued_requests.max(num_places);
-    let num_tokens = num_places.saturating_mul(args.prompt_tokens.max(USUAL_LEN));
-    engine_args.max_queued_tokens = engine_args.max_queued_tokens.max(Some(num_tokens));
     let plan = start::plan(&engine_args, None)?;
     let stopwatch = Stopwatch::new(plan.backend);
     let dial = stopwatch.dial();
