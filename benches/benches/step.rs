@@ -4,21 +4,19 @@
 //! `cargo bench -p fullbore-bench --bench step` prints one line of JSON a size; `cargo test` runs it small.
 
 use std::cell::Cell;
-use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use fullbore_bench::statistics::median;
+use fullbore_bench::stopwatch::{Dial, Stopwatch};
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
-use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
-use fullbore_engine::tensor::{BufferId, Weight, WeightFormat};
+use fullbore_engine::tensor::WeightFormat;
 
 const VOCAB_SIZE: u32 = 1024;
 const MAX_TOKENS_PER_STEP: u32 = 1 << 15;
@@ -58,11 +56,10 @@ struct Cost {
 /// Decode steps of `num_seqs` sequences that have `context` tokens each.
 fn measure(num_seqs: u32, context: u32, num_steps: usize) -> Cost {
     let hash = Arc::new(AtomicU64::new(0));
-    let device_time = Arc::new(AtomicU64::new(0));
     // The first decode while the last are still prefilled.
     let num_prefill_steps = num_seqs * context / MAX_TOKENS_PER_STEP + 1;
     let max_tokens = num_steps as u32 + num_prefill_steps + 64;
-    let mut engine = engine(num_seqs, context + max_tokens, device_time.clone());
+    let (mut engine, dial) = engine(num_seqs, context + max_tokens);
     for first in 0..num_seqs {
         let token = |position: u32| TokenId((first * 31 + position * 7) % VOCAB_SIZE);
         let prompt = (0..context).map(token).collect();
@@ -82,14 +79,14 @@ fn measure(num_seqs: u32, context: u32, num_steps: usize) -> Cost {
     let num_allocations = Rc::new(Cell::new(0));
     for _ in 0..num_steps {
         let begun = Instant::now();
-        device_time.store(0, Ordering::Relaxed);
+        let before = dial.read();
         let plan_begun = Instant::now();
         let counted = allocation_counter::measure(|| assert!(engine.plan(), "every sequence decodes"));
         plans.push(plan_begun.elapsed().as_secs_f64() * 1e6);
         num_allocations.set(num_allocations.get() + counted.count_total);
         engine.submit().expect("the simulator is never lost");
         engine.complete().expect("the simulator is never lost");
-        let on_device = Duration::from_nanos(device_time.load(Ordering::Relaxed));
+        let on_device = (dial.read() - before).inside;
         steps.push((begun.elapsed() - on_device).as_secs_f64() * 1e6);
     }
     Cost {
@@ -100,7 +97,7 @@ fn measure(num_seqs: u32, context: u32, num_steps: usize) -> Cost {
     }
 }
 
-fn engine(num_seqs: u32, max_model_len: u32, device_time: Arc<AtomicU64>) -> Engine {
+fn engine(num_seqs: u32, max_model_len: u32) -> (Engine, Dial) {
     let config = EngineConfig {
         max_num_seqs: num_seqs,
         max_num_batched_tokens: MAX_TOKENS_PER_STEP,
@@ -112,65 +109,12 @@ fn engine(num_seqs: u32, max_model_len: u32, device_time: Arc<AtomicU64>) -> Eng
     };
     config.check().expect("a valid config");
     let inner = SimBackend::new(SimOptions { fidelity: Fidelity::Cost, ..SimOptions::default() });
-    let mut backend = Box::new(Timed { inner, device_time });
+    let mut backend = Box::new(Stopwatch::new(Box::new(inner)));
+    let dial = backend.dial();
     let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model = ModelConfig { max_positions: max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
     let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
-    Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2))
-}
-
-/// The simulator, with the time that it takes on the host itself.
-struct Timed {
-    inner: SimBackend,
-    /// Nanoseconds.
-    device_time: Arc<AtomicU64>,
-}
-
-impl Timed {
-    fn time<T>(&mut self, work: impl FnOnce(&mut SimBackend) -> T) -> T {
-        let begun = Instant::now();
-        let result = work(&mut self.inner);
-        self.device_time.fetch_add(begun.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        result
-    }
-}
-
-impl Backend for Timed {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-
-    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(label, size_bytes)
-    }
-
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.inner.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.inner.write(buffer, offset_bytes, data)
-    }
-
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.inner.load_weight(spec, source)
-    }
-
-    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        self.inner.weight_bytes(spec)
-    }
-
-    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        self.time(|device| device.submit(recording))
-    }
-
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
-        self.time(|device| device.wait(ticket, out))
-    }
-
-    fn now(&self) -> Instant {
-        self.inner.now()
-    }
+    (Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2)), dial)
 }
 
 /// A client that folds all ids into one number, so that a faster step can be seen to do the same work.

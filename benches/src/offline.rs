@@ -83,7 +83,7 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
         }
     }
     let elapsed = start.elapsed();
-    let Reading { busy, blocked } = dial.read() - before;
+    let Reading { busy, blocked, .. } = dial.read() - before;
     let rest = |part: Duration| 1.0 - part.as_secs_f64() / elapsed.as_secs_f64();
     // Its last step is told to clients first.
     engine.shutdown();

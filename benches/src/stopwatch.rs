@@ -22,13 +22,19 @@ pub struct Reading {
     pub busy: Duration,
     /// The engine was blocked in `wait`.
     pub blocked: Duration,
+    /// The engine was inside `submit` or `wait`: what a simulated device takes on the host.
+    pub inside: Duration,
 }
 
 impl Sub for Reading {
     type Output = Reading;
 
     fn sub(self, before: Reading) -> Reading {
-        Reading { busy: self.busy - before.busy, blocked: self.blocked - before.blocked }
+        Reading {
+            busy: self.busy - before.busy,
+            blocked: self.blocked - before.blocked,
+            inside: self.inside - before.inside,
+        }
     }
 }
 
@@ -79,14 +85,19 @@ impl Backend for Stopwatch {
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        self.inner.submit(recording)
+        let begun = Instant::now();
+        let ticket = self.inner.submit(recording)?;
+        self.dial.0.lock().unwrap_or_else(PoisonError::into_inner).inside += begun.elapsed();
+        Ok(ticket)
     }
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         let begun = Instant::now();
         let ran = self.inner.wait(ticket, out)?;
         let mut reading = self.dial.0.lock().unwrap_or_else(PoisonError::into_inner);
-        reading.blocked += begun.elapsed();
+        let elapsed = begun.elapsed();
+        reading.blocked += elapsed;
+        reading.inside += elapsed;
         reading.busy += ran.end - ran.start;
         Ok(ran)
     }

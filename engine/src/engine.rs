@@ -294,6 +294,7 @@ impl Engine {
         let planned = !self.planned.batch.slices.is_empty();
         if !planned {
             self.turn_from_step();
+            self.update_sums();
         }
         planned
     }
@@ -335,6 +336,7 @@ impl Engine {
         self.outcomes = outcomes;
         self.turn_from_step();
         self.update_counts();
+        self.update_sums();
         Ok(())
     }
 
@@ -355,6 +357,7 @@ impl Engine {
             self.finish(id, FinishReason::Error(sentence.to_owned()), usage);
         }
         self.update_counts();
+        self.update_sums();
     }
 
     pub fn stats(&self) -> &EngineStats {
@@ -436,6 +439,10 @@ impl Engine {
         self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
         self.stats.num_preempted = self.scheduler.queue().num_preempted();
         self.stats.blocks = self.cache.counts();
+    }
+
+    /// What takes O(rows), or sums over a minute: once a step.
+    fn update_sums(&mut self) {
         self.stats.unused_kv_slots = self.scheduler.unused_kv_slots();
         self.stats.limits = self.limits.snapshot();
     }
