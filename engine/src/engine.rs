@@ -6,9 +6,11 @@
 //! scheduler's ordinary branch; the only error is the device's. The engine has no thread, and no branch on the kind of
 //! device.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustc_hash::FxHashMap;
 
 use crate::backend::{Backend, DeviceError, Ticket};
 use crate::batch::{Batch, BlockCopy, CopyDirection, PackedBatch, SequenceId};
@@ -35,7 +37,8 @@ pub struct Engine {
     cache: KvCache,
     model: Model,
     backend: Box<dyn Backend>,
-    clients: HashMap<SequenceId, Client>,
+    /// By numbers of our own: nobody outside can make them collide.
+    clients: FxHashMap<SequenceId, Client>,
     next_id: u64,
     /// The step that is planned next, or was planned last and is not submitted.
     planned: Step,
@@ -47,6 +50,8 @@ pub struct Engine {
     recording: Recording,
     downloads: Vec<u8>,
     choices: Vec<Choice>,
+    /// Of the chosen tokens, where they were asked for; one entry a slice, as `choices`.
+    logprobs: Vec<Option<TokenLogprobs>>,
     gone: Vec<SequenceId>,
     outcomes: Vec<Outcome>,
     started_at: Instant,
@@ -139,7 +144,7 @@ impl Engine {
             cache,
             model,
             backend,
-            clients: HashMap::new(),
+            clients: FxHashMap::default(),
             next_id: 0,
             planned: Step::new(&config, now),
             in_flight: VecDeque::new(),
@@ -148,6 +153,7 @@ impl Engine {
             recording,
             downloads: Vec::new(),
             choices: Vec::new(),
+            logprobs: Vec::new(),
             gone: Vec::new(),
             outcomes: Vec::new(),
             started_at: now,
@@ -324,16 +330,21 @@ impl Engine {
         let ran = self.backend.wait(ticket, &mut self.downloads)?;
         self.count(&step, ran);
 
-        let mut logprobs = self.choose(&step.batch);
+        self.choose(&step.batch);
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.scheduler.complete(&mut self.cache, &step.batch, &self.choices, &mut step.trace, &mut outcomes);
         tracing::trace!("{}", step.trace);
-        self.spare.push(step);
-        for outcome in outcomes.drain(..) {
-            let logprobs = logprobs.remove(&outcome.sequence);
-            self.tell(outcome, logprobs);
+        let mut logprobs = std::mem::take(&mut self.logprobs);
+        // In the order of the batch; a sequence that ended meanwhile has none.
+        let mut told = outcomes.drain(..).peekable();
+        for (slice, logprobs) in step.batch.slices.iter().zip(logprobs.drain(..)) {
+            if let Some(outcome) = told.next_if(|outcome| outcome.sequence == slice.sequence) {
+                self.tell(outcome, logprobs);
+            }
         }
-        self.outcomes = outcomes;
+        drop(told);
+        (self.outcomes, self.logprobs) = (outcomes, logprobs);
+        self.spare.push(step);
         self.turn_from_step();
         self.update_counts();
         self.update_sums();
@@ -379,22 +390,24 @@ impl Engine {
         }
     }
 
-    /// Refills `choices` with what the step chose for each slice, and returns the log-probabilities of chosen tokens
-    /// where they were asked for; those of prompts go to their clients.
-    fn choose(&mut self, batch: &Batch) -> HashMap<SequenceId, TokenLogprobs> {
-        let mut logprobs = HashMap::new();
+    /// Refills `choices` and `logprobs` with what the step brought for each slice; the log-probabilities of prompts go
+    /// to their clients.
+    fn choose(&mut self, batch: &Batch) {
         self.choices.clear();
+        self.logprobs.clear();
         let results = sampling::read(batch, &self.downloads, self.model.config.vocab_size);
         for (slice, result) in batch.slices.iter().zip(results) {
             self.choices.push(result.choice);
-            logprobs.extend(result.logprobs.map(|logprobs| (slice.sequence, logprobs)));
-            if let Some(client) = self.clients.get_mut(&slice.sequence).filter(|_| slice.num_targets > 0) {
+            self.logprobs.push(result.logprobs);
+            if slice.num_targets == 0 {
+                continue;
+            }
+            if let Some(client) = self.clients.get_mut(&slice.sequence) {
                 // A recomputed prefix brings its rows again.
                 client.prompt_logprobs.truncate(slice.start as usize);
                 client.prompt_logprobs.extend(result.prompt_logprobs);
             }
         }
-        logprobs
     }
 
     fn tell(&mut self, outcome: Outcome, logprobs: Option<TokenLogprobs>) {
@@ -431,20 +444,6 @@ impl Engine {
         self.stats.cached_tokens += u64::from(usage.cached_tokens);
         log_end(&client, word, usage, self.device_free_at);
         client.sink.event(Event::Finished { reason, usage });
-    }
-
-    fn update_counts(&mut self) {
-        self.stats.num_running = self.scheduler.num_running();
-        self.stats.num_waiting = self.scheduler.queue().len() as u32;
-        self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
-        self.stats.num_preempted = self.scheduler.queue().num_preempted();
-        self.stats.blocks = self.cache.counts();
-    }
-
-    /// What takes O(rows), or sums over a minute: once a step.
-    fn update_sums(&mut self) {
-        self.stats.unused_kv_slots = self.scheduler.unused_kv_slots();
-        self.stats.limits = self.limits.snapshot();
     }
 }
 

@@ -96,17 +96,20 @@ fn rows_with_top(slice: &Slice) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// Reads the bytes of [`downloads`]: one result a slice.
-pub fn read(batch: &Batch, bytes: &[u8], vocab_size: u32) -> Vec<SliceResult> {
-    let words: Vec<u32> = bytemuck::pod_collect_to_vec(bytes);
+pub fn read(batch: &Batch, bytes: &[u8], vocab_size: u32) -> impl Iterator<Item = SliceResult> {
+    let (words, _) = bytes.as_chunks();
     let (chosen, top) = words.split_at((batch.num_logit_rows() * CHOSEN_WORDS) as usize);
     let mut rows = Rows { chosen: chosen.chunks_exact(CHOSEN_WORDS as usize), top, vocab_size };
-    batch.slices.iter().map(|slice| rows.slice(slice)).collect()
+    batch.slices.iter().map(move |slice| rows.slice(slice))
 }
+
+/// A word as it came.
+type Bytes = [u8; 4];
 
 /// Rows that have come back and were not read yet.
 struct Rows<'a> {
-    chosen: std::slice::ChunksExact<'a, u32>,
-    top: &'a [u32],
+    chosen: std::slice::ChunksExact<'a, Bytes>,
+    top: &'a [Bytes],
     vocab_size: u32,
 }
 
@@ -146,11 +149,12 @@ impl Rows<'_> {
         if num_top > 0 {
             let (mine, rest) = self.top.split_at(2 * MAX_TOP as usize);
             let pairs = mine.chunks_exact(2).take(num_top.min(self.vocab_size) as usize);
-            top.extend(pairs.map(|pair| (TokenId(pair[0]), f32::from_bits(pair[1]))));
+            top.extend(pairs.map(|pair| (TokenId(u32::from_le_bytes(pair[0])), f32::from_le_bytes(pair[1]))));
             self.top = rest;
         }
-        let entry = TokenLogprobs { id: TokenId(row[0]), logprob: f32::from_bits(row[1]), rank: row[2], top };
-        (row[0] != NON_FINITE).then_some(entry)
+        let id = u32::from_le_bytes(row[0]);
+        let (logprob, rank) = (f32::from_le_bytes(row[1]), u32::from_le_bytes(row[2]));
+        (id != NON_FINITE).then_some(TokenLogprobs { id: TokenId(id), logprob, rank, top })
     }
 }
 
@@ -229,7 +233,8 @@ mod tests {
 
     #[test]
     fn rows_are_read_back_in_the_order_of_the_batch() {
-        let results = read(&batch(), &words([60, 41, 42, 61]), 1000);
+        let (batch, words) = (batch(), words([60, 41, 42, 61]));
+        let results: Vec<SliceResult> = read(&batch, &words, 1000).collect();
         let entry = |id, top: &[u32]| TokenLogprobs {
             id: TokenId(id),
             logprob: -0.5,
@@ -246,8 +251,10 @@ mod tests {
     #[test]
     fn a_broken_row_fails_its_own_request() {
         for broken in [[NON_FINITE, 41, 42, 61], [60, NON_FINITE, 42, 61], [60, 41, NON_FINITE, 61]] {
-            let results = read(&batch(), &words(broken), 1000);
-            let failed = results.iter().map(|result| matches!(result.choice, Choice::Failed(_))).collect::<Vec<_>>();
+            let batch = batch();
+            let words = words(broken);
+            let failed =
+                read(&batch, &words, 1000).map(|result| matches!(result.choice, Choice::Failed(_))).collect::<Vec<_>>();
             assert_eq!(failed, [broken[0] == NON_FINITE, false, broken[0] != NON_FINITE]);
         }
     }

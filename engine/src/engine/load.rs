@@ -1,4 +1,4 @@
-//! What an engine says of itself for forecasts: who begins and ends, and what it does now.
+//! What an engine says of itself: plain counts, and for forecasts who begins and ends and what it does now.
 
 use super::{Client, Engine};
 use crate::cost::StepShape;
@@ -53,6 +53,20 @@ impl Engine {
         if let Some(started_ns) = client.started_ns {
             self.meter.ended(started_ns, self.now_ns());
         }
+    }
+
+    pub(super) fn update_counts(&mut self) {
+        self.stats.num_running = self.scheduler.num_running();
+        self.stats.num_waiting = self.scheduler.queue().len() as u32;
+        self.stats.num_swapped_blocks = self.scheduler.num_swapped_blocks();
+        self.stats.num_preempted = self.scheduler.queue().num_preempted();
+        self.stats.blocks = self.cache.counts();
+    }
+
+    /// What takes O(rows), or sums over a minute: once a step.
+    pub(super) fn update_sums(&mut self) {
+        self.stats.unused_kv_slots = self.scheduler.unused_kv_slots();
+        self.stats.limits = self.limits.snapshot();
     }
 
     fn now_ns(&self) -> u64 {

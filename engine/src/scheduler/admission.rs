@@ -33,7 +33,7 @@ impl Scheduler {
         trace: &mut StepTrace,
     ) {
         self.queue.rewind();
-        let mut promised = self.promised_blocks(cache);
+        let mut promised = if self.queue.is_empty() { 0 } else { self.promised_blocks(cache) };
         let mut num_passed = 0;
         let mut helped = None;
         trace.held = loop {
