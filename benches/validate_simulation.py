@@ -3,6 +3,7 @@
 The profile is measured first, by `fullbore bench profile`, on shapes of its own. Then each workload is played against
 the real engine in real time (`fullbore bench trace`) and against the simulator (`fullbore simulate`). Rates follow
 from the profile: what the simulator takes for capacity is loaded to a share, so that each run takes about --seconds.
+Both start with the profile's prices, as a server does that has run before; the real one goes on learning.
 Other work on the machine is in the measurements and in no profile: each run waits for a quiet moment, notes which share
 of the processors others had meanwhile, and is repeated, --attempts in all, while that is over 5 %; the quietest counts.
 Prints a table and, with --out, writes a result file as JSON. Ends with status 1 if a ratio is beyond --tolerance.
@@ -78,7 +79,8 @@ def simulate(args, words):
 
 
 def play(args, words):
-    return call([args.binary, "bench", "trace", "--model", args.model, "--device", args.device, *args.limits, *words])
+    return call([args.binary, "bench", "trace", "--model", args.model, "--device", args.device, *args.limits,
+                 "--device-profile", args.profile, *words])
 
 
 def profile(args):

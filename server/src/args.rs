@@ -220,6 +220,9 @@ pub struct WorkloadArgs {
 pub struct TraceArgs {
     #[command(flatten)]
     pub engine: EngineArgs,
+    /// Start from what this profile says steps take, as a server does that has run before [default: learn it].
+    #[arg(long)]
+    pub device_profile: Option<PathBuf>,
     #[command(flatten)]
     pub workload: WorkloadArgs,
 }

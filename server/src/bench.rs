@@ -28,6 +28,8 @@ pub enum BenchCommandError {
     #[error(transparent)]
     Profile(#[from] ProfileError),
     #[error(transparent)]
+    DeviceProfile(#[from] fullbore_engine::cost::profile::ProfileError),
+    #[error(transparent)]
     Workload(#[from] WorkloadError),
     #[error(transparent)]
     Play(#[from] PlayError),
@@ -124,7 +126,9 @@ pub fn trace(args: &TraceArgs) -> Result<(), BenchCommandError> {
 
 pub fn play_trace(args: &TraceArgs) -> Result<ServingReport, BenchCommandError> {
     let requests = requests(&args.workload)?;
+    let costs = args.device_profile.as_deref().map(DeviceProfile::open).transpose()?.map(|profile| profile.cost);
     let mut engine = start::plan(&args.engine, None)?.load_engine()?;
+    costs.into_iter().for_each(|costs| engine.set_cost(costs));
     let clock = Clock::Real(Instant::now());
     Ok(play::play(&mut engine, &requests, &clock, play_options(&args.workload))?)
 }
