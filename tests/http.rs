@@ -1211,8 +1211,10 @@ fn a_prompt_that_is_too_slow_even_alone_is_refused_for_good() {
             max_model_len: 1,
             block_size: 1,
             num_blocks: 1,
+            num_host_blocks: 0,
         },
         host_ns_per_step: 0,
+        ns_per_copied_megabyte: 0.0,
         cost,
         points: Vec::new(),
     };

@@ -75,6 +75,33 @@ fn a_trace_is_played_on_a_profile_written_by_hand() {
 }
 
 #[test]
+fn what_is_preempted_goes_to_the_host_where_copying_is_cheaper() {
+    let priced = |name, ns: &str| {
+        file(name, &PROFILE.replace("\"host_ns", &format!("\"ns_per_copied_megabyte\": {ns}, \"host_ns")))
+    };
+    // Four sequences of 400 tokens, and memory for two and a half.
+    let words = "--arrivals at-once --lengths fixed:100:300 --limit 12 --max-model-len 512 --kv-blocks 64";
+    let words: Vec<&str> = words.split(' ').collect();
+    let run = |profile: &Path, more: &[&str]| check(profile, &[words.as_slice(), more].concat()).expect("it is right");
+    let host = ["--swap-memory", "1MiB"];
+    let (cheap, dear) = (priced("cheap.json", "1000"), priced("dear.json", "1e12"));
+    let (swapped, recomputed) = (run(&cheap, &host), run(&dear, &host));
+    assert!(swapped.num_swaps > 0 && swapped.num_swaps <= swapped.num_preemptions, "{swapped}");
+    assert!(recomputed.num_preemptions > 0 && recomputed.num_swaps == 0, "{recomputed}");
+    assert!(swapped.duration_s < recomputed.duration_s, "{swapped}{recomputed}");
+    // What nobody said how long it takes is not done, and cannot be asked for.
+    assert_eq!(run(&cheap, &[]).num_swaps, 0);
+    let unpriced = file("unpriced.json", PROFILE);
+    assert_eq!(run(&unpriced, &[]).num_swaps, 0);
+    check_refused(&unpriced, &[words.as_slice(), &host].concat(), &["--swap-memory", "ns_per_copied_megabyte"]);
+    let with_host = file(
+        "host.json",
+        &fs::read_to_string(&cheap).expect("it was written").replace("256 }", "256, \"num_host_blocks\": 64 }"),
+    );
+    assert!(run(&with_host, &[]).num_swaps > 0);
+}
+
+#[test]
 fn limits_are_the_profiles_unless_the_command_line_says_otherwise() {
     let profile = file("limits.json", PROFILE);
     let workload = ["--arrivals", "at-once", "--lengths", "fixed:64:64", "--limit", "16"];

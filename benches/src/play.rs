@@ -210,6 +210,7 @@ impl Player<'_> {
             itl_ms: (&heard.itl).into(),
             total_ms: (&heard.total).into(),
             num_preemptions: self.engine.stats().num_preemptions,
+            num_swaps: self.engine.stats().num_swaps,
             kv: KvUse {
                 num_blocks: config.num_blocks,
                 block_size: config.block_size,

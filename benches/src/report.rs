@@ -37,6 +37,8 @@ pub struct ServingReport {
     /// From arrival to last token.
     pub total_ms: Percentiles,
     pub num_preemptions: u64,
+    /// Of those, the ones whose KV was kept on the host.
+    pub num_swaps: u64,
     pub kv: KvUse,
     /// Share of the prompt tokens of completed requests that the prefix cache had.
     pub prefix_hit_share: f64,
@@ -126,7 +128,7 @@ impl fmt::Display for ServingReport {
         for (name, Percentiles { mean, p50, p90, p99 }) in lines {
             writeln!(f, "{name:<18}{mean:>12.1}{p50:>12.1}{p90:>12.1}{p99:>12.1}")?;
         }
-        writeln!(f, "{:<18}{}", "preemptions", self.num_preemptions)?;
+        writeln!(f, "{:<18}{}, {} to the host", "preemptions", self.num_preemptions, self.num_swaps)?;
         writeln!(f, "{:<18}{} at most", "waiting", self.max_waiting)?;
         let pool = format!("{num_blocks} blocks of {block_size} tokens, {}", human_bytes(pool_bytes));
         let [mean, most, unused] = [mean_share, max_share, unused_share].map(percent);

@@ -37,15 +37,22 @@ pub fn simulate(
     requests: &[PlannedRequest],
     options: PlayOptions,
 ) -> Result<ServingReport, SimulateError> {
-    let sim = SimOptions { fidelity: Fidelity::Cost, cost: profile.cost, ..SimOptions::default() };
-    let mut backend = Box::new(SimBackend::new(sim));
+    let model = ModelConfig { max_positions: config.max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
+    // A block of the stand-in is smaller, and takes as long to copy as the real one.
+    let larger = profile.model.kv_bytes_per_token as f64 / model.kv_bytes_per_token(config.kv_type) as f64;
+    let mut backend = Box::new(SimBackend::new(SimOptions {
+        fidelity: Fidelity::Cost,
+        cost: profile.cost,
+        ns_per_copied_megabyte: profile.ns_per_copied_megabyte * larger,
+        ..SimOptions::default()
+    }));
     let host_per_step = Duration::from_nanos(profile.host_ns_per_step);
     let clock = Clock::Simulated { clock: backend.clock(), host_per_step };
     // The smallest model there is: what the real one would cost is in the profile.
-    let model = ModelConfig { max_positions: config.max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
     let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {})?;
     let mut engine = Engine::new(config, model, backend, HASH_KEY);
+    engine.enable_swap().map_err(LoadError::from)?;
     engine.set_cost(profile.cost);
     let mut report = play(&mut engine, requests, &clock, options)?;
     let num_tokens = u64::from(config.num_blocks) * u64::from(config.block_size);
@@ -68,6 +75,7 @@ mod tests {
             model: ProfiledModel { name: "a model".to_owned(), kv_bytes_per_token: 100 },
             limits: ProfiledLimits::default(),
             host_ns_per_step: 500_000,
+            ns_per_copied_megabyte: 0.0,
             cost: CostModel::line(10e6, 1e6, Prices::default()),
             points: Vec::new(),
         }

@@ -255,6 +255,9 @@ pub struct SimulateArgs {
     /// Memory for the KV cache, such as 256MiB or 4GiB.
     #[arg(long, value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
+    /// Memory of the host for the KV of preempted requests; 0 recomputes them [default: what the profile says].
+    #[arg(long, value_parser = parse_bytes)]
+    pub swap_memory: Option<u64>,
     /// Type of the KV cache, of which --model says the size.
     #[arg(long, default_value = "f16", value_parser = parse_kv_type)]
     pub kv_type: KvType,

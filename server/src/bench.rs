@@ -100,6 +100,7 @@ pub fn measure(engine: &mut Engine, model: &str, time: Duration) -> Result<(Devi
 fn device_profile(engine: &Engine, model: &str, measured: Measured) -> DeviceProfile {
     let (device, config) = (engine.backend().info(), engine.config());
     let kv_bytes_per_token = engine.model().config.kv_bytes_per_token(engine.config().kv_type);
+    let block_bytes = (kv_bytes_per_token * u64::from(config.block_size)) as f64;
     DeviceProfile {
         device: ProfiledDevice { id: device.id.clone(), name: device.name.clone(), driver: device.driver.clone() },
         model: ProfiledModel { name: model.to_owned(), kv_bytes_per_token },
@@ -109,8 +110,10 @@ fn device_profile(engine: &Engine, model: &str, measured: Measured) -> DevicePro
             max_model_len: config.max_model_len,
             block_size: config.block_size,
             num_blocks: config.num_blocks,
+            num_host_blocks: engine.model().num_host_blocks(),
         },
         host_ns_per_step: measured.host_ns_per_step,
+        ns_per_copied_megabyte: engine.copy_ns() as f64 * 1e6 / block_bytes,
         cost: measured.cost,
         points: measured.points,
     }

@@ -30,6 +30,8 @@ pub enum SimulateCommandError {
     Budget(#[from] BudgetTooSmall),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("--swap-memory needs to know what a copy takes: give the profile an `ns_per_copied_megabyte` above 0")]
+    NoCopyPrice,
     #[error(transparent)]
     Simulate(#[from] SimulateError),
 }
@@ -101,7 +103,7 @@ fn engine_config(
         kv_type: args.kv_type,
         block_size,
         num_blocks,
-        num_host_blocks: 0,
+        num_host_blocks: num_host_blocks(args, profile, block_size)?,
         max_queued_requests: args.max_queued_requests,
         // What waits before the door counts nothing here: requests alone are turned away.
         max_queued_tokens: 1 << 30,
@@ -113,6 +115,20 @@ fn engine_config(
     };
     config.check()?;
     Ok(config)
+}
+
+/// None where the profile does not say what a copy takes.
+fn num_host_blocks(args: &SimulateArgs, profile: &DeviceProfile, block_size: u32) -> Result<u32, SimulateCommandError> {
+    let is_priced = profile.ns_per_copied_megabyte > 0.0;
+    match args.swap_memory {
+        Some(1..) if !is_priced => Err(SimulateCommandError::NoCopyPrice),
+        Some(bytes) => Ok(capacity::num_host_blocks(profile.model.kv_bytes_per_token, bytes, block_size)),
+        None if !is_priced => Ok(0),
+        None => {
+            let num_tokens = u64::from(profile.limits.num_host_blocks) * u64::from(profile.limits.block_size);
+            Ok(u32::try_from(num_tokens / u64::from(block_size)).unwrap_or(u32::MAX / block_size))
+        }
+    }
 }
 
 /// The requests that the command line describes, in order of arrival.

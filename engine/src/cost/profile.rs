@@ -5,8 +5,8 @@
 //!   "device": { "id": "vulkan:0", "name": "a GPU", "driver": "its driver" },
 //!   "model": { "name": "a model", "kv_bytes_per_token": 23040 },
 //!   "limits": { "max_num_seqs": 64, "max_num_batched_tokens": 512, "max_model_len": 8192,
-//!               "block_size": 32, "num_blocks": 4096 },
-//!   "host_ns_per_step": 40000,
+//!               "block_size": 32, "num_blocks": 4096, "num_host_blocks": 1024 },
+//!   "host_ns_per_step": 40000, "ns_per_copied_megabyte": 60000,
 //!   "cost": { "ns_at_rows": [[1, 4000000], [16, 4200000], [64, 9000000], [512, 60000000]],
 //!             "ns_for_logits": 300000, "ns_per_logit_row": 9000,
 //!             "ns_per_attended_token": 12, "ns_per_loaded_token": 30 } }
@@ -34,6 +34,8 @@ pub struct DeviceProfile {
     pub limits: ProfiledLimits,
     /// What the host adds to each step while the device waits for it: schedule, record, publish.
     pub host_ns_per_step: u64,
+    /// To copy KV to the host or back; 0 where that is not known, and then nothing is copied.
+    pub ns_per_copied_megabyte: f64,
     pub cost: CostModel,
     /// What `cost` was fitted on; empty if a person wrote the file.
     pub points: Vec<MeasuredPoint>,
@@ -61,6 +63,8 @@ pub struct ProfiledLimits {
     pub max_model_len: u32,
     pub block_size: u32,
     pub num_blocks: u32,
+    /// Blocks of the host's memory for preempted sequences.
+    pub num_host_blocks: u32,
 }
 
 /// Steps of about one shape.
@@ -133,8 +137,10 @@ impl DeviceProfile {
                 max_model_len: limits.at_least_one("max_model_len")?,
                 block_size: limits.at_least_one("block_size")?,
                 num_blocks: limits.at_least_one("num_blocks")?,
+                num_host_blocks: limits.take_or_default("num_host_blocks")?,
             },
             host_ns_per_step: root.take("host_ns_per_step")?,
+            ns_per_copied_megabyte: root.price("ns_per_copied_megabyte")?,
             cost: cost.cost_model()?,
             points: root.take_or_default("points")?,
         };
@@ -146,7 +152,7 @@ impl DeviceProfile {
 
     /// The file's text, ending in a line break; `from_json` gives the profile back.
     pub fn to_json(&self) -> String {
-        let DeviceProfile { device, model, limits, host_ns_per_step, cost, points } = self;
+        let DeviceProfile { device, model, limits, host_ns_per_step, ns_per_copied_megabyte, cost, points } = self;
         let curve = cost.curve().iter().enumerate();
         let ns_at_rows: Vec<Value> = curve.map(|(knot, ns)| json!([1u32 << knot, ns])).collect();
         let prices = cost.prices();
@@ -160,8 +166,10 @@ impl DeviceProfile {
                 "max_model_len": limits.max_model_len,
                 "block_size": limits.block_size,
                 "num_blocks": limits.num_blocks,
+                "num_host_blocks": limits.num_host_blocks,
             },
             "host_ns_per_step": host_ns_per_step,
+            "ns_per_copied_megabyte": ns_per_copied_megabyte,
             "cost": {
                 "ns_at_rows": ns_at_rows,
                 "ns_for_logits": prices.ns_for_logits,

@@ -21,6 +21,11 @@ impl Engine {
         self.take_cost();
     }
 
+    /// What it takes to copy a block of the KV cache to the host or back; 0 where that is not done.
+    pub fn copy_ns(&self) -> u64 {
+        self.scheduler.copy_ns()
+    }
+
     /// Tells this engine of others on its device, and them of it.
     pub fn set_neighbours(&mut self, membership: Membership) {
         self.neighbours = Some(Arc::new(membership));

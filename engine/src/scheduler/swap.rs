@@ -18,6 +18,11 @@ impl Scheduler {
         self.copy_ns = copy_ns;
     }
 
+    /// What it takes to copy a block to the host or back; 0 where preempted sequences are recomputed.
+    pub fn copy_ns(&self) -> u64 {
+        self.copy_ns
+    }
+
     /// Blocks of the host that hold something.
     pub fn num_swapped_blocks(&self) -> u32 {
         self.host.num_used()
