@@ -183,13 +183,35 @@ fn a_device_that_was_measured_is_simulated_as_it_is() {
 fn a_workload_is_played_in_real_time() {
     let words = ["--device", "sim", "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256"];
     let workload = ["--arrivals", "burst:3:0.02", "--lengths", "uniform:10-60:2-9", "--limit", "9"];
-    let words = [&["fullbore", "bench", "trace"], &workload[..], &words].concat();
-    let Command::Bench { command: BenchCommand::Trace(args) } = Args::parse_from(words).command else {
-        panic!("trace is trace")
-    };
-    let played = bench::play_trace(&args).expect("the simulator is never lost");
+    let played = play(&[&workload[..], &words].concat()).expect("the simulator is never lost");
     let simulated = check(&file("played.json", PROFILE), &workload).expect("it is right");
     assert_eq!(played.num_completed, 9);
     assert_eq!((simulated.prompt_tokens, simulated.output_tokens), (played.prompt_tokens, played.output_tokens));
     assert!(played.duration_s >= 0.04 && played.ttft_ms.p50 > 0.0, "{played}");
+}
+
+/// What `fullbore bench trace WORDS` says.
+fn play(words: &[&str]) -> Result<ServingReport, String> {
+    let args = Args::try_parse_from([&["fullbore", "bench", "trace"], words].concat());
+    let Command::Bench { command: BenchCommand::Trace(args) } = args.map_err(|error| error.to_string())?.command else {
+        panic!("bench trace is bench trace")
+    };
+    bench::play_trace(&args).map_err(|error| error.to_string())
+}
+
+#[test]
+fn random_weights_of_a_known_shape_are_served_without_a_file() {
+    let workload = ["--arrivals", "at-once", "--lengths", "fixed:8:3", "--limit", "2"];
+    let run = |words: &[&str]| play(&[words, &workload].concat());
+    let small = ["--weights", "random", "--shape", "smollm2-135m:q4_1", "--device", "cpu", "--kv-memory", "8MiB"];
+    let report = run(&small).expect("it is right");
+    assert_eq!((report.num_completed, report.output_tokens), (2, 6));
+    let refused = |words: &[&str], parts: &[&str]| {
+        let sentence = run(words).expect_err("it is refused");
+        assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
+    };
+    refused(&["--weights", "random"], &["--shape"]);
+    refused(&["--shape", "llama-3.1-8b"], &["--weights"]);
+    refused(&["--weights", "random", "--shape", "llama-4"], &["llama-4 is no shape", "llama-3.1-8b"]);
+    refused(&["--weights", "random", "--shape", "llama-3.1-8b:q9"], &["q9 is no format", "q4_0"]);
 }

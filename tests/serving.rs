@@ -11,7 +11,6 @@ use fullbore_engine::backend::RowSource;
 use fullbore_engine::format::gguf::Gguf;
 use fullbore_engine::model::{Checkpoint, ModelConfig};
 use fullbore_engine::request::TokenId;
-use fullbore_engine::tensor::KvType;
 use fullbore_engine::tensor::WeightFormat;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -26,7 +25,7 @@ const REFERENCE_GAP: f64 = 0.01;
 const LOGPROB_TOLERANCE: f64 = 2e-3;
 
 fn args(path: &Path, device: &str) -> EngineArgs {
-    let model = ModelArgs { model: path.display().to_string(), device: device.to_owned(), kv_type: KvType::F16 };
+    let model = ModelArgs::new(&path.display().to_string(), device);
     EngineArgs {
         max_num_seqs: 4,
         max_num_batched_tokens: 64,
@@ -190,7 +189,7 @@ mod damaged {
 
     /// Plans with the default limits, then loads with small ones and serves. Whether the model was taken.
     fn try_out(runtime: &Runtime, path: &Path) -> bool {
-        let model = ModelArgs { model: path.display().to_string(), device: "cpu".to_owned(), kv_type: KvType::F16 };
+        let model = ModelArgs::new(&path.display().to_string(), "cpu");
         let planned = start::plan(&EngineArgs::new(model), None).map(|plan| plan.memory.to_string());
         match load(path) {
             Ok(model) => {

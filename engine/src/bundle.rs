@@ -124,6 +124,16 @@ impl Bundle {
         }
     }
 
+    /// Seeded weights of `format` in the dimensions of a known model, with the simulated one's tokenizer: what it says
+    /// is noise, and what it takes is what that model takes. `None` if no model is known by this name.
+    pub fn random(shape: &str, format: WeightFormat) -> Option<Bundle> {
+        let config = ModelConfig::of_shape(shape)?;
+        let checkpoint = Checkpoint::Random { seed: 1, format };
+        let name = format!("{shape}-random-{}", format.name());
+        // Nothing ends an answer before its length.
+        Some(Bundle { name, config, checkpoint, stop_ids: Vec::new(), ..Bundle::simulated() })
+    }
+
     fn from_gguf(file: Gguf) -> Result<Bundle, BundleError> {
         let config = ModelConfig::from_gguf(&file)?;
         let tokenizer = Tokenizer::from_gguf(&file)?;

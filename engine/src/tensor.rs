@@ -141,6 +141,11 @@ impl WeightFormat {
         (cols / self.block_len()) as u64 * self.block_bytes() as u64
     }
 
+    /// The format that [`WeightFormat::name`] calls so.
+    pub fn from_name(name: &str) -> Option<WeightFormat> {
+        WeightFormat::ALL.into_iter().find(|format| format.name() == name)
+    }
+
     /// The name that tools print: `q4_1`, `q4_k`, `iq4_nl`.
     pub const fn name(self) -> &'static str {
         match self {

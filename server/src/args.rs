@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use fullbore_bench::workload::{Arrivals, Lengths};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
+use fullbore_engine::model::shape_names;
 use fullbore_engine::request::Share;
-use fullbore_engine::tensor::KvType;
+use fullbore_engine::tensor::{KvType, WeightFormat};
 
 #[derive(Debug, Parser)]
 #[command(name = "fullbore", version, about = "Serves language models on whatever device is there.")]
@@ -53,12 +54,30 @@ pub struct ModelArgs {
     /// smollm2, gemma3-270m, a Hugging Face repository (owner/name or owner/name:file), or a path.
     #[arg(long, default_value = "smollm2")]
     pub model: String,
+    /// Instead of a model's: random ones, in the dimensions of --shape, to measure without a download.
+    #[arg(long, value_enum, requires = "shape")]
+    pub weights: Option<WeightSource>,
+    /// smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or llama-3.1-70b, and :FORMAT of weights [default: q4_0].
+    #[arg(long, requires = "weights", value_parser = parse_shape)]
+    pub shape: Option<Shape>,
     /// auto, cpu, sim, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:).
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Elements of the KV cache: f16, q8_0 (0.53 of the memory) or q4_0 (0.28).
     #[arg(long, default_value = KvType::F16.name(), value_parser = parse_kv_type)]
     pub kv_type: KvType,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightSource {
+    Random,
+}
+
+/// A known model's dimensions, and how random weights of it are stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    pub model: String,
+    pub format: WeightFormat,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -287,6 +306,14 @@ pub fn latency_target(target_itl_ms: Option<u32>, profile: Profile) -> LatencyTa
     }
 }
 
+impl ModelArgs {
+    /// The defaults of the command line for `model` on `device`.
+    pub fn new(model: &str, device: &str) -> ModelArgs {
+        let (model, device) = (model.to_owned(), device.to_owned());
+        ModelArgs { model, weights: None, shape: None, device, kv_type: KvType::F16 }
+    }
+}
+
 impl EngineArgs {
     pub fn latency(&self) -> LatencyTarget {
         latency_target(self.target_itl_ms, self.profile)
@@ -328,6 +355,17 @@ fn parse_share(text: &str) -> Result<(String, Share), String> {
         None => u32::MAX,
     };
     Ok((name.to_owned(), Share { weight, max_num_seqs }))
+}
+
+fn parse_shape(text: &str) -> Result<Shape, String> {
+    let (model, format) = text.split_once(':').unwrap_or((text, WeightFormat::Q4_0.name()));
+    if !shape_names().contains(&model) {
+        return Err(format!("{model} is no shape; there are {}", shape_names().join(", ")));
+    }
+    let formats = || WeightFormat::ALL.map(WeightFormat::name).join(", ");
+    let format = WeightFormat::from_name(format)
+        .ok_or_else(|| format!("{format} is no format of weights; there are {}", formats()))?;
+    Ok(Shape { model: model.to_owned(), format })
 }
 
 fn parse_kv_type(text: &str) -> Result<KvType, String> {
@@ -412,8 +450,7 @@ mod tests {
         use clap::Parser;
         let parsed = Args::parse_from(["fullbore", "serve"]);
         let Command::Serve(parsed) = parsed.command else { panic!("serve is serve") };
-        let built =
-            EngineArgs::new(ModelArgs { model: "smollm2".to_owned(), device: "auto".to_owned(), kv_type: KvType::F16 });
+        let built = EngineArgs::new(ModelArgs::new("smollm2", "auto"));
         assert_eq!(format!("{:?}", parsed.engine), format!("{built:?}"));
     }
 }

@@ -72,9 +72,10 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     let backend = devices::open(&args.model.device)?;
     let device = backend.info();
     tracing::info!(device = device.id, name = device.name, driver = device.driver, tier = device.tier, "device chosen");
-    let bundle = match device.id.as_str() {
-        "sim" => Bundle::simulated(),
-        _ => Bundle::open(&fetch::fetch(&args.model.model)?)?,
+    let bundle = match &args.model.shape {
+        Some(shape) => Bundle::random(&shape.model, shape.format).expect("the command line knows the same shapes"),
+        None if device.id == "sim" => Bundle::simulated(),
+        None => Bundle::open(&fetch::fetch(&args.model.model)?)?,
     };
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
     let measured = args.kv_blocks.is_none() && args.kv_memory.is_none();
@@ -82,7 +83,8 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     let config = engine_config(args, &bundle, weights, memory_bytes, device.max_buffer_bytes)?;
     check_widths(&bundle.config, &config)?;
     let memory = memory_table(&bundle.config, &config, weights);
-    let default_name = if Path::new(&args.model.model).exists() { &bundle.name } else { &args.model.model };
+    let names_itself = args.model.shape.is_some() || Path::new(&args.model.model).exists();
+    let default_name = if names_itself { &bundle.name } else { &args.model.model };
     // What steps take on the simulator is made up.
     let keeps = !args.no_saved_costs && device.id != "sim";
     let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
@@ -313,7 +315,7 @@ mod tests {
     const WEIGHTS: u64 = 100 << 20;
 
     fn args(kv_type: KvType) -> EngineArgs {
-        EngineArgs::new(ModelArgs { model: String::new(), device: "sim".to_owned(), kv_type })
+        EngineArgs::new(ModelArgs { kv_type, ..ModelArgs::new("", "sim") })
     }
 
     #[test]

@@ -13,12 +13,14 @@ pub mod config;
 mod config_gguf;
 mod config_json;
 mod llama;
+mod shapes;
 mod swap;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, ModelConfigError, UnfitKvType};
 use llama::Scratch;
+pub use shapes::shape_names;
 use swap::SwapArena;
 pub use weights::Weights;
 
