@@ -154,11 +154,23 @@ fn rows_and_elements(device: &mut Device, outputs: &mut Vec<Output>) {
             let op = Op::GatedAct(GatedAct { gate: x, up: y, activation, out });
             push("gated_act", device.run(&[op], &[out]));
         }
-        let picks: Vec<u32> = (0..4).map(|i| (i * 7 + rows - 1) % rows).collect();
-        let picks = device.u32(4, 1, &picks);
-        let out = device.unwritten(4, cols);
-        push("gather_rows", device.run(&[Op::GatherRows(GatherRows { x, rows: picks, out })], &[out]));
-        push("add", device.run(&[Op::Add(Add { x, y })], &[x]));
+        for num_rows in [rows, rows.div_ceil(2)] {
+            add_norms(device, x, y, weight, num_rows, outputs);
+        }
+    }
+}
+
+/// On all rows, or on some from the last down; x as it was is the first op's alone.
+fn add_norms(device: &mut Device, x: Tensor, y: Tensor, weight: Tensor, num_rows: u32, outputs: &mut Vec<Output>) {
+    let picks: Vec<u32> = (0..num_rows).map(|i| x.rows - 1 - 2 * i).collect();
+    let rows = (num_rows < x.rows).then(|| device.u32(num_rows, 1, &picks));
+    let post = device.random(1, x.cols, &mut Random::new(4));
+    for post_weight in [None, Some(post)] {
+        let out = device.unwritten(num_rows, x.cols);
+        let op = AddNorm { x, y, post_weight, rows, weight, eps: 1e-5, out };
+        let words = device.run(&[Op::AddNorm(op)], &[x, out]);
+        let name = format!("add_norm {num_rows} of {} x {}, post {}", x.rows, x.cols, post_weight.is_some());
+        outputs.push(Output { name, words, tolerance: 1e-5 });
     }
 }
 

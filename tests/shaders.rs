@@ -333,13 +333,6 @@ fn element_wise_ops_do_what_they_say() {
                 .collect();
             assert_close(&rig.name, &got, &expected, 1e-6);
         }
-        let x = rig.floats(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2);
-        let rows = rig.words(&[2, 0, 2], 1);
-        let out = rig.zeros(3, 2);
-        assert_eq!(rig.run(&[Op::GatherRows(GatherRows { x, rows, out })], out), [5.0, 6.0, 1.0, 2.0, 5.0, 6.0]);
-        let y = rig.floats(&[10.0, 20.0], 2);
-        let second = Tensor { offset: 2, rows: 1, ..x };
-        assert_eq!(rig.run(&[Op::Add(Add { x: second, y })], x), [1.0, 2.0, 13.0, 24.0, 5.0, 6.0]);
         let table = rig.words(&[7; 6], 3);
         let entries = rig.words(&[4, 40, 0, 10], 2);
         let got = rig.run(&[Op::UpdateTable(UpdateTable { entries, table })], table);
@@ -351,10 +344,52 @@ fn element_wise_ops_do_what_they_say() {
 fn a_grid_may_be_longer_than_one_dimension() {
     let mut rig = rigs().remove(0);
     let count = 65_535 * 64 + 100;
-    let x: Vec<f32> = (0..count).map(|index| (index % 1000) as f32).collect();
-    let (x_tensor, y) = (rig.floats(&x, count), rig.floats(&vec![1.0; count as usize], count));
-    let got = rig.run(&[Op::Add(Add { x: x_tensor, y })], x_tensor);
-    assert!(got.iter().zip(&x).all(|(got, x)| *got == x + 1.0));
+    let up: Vec<f32> = (0..count).map(|index| (index % 1000) as f32).collect();
+    let out = rig.zeros(1, count);
+    let (gate, up_tensor) = (rig.floats(&vec![20.0; count as usize], count), rig.floats(&up, count));
+    let op = GatedAct { gate, up: up_tensor, activation: Activation::Silu, out };
+    let got = rig.run(&[Op::GatedAct(op)], out);
+    assert!(got.iter().zip(&up).all(|(got, up)| (got - 20.0 * up).abs() <= 1e-4 * up));
+}
+
+#[test]
+fn add_norm_adds_and_norms_the_rows_that_are_asked() {
+    const COLS: usize = 300;
+    for mut rig in rigs() {
+        let mut random = Random::new(19);
+        let mut values = |rows: usize| random.floats(rows * COLS);
+        let (x, y, post_weight, weight) = (values(5), values(5), values(1), values(1));
+        let scale = |row: &[f64]| 1.0 / (row.iter().map(|value| value * value).sum::<f64>() / COLS as f64 + 1e-5).sqrt();
+        let row = |values: &[f32], row: usize| values[row * COLS..][..COLS].iter().map(|&v| f64::from(v)).collect();
+        for (has_post, rows) in [(false, None), (true, None), (false, Some([4, 1])), (true, Some([0, 3]))] {
+            let picks: Vec<u32> = rows.map_or((0..5).collect(), |rows| rows.to_vec());
+            let (x_tensor, out) = (rig.floats(&x, 300), rig.zeros(picks.len() as u32, 300));
+            let op = AddNorm {
+                x: x_tensor,
+                y: rig.floats(&y, 300),
+                post_weight: has_post.then(|| rig.floats(&post_weight, 300)),
+                rows: rows.map(|rows| rig.words(&rows, 1)),
+                weight: rig.floats(&weight, 300),
+                eps: 1e-5,
+                out,
+            };
+            let normed = rig.run(&[Op::AddNorm(op)], out);
+            let mut sums: Vec<(f64, f64)> = x.iter().map(|value| (f64::from(*value), 0.0)).collect();
+            let mut expected = Vec::new();
+            for &pick in &picks {
+                let (x, y): (Vec<f64>, Vec<f64>) = (row(&x, pick as usize), row(&y, pick as usize));
+                let post = |i: usize| if has_post { scale(&y) * f64::from(post_weight[i]) } else { 1.0 };
+                let sum: Vec<f64> = (0..COLS).map(|i| x[i] + y[i] * post(i)).collect();
+                let norm = |i: usize| sum[i] * scale(&sum) * f64::from(weight[i]);
+                expected.extend((0..COLS).map(|i| (norm(i), 2.0)));
+                (0..COLS).for_each(|i| sums[pick as usize * COLS + i] = (sum[i], 2.0));
+            }
+            assert_close(&rig.name, &normed, &expected, 1e-6);
+            // The same op again, after a second x: what it leaves in x, and nothing in rows that were not asked for.
+            let again = AddNorm { x: rig.floats(&x, 300), ..op };
+            assert_close(&rig.name, &rig.run(&[Op::AddNorm(again)], again.x), &sums, 1e-6);
+        }
+    }
 }
 
 #[test]
@@ -611,14 +646,14 @@ fn attention_is_right_and_no_row_depends_on_its_chunk() {
 #[test]
 fn two_recordings_in_flight_see_each_other_in_order() {
     for mut rig in rigs() {
-        let x = rig.floats(&[0.0; 4], 4);
+        let (x, weight, out) = (rig.floats(&[0.0; 4], 4), rig.floats(&[1.0; 4], 4), rig.zeros(1, 4));
         let mut tickets = Vec::new();
         let mut recording = Recording::new(rig.upload);
         for step in 1..=2u32 {
             recording.clear();
             let words = recording.upload(&bytemuck::cast::<[f32; 4], [u32; 4]>([step as f32; 4]), 4);
             let y = Tensor::f32(words.buffer, 1, 4);
-            recording.push(Op::Add(Add { x, y }));
+            recording.push(Op::AddNorm(AddNorm { x, y, post_weight: None, rows: None, weight, eps: 1e-5, out }));
             recording.downloads.extend([x, y.first_rows(1)]);
             tickets.push(rig.backend.submit(&recording).expect("a device"));
         }

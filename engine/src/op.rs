@@ -18,8 +18,7 @@ pub enum Op {
     StoreKv(StoreKv),
     Attention(Attention),
     GatedAct(GatedAct),
-    Add(Add),
-    GatherRows(GatherRows),
+    AddNorm(AddNorm),
     ResetCounts(ResetCounts),
     Sample(Sample),
 }
@@ -158,23 +157,21 @@ pub struct GatedAct {
     pub out: Tensor,
 }
 
-/// `x += y`, element by element.
+/// Ends a branch of the residual stream and begins the next one: `x += y`, then `out = norm(x)`, as [`RmsNorm`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Add {
-    /// f32 (rows, cols), in place.
+pub struct AddNorm {
+    /// f32 (tokens, dim), in place.
     pub x: Tensor,
-    /// f32 (rows, cols)
-    pub y: Tensor,
-}
-
-/// `out[i] = x[rows[i]]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GatherRows {
     /// f32 (tokens, dim)
-    pub x: Tensor,
-    /// u32 (n, 1)
-    pub rows: Tensor,
-    /// f32 (n, dim)
+    pub y: Tensor,
+    /// f32 (1, dim): if there is one, y goes through a norm of its own before it is added.
+    pub post_weight: Option<Tensor>,
+    /// u32 (n, 1): distinct rows of x and y, the only ones that are touched; `None` for all.
+    pub rows: Option<Tensor>,
+    /// f32 (1, dim)
+    pub weight: Tensor,
+    pub eps: f32,
+    /// f32 (n, dim): of `rows[i]` at i.
     pub out: Tensor,
 }
 

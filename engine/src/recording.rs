@@ -3,7 +3,7 @@
 //! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
 //! a backend may trust them. A recording runs nothing.
 
-use crate::op::{ATTENTION_ROWS, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample, slice_cols};
+use crate::op::{ATTENTION_ROWS, AddNorm, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample, slice_cols};
 use crate::tensor::{BufferId, DType, Tensor};
 
 /// Cleared and refilled each step; its vectors keep their capacity.
@@ -131,20 +131,21 @@ fn check(op: &Op) {
             f32(op.up, op.out.rows, op.out.cols);
             f32(op.out, op.gate.rows, op.gate.cols);
         }
-        Op::Add(op) => {
-            f32(op.x, op.y.rows, op.y.cols);
-            f32(op.y, op.x.rows, op.x.cols);
-            assert_ne!(op.x.buffer, op.y.buffer);
-        }
-        Op::GatherRows(op) => {
-            f32(op.x, op.x.rows, op.out.cols);
-            u32(op.rows, op.out.rows, 1);
-            f32(op.out, op.rows.rows, op.x.cols);
-            assert_ne!(op.x.buffer, op.out.buffer);
-        }
+        Op::AddNorm(op) => check_add_norm(op),
         Op::ResetCounts(op) => check_reset_counts(op),
         Op::Sample(op) => check_sample(op),
     }
+}
+
+fn check_add_norm(op: AddNorm) {
+    f32(op.x, op.y.rows, op.y.cols);
+    f32(op.y, op.x.rows, op.x.cols);
+    [Some(op.weight), op.post_weight].into_iter().flatten().for_each(|weight| f32(weight, 1, op.x.cols));
+    f32(op.out, op.rows.map_or(op.x.rows, |rows| rows.rows), op.x.cols);
+    if let Some(rows) = op.rows {
+        u32(rows, op.out.rows, 1);
+    }
+    assert!(op.x.buffer != op.y.buffer && op.x.buffer != op.out.buffer && op.y.buffer != op.out.buffer, "{op:?}");
 }
 
 fn check_reset_counts(op: ResetCounts) {

@@ -17,7 +17,7 @@ use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
 };
 use crate::cost::{CostModel, StepShape};
-use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
+use crate::op::{AddNorm, Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
@@ -187,14 +187,7 @@ impl SimBackend {
             Op::StoreKv(op) => self.store_kv(op),
             Op::Attention(op) => self.attention(op),
             Op::GatedAct(op) => self.zip_rows(op.gate, op.up, op.out),
-            Op::Add(op) => self.zip_rows(op.x, op.y, op.x),
-            Op::GatherRows(op) => {
-                for i in 0..op.out.rows {
-                    let row = self.words(op.rows)[i as usize];
-                    assert!(row < op.x.rows, "row {row} of {}", op.x.rows);
-                    self.set_row(op.out, i, self.row(op.x, row));
-                }
-            }
+            Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
         }
@@ -204,6 +197,16 @@ impl SimBackend {
         for row in 0..out.rows {
             let value = self.row(x, row);
             self.set_row(out, row, if value == POISON { POISON } else { f(value) });
+        }
+    }
+
+    fn add_norm(&mut self, op: AddNorm) {
+        for i in 0..op.out.rows {
+            let row = op.rows.map_or(i, |rows| self.words(rows)[i as usize]);
+            assert!(row < op.x.rows, "row {row} of {}", op.x.rows);
+            let sum = mix(self.row(op.x, row), self.row(op.y, row));
+            self.set_row(op.x, row, sum);
+            self.set_row(op.out, i, mix(2, sum));
         }
     }
 
@@ -269,7 +272,7 @@ impl SimBackend {
                         seen = seen.with_slice(slice[0][3], num_rows, 0);
                     }
                 }
-                Op::GatherRows(op) => num_logit_rows = op.out.rows,
+                Op::Sample(op) => num_logit_rows = op.logits.rows,
                 _ => {}
             }
         }
@@ -361,11 +364,12 @@ impl Backend for SimBackend {
     }
 }
 
-/// All of a pass but what its layers compute for every row, before the rows that get logits are gathered.
+/// All of a pass but what its layers compute for every row, before the norm of the rows that get logits.
 fn without_layers(ops: &[Op]) -> impl Iterator<Item = &Op> {
-    let end = ops.iter().position(|op| matches!(op, Op::GatherRows(_))).unwrap_or(ops.len());
+    let is_last_norm = |op: &Op| matches!(op, Op::AddNorm(AddNorm { rows: Some(_), .. }));
+    let end = ops.iter().position(is_last_norm).unwrap_or(ops.len());
     let of_a_layer = |op: &Op| {
-        let mixes = matches!(op, Op::RmsNorm(_) | Op::MatMul(_) | Op::GatedAct(_) | Op::Add(_));
+        let mixes = matches!(op, Op::RmsNorm(_) | Op::MatMul(_) | Op::GatedAct(_) | Op::AddNorm(_));
         mixes || matches!(op, Op::Rope(_) | Op::StoreKv(_) | Op::Attention(_))
     };
     ops[..end].iter().filter(move |op| !of_a_layer(op)).chain(&ops[end..])

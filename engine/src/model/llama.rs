@@ -3,7 +3,7 @@
 use crate::backend::{Backend, DeviceError};
 use crate::model::{Choices, Inputs, Model, ModelConfig, StateLimits, alloc_f32, alloc_u32};
 use crate::op::{
-    Add, Attention, CHOSEN_WORDS, Embed, GatedAct, GatherRows, MAX_TOP, MatMul, Op, ResetCounts, RmsNorm, Rope, Sample,
+    AddNorm, Attention, CHOSEN_WORDS, Embed, GatedAct, MAX_TOP, MatMul, Op, ResetCounts, RmsNorm, Rope, Sample,
     StoreKv, UpdateTable, slice_cols,
 };
 use crate::recording::Recording;
@@ -26,16 +26,30 @@ impl Model {
             scale: self.config.embed_scale,
             out: scratch.hidden,
         }));
-        for layer in 0..self.weights.layers.len() {
+        let layers = &self.weights.layers;
+        for (layer, weights) in layers.iter().enumerate() {
+            // Each branch begins with the norm that ends the one before it.
+            match layer.checked_sub(1) {
+                None => recording.push(Op::RmsNorm(RmsNorm {
+                    x: scratch.hidden,
+                    weight: weights.attn_norm,
+                    eps: self.config.norm_eps,
+                    out: scratch.normed,
+                })),
+                Some(before) => {
+                    let post_norm = layers[before].post_ffn_norm;
+                    self.add_norm(post_norm, weights.attn_norm, None, scratch.normed, &scratch, recording);
+                }
+            }
             self.record_attention(layer, inputs, &scratch, recording);
+            self.add_norm(weights.post_attn_norm, weights.ffn_norm, None, scratch.normed, &scratch, recording);
             self.record_ffn(layer, &scratch, recording);
         }
         let rows = inputs.logit_rows?;
-        let last = self.scratch.last.first_rows(rows.rows);
         let last_normed = self.scratch.last_normed.first_rows(rows.rows);
         let logits = self.scratch.logits.first_rows(rows.rows);
-        recording.push(Op::GatherRows(GatherRows { x: scratch.hidden, rows, out: last }));
-        self.norm(last, self.weights.final_norm, last_normed, recording);
+        let post_norm = layers.last().and_then(|weights| weights.post_ffn_norm);
+        self.add_norm(post_norm, self.weights.final_norm, Some(rows), last_normed, &scratch, recording);
         matmul(last_normed, self.weights.output, None, logits, recording);
         let choices =
             Choices { chosen: self.scratch.chosen.first_rows(rows.rows), top: self.scratch.top.first_rows(rows.rows) };
@@ -57,7 +71,6 @@ impl Model {
         let weights = &self.weights.layers[layer];
         let cache = self.kv[layer];
         let window = config.windows[layer];
-        self.norm(scratch.hidden, weights.attn_norm, scratch.normed, recording);
         matmul(scratch.normed, weights.q, weights.q_bias, scratch.q, recording);
         matmul(scratch.normed, weights.k, weights.k_bias, scratch.k, recording);
         matmul(scratch.normed, weights.v, weights.v_bias, scratch.v, recording);
@@ -95,12 +108,10 @@ impl Model {
             out: scratch.attn,
         }));
         matmul(scratch.attn, weights.attn_output, None, scratch.projected, recording);
-        self.add_branch(weights.post_attn_norm, scratch, recording);
     }
 
     fn record_ffn(&self, layer: usize, scratch: &Scratch, recording: &mut Recording) {
         let weights = &self.weights.layers[layer];
-        self.norm(scratch.hidden, weights.ffn_norm, scratch.normed, recording);
         matmul(scratch.normed, weights.gate, None, scratch.gate, recording);
         matmul(scratch.normed, weights.up, None, scratch.up, recording);
         recording.push(Op::GatedAct(GatedAct {
@@ -110,17 +121,21 @@ impl Model {
             out: scratch.act,
         }));
         matmul(scratch.act, weights.down, None, scratch.projected, recording);
-        self.add_branch(weights.post_ffn_norm, scratch, recording);
     }
 
-    /// `hidden += projected`, through a norm where the family has one.
-    fn add_branch(&self, post_norm: Option<Tensor>, scratch: &Scratch, recording: &mut Recording) {
-        let mut y = scratch.projected;
-        if let Some(weight) = post_norm {
-            self.norm(y, weight, scratch.normed, recording);
-            y = scratch.normed;
-        }
-        recording.push(Op::Add(Add { x: scratch.hidden, y }));
+    /// Adds what a branch projected to the residual stream, through a norm where the family has one; then the norm of
+    /// the next branch.
+    fn add_norm(
+        &self,
+        post_weight: Option<Tensor>,
+        weight: Tensor,
+        rows: Option<Tensor>,
+        out: Tensor,
+        scratch: &Scratch,
+        recording: &mut Recording,
+    ) {
+        let (x, y, eps) = (scratch.hidden, scratch.projected, self.config.norm_eps);
+        recording.push(Op::AddNorm(AddNorm { x, y, post_weight, rows, weight, eps, out }));
     }
 
     fn norm(&self, x: Tensor, weight: Tensor, out: Tensor, recording: &mut Recording) {
@@ -151,7 +166,6 @@ pub(super) struct Scratch {
     pub up: Tensor,
     pub act: Tensor,
     /// f32 (max logit rows, dim)
-    pub last: Tensor,
     pub last_normed: Tensor,
     /// f32 (max logit rows, vocab)
     pub logits: Tensor,
@@ -190,7 +204,6 @@ impl Scratch {
             gate: f32("gate", tokens, config.ffn_dim)?,
             up: f32("up", tokens, config.ffn_dim)?,
             act: f32("act", tokens, config.ffn_dim)?,
-            last: f32("last", limits.max_logit_rows, config.dim)?,
             last_normed: f32("last normed", limits.max_logit_rows, config.dim)?,
             logits: f32("logits", limits.max_logit_rows, config.vocab_size)?,
         })
@@ -202,7 +215,7 @@ impl Scratch {
         let kv_dim = config.num_kv_heads * config.head_dim;
         let per_token = u64::from(3 * config.dim + 3 * q_dim + 3 * kv_dim) + 3 * u64::from(config.ffn_dim);
         let choice_words = slice_cols(config.vocab_size) + CHOSEN_WORDS + 2 * MAX_TOP;
-        let per_logit_row = u64::from(2 * config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
+        let per_logit_row = u64::from(config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
         4 * (u64::from(limits.max_num_batched_tokens) * per_token + u64::from(limits.max_logit_rows) * per_logit_row)
     }
 

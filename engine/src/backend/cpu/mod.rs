@@ -18,12 +18,11 @@ use crate::op::Op;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
-mod add;
+mod add_norm;
 mod attention;
 mod avx2;
 mod embed;
 mod gated_act;
-mod gather_rows;
 mod kv_head;
 mod mat_mul;
 mod packed;
@@ -145,8 +144,7 @@ impl Memory {
             Op::StoreKv(op) => store_kv::run(op, self),
             Op::Attention(op) => attention::run(op, self),
             Op::GatedAct(op) => gated_act::run(op, self),
-            Op::Add(op) => add::run(op, self),
-            Op::GatherRows(op) => gather_rows::run(op, self),
+            Op::AddNorm(op) => add_norm::run(op, self),
             Op::ResetCounts(op) => reset_counts::run(op, self),
             Op::Sample(op) => sample::run(op, self),
         }

@@ -7,7 +7,7 @@ use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 use super::packing::UNIT;
 use super::pipelines::Kernel;
 use crate::op::{
-    ATTENTION_ROWS, Activation, Add, Attention, Embed, GatedAct, GatherRows, MatMul, Op, ResetCounts, RmsNorm, Rope,
+    ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, Op, ResetCounts, RmsNorm, Rope,
     RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, StoreKv, UpdateTable,
 };
 use crate::tensor::{BufferId, KvType, Weight, WeightFormat};
@@ -54,8 +54,7 @@ impl Encoder<'_> {
             Op::StoreKv(op) => self.store_kv(op),
             Op::Attention(op) => self.attention(op),
             Op::GatedAct(op) => self.gated_act(op),
-            Op::Add(op) => self.add(op),
-            Op::GatherRows(op) => self.gather_rows(op),
+            Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
         }
@@ -219,17 +218,24 @@ impl Encoder<'_> {
         self.push_elements(Kernel::GatedAct, &buffers, &params, num_elements);
     }
 
-    fn add(&mut self, op: &Add) {
-        let num_elements = op.x.num_elements();
-        let params = [op.x.offset, op.y.offset, num_elements];
-        self.push_elements(Kernel::Add, &[op.x.buffer, op.y.buffer], &params, num_elements);
-    }
-
-    fn gather_rows(&mut self, op: &GatherRows) {
-        let num_elements = op.out.num_elements();
-        let buffers = [op.x.buffer, op.rows.buffer, op.out.buffer];
-        let params = [op.x.offset, op.rows.offset, op.out.offset, op.x.cols, num_elements];
-        self.push_elements(Kernel::GatherRows, &buffers, &params, num_elements);
+    fn add_norm(&mut self, op: &AddNorm) {
+        let post_weight = op.post_weight.unwrap_or(op.weight);
+        let rows = op.rows.unwrap_or(op.weight);
+        let buffers = [op.x, op.y, post_weight, rows, op.weight, op.out].map(|tensor| tensor.buffer);
+        let params = [
+            op.x.offset,
+            op.y.offset,
+            post_weight.offset,
+            rows.offset,
+            op.weight.offset,
+            op.out.offset,
+            u32::from(op.post_weight.is_some()),
+            u32::from(op.rows.is_some()),
+            op.out.rows,
+            op.out.cols,
+            op.eps.to_bits(),
+        ];
+        self.push(Kernel::AddNorm, &buffers, &params, op.out.rows);
     }
 
     fn reset_counts(&mut self, op: &ResetCounts) {

@@ -25,8 +25,7 @@ pub enum Kernel {
     StoreKv(KvType, u32),
     Attention(KvType, u32),
     GatedAct,
-    Add,
-    GatherRows,
+    AddNorm,
     ResetCounts,
     SampleSlices,
     Sample,
@@ -34,13 +33,12 @@ pub enum Kernel {
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 9] = [
+    const GENERAL: [Kernel; 8] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
         Kernel::Rope,
         Kernel::GatedAct,
-        Kernel::Add,
-        Kernel::GatherRows,
+        Kernel::AddNorm,
         Kernel::ResetCounts,
         Kernel::SampleSlices,
         Kernel::Sample,
@@ -98,8 +96,7 @@ impl Kernel {
                 "attention"
             }
             Kernel::GatedAct => "gated_act",
-            Kernel::Add => "add",
-            Kernel::GatherRows => "gather_rows",
+            Kernel::AddNorm => "add_norm",
             Kernel::ResetCounts => "reset_counts",
             Kernel::SampleSlices => "sample_slices",
             Kernel::Sample => {
