@@ -10,7 +10,9 @@ pub(super) fn run(op: AddNorm, memory: &mut Memory) {
         let add = |row: usize, x: &mut [f32]| add(&y[row * cols..][..cols], post_weight, op.eps, x);
         match op.rows {
             None => for_rows(x, cols, add),
-            Some(rows) => memory.u32(rows).iter().for_each(|&row| add(row as usize, &mut x[row as usize * cols..][..cols])),
+            Some(rows) => {
+                memory.u32(rows).iter().for_each(|&row| add(row as usize, &mut x[row as usize * cols..][..cols]))
+            }
         }
     });
     memory.write_f32(op.out, |memory, out| {

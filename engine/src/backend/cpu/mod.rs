@@ -28,9 +28,8 @@ mod mat_mul;
 mod packed;
 mod reset_counts;
 mod rms_norm;
-mod rope;
+mod rope_kv;
 pub(super) mod sample;
-mod store_kv;
 mod update_table;
 mod worker;
 
@@ -140,8 +139,7 @@ impl Memory {
             Op::Embed(op) => embed::run(op, self),
             Op::RmsNorm(op) => rms_norm::run(op, self),
             Op::MatMul(op) => mat_mul::run(op, self, avx2),
-            Op::Rope(op) => rope::run(op, self),
-            Op::StoreKv(op) => store_kv::run(op, self),
+            Op::RopeKv(op) => rope_kv::run(op, self),
             Op::Attention(op) => attention::run(op, self),
             Op::GatedAct(op) => gated_act::run(op, self),
             Op::AddNorm(op) => add_norm::run(op, self),

@@ -20,9 +20,8 @@ pub enum Kernel {
     RmsNorm,
     /// A format, and the rows of activations that a workgroup holds.
     MatMul(WeightFormat, u32),
-    Rope,
     /// How the cache stores elements, and elements of a head.
-    StoreKv(KvType, u32),
+    RopeKv(KvType, u32),
     Attention(KvType, u32),
     GatedAct,
     AddNorm,
@@ -33,10 +32,9 @@ pub enum Kernel {
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 8] = [
+    const GENERAL: [Kernel; 7] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
-        Kernel::Rope,
         Kernel::GatedAct,
         Kernel::AddNorm,
         Kernel::ResetCounts,
@@ -52,7 +50,7 @@ impl Kernel {
 
     /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements.
     fn of_cache(kv_type: KvType, head_dim: u32) -> impl Iterator<Item = Kernel> {
-        let kernels = [Kernel::StoreKv(kv_type, head_dim), Kernel::Attention(kv_type, head_dim)];
+        let kernels = [Kernel::RopeKv(kv_type, head_dim), Kernel::Attention(kv_type, head_dim)];
         kernels.into_iter().filter(move |_| kv_type.takes(head_dim))
     }
 
@@ -83,10 +81,11 @@ impl Kernel {
                 constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
                 "mat_mul"
             }
-            Kernel::Rope => "rope",
-            Kernel::StoreKv(kv_type, head_dim) => {
+            Kernel::RopeKv(kv_type, head_dim) => {
+                let lanes = value("TILE_LANES", &constants);
                 constants.extend(cache_constants(kv_type, head_dim));
-                "store_kv"
+                constants.push(("ROW_LANES", lanes));
+                "rope_kv"
             }
             Kernel::Attention(kv_type, head_dim) => {
                 let lanes = value("TILE_LANES", &constants);
