@@ -269,8 +269,13 @@ fn mat_mul_takes_a_bias_short_rows_and_shards() {
             let product = |rig: &mut Rig| {
                 let weight = rig.weight(format, rows, cols, &bytes);
                 let (x, bias) = (rig.floats(&x, cols), rig.floats(&bias, rows));
-                let out = rig.zeros(5, rows);
-                rig.run(&[Op::MatMul(MatMul { x, weight, bias: Some(bias), first_col: 0, out })], out)
+                // In a wider tensor, whose other columns stay as they are.
+                let out = rig.floats(&vec![7.0; 5 * (rows + 8) as usize], rows + 8);
+                let wide = rig.run(&[Op::MatMul(MatMul { x, weight, bias: Some(bias), first_col: 3, out })], out);
+                let (before, after) = (3, 3 + rows as usize);
+                let wide: Vec<&[f32]> = wide.chunks_exact(after + 5).collect();
+                assert!(wide.iter().all(|row| row[..before] == [7.0; 3] && row[after..] == [7.0; 5]), "{}", rig.name);
+                wide.iter().flat_map(|row| row[before..after].to_vec()).collect::<Vec<f32>>()
             };
             let got = product(&mut whole);
             let expected = mat_mul(&x, &dequantized(format, cols, &bytes), &bias, cols as usize);
