@@ -2,18 +2,20 @@
 #include "grid.wgsl"
 
 struct Params {
-    gate: u32,
-    up: u32,
+    gate_up: u32,
     out: u32,
+    // Of out.
+    cols: u32,
     num_elements: u32,
     // 0: silu, 1: gelu by the tanh approximation.
     activation: u32,
 }
 #include "params.wgsl"
 
-@group(0) @binding(0) var<storage, read> gate: array<f32>;
-@group(0) @binding(1) var<storage, read> up: array<f32>;
-@group(0) @binding(2) var<storage, read_write> out: array<f32>;
+// (tokens, 2 * cols): gate, then up.
+@group(0) @binding(0) var<storage, read> gate_up: array<f32>;
+// (tokens, cols)
+@group(0) @binding(1) var<storage, read_write> out: array<f32>;
 
 fn silu(v: f32) -> f32 {
     return v / (1.0 + exp(-v));
@@ -33,11 +35,12 @@ fn main(
 ) {
     let i = workgroup_index(group, groups) * 64u + lane;
     if i < params.num_elements {
-        let g = gate[params.gate + i];
+        let at = params.gate_up + i + i / params.cols * params.cols;
+        let g = gate_up[at];
         var activated = silu(g);
         if params.activation == 1u {
             activated = gelu_tanh(g);
         }
-        out[params.out + i] = activated * up[params.up + i];
+        out[params.out + i] = activated * gate_up[at + params.cols];
     }
 }

@@ -80,21 +80,21 @@ pub const ELEMENT_LANES: u32 = 64;
 
 /// The kernels' files, and what they include.
 pub const FILES: [(&str, &str); 17] = [
-    ("add.wgsl", include_str!("add.wgsl")),
+    ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("embed.wgsl", include_str!("embed.wgsl")),
     ("gated_act.wgsl", include_str!("gated_act.wgsl")),
-    ("gather_rows.wgsl", include_str!("gather_rows.wgsl")),
     ("grid.wgsl", include_str!("grid.wgsl")),
+    ("kv_head.wgsl", include_str!("kv_head.wgsl")),
     ("mat_mul.wgsl", include_str!("mat_mul.wgsl")),
     ("params.wgsl", include_str!("params.wgsl")),
     ("reset_counts.wgsl", include_str!("reset_counts.wgsl")),
     ("rms_norm.wgsl", include_str!("rms_norm.wgsl")),
-    ("rope.wgsl", include_str!("rope.wgsl")),
+    ("rope_kv.wgsl", include_str!("rope_kv.wgsl")),
     ("sample.wgsl", include_str!("sample.wgsl")),
     ("sample_row.wgsl", include_str!("sample_row.wgsl")),
     ("sample_slices.wgsl", include_str!("sample_slices.wgsl")),
-    ("store_kv.wgsl", include_str!("store_kv.wgsl")),
+    ("sum_lanes.wgsl", include_str!("sum_lanes.wgsl")),
     ("update_table.wgsl", include_str!("update_table.wgsl")),
     ("weight.wgsl", include_str!("weight.wgsl")),
 ];

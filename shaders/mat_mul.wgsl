@@ -16,8 +16,9 @@ struct Params {
     // K, and its units of 32.
     inner: u32,
     num_units: u32,
-    // N, and the shard's part of it.
+    // Of a row of out.
     cols: u32,
+    // The shard's part of N.
     first_col: u32,
     shard_cols: u32,
     // Workgroups beside one another on the same tile, each with its own rows.
@@ -28,9 +29,9 @@ struct Params {
 // (rows, inner)
 @group(0) @binding(0) var<storage, read> x: array<f32>;
 @group(0) @binding(1) var<storage, read> weight: array<u32>;
-// (1, cols), if has_bias
+// (1, N), if has_bias
 @group(0) @binding(2) var<storage, read> bias: array<f32>;
-// (rows, cols)
+// (rows, cols), from the product's first column on.
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 #include "weight.wgsl"
 

@@ -17,26 +17,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> weight: array<f32>;
 // (rows, cols)
 @group(0) @binding(2) var<storage, read_write> out: array<f32>;
-
-#if ONE_SUBGROUP
-fn sum_lanes(value: f32, lane: u32) -> f32 {
-    return subgroupAdd(value);
-}
-#else
-var<workgroup> sums: array<f32, {{ROW_LANES}}>;
-
-fn sum_lanes(value: f32, lane: u32) -> f32 {
-    sums[lane] = value;
-    workgroupBarrier();
-    for (var width = {{ROW_LANES}}u / 2u; width > 0u; width /= 2u) {
-        if lane < width {
-            sums[lane] += sums[lane + width];
-        }
-        workgroupBarrier();
-    }
-    return sums[0];
-}
-#endif
+#include "sum_lanes.wgsl"
 
 @compute @workgroup_size({{ROW_LANES}})
 fn main(

@@ -2,10 +2,10 @@
 
 use fullbore_engine::backend::Backend;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
-use fullbore_engine::op::{Attention, MatMul, Op, StoreKv};
+use fullbore_engine::op::{Attention, MatMul, Op};
 use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
 
-use crate::device::{Device, assert_rows_do_not_depend_on_m, kv_cache, run_every_op, weight_values};
+use crate::device::{Device, assert_rows_do_not_depend_on_m, kv_cache, run_every_op, store_kv, weight_values};
 use crate::random::Random;
 
 fn cpu(plain: bool, num_threads: usize) -> Device {
@@ -33,7 +33,7 @@ fn a_matmul_is_the_product_with_the_dequantised_weight() {
         let x = Random::new(3).floats((m * k) as usize);
         let rows = weight_values(format, n, k, 4);
         let (x_tensor, out) = (device.f32(m, k, &x), device.unwritten(m, n));
-        let words = device.run_f32(&[Op::MatMul(MatMul { x: x_tensor, weight, bias: None, out })], out);
+        let words = device.run_f32(&[Op::MatMul(MatMul { x: x_tensor, weight, bias: None, first_col: 0, out })], out);
         for (row, out) in x.chunks_exact(k as usize).zip(words.chunks_exact(n as usize)) {
             for (values, actual) in rows.iter().zip(out) {
                 let sum = row.iter().zip(values).fold(0.0f32, |sum, (x, w)| x.mul_add(*w, sum));
@@ -60,8 +60,7 @@ fn attention_is_softmax_over_what_a_row_sees() {
     let values = |random: &mut Random| random.floats(num_positions as usize * head_dim);
     let (k, v, q) = (values(random), values(random), values(random));
     let shape = (num_positions, head_dim as u32);
-    let (kt, vt, qt) =
-        (device.f32(shape.0, shape.1, &k), device.f32(shape.0, shape.1, &v), device.f32(shape.0, shape.1, &q));
+    let qt = device.f32(shape.0, shape.1, &q);
     let slots: Vec<u32> = (0..num_positions).collect();
     let slots = device.u32(num_positions, 1, &slots);
     let table = device.u32(1, 10, &(0..10).collect::<Vec<u32>>());
@@ -69,7 +68,7 @@ fn attention_is_softmax_over_what_a_row_sees() {
     let items = device.u32(items.len() as u32 / 4, 4, &items);
     let out = device.unwritten(shape.0, shape.1);
     let attention = Attention { q: qt, cache, items, table, num_heads: 1, scale: 0.25, window, out };
-    let ops = [Op::StoreKv(StoreKv { k: kt, v: vt, slots, cache }), Op::Attention(attention)];
+    let ops = [store_kv(&mut device, &k, &v, slots, cache), Op::Attention(attention)];
     let actual = device.run_f32(&ops, out);
     let half = |value: f32| f64::from(half::f16::from_f32(value).to_f32());
     let row =
@@ -95,7 +94,7 @@ fn attention_does_not_depend_on_chunks() {
         let random = &mut Random::new(12);
         let num_positions = 70;
         let cache = kv_cache(&mut device, kv_type, 9, 8, 2, 32);
-        let (k, v) = (device.random(num_positions, 64, random), device.random(num_positions, 64, random));
+        let (k, v) = (random.floats(num_positions as usize * 64), random.floats(num_positions as usize * 64));
         let slots = device.u32(num_positions, 1, &(0..num_positions).rev().collect::<Vec<u32>>());
         let table = device.u32(1, 9, &(0..9).collect::<Vec<u32>>());
         let q = device.random(num_positions, 128, random);
@@ -103,7 +102,8 @@ fn attention_does_not_depend_on_chunks() {
             let items = device.u32(items.len() as u32 / 4, 4, items);
             let out = device.unwritten(num_positions, 128);
             let op = Attention { q, cache, items, table, num_heads: 4, scale: 0.2, window: 0, out };
-            device.run(&[Op::StoreKv(StoreKv { k, v, slots, cache }), Op::Attention(op)], &[out])
+            let store = store_kv(&mut device, &k, &v, slots, cache);
+            device.run(&[store, Op::Attention(op)], &[out])
         };
         let alone: Vec<u32> = (0..num_positions).flat_map(|p| [p, 1, 0, p]).collect();
         let alone = run(&alone);

@@ -5,6 +5,7 @@ use fullbore_engine::model::Checkpoint;
 use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
+use half::f16;
 
 use crate::random::Random;
 
@@ -112,7 +113,7 @@ pub fn run_every_op(device: &mut Device) -> Vec<Output> {
     embeds(device, &mut outputs);
     rows_and_elements(device, &mut outputs);
     mat_muls(device, &mut outputs);
-    ropes(device, &mut outputs);
+    rope_kvs(device, &mut outputs);
     KvType::ALL.into_iter().for_each(|kv_type| attentions(device, kv_type, &mut outputs));
     stores(device, &mut outputs);
     [37, 1000, 9001].into_iter().for_each(|vocab| outputs.extend(samples(device, vocab)));
@@ -150,15 +151,27 @@ fn rows_and_elements(device: &mut Device, outputs: &mut Vec<Output>) {
         let out = device.unwritten(rows, cols);
         push("rms_norm", device.run(&[Op::RmsNorm(RmsNorm { x, weight, eps: 1e-5, out })], &[out]));
         for activation in [Activation::Silu, Activation::GeluTanh] {
-            let out = device.unwritten(rows, cols);
-            let op = Op::GatedAct(GatedAct { gate: x, up: y, activation, out });
+            let (gate_up, out) = (device.random(rows, 2 * cols, random), device.unwritten(rows, cols));
+            let op = Op::GatedAct(GatedAct { gate_up, activation, out });
             push("gated_act", device.run(&[op], &[out]));
         }
-        let picks: Vec<u32> = (0..4).map(|i| (i * 7 + rows - 1) % rows).collect();
-        let picks = device.u32(4, 1, &picks);
-        let out = device.unwritten(4, cols);
-        push("gather_rows", device.run(&[Op::GatherRows(GatherRows { x, rows: picks, out })], &[out]));
-        push("add", device.run(&[Op::Add(Add { x, y })], &[x]));
+        for num_rows in [rows, rows.div_ceil(2)] {
+            add_norms(device, x, y, weight, num_rows, outputs);
+        }
+    }
+}
+
+/// On all rows, or on every second one from the last down. Each op finds in x what the one before it has left.
+fn add_norms(device: &mut Device, x: Tensor, y: Tensor, weight: Tensor, num_rows: u32, outputs: &mut Vec<Output>) {
+    let picks = || (0..num_rows).map(|i| x.rows - 1 - 2 * i).collect::<Vec<u32>>();
+    let rows = (num_rows < x.rows).then(|| device.u32(num_rows, 1, &picks()));
+    let post = device.random(1, x.cols, &mut Random::new(4));
+    for post_weight in [None, Some(post)] {
+        let out = device.unwritten(num_rows, x.cols);
+        let op = AddNorm { x, y, post_weight, rows, weight, eps: 1e-5, out };
+        let words = device.run(&[Op::AddNorm(op)], &[x, out]);
+        let name = format!("add_norm {num_rows} of {} x {}, post {}", x.rows, x.cols, post_weight.is_some());
+        outputs.push(Output { name, words, tolerance: 1e-5 });
     }
 }
 
@@ -174,23 +187,68 @@ fn mat_muls(device: &mut Device, outputs: &mut Vec<Output>) {
         let bias = device.random(1, n, random);
         let out = device.unwritten(m, n);
         let bias = (m % 2 == 1).then_some(bias);
-        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias, out })], &[out]);
+        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias, first_col: 0, out })], &[out]);
         let name = format!("mat_mul {} M {m} N {n} K {k}", format.name());
         outputs.push(Output { name, words, tolerance: 1e-5 });
     }
+    // Two products in one tensor, whose other columns stay as they are.
+    let (left, right) = (device.weight(WeightFormat::Q4K, 40, 256, 4), device.weight(WeightFormat::Q6K, 24, 256, 5));
+    let (x, bias) = (device.random(11, 256, random), device.random(1, 24, random));
+    let out = device.f32(11, 80, &[7.0; 11 * 80]);
+    let ops = [(left, None, 3), (right, Some(bias), 43)];
+    let ops = ops.map(|(weight, bias, first_col)| Op::MatMul(MatMul { x, weight, bias, first_col, out }));
+    outputs.push(Output { name: "mat_mul into columns".to_owned(), words: device.run(&ops, &[out]), tolerance: 1e-5 });
 }
 
-fn ropes(device: &mut Device, outputs: &mut Vec<Output>) {
-    let random = &mut Random::new(5);
-    for (style, head_dim, rotary_dim) in
-        [(RopeStyle::Interleaved, 64, 64), (RopeStyle::Halves, 256, 256), (RopeStyle::Halves, 16, 8)]
-    {
-        let x = device.random(9, 3 * head_dim, random);
+/// Every style, rotated width and cache, with norms and without: q, and what the cache holds.
+fn rope_kvs(device: &mut Device, outputs: &mut Vec<Output>) {
+    use RopeStyle::{Halves, Interleaved};
+    let shapes = [(Interleaved, 64, 64), (Halves, 256, 256), (Halves, 16, 8), (Interleaved, 96, 10), (Halves, 32, 32)];
+    let cases = shapes.into_iter().flat_map(|shape| KvType::ALL.map(|kv_type| (shape, kv_type)));
+    for ((style, head_dim, rotary_dim), kv_type) in cases.filter(|((_, dim, _), kv_type)| kv_type.takes(*dim)) {
+        let random = &mut Random::new(5);
+        let cache = kv_cache(device, kv_type, 4, 8, 2, head_dim);
+        let qkv = device.random(9, (3 + 2 * 2) * head_dim, random);
         let table = device.random(50, rotary_dim, random);
         let positions = device.u32(9, 1, &[0, 1, 2, 49, 3, 17, 17, 8, 30]);
-        let words = device.run(&[Op::Rope(Rope { x, head_dim, positions, table, style })], &[x]);
-        outputs.push(Output { name: format!("rope {style:?} {head_dim}"), words, tolerance: 1e-6 });
+        let slots = device.u32(9, 1, &[7, 31, 0, 1, 8, 16, 17, 2, 23]);
+        let norms = device.random(2, head_dim, random);
+        for norms in [None, Some(norms)] {
+            let q = device.unwritten(9, 3 * head_dim);
+            let op = RopeKv { qkv, norms, eps: 1e-5, positions, table, style, slots, cache, q };
+            let words = device.run(&[Op::RopeKv(op)], &[q]);
+            let normed = norms.is_some();
+            let name = format!("rope_kv {} {style:?} {rotary_dim} of {head_dim}, norms {normed}", kv_type.name());
+            outputs.push(Output { name: format!("{name}: q"), words, tolerance: 2e-6 });
+            // The last bits of k may fall on either side of an edge of f16; codes are held by `stores`.
+            if kv_type == KvType::F16 {
+                let size = 32 * 2 * cache.head_words();
+                let words = device.run(&[], &[Tensor::u32(cache.k, 1, size), Tensor::u32(cache.v, 1, size)]);
+                let halves = words.iter().flat_map(|word| [*word as u16, (word >> 16) as u16]);
+                let words = halves.map(|half| f16::from_bits(half).to_f32().to_bits()).collect();
+                outputs.push(Output { name: format!("{name}: k and v"), words, tolerance: 1e-3 });
+            }
+        }
     }
+}
+
+/// Puts k and v, (tokens, num_kv_heads * head_dim), into their slots as they are: at position 0, with nothing to turn.
+pub fn store_kv(device: &mut Device, k: &[f32], v: &[f32], slots: Tensor, cache: KvTensor) -> Op {
+    let (num_tokens, head_dim) = (slots.rows, cache.head_dim);
+    let rows = qkv_rows(k, v, cache);
+    let qkv = device.f32(num_tokens, (1 + 2 * cache.num_kv_heads) * head_dim, &rows);
+    let positions = device.u32(num_tokens, 1, &vec![0; num_tokens as usize]);
+    let table = device.f32(1, 2, &[1.0, 0.0]);
+    let q = device.unwritten(num_tokens, head_dim);
+    let style = RopeStyle::Halves;
+    Op::RopeKv(RopeKv { qkv, norms: None, eps: 1e-5, positions, table, style, slots, cache, q })
+}
+
+/// Rows of one head of q, which are zero, and of all heads of k and v.
+pub fn qkv_rows(k: &[f32], v: &[f32], cache: KvTensor) -> Vec<f32> {
+    let kv_dim = (cache.num_kv_heads * cache.head_dim) as usize;
+    let q = vec![0.0; cache.head_dim as usize];
+    k.chunks_exact(kv_dim).zip(v.chunks_exact(kv_dim)).flat_map(|(k, v)| [&q, k, v].concat()).collect()
 }
 
 /// Sequences that have grown in a shuffled cache, with the items of a mixed step.
@@ -223,10 +281,8 @@ fn attentions(device: &mut Device, kv_type: KvType, outputs: &mut Vec<Output>) {
         let tokens: Vec<u32> =
             (0..3).flat_map(|row| (0..num_positions).map(move |p| (row, p))).map(|(r, p)| slot(r, p)).collect();
         let num_tokens = tokens.len() as u32;
-        let (k, v) = (
-            device.random(num_tokens, num_kv_heads * head_dim, random),
-            device.random(num_tokens, num_kv_heads * head_dim, random),
-        );
+        let num_values = (num_tokens * num_kv_heads * head_dim) as usize;
+        let (k, v) = (random.floats(num_values), random.floats(num_values));
         let slots = device.u32(num_tokens, 1, &tokens);
         // A decode at the end, a chunk across a tile, the begin of a prompt, and another decode.
         let items = device.u32(4, 4, &[0, 1, 2, 89, 1, 8, 0, 28, 9, 3, 1, 0, 12, 1, 1, 40]);
@@ -235,7 +291,7 @@ fn attentions(device: &mut Device, kv_type: KvType, outputs: &mut Vec<Output>) {
         let out = device.unwritten(13, num_heads * head_dim);
         let scale = 1.0 / (head_dim as f32).sqrt();
         let ops = [
-            Op::StoreKv(StoreKv { k, v, slots, cache }),
+            store_kv(device, &k, &v, slots, cache),
             Op::Attention(Attention { q, cache, items, table, num_heads, scale, window, out }),
         ];
         let words = device.run(&ops, &[out]);
@@ -269,14 +325,15 @@ fn stores(device: &mut Device, outputs: &mut Vec<Output>) {
             values
         };
         let (k, v) = (values(0), values(11));
-        let (k, v) = (device.f32(20, cols, &k), device.f32(20, cols, &v));
         let slots = device.u32(20, 1, &slots);
         let size = 24 * 2 * cache.head_words();
-        let words = device.run(
-            &[Op::StoreKv(StoreKv { k, v, slots, cache })],
-            &[Tensor::u32(cache.k, 1, size), Tensor::u32(cache.v, 1, size)],
-        );
-        outputs.push(Output { name: format!("store_kv {} head {head_dim}", kv_type.name()), words, tolerance: 0.0 });
+        let store = store_kv(device, &k, &v, slots, cache);
+        let words = device.run(&[store], &[Tensor::u32(cache.k, 1, size), Tensor::u32(cache.v, 1, size)]);
+        outputs.push(Output {
+            name: format!("rope_kv {} head {head_dim}: the cache", kv_type.name()),
+            words,
+            tolerance: 0.0,
+        });
     }
 }
 
@@ -420,12 +477,12 @@ pub fn assert_rows_do_not_depend_on_m(
     let mut alone = Vec::new();
     for row in 0..most {
         let x = Tensor { offset: row * k, rows: 1, ..x };
-        alone.extend(device.run(&[Op::MatMul(MatMul { x, weight, bias: None, out })], &[out]));
+        alone.extend(device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]));
     }
     for m in 1..=most {
         // Anew, so that a row that is not written is seen.
         let (x, out) = (x.first_rows(m), device.unwritten(m, n));
-        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, out })], &[out]);
+        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]);
         assert!(words[..] == alone[..words.len()], "{name}: {} N {n} K {k} at M {m}", format.name());
     }
 }

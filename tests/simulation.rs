@@ -545,7 +545,7 @@ fn what_a_broken_row_sampled_breaks_the_row_that_reads_it() {
     let hidden = device.unwritten(2, 8);
     let ops = [
         Op::Embed(Embed { ids, sampled, table, scale: 1.0, out: hidden }),
-        Op::MatMul(MatMul { x: hidden, weight: table, bias: None, out: op.logits }),
+        Op::MatMul(MatMul { x: hidden, weight: table, bias: None, first_col: 0, out: op.logits }),
         Op::Sample(op),
     ];
     let words = device.run(&ops, &[op.sampled]);

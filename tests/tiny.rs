@@ -2,19 +2,25 @@
 //! a prompt, greedy ids, and the bits of a prompt in chunks. Then: what a config.json is refused for. Goldens:
 //! `golden/tiny/`, by `golden/tiny.py`.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
+use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::batch::PackedBatch;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::format::gguf::Gguf;
 use fullbore_engine::format::quant::dequantize_row;
 use fullbore_engine::format::safetensors::SafetensorsDir;
 use fullbore_engine::model::config::{Family, RopeConfig, RopeScaling};
-use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
-use fullbore_engine::op::RopeStyle;
+use fullbore_engine::model::{Checkpoint, Inputs, Model, ModelConfig, Weights};
+use fullbore_engine::op::{AddNorm, Op, RopeStyle, SampleRow};
+use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, SamplingParams, TokenId, TokenLogprobs, token_mask};
-use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::tensor::{BufferId, Weight, WeightFormat};
 use serde_json::{Value, json};
 
 use crate::gguf_file::{GgufFile, array, f32, text, typed, u32};
@@ -162,6 +168,134 @@ fn the_same_models_as_gguf_give_the_same() {
         if !is_permuted(name) {
             assert!(events == run(name, &prompt, 64, |_| {}), "{name}: not the bits of the folder");
         }
+    }
+}
+
+/// What files of mixed formats are to us: where neighbours differ, each matrix writes its own columns of the product.
+#[test]
+fn matrices_of_different_formats_give_the_same() {
+    for name in FAMILIES {
+        let prompt = ids(&expected(name)["prompt"]);
+        let mut file = as_gguf(name);
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-mixed.gguf"));
+        std::fs::write(&path, file.bytes()).expect("a temporary file");
+        let alike = run_gguf(&path, &prompt);
+        for (name, _, number, bytes) in &mut file.tensors {
+            if ["attn_k.weight", "ffn_up.weight"].iter().any(|part| name.ends_with(part)) {
+                let format = if *number == 1 { WeightFormat::F16 } else { WeightFormat::BF16 };
+                let mut values = vec![0.0; bytes.len() / 2];
+                dequantize_row(format, bytes, &mut values);
+                (*number, *bytes) = (0, values.iter().flat_map(|value| value.to_le_bytes()).collect());
+            }
+        }
+        std::fs::write(&path, file.bytes()).expect("a temporary file");
+        assert!(run_gguf(&path, &prompt) == alike, "{name}: k and up in f32 are not the bits of all in one format");
+        // q, k and v apart, gate and up apart.
+        assert_eq!(num_ops(Checkpoint::Gguf(Gguf::open(&path).expect("a file")), None), (12, 5), "{name}");
+    }
+}
+
+fn run_gguf(path: &Path, prompt: &[TokenId]) -> Vec<Event> {
+    let file = Gguf::open(path).unwrap_or_else(|error| panic!("{error}"));
+    let config = ModelConfig::from_gguf(&file).unwrap_or_else(|error| panic!("{error}"));
+    run_checkpoint(config, Checkpoint::Gguf(file), greedy(prompt), 64)
+}
+
+/// Every dispatch costs a device time of its own, whatever it computes.
+#[test]
+fn a_layer_is_nine_ops_in_every_family() {
+    for name in FAMILIES {
+        let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
+        let config = ModelConfig::from_json(dir.config_json()).expect("a config");
+        let checkpoint = Checkpoint::Safetensors { dir, family: config.family };
+        assert_eq!(num_ops(checkpoint, Some(config)), (9, 5), "{name}");
+    }
+}
+
+/// Ops of a layer, and of a pass beside its layers. What the plan says of the weights is what they take.
+fn num_ops(mut checkpoint: Checkpoint, config: Option<ModelConfig>) -> (usize, usize) {
+    let config = config.unwrap_or_else(|| match &checkpoint {
+        Checkpoint::Gguf(file) => ModelConfig::from_gguf(file).expect("a config"),
+        _ => panic!("a folder comes with its config"),
+    });
+    let mut backend = Counting { sim: SimBackend::new(SimOptions::default()), weight_bytes: 0 };
+    let planned = Weights::size_bytes(&config, &checkpoint, &backend);
+    let num_layers = config.num_layers as usize;
+    let limits = EngineConfig::default().state_limits();
+    let model = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}).expect("it loads");
+    assert_eq!(backend.weight_bytes, planned);
+    // A first chunk of three tokens, of which the last gets a row of logits.
+    let batch = PackedBatch {
+        ids: vec![1, 2, 3],
+        positions: vec![0, 1, 2],
+        slots: vec![16, 17, 18],
+        items: vec![0, 3, 0, 0],
+        table_updates: vec![0, 1],
+        logit_rows: vec![2],
+        sample_rows: vec![SampleRow { slot: 0, position: 3, ..SampleRow::IDLE }],
+        extras: vec![0],
+        ..PackedBatch::default()
+    };
+    let mut recording = model.recording();
+    model.record(&Inputs::upload(&batch, &mut recording), &mut recording).expect("a row of logits");
+    let is_first_of_layer = |op: &Op| matches!(op, Op::RmsNorm(_));
+    let begin = recording.ops.iter().position(is_first_of_layer).expect("the first norm");
+    let is_last_norm = |op: &Op| matches!(op, Op::AddNorm(AddNorm { rows: Some(_), .. }));
+    let end = recording.ops.iter().position(is_last_norm).expect("the last norm");
+    assert_eq!((end - begin) % num_layers, 0, "{:?}", recording.ops);
+    ((end - begin) / num_layers, recording.ops.len() - (end - begin))
+}
+
+/// A simulator that packs weights as the cpu does, as far as their size goes.
+struct Counting {
+    sim: SimBackend,
+    weight_bytes: u64,
+}
+
+impl Backend for Counting {
+    fn info(&self) -> &DeviceInfo {
+        self.sim.info()
+    }
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        self.sim.alloc(label, size_bytes)
+    }
+
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.sim.alloc_host(label, size_bytes)
+    }
+
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.sim.write(buffer, offset_bytes, data)
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        self.weight_bytes += self.weight_bytes(spec);
+        // Across the matrices' ends, and not one byte more.
+        let row_bytes = spec.format.row_bytes(spec.cols) as usize;
+        let mut left = spec.rows as usize;
+        while left > 0 {
+            let rows = left.min(5);
+            source.read_rows(&mut vec![0; rows * row_bytes]).expect("the rows of all matrices");
+            left -= rows;
+        }
+        self.sim.load_weight(spec, source)
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        u64::from(spec.rows.div_ceil(32)) * 32 * spec.format.row_bytes(spec.cols)
+    }
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        self.sim.submit(recording)
+    }
+
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
+        self.sim.wait(ticket, out)
+    }
+
+    fn now(&self) -> Instant {
+        self.sim.now()
     }
 }
 

@@ -14,12 +14,10 @@ pub enum Op {
     Embed(Embed),
     RmsNorm(RmsNorm),
     MatMul(MatMul),
-    Rope(Rope),
-    StoreKv(StoreKv),
+    RopeKv(RopeKv),
     Attention(Attention),
     GatedAct(GatedAct),
-    Add(Add),
-    GatherRows(GatherRows),
+    AddNorm(AddNorm),
     ResetCounts(ResetCounts),
     Sample(Sample),
 }
@@ -63,7 +61,8 @@ pub struct RmsNorm {
     pub out: Tensor,
 }
 
-/// `out = x @ weight^T + bias`. For one (N, K, format) the accumulation order is the same for every M.
+/// `out[.., first_col .. first_col + N] = x @ weight^T + bias`; other columns stay as they are. For one (N, K, format)
+/// the accumulation order is the same for every M.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MatMul {
     /// f32 (M, K)
@@ -72,7 +71,8 @@ pub struct MatMul {
     pub weight: Weight,
     /// f32 (1, N)
     pub bias: Option<Tensor>,
-    /// f32 (M, N)
+    pub first_col: u32,
+    /// f32 (M, `first_col + N` or more)
     pub out: Tensor,
 }
 
@@ -85,30 +85,26 @@ pub enum RopeStyle {
     Halves,
 }
 
-/// Rotary position embedding (Su et al. 2021), in place on every head of `x`.
+/// From a product of q, k and v to attention: each head of q and k through its norm, where there is one, then rotary
+/// position embedding (Su et al. 2021); k and v into the token's cache slot, rounded to the cache's element type.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rope {
-    /// f32 (tokens, num_heads * head_dim), in place.
-    pub x: Tensor,
-    pub head_dim: u32,
+pub struct RopeKv {
+    /// f32 (tokens, (num_heads + 2 * num_kv_heads) * head_dim): the heads of q, of k, of v.
+    pub qkv: Tensor,
+    /// f32 (2, head_dim): weights of the norms of q and of k, as [`RmsNorm`]'s.
+    pub norms: Option<Tensor>,
+    pub eps: f32,
     /// u32 (tokens, 1)
     pub positions: Tensor,
     /// f32 (max_positions, rotary_dim): the cosines of the `rotary_dim / 2` angles, then their sines.
     /// Elements of a head from `rotary_dim` on pass unchanged.
     pub table: Tensor,
     pub style: RopeStyle,
-}
-
-/// Writes K and V of each token into its cache slot, rounded to the cache's element type.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StoreKv {
-    /// f32 (tokens, num_kv_heads * head_dim)
-    pub k: Tensor,
-    /// f32 (tokens, num_kv_heads * head_dim)
-    pub v: Tensor,
     /// u32 (tokens, 1): `block * block_size + offset`.
     pub slots: Tensor,
     pub cache: KvTensor,
+    /// f32 (tokens, num_heads * head_dim)
+    pub q: Tensor,
 }
 
 /// Query rows of one attention item at most.
@@ -149,32 +145,28 @@ pub enum Activation {
 /// `out = activation(gate) * up`, element by element.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GatedAct {
-    /// f32 (tokens, ffn_dim)
-    pub gate: Tensor,
-    /// f32 (tokens, ffn_dim)
-    pub up: Tensor,
+    /// f32 (tokens, 2 * ffn_dim): gate, then up.
+    pub gate_up: Tensor,
     pub activation: Activation,
     /// f32 (tokens, ffn_dim)
     pub out: Tensor,
 }
 
-/// `x += y`, element by element.
+/// Ends a branch of the residual stream and begins the next one: `x += y`, then `out = norm(x)`, as [`RmsNorm`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Add {
-    /// f32 (rows, cols), in place.
+pub struct AddNorm {
+    /// f32 (tokens, dim), in place.
     pub x: Tensor,
-    /// f32 (rows, cols)
-    pub y: Tensor,
-}
-
-/// `out[i] = x[rows[i]]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GatherRows {
     /// f32 (tokens, dim)
-    pub x: Tensor,
-    /// u32 (n, 1)
-    pub rows: Tensor,
-    /// f32 (n, dim)
+    pub y: Tensor,
+    /// f32 (1, dim): if there is one, y goes through a norm of its own before it is added.
+    pub post_weight: Option<Tensor>,
+    /// u32 (n, 1): distinct rows of x and y, the only ones that are touched; `None` for all.
+    pub rows: Option<Tensor>,
+    /// f32 (1, dim)
+    pub weight: Tensor,
+    pub eps: f32,
+    /// f32 (n, dim): of `rows[i]` at i.
     pub out: Tensor,
 }
 

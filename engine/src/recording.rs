@@ -3,7 +3,9 @@
 //! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
 //! a backend may trust them. A recording runs nothing.
 
-use crate::op::{ATTENTION_ROWS, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample, slice_cols};
+use crate::op::{
+    ATTENTION_ROWS, AddNorm, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, RopeKv, SAMPLE_ROW_WORDS, Sample, slice_cols,
+};
 use crate::tensor::{BufferId, DType, Tensor};
 
 /// Cleared and refilled each step; its vectors keep their capacity.
@@ -98,25 +100,14 @@ fn check(op: &Op) {
         }
         Op::MatMul(op) => {
             f32(op.x, op.out.rows, op.weight.cols);
-            f32(op.out, op.x.rows, op.weight.rows);
+            f32(op.out, op.x.rows, op.out.cols);
+            assert!(op.first_col + op.weight.rows <= op.out.cols, "{op:?}");
             if let Some(bias) = op.bias {
                 f32(bias, 1, op.weight.rows);
             }
             assert_ne!(op.x.buffer, op.out.buffer);
         }
-        Op::Rope(op) => {
-            f32(op.x, op.positions.rows, op.x.cols);
-            u32(op.positions, op.x.rows, 1);
-            f32(op.table, op.table.rows, op.table.cols);
-            assert!(op.table.cols.is_multiple_of(2) && op.table.cols <= op.head_dim, "{op:?}");
-            assert!(op.x.cols.is_multiple_of(op.head_dim), "{op:?}");
-        }
-        Op::StoreKv(op) => {
-            let cols = op.cache.num_kv_heads * op.cache.head_dim;
-            f32(op.k, op.slots.rows, cols);
-            f32(op.v, op.slots.rows, cols);
-            u32(op.slots, op.k.rows, 1);
-        }
+        Op::RopeKv(op) => check_rope_kv(op),
         Op::Attention(op) => {
             f32(op.q, op.out.rows, op.num_heads * op.cache.head_dim);
             f32(op.out, op.q.rows, op.num_heads * op.cache.head_dim);
@@ -127,24 +118,39 @@ fn check(op: &Op) {
             assert_ne!(op.q.buffer, op.out.buffer);
         }
         Op::GatedAct(op) => {
-            f32(op.gate, op.out.rows, op.out.cols);
-            f32(op.up, op.out.rows, op.out.cols);
-            f32(op.out, op.gate.rows, op.gate.cols);
+            f32(op.gate_up, op.out.rows, 2 * op.out.cols);
+            f32(op.out, op.gate_up.rows, op.out.cols);
+            assert_ne!(op.gate_up.buffer, op.out.buffer);
         }
-        Op::Add(op) => {
-            f32(op.x, op.y.rows, op.y.cols);
-            f32(op.y, op.x.rows, op.x.cols);
-            assert_ne!(op.x.buffer, op.y.buffer);
-        }
-        Op::GatherRows(op) => {
-            f32(op.x, op.x.rows, op.out.cols);
-            u32(op.rows, op.out.rows, 1);
-            f32(op.out, op.rows.rows, op.x.cols);
-            assert_ne!(op.x.buffer, op.out.buffer);
-        }
+        Op::AddNorm(op) => check_add_norm(op),
         Op::ResetCounts(op) => check_reset_counts(op),
         Op::Sample(op) => check_sample(op),
     }
+}
+
+fn check_rope_kv(op: RopeKv) {
+    let (tokens, head_dim) = (op.q.rows, op.cache.head_dim);
+    f32(op.qkv, tokens, op.q.cols + 2 * op.cache.num_kv_heads * head_dim);
+    if let Some(norms) = op.norms {
+        f32(norms, 2, head_dim);
+    }
+    u32(op.positions, tokens, 1);
+    f32(op.table, op.table.rows, op.table.cols);
+    assert!(op.table.cols.is_multiple_of(2) && op.table.cols <= head_dim, "{op:?}");
+    u32(op.slots, tokens, 1);
+    f32(op.q, op.qkv.rows, op.q.cols);
+    assert!(op.q.cols.is_multiple_of(head_dim) && op.q.buffer != op.qkv.buffer, "{op:?}");
+}
+
+fn check_add_norm(op: AddNorm) {
+    f32(op.x, op.y.rows, op.y.cols);
+    f32(op.y, op.x.rows, op.x.cols);
+    [Some(op.weight), op.post_weight].into_iter().flatten().for_each(|weight| f32(weight, 1, op.x.cols));
+    f32(op.out, op.rows.map_or(op.x.rows, |rows| rows.rows), op.x.cols);
+    if let Some(rows) = op.rows {
+        u32(rows, op.out.rows, 1);
+    }
+    assert!(op.x.buffer != op.y.buffer && op.x.buffer != op.out.buffer && op.y.buffer != op.out.buffer, "{op:?}");
 }
 
 fn check_reset_counts(op: ResetCounts) {

@@ -43,12 +43,6 @@ impl Tensor {
         Tensor { rows, ..self }
     }
 
-    /// The same elements as rows of `cols`.
-    pub fn with_cols(self, cols: u32) -> Tensor {
-        assert!((self.rows * self.cols).is_multiple_of(cols), "{self:?} has no rows of {cols}");
-        Tensor { rows: self.rows * self.cols / cols, cols, ..self }
-    }
-
     pub fn num_elements(self) -> u32 {
         self.rows * self.cols
     }

@@ -1,6 +1,6 @@
 //! The simulator: a device that is true about memory and makes a hash where a model makes a token.
 //!
-//! Each row of activations is one 64-bit hash in the row's first eight bytes. `StoreKv` writes hashes into the real
+//! Each row of activations is one 64-bit hash in the row's first eight bytes. `RopeKv` writes hashes into the real
 //! cache slots, whatever the cache's element type; attention walks the block table that lies on this device and hashes
 //! every cell it can see, positions included; the next token is that hash, and the hash of all sampler state that the
 //! row has. So any mistake in slots, tables, sharing, preemption, chunking, slot reuse or token counts changes ids, and
@@ -17,7 +17,7 @@ use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
 };
 use crate::cost::{CostModel, StepShape};
-use crate::op::{Attention, NON_FINITE, Op, SAMPLED_BY_SLOT, StoreKv};
+use crate::op::{AddNorm, Attention, MatMul, NON_FINITE, Op, RopeKv, SAMPLED_BY_SLOT};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
@@ -176,25 +176,11 @@ impl SimBackend {
                 }
             }
             Op::RmsNorm(op) => self.map_rows(op.x, op.out, |x| mix(2, x)),
-            Op::MatMul(op) => self.map_rows(op.x, op.out, |x| mix(3 + u64::from(op.weight.id.0), x)),
-            Op::Rope(op) => {
-                for i in 0..op.x.rows {
-                    let position = self.words(op.positions)[i as usize];
-                    let value = mix(self.row(op.x, i), u64::from(position));
-                    self.set_row(op.x, i, value);
-                }
-            }
-            Op::StoreKv(op) => self.store_kv(op),
+            Op::MatMul(op) => self.mat_mul(op),
+            Op::RopeKv(op) => self.rope_kv(op),
             Op::Attention(op) => self.attention(op),
-            Op::GatedAct(op) => self.zip_rows(op.gate, op.up, op.out),
-            Op::Add(op) => self.zip_rows(op.x, op.y, op.x),
-            Op::GatherRows(op) => {
-                for i in 0..op.out.rows {
-                    let row = self.words(op.rows)[i as usize];
-                    assert!(row < op.x.rows, "row {row} of {}", op.x.rows);
-                    self.set_row(op.out, i, self.row(op.x, row));
-                }
-            }
+            Op::GatedAct(op) => self.map_rows(op.gate_up, op.out, |x| mix(3, x)),
+            Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
         }
@@ -203,24 +189,38 @@ impl SimBackend {
     fn map_rows(&mut self, x: Tensor, out: Tensor, f: impl Fn(u64) -> u64) {
         for row in 0..out.rows {
             let value = self.row(x, row);
-            self.set_row(out, row, if value == POISON { POISON } else { f(value) });
+            self.set_row(out, row, f(value));
         }
     }
 
-    fn zip_rows(&mut self, a: Tensor, b: Tensor, out: Tensor) {
-        for row in 0..out.rows {
-            let value = mix(self.row(a, row), self.row(b, row));
-            self.set_row(out, row, value);
+    fn add_norm(&mut self, op: AddNorm) {
+        for i in 0..op.out.rows {
+            let row = op.rows.map_or(i, |rows| self.words(rows)[i as usize]);
+            assert!(row < op.x.rows, "row {row} of {}", op.x.rows);
+            let sum = mix(self.row(op.x, row), self.row(op.y, row));
+            self.set_row(op.x, row, sum);
+            self.set_row(op.out, i, mix(2, sum));
         }
     }
 
-    fn store_kv(&mut self, op: StoreKv) {
-        for i in 0..op.slots.rows {
-            let slot = self.words(op.slots)[i as usize];
-            let (k, v) = (self.row(op.k, i), self.row(op.v, i));
+    /// A product that begins at the first column begins a row; one of later columns is mixed into what is there.
+    fn mat_mul(&mut self, op: MatMul) {
+        for row in 0..op.out.rows {
+            let value = mix(4 + u64::from(op.weight.id.0), self.row(op.x, row));
+            let value = if op.first_col == 0 { value } else { mix(self.row(op.out, row), value) };
+            self.set_row(op.out, row, value);
+        }
+    }
+
+    /// The three hashes of a row differ, and those of q and k depend on the position.
+    fn rope_kv(&mut self, op: RopeKv) {
+        for i in 0..op.q.rows {
+            let (row, slot) = (self.row(op.qkv, i), self.words(op.slots)[i as usize]);
+            let rotated = mix(row, u64::from(self.words(op.positions)[i as usize]));
+            self.set_row(op.q, i, mix(1, rotated));
             let cell = op.cache.head_at(slot / op.cache.block_size, 0, slot % op.cache.block_size);
-            write(&mut self.buffers[op.cache.k.0 as usize], cell, k);
-            write(&mut self.buffers[op.cache.v.0 as usize], cell, v);
+            write(&mut self.buffers[op.cache.k.0 as usize], cell, mix(2, rotated));
+            write(&mut self.buffers[op.cache.v.0 as usize], cell, mix(3, row));
         }
     }
 
@@ -269,7 +269,7 @@ impl SimBackend {
                         seen = seen.with_slice(slice[0][3], num_rows, 0);
                     }
                 }
-                Op::GatherRows(op) => num_logit_rows = op.out.rows,
+                Op::Sample(op) => num_logit_rows = op.logits.rows,
                 _ => {}
             }
         }
@@ -361,12 +361,13 @@ impl Backend for SimBackend {
     }
 }
 
-/// All of a pass but what its layers compute for every row, before the rows that get logits are gathered.
+/// All of a pass but what its layers compute for every row, before the norm of the rows that get logits.
 fn without_layers(ops: &[Op]) -> impl Iterator<Item = &Op> {
-    let end = ops.iter().position(|op| matches!(op, Op::GatherRows(_))).unwrap_or(ops.len());
+    let is_last_norm = |op: &Op| matches!(op, Op::AddNorm(AddNorm { rows: Some(_), .. }));
+    let end = ops.iter().position(is_last_norm).unwrap_or(ops.len());
     let of_a_layer = |op: &Op| {
-        let mixes = matches!(op, Op::RmsNorm(_) | Op::MatMul(_) | Op::GatedAct(_) | Op::Add(_));
-        mixes || matches!(op, Op::Rope(_) | Op::StoreKv(_) | Op::Attention(_))
+        let mixes = matches!(op, Op::RmsNorm(_) | Op::MatMul(_) | Op::GatedAct(_) | Op::AddNorm(_));
+        mixes || matches!(op, Op::RopeKv(_) | Op::Attention(_))
     };
     ops[..end].iter().filter(move |op| !of_a_layer(op)).chain(&ops[end..])
 }

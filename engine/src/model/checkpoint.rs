@@ -6,12 +6,11 @@
 use std::collections::HashSet;
 use std::io;
 
-use crate::backend::{LoadError, RowSource, WeightSpec};
+use crate::backend::{LoadError, RowSource};
 use crate::format::TensorInfo;
 use crate::format::gguf::Gguf;
 use crate::format::quant::dequantize_row;
 use crate::format::safetensors::SafetensorsDir;
-use crate::model::ModelConfig;
 use crate::model::config::Family;
 use crate::tensor::WeightFormat;
 
@@ -110,30 +109,12 @@ impl Checkpoint {
         }
     }
 
-    /// Every matrix that `Weights::load` would open.
-    pub(super) fn matrices(&self, config: &ModelConfig) -> Vec<WeightSpec> {
-        let (q_dim, kv_dim) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let parts = [
-            ("attn_q.weight", q_dim, config.dim),
-            ("attn_k.weight", kv_dim, config.dim),
-            ("attn_v.weight", kv_dim, config.dim),
-            ("attn_output.weight", config.dim, q_dim),
-            ("ffn_gate.weight", config.ffn_dim, config.dim),
-            ("ffn_up.weight", config.ffn_dim, config.dim),
-            ("ffn_down.weight", config.dim, config.ffn_dim),
-        ];
-        let ends = ["token_embd.weight", "output.weight"];
-        let ends = ends.map(|name| (name.to_owned(), config.vocab_size, config.dim));
-        let layers = (0..config.num_layers)
-            .flat_map(|layer| parts.iter().map(move |&(part, rows, cols)| (format!("blk.{layer}.{part}"), rows, cols)));
-        let spec = |(name, rows, cols): (String, u32, u32)| {
-            let format = match self {
-                Checkpoint::Random { format, .. } => self.contains(&name).then_some(*format)?,
-                _ => self.info(&name)?.format,
-            };
-            Some(WeightSpec { name, rows, cols, format })
-        };
-        layers.chain(ends).filter_map(spec).collect()
+    /// How the matrix of this GGUF name is stored, if there is one.
+    pub(super) fn format(&self, name: &str) -> Option<WeightFormat> {
+        match self {
+            Checkpoint::Random { format, .. } => self.contains(name).then_some(*format),
+            _ => Some(self.info(name)?.format),
+        }
     }
 
     fn info(&self, name: &str) -> Option<&TensorInfo> {

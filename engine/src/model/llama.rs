@@ -1,13 +1,14 @@
 //! One forward pass of the Llama family, as ops. Families differ by data: optional norms, biases, windows, scales.
 
 use crate::backend::{Backend, DeviceError};
+use crate::model::weights::{Linear, Part};
 use crate::model::{Choices, Inputs, Model, ModelConfig, StateLimits, alloc_f32, alloc_u32};
 use crate::op::{
-    Add, Attention, CHOSEN_WORDS, Embed, GatedAct, GatherRows, MAX_TOP, MatMul, Op, ResetCounts, RmsNorm, Rope, Sample,
-    StoreKv, UpdateTable, slice_cols,
+    AddNorm, Attention, CHOSEN_WORDS, Embed, GatedAct, MAX_TOP, MatMul, Op, ResetCounts, RmsNorm, RopeKv, Sample,
+    UpdateTable, slice_cols,
 };
 use crate::recording::Recording;
-use crate::tensor::{Tensor, Weight};
+use crate::tensor::Tensor;
 
 impl Model {
     /// Appends the pass over `inputs` to `recording`. Returns where the choices will lie, if any row has logits.
@@ -26,17 +27,32 @@ impl Model {
             scale: self.config.embed_scale,
             out: scratch.hidden,
         }));
-        for layer in 0..self.weights.layers.len() {
+        let layers = &self.weights.layers;
+        for (layer, weights) in layers.iter().enumerate() {
+            // Each branch begins with the norm that ends the one before it.
+            match layer.checked_sub(1) {
+                None => recording.push(Op::RmsNorm(RmsNorm {
+                    x: scratch.hidden,
+                    weight: weights.attn_norm,
+                    eps: self.config.norm_eps,
+                    out: scratch.normed,
+                })),
+                Some(before) => {
+                    let post_norm = layers[before].post_ffn_norm;
+                    self.add_norm(post_norm, weights.attn_norm, None, scratch.normed, &scratch, recording);
+                }
+            }
             self.record_attention(layer, inputs, &scratch, recording);
+            self.add_norm(weights.post_attn_norm, weights.ffn_norm, None, scratch.normed, &scratch, recording);
             self.record_ffn(layer, &scratch, recording);
         }
         let rows = inputs.logit_rows?;
-        let last = self.scratch.last.first_rows(rows.rows);
         let last_normed = self.scratch.last_normed.first_rows(rows.rows);
         let logits = self.scratch.logits.first_rows(rows.rows);
-        recording.push(Op::GatherRows(GatherRows { x: scratch.hidden, rows, out: last }));
-        self.norm(last, self.weights.final_norm, last_normed, recording);
-        matmul(last_normed, self.weights.output, None, logits, recording);
+        let post_norm = layers.last().and_then(|weights| weights.post_ffn_norm);
+        self.add_norm(post_norm, self.weights.final_norm, Some(rows), last_normed, &scratch, recording);
+        let weight = self.weights.output;
+        recording.push(Op::MatMul(MatMul { x: last_normed, weight, bias: None, first_col: 0, out: logits }));
         let choices =
             Choices { chosen: self.scratch.chosen.first_rows(rows.rows), top: self.scratch.top.first_rows(rows.rows) };
         recording.push(Op::Sample(Sample {
@@ -57,35 +73,24 @@ impl Model {
         let weights = &self.weights.layers[layer];
         let cache = self.kv[layer];
         let window = config.windows[layer];
-        self.norm(scratch.hidden, weights.attn_norm, scratch.normed, recording);
-        matmul(scratch.normed, weights.q, weights.q_bias, scratch.q, recording);
-        matmul(scratch.normed, weights.k, weights.k_bias, scratch.k, recording);
-        matmul(scratch.normed, weights.v, weights.v_bias, scratch.v, recording);
-        let (mut q, mut k) = (scratch.q, scratch.k);
-        if let Some(weight) = weights.q_norm {
-            self.norm(q.with_cols(config.head_dim), weight, scratch.q_normed.with_cols(config.head_dim), recording);
-            q = scratch.q_normed;
-        }
-        if let Some(weight) = weights.k_norm {
-            self.norm(k.with_cols(config.head_dim), weight, scratch.k_normed.with_cols(config.head_dim), recording);
-            k = scratch.k_normed;
-        }
+        product(scratch.normed, &weights.qkv, scratch.qkv, recording);
         let table = match self.local_rope_table {
             Some(local) if window.is_some() => local,
             _ => self.rope_table,
         };
-        for x in [q, k] {
-            recording.push(Op::Rope(Rope {
-                x,
-                head_dim: config.head_dim,
-                positions: inputs.positions,
-                table,
-                style: config.rope_style,
-            }));
-        }
-        recording.push(Op::StoreKv(StoreKv { k, v: scratch.v, slots: inputs.slots, cache }));
+        recording.push(Op::RopeKv(RopeKv {
+            qkv: scratch.qkv,
+            norms: weights.head_norms,
+            eps: config.norm_eps,
+            positions: inputs.positions,
+            table,
+            style: config.rope_style,
+            slots: inputs.slots,
+            cache,
+            q: scratch.q,
+        }));
         recording.push(Op::Attention(Attention {
-            q,
+            q: scratch.q,
             cache,
             items: inputs.items,
             table: self.block_table,
@@ -94,37 +99,33 @@ impl Model {
             window: window.unwrap_or(0),
             out: scratch.attn,
         }));
-        matmul(scratch.attn, weights.attn_output, None, scratch.projected, recording);
-        self.add_branch(weights.post_attn_norm, scratch, recording);
+        product(scratch.attn, &weights.attn_output, scratch.projected, recording);
     }
 
     fn record_ffn(&self, layer: usize, scratch: &Scratch, recording: &mut Recording) {
         let weights = &self.weights.layers[layer];
-        self.norm(scratch.hidden, weights.ffn_norm, scratch.normed, recording);
-        matmul(scratch.normed, weights.gate, None, scratch.gate, recording);
-        matmul(scratch.normed, weights.up, None, scratch.up, recording);
+        product(scratch.normed, &weights.gate_up, scratch.gate_up, recording);
         recording.push(Op::GatedAct(GatedAct {
-            gate: scratch.gate,
-            up: scratch.up,
+            gate_up: scratch.gate_up,
             activation: self.config.activation,
             out: scratch.act,
         }));
-        matmul(scratch.act, weights.down, None, scratch.projected, recording);
-        self.add_branch(weights.post_ffn_norm, scratch, recording);
+        product(scratch.act, &weights.down, scratch.projected, recording);
     }
 
-    /// `hidden += projected`, through a norm where the family has one.
-    fn add_branch(&self, post_norm: Option<Tensor>, scratch: &Scratch, recording: &mut Recording) {
-        let mut y = scratch.projected;
-        if let Some(weight) = post_norm {
-            self.norm(y, weight, scratch.normed, recording);
-            y = scratch.normed;
-        }
-        recording.push(Op::Add(Add { x: scratch.hidden, y }));
-    }
-
-    fn norm(&self, x: Tensor, weight: Tensor, out: Tensor, recording: &mut Recording) {
-        recording.push(Op::RmsNorm(RmsNorm { x, weight, eps: self.config.norm_eps, out }));
+    /// Adds what a branch projected to the residual stream, through a norm where the family has one; then the norm of
+    /// the next branch.
+    fn add_norm(
+        &self,
+        post_weight: Option<Tensor>,
+        weight: Tensor,
+        rows: Option<Tensor>,
+        out: Tensor,
+        scratch: &Scratch,
+        recording: &mut Recording,
+    ) {
+        let (x, y, eps) = (scratch.hidden, scratch.projected, self.config.norm_eps);
+        recording.push(Op::AddNorm(AddNorm { x, y, post_weight, rows, weight, eps, out }));
     }
 }
 
@@ -135,23 +136,18 @@ pub(super) struct Scratch {
     pub hidden: Tensor,
     /// f32 (tokens, dim)
     pub normed: Tensor,
+    /// f32 (tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+    pub qkv: Tensor,
     /// f32 (tokens, num_heads * head_dim)
     pub q: Tensor,
-    pub q_normed: Tensor,
-    /// f32 (tokens, num_kv_heads * head_dim)
-    pub k: Tensor,
-    pub k_normed: Tensor,
-    pub v: Tensor,
-    /// f32 (tokens, num_heads * head_dim)
     pub attn: Tensor,
     /// f32 (tokens, dim): what a branch adds to the residual stream.
     pub projected: Tensor,
+    /// f32 (tokens, 2 * ffn_dim)
+    pub gate_up: Tensor,
     /// f32 (tokens, ffn_dim)
-    pub gate: Tensor,
-    pub up: Tensor,
     pub act: Tensor,
     /// f32 (max logit rows, dim)
-    pub last: Tensor,
     pub last_normed: Tensor,
     /// f32 (max logit rows, vocab)
     pub logits: Tensor,
@@ -180,17 +176,12 @@ impl Scratch {
             top,
             hidden: f32("hidden", tokens, config.dim)?,
             normed: f32("normed", tokens, config.dim)?,
+            qkv: f32("qkv", tokens, q_dim + 2 * kv_dim)?,
             q: f32("q", tokens, q_dim)?,
-            q_normed: f32("q normed", tokens, q_dim)?,
-            k: f32("k", tokens, kv_dim)?,
-            k_normed: f32("k normed", tokens, kv_dim)?,
-            v: f32("v", tokens, kv_dim)?,
             attn: f32("attn", tokens, q_dim)?,
             projected: f32("projected", tokens, config.dim)?,
-            gate: f32("gate", tokens, config.ffn_dim)?,
-            up: f32("up", tokens, config.ffn_dim)?,
+            gate_up: f32("gate and up", tokens, 2 * config.ffn_dim)?,
             act: f32("act", tokens, config.ffn_dim)?,
-            last: f32("last", limits.max_logit_rows, config.dim)?,
             last_normed: f32("last normed", limits.max_logit_rows, config.dim)?,
             logits: f32("logits", limits.max_logit_rows, config.vocab_size)?,
         })
@@ -200,9 +191,9 @@ impl Scratch {
     pub fn size_bytes(config: &ModelConfig, limits: &StateLimits) -> u64 {
         let q_dim = config.num_heads * config.head_dim;
         let kv_dim = config.num_kv_heads * config.head_dim;
-        let per_token = u64::from(3 * config.dim + 3 * q_dim + 3 * kv_dim) + 3 * u64::from(config.ffn_dim);
+        let per_token = u64::from(3 * config.dim + 3 * q_dim + 2 * kv_dim) + 3 * u64::from(config.ffn_dim);
         let choice_words = slice_cols(config.vocab_size) + CHOSEN_WORDS + 2 * MAX_TOP;
-        let per_logit_row = u64::from(2 * config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
+        let per_logit_row = u64::from(config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
         4 * (u64::from(limits.max_num_batched_tokens) * per_token + u64::from(limits.max_logit_rows) * per_logit_row)
     }
 
@@ -211,21 +202,22 @@ impl Scratch {
         Scratch {
             hidden: self.hidden.first_rows(rows),
             normed: self.normed.first_rows(rows),
+            qkv: self.qkv.first_rows(rows),
             q: self.q.first_rows(rows),
-            q_normed: self.q_normed.first_rows(rows),
-            k: self.k.first_rows(rows),
-            k_normed: self.k_normed.first_rows(rows),
-            v: self.v.first_rows(rows),
             attn: self.attn.first_rows(rows),
             projected: self.projected.first_rows(rows),
-            gate: self.gate.first_rows(rows),
-            up: self.up.first_rows(rows),
+            gate_up: self.gate_up.first_rows(rows),
             act: self.act.first_rows(rows),
             ..*self
         }
     }
 }
 
-fn matmul(x: Tensor, weight: Weight, bias: Option<Tensor>, out: Tensor, recording: &mut Recording) {
-    recording.push(Op::MatMul(MatMul { x, weight, bias, out }));
+/// Each part of `linear` fills the columns of `out` that follow those of the part before it.
+fn product(x: Tensor, linear: &Linear, out: Tensor, recording: &mut Recording) {
+    let mut first_col = 0;
+    for &Part { weight, bias } in &linear.0 {
+        recording.push(Op::MatMul(MatMul { x, weight, bias, first_col, out }));
+        first_col += weight.rows;
+    }
 }

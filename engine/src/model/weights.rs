@@ -3,9 +3,10 @@
 //! Invariant: bytes go from the file to the backend a few rows at a time; no tensor is held whole on the host. Tensor
 //! names here are GGUF's; a checkpoint with other names translates.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
+use std::io;
 
-use crate::backend::{Backend, LoadError, WeightSpec};
+use crate::backend::{Backend, LoadError, RowSource, WeightSpec};
 use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
 use crate::tensor::{Tensor, Weight};
@@ -23,39 +24,92 @@ pub struct Weights {
 pub struct Layer {
     /// f32 (1, dim)
     pub attn_norm: Tensor,
-    /// (num_heads * head_dim, dim)
-    pub q: Weight,
-    /// (num_kv_heads * head_dim, dim)
-    pub k: Weight,
-    /// (num_kv_heads * head_dim, dim)
-    pub v: Weight,
-    /// f32 (1, N of each); Qwen 2.
-    pub q_bias: Option<Tensor>,
-    pub k_bias: Option<Tensor>,
-    pub v_bias: Option<Tensor>,
-    /// f32 (1, head_dim); Qwen 3 and Gemma 3.
-    pub q_norm: Option<Tensor>,
-    pub k_norm: Option<Tensor>,
+    /// ((num_heads + 2 * num_kv_heads) * head_dim, dim), with biases in Qwen 2.
+    pub qkv: Linear,
+    /// f32 (2, head_dim): of q, of k; Qwen 3 and Gemma 3.
+    pub head_norms: Option<Tensor>,
     /// (dim, num_heads * head_dim)
-    pub attn_output: Weight,
+    pub attn_output: Linear,
     /// f32 (1, dim); Gemma 3.
     pub post_attn_norm: Option<Tensor>,
     /// f32 (1, dim)
     pub ffn_norm: Tensor,
-    /// (ffn_dim, dim)
-    pub gate: Weight,
-    pub up: Weight,
+    /// (2 * ffn_dim, dim)
+    pub gate_up: Linear,
     /// (dim, ffn_dim)
-    pub down: Weight,
+    pub down: Linear,
     /// f32 (1, dim); Gemma 3.
     pub post_ffn_norm: Option<Tensor>,
+}
+
+/// One matrix, or a few of different formats, whose products lie side by side in this order.
+pub struct Linear(pub Vec<Part>);
+
+#[derive(Clone, Copy)]
+pub struct Part {
+    /// (N, K)
+    pub weight: Weight,
+    /// f32 (1, N)
+    pub bias: Option<Tensor>,
+}
+
+/// Matrices of the file that are multiplied with the same input.
+struct Matrices {
+    cols: u32,
+    /// Name without layer and `.weight`, and rows.
+    parts: Vec<(&'static str, u32)>,
+    /// Whether they must have biases; `None` if they cannot.
+    biases: Option<bool>,
+}
+
+/// A layer's: q, k and v; their output; gate and up; down.
+fn matrices(config: &ModelConfig) -> [Matrices; 4] {
+    let (dim, ffn_dim) = (config.dim, config.ffn_dim);
+    let (q_dim, kv_dim) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let of = |cols, parts: &[(&'static str, u32)]| Matrices { cols, parts: parts.to_vec(), biases: None };
+    // A family's own parts must be there: without them the numbers would be wrong.
+    let biases = Some(config.family == Family::Qwen2);
+    [
+        Matrices { biases, ..of(dim, &[("attn_q", q_dim), ("attn_k", kv_dim), ("attn_v", kv_dim)]) },
+        of(q_dim, &[("attn_output", dim)]),
+        of(dim, &[("ffn_gate", ffn_dim), ("ffn_up", ffn_dim)]),
+        of(ffn_dim, &[("ffn_down", dim)]),
+    ]
+}
+
+impl Matrices {
+    fn names(&self, layer: u32) -> impl Iterator<Item = (String, u32)> {
+        self.parts.iter().map(move |(part, rows)| (format!("blk.{layer}.{part}.weight"), *rows))
+    }
+}
+
+/// Matrices of one width and format, one below the other.
+fn stacked(specs: &[WeightSpec]) -> WeightSpec {
+    let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+    let rows = specs.iter().map(|spec| spec.rows).sum();
+    WeightSpec { name: names.join(" + "), rows, ..specs[0].clone() }
 }
 
 impl Weights {
     /// Bytes that the weights would take on `backend`, without loading them.
     pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
-        let matrices = checkpoint.matrices(config);
-        matrices.iter().map(|spec| backend.weight_bytes(spec)).sum()
+        let spec = |(name, rows, cols): (String, u32, u32)| {
+            let format = checkpoint.format(&name)?;
+            Some(WeightSpec { name, rows, cols, format })
+        };
+        let of_layer = |layer: u32| {
+            let bytes = matrices(config).map(|matrices| {
+                let names = matrices.names(layer).map(|(name, rows)| (name, rows, matrices.cols));
+                let specs: Vec<WeightSpec> = names.filter_map(spec).collect();
+                let groups = specs.chunk_by(|one, next| one.format == next.format);
+                groups.map(|group| backend.weight_bytes(&stacked(group))).sum::<u64>()
+            });
+            bytes.iter().sum::<u64>()
+        };
+        let ends = ["token_embd.weight", "output.weight"];
+        let ends = ends.map(|name| (name.to_owned(), config.vocab_size, config.dim)).into_iter().filter_map(spec);
+        let ends: u64 = ends.map(|spec| backend.weight_bytes(&spec)).sum();
+        (0..config.num_layers).map(of_layer).sum::<u64>() + ends
     }
 
     pub fn load(
@@ -65,11 +119,11 @@ impl Weights {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Weights, LoadError> {
         let mut loader = Loader { checkpoint, backend, progress, read_bytes: 0, used: HashSet::new() };
-        let embed = loader.linear("token_embd.weight", config.vocab_size, config.dim)?;
+        let embed = loader.matrix("token_embd.weight", config.vocab_size, config.dim)?;
         let layers = (0..config.num_layers).map(|layer| loader.layer(config, layer)).collect::<Result<_, _>>()?;
         let final_norm = loader.vector("output_norm.weight", config.dim)?;
         let output = match loader.checkpoint.contains("output.weight") {
-            true => loader.linear("output.weight", config.vocab_size, config.dim)?,
+            true => loader.matrix("output.weight", config.vocab_size, config.dim)?,
             false => embed,
         };
         loader.checkpoint.refuse_others(&loader.used)?;
@@ -89,52 +143,122 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn layer(&mut self, config: &ModelConfig, layer: u32) -> Result<Layer, LoadError> {
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let q_dim = config.num_heads * config.head_dim;
-        let kv_dim = config.num_kv_heads * config.head_dim;
-        // A family's own parts must be there: without them the numbers would be wrong.
-        let has_biases = config.family == Family::Qwen2;
+        let [qkv, attn_output, gate_up, down] = matrices(config);
         let has_head_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
         let has_post_norms = config.family == Family::Gemma3;
+        let head_norms = ["attn_q_norm.weight", "attn_k_norm.weight"].map(name);
         Ok(Layer {
             attn_norm: self.vector(&name("attn_norm.weight"), config.dim)?,
-            q: self.linear(&name("attn_q.weight"), q_dim, config.dim)?,
-            k: self.linear(&name("attn_k.weight"), kv_dim, config.dim)?,
-            v: self.linear(&name("attn_v.weight"), kv_dim, config.dim)?,
-            q_bias: self.vector_if(has_biases, &name("attn_q.bias"), q_dim)?,
-            k_bias: self.vector_if(has_biases, &name("attn_k.bias"), kv_dim)?,
-            v_bias: self.vector_if(has_biases, &name("attn_v.bias"), kv_dim)?,
-            q_norm: self.vector_if(has_head_norms, &name("attn_q_norm.weight"), config.head_dim)?,
-            k_norm: self.vector_if(has_head_norms, &name("attn_k_norm.weight"), config.head_dim)?,
-            attn_output: self.linear(&name("attn_output.weight"), config.dim, q_dim)?,
-            post_attn_norm: self.vector_if(has_post_norms, &name("post_attention_norm.weight"), config.dim)?,
+            qkv: self.linear(layer, &qkv)?,
+            head_norms: self.vectors_if(has_head_norms, &head_norms, config.head_dim)?,
+            attn_output: self.linear(layer, &attn_output)?,
+            post_attn_norm: self.vectors_if(has_post_norms, &[name("post_attention_norm.weight")], config.dim)?,
             ffn_norm: self.vector(&name("ffn_norm.weight"), config.dim)?,
-            gate: self.linear(&name("ffn_gate.weight"), config.ffn_dim, config.dim)?,
-            up: self.linear(&name("ffn_up.weight"), config.ffn_dim, config.dim)?,
-            down: self.linear(&name("ffn_down.weight"), config.dim, config.ffn_dim)?,
-            post_ffn_norm: self.vector_if(has_post_norms, &name("post_ffw_norm.weight"), config.dim)?,
+            gate_up: self.linear(layer, &gate_up)?,
+            down: self.linear(layer, &down)?,
+            post_ffn_norm: self.vectors_if(has_post_norms, &[name("post_ffw_norm.weight")], config.dim)?,
         })
     }
 
-    fn linear(&mut self, name: &str, rows: u32, cols: u32) -> Result<Weight, LoadError> {
+    /// Neighbours of one format become one matrix, as `Weights::size_bytes` counts them.
+    fn linear(&mut self, layer: u32, matrices: &Matrices) -> Result<Linear, LoadError> {
+        let mut opened: Vec<(WeightSpec, Box<dyn RowSource>)> = Vec::new();
+        for (name, rows) in matrices.names(layer) {
+            opened.push(self.open(&name, rows, matrices.cols)?);
+        }
+        let mut parts = Vec::new();
+        while !opened.is_empty() {
+            let format = opened[0].0.format;
+            let len = opened.iter().take_while(|(spec, _)| spec.format == format).count();
+            let (specs, sources): (Vec<WeightSpec>, Vec<_>) = opened.drain(..len).unzip();
+            let sizes = specs.iter().map(|spec| u64::from(spec.rows) * spec.format.row_bytes(spec.cols));
+            let mut source = StackedRows(sizes.zip(sources).collect());
+            let weight = self.load(&stacked(&specs), &mut source)?;
+            let bias = matrices.biases.map(|required| self.bias(required, &specs)).transpose()?.flatten();
+            parts.push(Part { weight, bias });
+        }
+        Ok(Linear(parts))
+    }
+
+    /// The biases of matrices that are one now; those that a file leaves out are zero.
+    fn bias(&mut self, required: bool, specs: &[WeightSpec]) -> Result<Option<Tensor>, LoadError> {
+        let names: Vec<String> = specs.iter().map(|spec| spec.name.replace(".weight", ".bias")).collect();
+        if !required && !names.iter().any(|name| self.checkpoint.contains(name)) {
+            return Ok(None);
+        }
+        let mut values = Vec::new();
+        for (name, spec) in names.iter().zip(specs) {
+            match required || self.checkpoint.contains(name) {
+                true => values.extend(self.read_vector(name, spec.rows)?),
+                false => values.resize(values.len() + spec.rows as usize, 0.0),
+            }
+        }
+        Ok(Some(self.tensor(&names.join(" + "), 1, &values)?))
+    }
+
+    fn matrix(&mut self, name: &str, rows: u32, cols: u32) -> Result<Weight, LoadError> {
+        let (spec, mut source) = self.open(name, rows, cols)?;
+        self.load(&spec, source.as_mut())
+    }
+
+    fn open(&mut self, name: &str, rows: u32, cols: u32) -> Result<(WeightSpec, Box<dyn RowSource>), LoadError> {
         self.used.insert(name.to_owned());
-        let (format, mut source) = self.checkpoint.open(name, rows, cols)?;
-        let spec = WeightSpec { name: name.to_owned(), rows, cols, format };
-        let weight = self.backend.load_weight(&spec, source.as_mut())?;
-        self.read_bytes += u64::from(rows) * format.row_bytes(cols);
+        let (format, source) = self.checkpoint.open(name, rows, cols)?;
+        Ok((WeightSpec { name: name.to_owned(), rows, cols, format }, source))
+    }
+
+    fn load(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        let weight = self.backend.load_weight(spec, source)?;
+        self.read_bytes += u64::from(spec.rows) * spec.format.row_bytes(spec.cols);
         (self.progress)(self.read_bytes);
         Ok(weight)
     }
 
-    /// A vector that must be there, or may be.
-    fn vector_if(&mut self, required: bool, name: &str, cols: u32) -> Result<Option<Tensor>, LoadError> {
-        (required || self.checkpoint.contains(name)).then(|| self.vector(name, cols)).transpose()
+    /// Vectors that must be there, or may be, as rows.
+    fn vectors_if(&mut self, required: bool, names: &[String], cols: u32) -> Result<Option<Tensor>, LoadError> {
+        if !required && !names.iter().any(|name| self.checkpoint.contains(name)) {
+            return Ok(None);
+        }
+        let mut values = Vec::new();
+        for name in names {
+            values.extend(self.read_vector(name, cols)?);
+        }
+        Ok(Some(self.tensor(&names.join(" + "), names.len() as u32, &values)?))
     }
 
     fn vector(&mut self, name: &str, cols: u32) -> Result<Tensor, LoadError> {
+        let values = self.read_vector(name, cols)?;
+        self.tensor(name, 1, &values)
+    }
+
+    fn read_vector(&mut self, name: &str, cols: u32) -> Result<Vec<f32>, LoadError> {
         self.used.insert(name.to_owned());
-        let values = self.checkpoint.read_vector(name, cols)?;
-        let buffer = self.backend.alloc(name, u64::from(cols) * 4)?;
-        self.backend.write(buffer, 0, bytemuck::cast_slice(&values))?;
-        Ok(Tensor::f32(buffer, 1, cols))
+        self.checkpoint.read_vector(name, cols)
+    }
+
+    fn tensor(&mut self, label: &str, rows: u32, values: &[f32]) -> Result<Tensor, LoadError> {
+        let buffer = self.backend.alloc(label, values.len() as u64 * 4)?;
+        self.backend.write(buffer, 0, bytemuck::cast_slice(values))?;
+        Ok(Tensor::f32(buffer, rows, values.len() as u32 / rows))
+    }
+}
+
+/// The rows of matrices one below the other, with the bytes that are left of each.
+struct StackedRows(VecDeque<(u64, Box<dyn RowSource>)>);
+
+impl RowSource for StackedRows {
+    fn read_rows(&mut self, mut out: &mut [u8]) -> io::Result<()> {
+        while let Some((left_bytes, source)) = self.0.front_mut().filter(|_| !out.is_empty()) {
+            let len = usize::try_from(*left_bytes).unwrap_or(usize::MAX).min(out.len());
+            let (now, later) = std::mem::take(&mut out).split_at_mut(len);
+            source.read_rows(now)?;
+            *left_bytes -= len as u64;
+            if *left_bytes == 0 {
+                self.0.pop_front();
+            }
+            out = later;
+        }
+        assert!(out.is_empty(), "{} bytes beyond the last row", out.len());
+        Ok(())
     }
 }

@@ -5,10 +5,11 @@ use crate::op::{Activation, GatedAct};
 
 pub(super) fn run(op: GatedAct, memory: &mut Memory) {
     memory.write_f32(op.out, |memory, out| {
-        let (gate, up) = (memory.f32(op.gate), memory.f32(op.up));
+        let gate_up = memory.f32(op.gate_up);
         let cols = op.out.cols as usize;
         for_rows(out, cols, |row, out| {
-            let inputs = gate[row * cols..][..cols].iter().zip(&up[row * cols..][..cols]);
+            let (gate, up) = gate_up[2 * row * cols..][..2 * cols].split_at(cols);
+            let inputs = gate.iter().zip(up);
             match op.activation {
                 Activation::Silu => out.iter_mut().zip(inputs).for_each(|(out, (x, up))| *out = silu(*x) * up),
                 Activation::GeluTanh => out.iter_mut().zip(inputs).for_each(|(out, (x, up))| *out = gelu(*x) * up),

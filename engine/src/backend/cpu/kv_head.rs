@@ -4,7 +4,7 @@
 //! largest magnitude by 127 and rounds halves away from zero; q4_0 divides the largest element by -8, adds 8 and rounds
 //! halves up. Unlike there a code counts steps of the scale as it is stored, rounded to f16.
 //!
-//! Invariant: the same bits on every device, for which `store_kv.wgsl` takes the same steps: integers, one product at a
+//! Invariant: the same bits on every device, for which `kv_head.wgsl` takes the same steps: integers, one product at a
 //! time, and its truncation. A group that holds a NaN, an infinity, or more than a scale can say comes back as NaN.
 
 use half::f16;

@@ -2,6 +2,8 @@
 //!
 //! That order is the same for every M and every thread, and the same in the plain twin and in `avx2.rs`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::avx2::{Avx2, InterleavedRows};
@@ -14,18 +16,34 @@ pub(super) fn run(op: MatMul, memory: &mut Memory, avx2: Option<Avx2>) {
     memory.write_f32(op.out, |memory, out| {
         let weight = &memory.weights[op.weight.id.0 as usize];
         let x = memory.f32(op.x);
+        let first_col = op.first_col as usize;
+        let mut out = Columns { values: out, width: op.out.cols as usize, range: first_col..first_col + weight.rows };
         match avx2 {
-            Some(avx2) => fast(avx2, weight, x, &mut scratch, out),
-            None => plain(weight, x, out),
+            Some(avx2) => fast(avx2, weight, x, &mut scratch, &mut out),
+            None => plain(weight, x, &mut out),
         }
         if let Some(bias) = op.bias {
             let bias = memory.f32(bias);
-            for row in out.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
-            }
+            out.for_rows(|_, row| row.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias));
         }
     });
     memory.mat_mul = scratch;
+}
+
+/// Where a product goes: some columns of each row.
+struct Columns<'a> {
+    values: &'a mut [f32],
+    /// Of a row.
+    width: usize,
+    range: Range<usize>,
+}
+
+impl Columns<'_> {
+    /// Calls `work` with these columns of each row.
+    fn for_rows(&mut self, work: impl Fn(usize, &mut [f32]) + Sync) {
+        let range = &self.range;
+        for_rows(self.values, self.width, |row, values| work(row, &mut values[range.clone()]));
+    }
 }
 
 /// What the fast path keeps between calls.
@@ -37,7 +55,7 @@ pub(super) struct Scratch {
 }
 
 /// The reference.
-fn plain(weight: &PackedWeight, x: &[f32], out: &mut [f32]) {
+fn plain(weight: &PackedWeight, x: &[f32], out: &mut Columns) {
     let columns: Vec<Vec<f32>> = (0..weight.rows)
         .into_par_iter()
         .map_init(
@@ -49,19 +67,17 @@ fn plain(weight: &PackedWeight, x: &[f32], out: &mut [f32]) {
             },
         )
         .collect();
-    for (m, row) in out.chunks_exact_mut(weight.rows).enumerate() {
-        row.iter_mut().zip(&columns).for_each(|(out, column)| *out = column[m]);
-    }
+    out.for_rows(|m, row| row.iter_mut().zip(&columns).for_each(|(out, column)| *out = column[m]));
 }
 
 /// A panel of 32 outputs at a time; threads share the panels.
-fn fast(avx2: Avx2, weight: &PackedWeight, x: &[f32], scratch: &mut Scratch, out: &mut [f32]) {
+fn fast(avx2: Avx2, weight: &PackedWeight, x: &[f32], scratch: &mut Scratch, out: &mut Columns) {
     let num_rows = x.len() / weight.cols;
     scratch.x.fill(x, weight.cols);
     scratch.panels.resize(weight.num_panels() * num_rows * PANEL, 0.0);
     let work = scratch.panels.par_chunks_mut(num_rows * PANEL).enumerate();
     work.for_each(|(index, out)| avx2.mat_mul_panel(weight.panel(index), &scratch.x, out));
-    for_rows(out, weight.rows, |m, row| {
+    out.for_rows(|m, row| {
         for (index, out) in row.chunks_mut(PANEL).enumerate() {
             out.copy_from_slice(&scratch.panels[(index * num_rows + m) * PANEL..][..out.len()]);
         }

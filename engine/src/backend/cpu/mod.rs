@@ -18,20 +18,18 @@ use crate::op::Op;
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
-mod add;
+mod add_norm;
 mod attention;
 mod avx2;
 mod embed;
 mod gated_act;
-mod gather_rows;
 mod kv_head;
 mod mat_mul;
 mod packed;
 mod reset_counts;
 mod rms_norm;
-mod rope;
+mod rope_kv;
 pub(super) mod sample;
-mod store_kv;
 mod update_table;
 mod worker;
 
@@ -141,12 +139,10 @@ impl Memory {
             Op::Embed(op) => embed::run(op, self),
             Op::RmsNorm(op) => rms_norm::run(op, self),
             Op::MatMul(op) => mat_mul::run(op, self, avx2),
-            Op::Rope(op) => rope::run(op, self),
-            Op::StoreKv(op) => store_kv::run(op, self),
+            Op::RopeKv(op) => rope_kv::run(op, self),
             Op::Attention(op) => attention::run(op, self),
             Op::GatedAct(op) => gated_act::run(op, self),
-            Op::Add(op) => add::run(op, self),
-            Op::GatherRows(op) => gather_rows::run(op, self),
+            Op::AddNorm(op) => add_norm::run(op, self),
             Op::ResetCounts(op) => reset_counts::run(op, self),
             Op::Sample(op) => sample::run(op, self),
         }

@@ -10,15 +10,20 @@ pub(super) fn run(op: RmsNorm, memory: &mut Memory) {
     });
 }
 
-fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(super) fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = scale(x, eps);
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+pub(super) fn scale(x: &[f32], eps: f32) -> f32 {
     // Eight sums at a time: a fixed order that fits any vector width.
     let mut sums = [0.0f32; 8];
     for part in x.chunks(8) {
         part.iter().zip(&mut sums).for_each(|(x, sum)| *sum += x * x);
     }
     let mean = sums.iter().sum::<f32>() / x.len() as f32;
-    let scale = 1.0 / (mean + eps).sqrt();
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
-    }
+    1.0 / (mean + eps).sqrt()
 }

@@ -7,10 +7,10 @@ use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 use super::packing::UNIT;
 use super::pipelines::Kernel;
 use crate::op::{
-    ATTENTION_ROWS, Activation, Add, Attention, Embed, GatedAct, GatherRows, MatMul, Op, ResetCounts, RmsNorm, Rope,
-    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, StoreKv, UpdateTable,
+    ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, Op, ResetCounts, RmsNorm, RopeKv,
+    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
-use crate::tensor::{BufferId, KvType, Weight, WeightFormat};
+use crate::tensor::{BufferId, Weight, WeightFormat};
 
 /// Buffers of a kernel at most, which is WebGPU's guarantee too.
 pub const MAX_BUFFERS: usize = 8;
@@ -50,12 +50,10 @@ impl Encoder<'_> {
             Op::Embed(op) => self.embed(op),
             Op::RmsNorm(op) => self.rms_norm(op),
             Op::MatMul(op) => self.mat_mul(op),
-            Op::Rope(op) => self.rope(op),
-            Op::StoreKv(op) => self.store_kv(op),
+            Op::RopeKv(op) => self.rope_kv(op),
             Op::Attention(op) => self.attention(op),
             Op::GatedAct(op) => self.gated_act(op),
-            Op::Add(op) => self.add(op),
-            Op::GatherRows(op) => self.gather_rows(op),
+            Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
         }
@@ -138,13 +136,13 @@ impl Encoder<'_> {
             let params = [
                 op.x.offset,
                 bias.offset,
-                op.out.offset,
+                op.out.offset + op.first_col,
                 u32::from(op.bias.is_some()),
                 first_row,
                 end_row,
                 op.x.cols,
                 op.x.cols.div_ceil(UNIT),
-                op.weight.rows,
+                op.out.cols,
                 shard.first_row,
                 shard.num_rows,
                 row_tiles,
@@ -154,35 +152,30 @@ impl Encoder<'_> {
         }
     }
 
-    fn rope(&mut self, op: &Rope) {
-        let half_dim = op.table.cols / 2;
-        let num_pairs = op.x.rows * (op.x.cols / op.head_dim) * half_dim;
-        let buffers = [op.x.buffer, op.positions.buffer, op.table.buffer];
-        let params = [
-            op.x.offset,
-            op.positions.offset,
-            op.table.offset,
-            num_pairs,
-            op.x.cols,
-            op.head_dim,
-            half_dim,
-            u32::from(op.style == RopeStyle::Halves),
-        ];
-        self.push_elements(Kernel::Rope, &buffers, &params, num_pairs);
-    }
-
-    fn store_kv(&mut self, op: &StoreKv) {
+    fn rope_kv(&mut self, op: &RopeKv) {
         let cache = op.cache;
-        // An invocation writes a word of f16, or a word of scales and the codes of its two groups.
-        let parts = match cache.kv_type {
-            KvType::F16 => cache.head_words(),
-            kv_type => cache.head_words() - kv_type.code_words(cache.head_dim),
-        };
-        let num_parts = op.k.rows * cache.num_kv_heads * parts;
-        let buffers = [op.k.buffer, op.v.buffer, op.slots.buffer, cache.k, cache.v];
-        let params =
-            [op.k.offset, op.v.offset, op.slots.offset, num_parts, cache.num_kv_heads, parts, cache.block_size];
-        self.push_elements(Kernel::StoreKv(cache.kv_type, cache.head_dim), &buffers, &params, num_parts);
+        let norms = op.norms.unwrap_or(op.table);
+        let num_heads = op.q.cols / cache.head_dim;
+        let num_items = op.q.rows * (num_heads + 2 * cache.num_kv_heads);
+        let buffers = [op.qkv, norms, op.table, op.positions, op.slots, op.q].map(|tensor| tensor.buffer);
+        let params = [
+            op.qkv.offset,
+            norms.offset,
+            op.table.offset,
+            op.positions.offset,
+            op.slots.offset,
+            op.q.offset,
+            u32::from(op.norms.is_some()),
+            num_items,
+            num_heads,
+            cache.num_kv_heads,
+            op.table.cols / 2,
+            u32::from(op.style == RopeStyle::Halves),
+            cache.block_size,
+            op.eps.to_bits(),
+        ];
+        let buffers = [&buffers[..], &[cache.k, cache.v]].concat();
+        self.push(Kernel::RopeKv(cache.kv_type, cache.head_dim), &buffers, &params, num_items);
     }
 
     fn attention(&mut self, op: &Attention) {
@@ -214,22 +207,28 @@ impl Encoder<'_> {
             Activation::Silu => 0,
             Activation::GeluTanh => 1,
         };
-        let buffers = [op.gate.buffer, op.up.buffer, op.out.buffer];
-        let params = [op.gate.offset, op.up.offset, op.out.offset, num_elements, activation];
-        self.push_elements(Kernel::GatedAct, &buffers, &params, num_elements);
+        let params = [op.gate_up.offset, op.out.offset, op.out.cols, num_elements, activation];
+        self.push_elements(Kernel::GatedAct, &[op.gate_up.buffer, op.out.buffer], &params, num_elements);
     }
 
-    fn add(&mut self, op: &Add) {
-        let num_elements = op.x.num_elements();
-        let params = [op.x.offset, op.y.offset, num_elements];
-        self.push_elements(Kernel::Add, &[op.x.buffer, op.y.buffer], &params, num_elements);
-    }
-
-    fn gather_rows(&mut self, op: &GatherRows) {
-        let num_elements = op.out.num_elements();
-        let buffers = [op.x.buffer, op.rows.buffer, op.out.buffer];
-        let params = [op.x.offset, op.rows.offset, op.out.offset, op.x.cols, num_elements];
-        self.push_elements(Kernel::GatherRows, &buffers, &params, num_elements);
+    fn add_norm(&mut self, op: &AddNorm) {
+        let post_weight = op.post_weight.unwrap_or(op.weight);
+        let rows = op.rows.unwrap_or(op.weight);
+        let buffers = [op.x, op.y, post_weight, rows, op.weight, op.out].map(|tensor| tensor.buffer);
+        let params = [
+            op.x.offset,
+            op.y.offset,
+            post_weight.offset,
+            rows.offset,
+            op.weight.offset,
+            op.out.offset,
+            u32::from(op.post_weight.is_some()),
+            u32::from(op.rows.is_some()),
+            op.out.rows,
+            op.out.cols,
+            op.eps.to_bits(),
+        ];
+        self.push(Kernel::AddNorm, &buffers, &params, op.out.rows);
     }
 
     fn reset_counts(&mut self, op: &ResetCounts) {

@@ -20,13 +20,11 @@ pub enum Kernel {
     RmsNorm,
     /// A format, and the rows of activations that a workgroup holds.
     MatMul(WeightFormat, u32),
-    Rope,
     /// How the cache stores elements, and elements of a head.
-    StoreKv(KvType, u32),
+    RopeKv(KvType, u32),
     Attention(KvType, u32),
     GatedAct,
-    Add,
-    GatherRows,
+    AddNorm,
     ResetCounts,
     SampleSlices,
     Sample,
@@ -34,13 +32,11 @@ pub enum Kernel {
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 9] = [
+    const GENERAL: [Kernel; 7] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
-        Kernel::Rope,
         Kernel::GatedAct,
-        Kernel::Add,
-        Kernel::GatherRows,
+        Kernel::AddNorm,
         Kernel::ResetCounts,
         Kernel::SampleSlices,
         Kernel::Sample,
@@ -54,7 +50,7 @@ impl Kernel {
 
     /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements.
     fn of_cache(kv_type: KvType, head_dim: u32) -> impl Iterator<Item = Kernel> {
-        let kernels = [Kernel::StoreKv(kv_type, head_dim), Kernel::Attention(kv_type, head_dim)];
+        let kernels = [Kernel::RopeKv(kv_type, head_dim), Kernel::Attention(kv_type, head_dim)];
         kernels.into_iter().filter(move |_| kv_type.takes(head_dim))
     }
 
@@ -85,10 +81,11 @@ impl Kernel {
                 constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
                 "mat_mul"
             }
-            Kernel::Rope => "rope",
-            Kernel::StoreKv(kv_type, head_dim) => {
+            Kernel::RopeKv(kv_type, head_dim) => {
+                let lanes = value("TILE_LANES", &constants);
                 constants.extend(cache_constants(kv_type, head_dim));
-                "store_kv"
+                constants.push(("ROW_LANES", lanes));
+                "rope_kv"
             }
             Kernel::Attention(kv_type, head_dim) => {
                 let lanes = value("TILE_LANES", &constants);
@@ -98,8 +95,7 @@ impl Kernel {
                 "attention"
             }
             Kernel::GatedAct => "gated_act",
-            Kernel::Add => "add",
-            Kernel::GatherRows => "gather_rows",
+            Kernel::AddNorm => "add_norm",
             Kernel::ResetCounts => "reset_counts",
             Kernel::SampleSlices => "sample_slices",
             Kernel::Sample => {

@@ -1,0 +1,79 @@
+// `x += y`, where y may go through a norm first; then `out = norm(x)`, row by row; one workgroup a row.
+#include "grid.wgsl"
+
+struct Params {
+    x: u32,
+    y: u32,
+    post_weight: u32,
+    rows: u32,
+    weight: u32,
+    out: u32,
+    has_post: u32,
+    has_rows: u32,
+    // Of out.
+    num_rows: u32,
+    cols: u32,
+    eps: f32,
+}
+#include "params.wgsl"
+
+// (tokens, cols)
+@group(0) @binding(0) var<storage, read_write> x: array<f32>;
+// (tokens, cols)
+@group(0) @binding(1) var<storage, read> y: array<f32>;
+// (1, cols), if has_post
+@group(0) @binding(2) var<storage, read> post_weight: array<f32>;
+// (num_rows, 1): rows of x and y, if has_rows; else they are those of out.
+@group(0) @binding(3) var<storage, read> rows: array<u32>;
+// (1, cols)
+@group(0) @binding(4) var<storage, read> weight: array<f32>;
+// (num_rows, cols)
+@group(0) @binding(5) var<storage, read_write> out: array<f32>;
+#include "sum_lanes.wgsl"
+
+fn norm_scale(squares: f32, lane: u32) -> f32 {
+    return 1.0 / sqrt(sum_lanes(squares, lane) / f32(params.cols) + params.eps);
+}
+
+@compute @workgroup_size({{ROW_LANES}})
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = workgroup_index(group, groups);
+    if index >= params.num_rows {
+        return;
+    }
+    var row = index;
+    if params.has_rows == 1u {
+        row = rows[params.rows + index];
+    }
+    let x_row = params.x + row * params.cols;
+    let y_row = params.y + row * params.cols;
+    var sum = 0.0;
+    if params.has_post == 1u {
+        for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
+            sum = fma(y[y_row + i], y[y_row + i], sum);
+        }
+        let scale = norm_scale(sum, lane);
+        sum = 0.0;
+        for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
+            let value = x[x_row + i] + y[y_row + i] * scale * post_weight[params.post_weight + i];
+            x[x_row + i] = value;
+            sum = fma(value, value, sum);
+        }
+    } else {
+        for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
+            let value = x[x_row + i] + y[y_row + i];
+            x[x_row + i] = value;
+            sum = fma(value, value, sum);
+        }
+    }
+    let scale = norm_scale(sum, lane);
+    // A lane reads what it has written itself.
+    let to = params.out + index * params.cols;
+    for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
+        out[to + i] = x[x_row + i] * scale * weight[params.weight + i];
+    }
+}
