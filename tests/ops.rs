@@ -2,11 +2,11 @@
 //! references of `golden.rs`. Needs Vulkan drivers (`make test` fetches two versions of lavapipe): fails without one.
 
 use fullbore_engine::backend::Backend;
-use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{WgpuBackend, WgpuOptions, devices};
+use fullbore_engine::verify::{every_case, sample::sample};
 use fullbore_shaders::Tier;
 
-use crate::device::{Device, run_every_op, samples};
+use crate::device::Device;
 use crate::golden;
 
 fn open(selector: &str, tier: Option<Tier>) -> WgpuBackend {
@@ -22,16 +22,14 @@ fn device_ids() -> Vec<String> {
 
 #[test]
 fn every_op_is_near_its_twin_on_every_driver_and_tier() {
-    let options = CpuOptions { plain: true, ..CpuOptions::default() };
-    let twins = run_every_op(&mut Device::new(Box::new(CpuBackend::new(options).expect("threads can be started"))));
+    let cases = every_case();
+    let twins = Device::twin().outputs(&cases);
     for id in device_ids() {
         for tier in Tier::ALL {
             let backend = open(&id, Some(tier));
             let name = format!("{}, {}, tier {}", id, backend.info().driver, backend.info().tier);
             println!("{name}");
-            let outputs = run_every_op(&mut Device::new(Box::new(backend)));
-            assert_eq!(outputs.len(), twins.len());
-            outputs.iter().zip(&twins).for_each(|(output, twin)| output.assert_near(twin, &name));
+            Device::new(Box::new(backend)).assert_near(&cases, &twins, &name);
         }
     }
 }
@@ -40,11 +38,10 @@ fn every_op_is_near_its_twin_on_every_driver_and_tier() {
 #[test]
 fn a_large_vocabulary_is_sampled_as_its_twin_does_on_every_driver() {
     const VOCAB: u32 = 262_144;
-    let mut cpu = Device::new(Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started")));
-    let twins = samples(&mut cpu, VOCAB);
+    let cases = [sample(VOCAB)];
+    let twins = Device::twin().outputs(&cases);
     for id in device_ids() {
-        let outputs = samples(&mut Device::new(Box::new(open(&id, None))), VOCAB);
-        outputs.iter().zip(&twins).for_each(|(output, twin)| output.assert_near(twin, &id));
+        Device::new(Box::new(open(&id, None))).assert_near(&cases, &twins, &id);
     }
 }
 

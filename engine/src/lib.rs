@@ -67,4 +67,5 @@ pub mod scheduler;
 pub mod sequence;
 pub mod tensor;
 pub mod text;
+pub mod verify;
 pub mod worker;
