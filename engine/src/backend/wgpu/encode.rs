@@ -1,10 +1,12 @@
 //! From ops to dispatches: which kernel, which buffers, which scalars, how many workgroups.
 //!
-//! Invariant: plain data; nothing here touches a device. The scalars of a kernel are in the order of its `Params`.
+//! Invariant: plain data; nothing here touches a device.
 
+use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 
 use super::packing::UNIT;
+use super::params::*;
 use super::pipelines::Kernel;
 use crate::op::{
     ATTENTION_ROWS, Activation, Add, Attention, Embed, GatedAct, GatherRows, MatMul, Op, ResetCounts, RmsNorm, Rope,
@@ -62,10 +64,11 @@ impl Encoder<'_> {
     }
 
     /// Empty dispatches are dropped.
-    fn push(&mut self, kernel: Kernel, buffers: &[BufferId], params: &[u32], workgroups: u32) {
+    fn push(&mut self, kernel: Kernel, buffers: &[BufferId], params: &impl Pod, workgroups: u32) {
         if workgroups == 0 {
             return;
         }
+        let params: &[u32] = bytemuck::cast_slice(bytemuck::bytes_of(params));
         let mut dispatch = Dispatch {
             kernel,
             buffers: [buffers[0]; MAX_BUFFERS],
@@ -78,7 +81,7 @@ impl Encoder<'_> {
         self.out.push(dispatch);
     }
 
-    fn push_elements(&mut self, kernel: Kernel, buffers: &[BufferId], params: &[u32], num_elements: u32) {
+    fn push_elements(&mut self, kernel: Kernel, buffers: &[BufferId], params: &impl Pod, num_elements: u32) {
         self.push(kernel, buffers, params, num_elements.div_ceil(ELEMENT_LANES));
     }
 
@@ -88,7 +91,8 @@ impl Encoder<'_> {
 
     fn update_table(&mut self, op: &UpdateTable) {
         let buffers = [op.entries.buffer, op.table.buffer];
-        let params = [op.entries.offset, op.table.offset, op.entries.rows];
+        let (entries, table) = (op.entries.offset, op.table.offset);
+        let params = UpdateTableParams { entries, table, num_entries: op.entries.rows };
         self.push_elements(Kernel::UpdateTable, &buffers, &params, op.entries.rows);
     }
 
@@ -96,17 +100,17 @@ impl Encoder<'_> {
         let num_units = op.out.cols.div_ceil(UNIT);
         for shard in self.shards(op.table) {
             let buffers = [op.ids.buffer, op.sampled.buffer, shard.buffer, op.out.buffer];
-            let params = [
-                op.ids.offset,
-                op.sampled.offset,
-                op.out.offset,
-                op.out.rows,
-                op.out.cols,
+            let params = EmbedParams {
+                ids: op.ids.offset,
+                sampled: op.sampled.offset,
+                out: op.out.offset,
+                num_tokens: op.out.rows,
+                cols: op.out.cols,
                 num_units,
-                shard.first_row,
-                shard.num_rows,
-                op.scale.to_bits(),
-            ];
+                first_row: shard.first_row,
+                num_rows: shard.num_rows,
+                scale: op.scale,
+            };
             let num_eights = op.out.rows * num_units * UNIT / 8;
             self.push_elements(Kernel::Embed(op.table.format), &buffers, &params, num_eights);
         }
@@ -114,7 +118,14 @@ impl Encoder<'_> {
 
     fn rms_norm(&mut self, op: &RmsNorm) {
         let buffers = [op.x.buffer, op.weight.buffer, op.out.buffer];
-        let params = [op.x.offset, op.weight.offset, op.out.offset, op.x.rows, op.x.cols, op.eps.to_bits()];
+        let params = RmsNormParams {
+            x: op.x.offset,
+            weight: op.weight.offset,
+            out: op.out.offset,
+            rows: op.x.rows,
+            cols: op.x.cols,
+            eps: op.eps,
+        };
         self.push(Kernel::RmsNorm, &buffers, &params, op.x.rows);
     }
 
@@ -135,20 +146,20 @@ impl Encoder<'_> {
         for shard in self.shards(op.weight) {
             let bias = op.bias.unwrap_or(op.x);
             let buffers = [op.x.buffer, shard.buffer, bias.buffer, op.out.buffer];
-            let params = [
-                op.x.offset,
-                bias.offset,
-                op.out.offset,
-                u32::from(op.bias.is_some()),
+            let params = MatMulParams {
+                x: op.x.offset,
+                bias: bias.offset,
+                out: op.out.offset,
+                has_bias: u32::from(op.bias.is_some()),
                 first_row,
-                end_row,
-                op.x.cols,
-                op.x.cols.div_ceil(UNIT),
-                op.weight.rows,
-                shard.first_row,
-                shard.num_rows,
+                num_rows: end_row,
+                inner: op.x.cols,
+                num_units: op.x.cols.div_ceil(UNIT),
+                cols: op.weight.rows,
+                first_col: shard.first_row,
+                shard_cols: shard.num_rows,
                 row_tiles,
-            ];
+            };
             let tiles = shard.num_rows.div_ceil(TILE);
             self.push(Kernel::MatMul(op.weight.format, rows), &buffers, &params, tiles * row_tiles);
         }
@@ -158,16 +169,16 @@ impl Encoder<'_> {
         let half_dim = op.table.cols / 2;
         let num_pairs = op.x.rows * (op.x.cols / op.head_dim) * half_dim;
         let buffers = [op.x.buffer, op.positions.buffer, op.table.buffer];
-        let params = [
-            op.x.offset,
-            op.positions.offset,
-            op.table.offset,
+        let params = RopeParams {
+            x: op.x.offset,
+            positions: op.positions.offset,
+            table: op.table.offset,
             num_pairs,
-            op.x.cols,
-            op.head_dim,
+            cols: op.x.cols,
+            head_dim: op.head_dim,
             half_dim,
-            u32::from(op.style == RopeStyle::Halves),
-        ];
+            halves: u32::from(op.style == RopeStyle::Halves),
+        };
         self.push_elements(Kernel::Rope, &buffers, &params, num_pairs);
     }
 
@@ -180,8 +191,15 @@ impl Encoder<'_> {
         };
         let num_parts = op.k.rows * cache.num_kv_heads * parts;
         let buffers = [op.k.buffer, op.v.buffer, op.slots.buffer, cache.k, cache.v];
-        let params =
-            [op.k.offset, op.v.offset, op.slots.offset, num_parts, cache.num_kv_heads, parts, cache.block_size];
+        let params = StoreKvParams {
+            k: op.k.offset,
+            v: op.v.offset,
+            slots: op.slots.offset,
+            num_parts,
+            num_kv_heads: cache.num_kv_heads,
+            parts,
+            block_size: cache.block_size,
+        };
         self.push_elements(Kernel::StoreKv(cache.kv_type, cache.head_dim), &buffers, &params, num_parts);
     }
 
@@ -190,20 +208,20 @@ impl Encoder<'_> {
         // Every row is in one item: with as many items as rows, each has one.
         let rows_per_item = if op.items.rows == op.q.rows { 1 } else { ATTENTION_ROWS };
         let buffers = [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer];
-        let params = [
-            op.q.offset,
-            op.items.offset,
-            op.table.offset,
-            op.out.offset,
-            op.items.rows,
+        let params = AttentionParams {
+            q: op.q.offset,
+            items: op.items.offset,
+            table: op.table.offset,
+            out: op.out.offset,
+            num_items: op.items.rows,
             rows_per_item,
-            op.num_heads,
-            cache.num_kv_heads,
-            op.table.cols,
-            cache.block_size,
-            op.window,
-            op.scale.to_bits(),
-        ];
+            num_heads: op.num_heads,
+            num_kv_heads: cache.num_kv_heads,
+            table_cols: op.table.cols,
+            block_size: cache.block_size,
+            window: op.window,
+            scale: op.scale,
+        };
         let workgroups = op.items.rows * rows_per_item * op.num_heads;
         self.push(Kernel::Attention(cache.kv_type, cache.head_dim), &buffers, &params, workgroups);
     }
@@ -215,26 +233,34 @@ impl Encoder<'_> {
             Activation::GeluTanh => 1,
         };
         let buffers = [op.gate.buffer, op.up.buffer, op.out.buffer];
-        let params = [op.gate.offset, op.up.offset, op.out.offset, num_elements, activation];
+        let (gate, up, out) = (op.gate.offset, op.up.offset, op.out.offset);
+        let params = GatedActParams { gate, up, out, num_elements, activation };
         self.push_elements(Kernel::GatedAct, &buffers, &params, num_elements);
     }
 
     fn add(&mut self, op: &Add) {
         let num_elements = op.x.num_elements();
-        let params = [op.x.offset, op.y.offset, num_elements];
+        let params = AddParams { x: op.x.offset, y: op.y.offset, num_elements };
         self.push_elements(Kernel::Add, &[op.x.buffer, op.y.buffer], &params, num_elements);
     }
 
     fn gather_rows(&mut self, op: &GatherRows) {
         let num_elements = op.out.num_elements();
         let buffers = [op.x.buffer, op.rows.buffer, op.out.buffer];
-        let params = [op.x.offset, op.rows.offset, op.out.offset, op.x.cols, num_elements];
+        let (x, rows, out) = (op.x.offset, op.rows.offset, op.out.offset);
+        let params = GatherRowsParams { x, rows, out, cols: op.x.cols, num_elements };
         self.push_elements(Kernel::GatherRows, &buffers, &params, num_elements);
     }
 
     fn reset_counts(&mut self, op: &ResetCounts) {
         let buffers = [op.resets.buffer, op.tokens.buffer, op.counts.buffer];
-        let params = [op.resets.offset, op.tokens.offset, op.counts.offset, op.resets.rows, op.counts.cols];
+        let params = ResetCountsParams {
+            resets: op.resets.offset,
+            tokens: op.tokens.offset,
+            counts: op.counts.offset,
+            num_resets: op.resets.rows,
+            vocab: op.counts.cols,
+        };
         self.push(Kernel::ResetCounts, &buffers, &params, op.resets.rows);
     }
 
@@ -243,11 +269,33 @@ impl Encoder<'_> {
         let Sample { logits, rows, extras, counts, slices, sampled, chosen, top } = *op;
         let num_slices = slices.cols / SLICE_WORDS;
         let buffers = [logits, rows, extras, counts, slices, sampled, chosen, top].map(|tensor| tensor.buffer);
-        let offsets = [logits, rows, extras, counts, slices, sampled, chosen, top].map(|tensor| tensor.offset);
-        let shape = [logits.rows, logits.cols, num_slices];
-        let params = [&offsets[..5], &shape, &[SAMPLE_SLICE]].concat();
-        self.push(Kernel::SampleSlices, &buffers[..5], &params, logits.rows * num_slices);
-        self.push(Kernel::Sample, &buffers, &[&offsets[..], &shape].concat(), logits.rows);
+        let (num_rows, vocab) = (logits.rows, logits.cols);
+        let of_slices = SampleSlicesParams {
+            logits: logits.offset,
+            rows: rows.offset,
+            extras: extras.offset,
+            counts: counts.offset,
+            slices: slices.offset,
+            num_rows,
+            vocab,
+            num_slices,
+            slice_len: SAMPLE_SLICE,
+        };
+        let of_rows = SampleParams {
+            logits: logits.offset,
+            rows: rows.offset,
+            extras: extras.offset,
+            counts: counts.offset,
+            slices: slices.offset,
+            sampled: sampled.offset,
+            chosen: chosen.offset,
+            top: top.offset,
+            num_rows,
+            vocab,
+            num_slices,
+        };
+        self.push(Kernel::SampleSlices, &buffers[..5], &of_slices, num_rows * num_slices);
+        self.push(Kernel::Sample, &buffers, &of_rows, num_rows);
     }
 }
 
