@@ -15,6 +15,7 @@ pub mod mat_mul;
 pub mod random;
 pub mod rows;
 pub mod sample;
+pub mod start;
 
 use attention::Heads;
 use device::Device;

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use crate::backend::{Backend, LoadError, WeightSpec};
 use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
-use crate::tensor::{Tensor, Weight};
+use crate::tensor::{Tensor, Weight, WeightFormat};
 
 /// A model's weights on a device, in the order of use.
 pub struct Weights {
@@ -56,6 +56,13 @@ impl Weights {
     pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
         let matrices = checkpoint.matrices(config);
         matrices.iter().map(|spec| backend.weight_bytes(spec)).sum()
+    }
+
+    /// Each format of a matrix, once.
+    pub fn formats(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<WeightFormat> {
+        let matrices = checkpoint.matrices(config);
+        let used = |format: &WeightFormat| matrices.iter().any(|spec| spec.format == *format);
+        WeightFormat::ALL.into_iter().filter(used).collect()
     }
 
     pub fn load(
