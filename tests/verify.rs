@@ -46,7 +46,7 @@ fn a_start_drops_to_plainer_kernels_and_is_refused_where_they_are_wrong_too() {
     assert_eq!(tier_at_start(&[]).expect("right"), own);
     assert_eq!(tier_at_start(&[WRONG_NORM]).expect("right"), own, "a fault in kernels that are not used");
     let wrong = Fault { tier: own_tier, ..WRONG_NORM };
-    assert_eq!(tier_at_start(&[wrong.clone()]).expect("its plainer kernels are right"), "base");
+    assert_eq!(tier_at_start(std::slice::from_ref(&wrong)).expect("its plainer kernels are right"), "base");
     let sentence = tier_at_start(&[wrong, WRONG_NORM]).expect_err("wrong on both tiers").to_string();
     for part in ["computes wrongly", "rms_norm", "--device cpu", "--no-verify", &device_ids()[0]] {
         assert!(sentence.contains(part), "{sentence}");
@@ -105,7 +105,7 @@ struct Failing {
 }
 
 impl Failing {
-    fn new(allocs_left: Option<u32>, submits_left: Option<u32>) -> Box<dyn Backend> {
+    fn boxed(allocs_left: Option<u32>, submits_left: Option<u32>) -> Box<dyn Backend> {
         let cpu = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
         Box::new(Failing { cpu, allocs_left, submits_left })
     }
@@ -172,7 +172,7 @@ fn a_device_that_gives_out_is_a_line_that_fails_and_the_rest_goes_on() {
     let mut num_opened = 0;
     let mut open = || {
         num_opened += 1;
-        Ok(if num_opened == 1 { Failing::new(Some(5), Some(1)) } else { Failing::new(None, None) })
+        Ok(if num_opened == 1 { Failing::boxed(Some(5), Some(1)) } else { Failing::boxed(None, None) })
     };
     let mut checks: Vec<Check> = Vec::new();
     engine_verify::verify(&cases, &mut open, &mut |check| checks.push(check)).expect("the twin is there");

@@ -124,7 +124,7 @@ fn drawn_row(index: u32, vocab: u32, random: &mut Random, extras: &mut Vec<u32>)
         row.mask_at = extras.len() as u32;
         extras.extend((0..vocab.div_ceil(32)).map(|_| random.next() as u32 & random.next() as u32));
     }
-    if is_on(9) && index % 3 == 0 {
+    if is_on(9) && index.is_multiple_of(3) {
         row = SampleRow { target: random.below(vocab), logprobs: 1 + random.below(21), ..SampleRow::IDLE };
     }
     row

@@ -52,13 +52,16 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     cases
 }
 
+/// A backend, or why there is none.
+pub type Opened<E> = Result<Box<dyn Backend>, E>;
+
 /// `backend` if it computes every case as the twin does; else the first that does of those that `plainer` gives, each
 /// for the one before it.
 pub fn first_right<E: std::error::Error + 'static>(
     cases: &[Case],
     mut backend: Box<dyn Backend>,
-    plainer: &mut dyn FnMut(&DeviceInfo) -> Option<Result<Box<dyn Backend>, E>>,
-) -> Result<Box<dyn Backend>, StartCheckError<E>> {
+    plainer: &mut dyn FnMut(&DeviceInfo) -> Option<Opened<E>>,
+) -> Opened<StartCheckError<E>> {
     loop {
         let info = backend.info().clone();
         let what = match first_failure(cases, backend).map_err(StartCheckError::Twin)? {
