@@ -4,7 +4,7 @@ CACHE := $(or $(FULLBORE_CACHE),$(HOME)/.cache/fullbore)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: serve test test-full test-fresh bench models drivers toolchain
+.PHONY: serve test test-full test-fresh verify bench models drivers toolchain
 
 # Builds the server, fetches the default model and serves it.
 serve: toolchain
@@ -23,6 +23,10 @@ test-full: test
 # Both commands above on a fresh Debian 12, in a root of its own.
 test-fresh:
 	@scripts/test-fresh.sh
+
+# Every op in every variant on every device of this machine, as tables; the drivers of the tests are among them.
+verify: toolchain drivers
+	@scripts/verify.sh
 
 # Measured ratios to llama.cpp on this machine.
 bench: toolchain drivers

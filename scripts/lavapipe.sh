@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Fetches Debian's software Vulkan drivers (lavapipe) and unpacks them under target/lavapipe; installs nothing, needs no root.
+# Fetches Debian's software Vulkan drivers (lavapipe, and SwiftShader out of Chromium) and its SPIR-V validator and
+# unpacks them under target/lavapipe; installs nothing, needs no root.
 #
 #   target/lavapipe/lib            the Vulkan loader and the libraries that the drivers link to
 #   target/lavapipe/<mesa>/icd.json one driver a Mesa version: bookworm's and bookworm-backports'
-#   target/lavapipe/env            what to source: VK_DRIVER_FILES and LD_LIBRARY_PATH
+#   target/lavapipe/bin/spirv-val  what the tests hold the shaders against
+#   target/lavapipe/swiftshader    a driver that one test asks for by itself
+#   target/lavapipe/env            what to source: VK_DRIVER_FILES (lavapipe's), LD_LIBRARY_PATH, SPIRV_VAL, SWIFTSHADER_ICD
 #
 # Packages come from the mirror that this machine's apt already uses, checked by apt against Debian's keyring.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$PWD/target/lavapipe
-[ -f "$out/env" ] && exit 0
+[ -f "$out/env" ] && [ -x "$out/bin/spirv-val" ] && [ -f "$out/swiftshader/icd.json" ] && exit 0
 say() { echo "lavapipe: $*" >&2; }
 
 command -v apt-get >/dev/null || { say "apt-get is missing: these drivers come from Debian packages, so this needs Debian 12"; exit 1; }
@@ -19,7 +22,7 @@ mirror=$(apt-get -o Debug::NoLocking=1 --print-uris update 2>/dev/null | sed -n 
 
 work=$out/work
 rm -rf "$out"
-mkdir -p "$out/lib" "$work"/{state/lists/partial,cache/archives/partial,debs}
+mkdir -p "$out"/{bin,lib,swiftshader} "$work"/{state/lists/partial,cache/archives/partial,debs}
 : > "$work/status"
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 for suite in bookworm bookworm-backports; do
@@ -61,7 +64,20 @@ for suite in bookworm bookworm-backports; do
 done
 [ ${#drivers[@]} -gt 0 ] || { say "no driver could be had: tests need one, so they cannot run"; exit 1; }
 
+say "fetching SwiftShader"
+library=./usr/lib/chromium/libvk_swiftshader.so
+(cd "$work" && mkdir root-swiftshader && apt-get "${options[@]}" -t bookworm download chromium-common >&2 \
+  && dpkg-deb --fsys-tarfile chromium-common_*.deb | tar -x -C root-swiftshader "$library") \
+  || { say "chromium-common could not be had: one test needs its SwiftShader, so the tests cannot run"; exit 1; }
+mv "$work/root-swiftshader/$library" "$out/swiftshader/"
+printf '{"file_format_version": "1.0.0", "ICD": {"library_path": "%s", "api_version": "1.1.0"}}\n' "$out/swiftshader/libvk_swiftshader.so" > "$out/swiftshader/icd.json"
+
+say "fetching the SPIR-V validator"
+(cd "$work" && apt-get "${options[@]}" -t bookworm download spirv-tools >&2 && dpkg-deb -x spirv-tools_*.deb root-tools) \
+  || { say "spirv-tools could not be had: tests need its spirv-val, so they cannot run"; exit 1; }
+mv "$work/root-tools/usr/bin/spirv-val" "$out/bin/"
+
 files=$(IFS=:; echo "${drivers[*]}")
-printf 'export VK_DRIVER_FILES=%q\nexport LD_LIBRARY_PATH=%q${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}\nexport MESA_SHADER_CACHE_DIR=%q\n' "$files" "$out/lib" "$out/shader-cache" > "$out/env"
+printf 'export VK_DRIVER_FILES=%q\nexport LD_LIBRARY_PATH=%q${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}\nexport MESA_SHADER_CACHE_DIR=%q\nexport SPIRV_VAL=%q\nexport SWIFTSHADER_ICD=%q\n' "$files" "$out/lib" "$out/shader-cache" "$out/bin/spirv-val" "$out/swiftshader/icd.json" > "$out/env"
 rm -rf "$work"
 say "drivers: $(for driver in "${drivers[@]}"; do basename "$(dirname "$driver")"; done | tr '\n' ' ')"

@@ -14,7 +14,7 @@ mod compose;
 mod reflect;
 
 pub use compose::{ComposeError, compose};
-pub use reflect::{Access, ReflectError, Reflection, reflect};
+pub use reflect::{Access, Member, ReflectError, Reflection, members, reflect, validate};
 
 /// What a kernel is composed with; a later entry hides an earlier one of the same name.
 pub type Constants = Vec<(&'static str, u32)>;
@@ -39,6 +39,14 @@ impl Tier {
             Tier::Base => "base",
             Tier::Subgroup => "subgroup",
             Tier::Lavapipe => "lavapipe",
+        }
+    }
+
+    /// The tier whose kernels ask less of a driver.
+    pub const fn plainer(self) -> Option<Tier> {
+        match self {
+            Tier::Base => None,
+            Tier::Subgroup | Tier::Lavapipe => Some(Tier::Base),
         }
     }
 
@@ -71,6 +79,10 @@ impl Tier {
         ]
     }
 }
+
+/// Invocations of a workgroup at most, and bytes of its memory: WebGPU's guarantee, which every tier keeps to.
+pub const MAX_GROUP_LANES: u32 = 256;
+pub const MAX_GROUP_BYTES: u32 = 16 << 10;
 
 /// Columns of a packed weight that lie together.
 pub const TILE: u32 = 32;

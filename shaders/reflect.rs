@@ -3,8 +3,8 @@
 //! Invariant: a module that `reflect` lets pass has one entry point `main`, and all its storage is in group 0,
 //! numbered from 0 without holes.
 
-use naga::valid::{Capabilities, ValidationFlags, Validator};
-use naga::{AddressSpace, StorageAccess};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, Module, ScalarKind, StorageAccess, TypeInner};
 
 /// How a kernel uses a storage binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,9 +32,18 @@ pub enum ReflectError {
     Invalid(String),
 }
 
+/// A four-byte scalar in a struct.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub name: String,
+    pub offset: u32,
+    /// An f32; else a u32.
+    pub is_float: bool,
+}
+
 /// Parses and validates `text`. Subgroup operations and immediates pass only if allowed.
-pub fn reflect(text: &str, subgroups: bool, immediates: bool) -> Result<Reflection, ReflectError> {
-    let module = naga::front::wgsl::parse_str(text).map_err(|error| ReflectError::Parse(error.emit_to_string(text)))?;
+pub fn validate(text: &str, subgroups: bool, immediates: bool) -> Result<(Module, ModuleInfo), ReflectError> {
+    let module = parse(text)?;
     // `pack2x16float` and its inverse, which all of WebGPU has.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, subgroups);
@@ -44,7 +53,36 @@ pub fn reflect(text: &str, subgroups: bool, immediates: bool) -> Result<Reflecti
         validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE);
         validator.subgroup_operations(naga::valid::SubgroupOperationSet::all());
     }
-    validator.validate(&module).map_err(|error| ReflectError::Invalid(error.emit_to_string(text)))?;
+    let info = validator.validate(&module).map_err(|error| ReflectError::Invalid(error.emit_to_string(text)))?;
+    Ok((module, info))
+}
+
+fn parse(text: &str) -> Result<Module, ReflectError> {
+    naga::front::wgsl::parse_str(text).map_err(|error| ReflectError::Parse(error.emit_to_string(text)))
+}
+
+/// The members of the struct of this name, in order; `None` where there is none. They must be scalars.
+pub fn members(text: &str, name: &str) -> Result<Option<Vec<Member>>, ReflectError> {
+    let module = parse(text)?;
+    let mut structs = module.types.iter().filter(|(_, ty)| ty.name.as_deref() == Some(name));
+    let Some((_, naga::Type { inner: TypeInner::Struct { members, .. }, .. })) = structs.next() else {
+        return Ok(None);
+    };
+    let member = |member: &naga::StructMember| {
+        let name = member.name.clone().unwrap_or_default();
+        let is_float = match module.types[member.ty].inner {
+            TypeInner::Scalar(naga::Scalar { kind: ScalarKind::Float, width: 4 }) => true,
+            TypeInner::Scalar(naga::Scalar { kind: ScalarKind::Uint, width: 4 }) => false,
+            _ => return Err(ReflectError::Invalid(format!("{name} is neither u32 nor f32"))),
+        };
+        Ok(Member { name, offset: member.offset, is_float })
+    };
+    members.iter().map(member).collect::<Result<Vec<_>, _>>().map(Some)
+}
+
+/// What a valid `text` asks of a pipeline.
+pub fn reflect(text: &str, subgroups: bool, immediates: bool) -> Result<Reflection, ReflectError> {
+    let (module, _) = validate(text, subgroups, immediates)?;
     let [entry] = &module.entry_points[..] else {
         return Err(ReflectError::Invalid(format!("{} entry points; one is wanted", module.entry_points.len())));
     };

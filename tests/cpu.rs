@@ -4,8 +4,9 @@ use fullbore_engine::backend::Backend;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::op::{Attention, MatMul, Op};
 use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
+use fullbore_engine::verify::every_case;
 
-use crate::device::{Device, assert_rows_do_not_depend_on_m, kv_cache, run_every_op, store_kv, weight_values};
+use crate::device::{Device, assert_rows_do_not_depend_on_m, weight_values};
 use crate::random::Random;
 
 fn cpu(plain: bool, num_threads: usize) -> Device {
@@ -14,12 +15,16 @@ fn cpu(plain: bool, num_threads: usize) -> Device {
 
 #[test]
 fn fast_paths_equal_their_twins_bit_for_bit() {
-    let twins = run_every_op(&mut cpu(true, 1));
+    let cases = every_case();
+    let twins = cpu(true, 1).outputs(&cases);
     for num_threads in [1, 3] {
         let mut fast = cpu(false, num_threads);
-        let tier = fast.backend.info().tier.clone();
-        for (fast, twin) in run_every_op(&mut fast).iter().zip(&twins) {
-            assert_eq!(fast.words, twin.words, "{} on {tier}, {num_threads} threads", fast.name);
+        let tier = fast.tier();
+        for (case, (fast, twins)) in cases.iter().zip(fast.outputs(&cases).iter().zip(&twins)) {
+            for (fast, twin) in fast.iter().zip(twins) {
+                let name = [case.op, &case.variant, &case.shape, fast.name].join(" ");
+                assert_eq!(fast.words, twin.words, "{name} on {tier}, {num_threads} threads");
+            }
         }
     }
 }
@@ -56,7 +61,7 @@ fn attention_is_softmax_over_what_a_row_sees() {
     let mut device = cpu(true, 1);
     let random = &mut Random::new(11);
     let (head_dim, num_positions, window) = (16usize, 75u32, 40u32);
-    let cache = kv_cache(&mut device, KvType::F16, 10, 8, 1, head_dim as u32);
+    let cache = device.kv_cache(KvType::F16, 10, 8, 1, head_dim as u32);
     let values = |random: &mut Random| random.floats(num_positions as usize * head_dim);
     let (k, v, q) = (values(random), values(random), values(random));
     let shape = (num_positions, head_dim as u32);
@@ -68,7 +73,7 @@ fn attention_is_softmax_over_what_a_row_sees() {
     let items = device.u32(items.len() as u32 / 4, 4, &items);
     let out = device.unwritten(shape.0, shape.1);
     let attention = Attention { q: qt, cache, items, table, num_heads: 1, scale: 0.25, window, out };
-    let ops = [store_kv(&mut device, &k, &v, slots, cache), Op::Attention(attention)];
+    let ops = [device.stored(&k, &v, slots, cache), Op::Attention(attention)];
     let actual = device.run_f32(&ops, out);
     let half = |value: f32| f64::from(half::f16::from_f32(value).to_f32());
     let row =
@@ -93,7 +98,7 @@ fn attention_does_not_depend_on_chunks() {
         let mut device = cpu(false, 2);
         let random = &mut Random::new(12);
         let num_positions = 70;
-        let cache = kv_cache(&mut device, kv_type, 9, 8, 2, 32);
+        let cache = device.kv_cache(kv_type, 9, 8, 2, 32);
         let (k, v) = (random.floats(num_positions as usize * 64), random.floats(num_positions as usize * 64));
         let slots = device.u32(num_positions, 1, &(0..num_positions).rev().collect::<Vec<u32>>());
         let table = device.u32(1, 9, &(0..9).collect::<Vec<u32>>());
@@ -102,7 +107,7 @@ fn attention_does_not_depend_on_chunks() {
             let items = device.u32(items.len() as u32 / 4, 4, items);
             let out = device.unwritten(num_positions, 128);
             let op = Attention { q, cache, items, table, num_heads: 4, scale: 0.2, window: 0, out };
-            let store = store_kv(&mut device, &k, &v, slots, cache);
+            let store = device.stored(&k, &v, slots, cache);
             device.run(&[store, Op::Attention(op)], &[out])
         };
         let alone: Vec<u32> = (0..num_positions).flat_map(|p| [p, 1, 0, p]).collect();

@@ -29,7 +29,7 @@ pub const MODELS: [(&str, &str, &str); 2] = [
 fn the_cpu_follows_both_references() {
     for (file, name, golden) in MODELS {
         let backend = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
-        follow(file, name, golden, Box::new(backend));
+        follow(file, name, golden, Box::new(backend), usize::MAX);
     }
 }
 
@@ -74,8 +74,8 @@ fn mean_nll(events: &Events, num_tokens: usize) -> f64 {
     -logprobs.iter().map(|entry| f64::from(entry.logprob)).sum::<f64>() / logprobs.len() as f64
 }
 
-/// Runs every case of a golden at once, and its passage, on `backend`.
-pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>) {
+/// Runs the first `num_cases` of a golden at once, and its passage, on `backend`.
+pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, num_cases: usize) {
     let golden: Value = serde_json::from_str(golden).expect("goldens are JSON");
     let device = backend.info().id.clone();
     let mut engine = engine(file, KvType::F16, backend);
@@ -83,6 +83,7 @@ pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>) {
     let request = Request { prompt: passage.clone(), prompt_logprobs: Some(0), ..Request::default() };
     let passage_events = add(&mut engine, request);
     let cases = golden["cases"].as_array().expect("cases");
+    let cases = &cases[..cases.len().min(num_cases)];
     let events: Vec<Events> = cases.iter().map(|case| add(&mut engine, greedy(&ids(&case["prompt"])))).collect();
     while engine.step().expect("the device is there") {}
     engine.check();
@@ -103,7 +104,7 @@ pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>) {
             num_compared += decided;
         }
     }
-    assert!(num_compared > 50, "only {num_compared} tokens were decided enough to compare");
+    assert!(num_compared > 10 * cases.len().min(5), "only {num_compared} tokens were decided enough to compare");
 }
 
 pub type Events = Arc<Mutex<Vec<Event>>>;

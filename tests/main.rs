@@ -42,3 +42,7 @@ mod text;
 mod tidy;
 /// Needs nothing: tiny models of every family against `transformers`; what a config.json is refused for.
 mod tiny;
+/// Needs `spirv-val`: every shader variant as SPIR-V, MSL and HLSL.
+mod translate;
+/// Needs Vulkan drivers: what finds a device that computes wrongly, gives out or is too small.
+mod verify;

@@ -12,7 +12,7 @@ use fullbore_engine::op::*;
 use fullbore_engine::request::{TokenId, token_mask};
 use fullbore_engine::tensor::Tensor;
 
-use crate::device::{Device, sampling};
+use crate::device::Device;
 use crate::random::Random;
 
 const VOCAB: u32 = 48;
@@ -99,7 +99,7 @@ impl Sampler {
             .collect();
         let logits: Vec<f32> = rows.iter().flat_map(|_| logits.iter().copied()).collect();
         let vocab = (logits.len() / rows.len()) as u32;
-        let op = sampling(device, &logits, vocab, &rows, &extras);
+        let op = device.sampling(&logits, vocab, &rows, &extras);
         let (prompt, generated) = &self.known;
         let tokens = [prompt.as_slice(), generated.as_slice(), &[0]].concat();
         let (begin, end) = (prompt.len() as u32, (prompt.len() + generated.len()) as u32);
@@ -380,7 +380,7 @@ fn choices_are_counted_on_the_device() {
         // Token 2 leads by 1, and each choice costs 0.4: the tokens take turns in a known order.
         let logits = [0.0, 0.75, 1.0, -3.0];
         let row = SampleRow { slot: 1, frequency: 0.4, ..SampleRow::IDLE };
-        let op = sampling(&mut device, &logits, 4, &[row], &[]);
+        let op = device.sampling(&logits, 4, &[row], &[]);
         let tokens = device.u32(2, 1, &[2, 1]);
         let resets = device.u32(1, 4, &[1, 0, 1, 2]);
         let reset = Op::ResetCounts(ResetCounts { resets, tokens, counts: op.counts });
@@ -400,7 +400,7 @@ fn choices_are_counted_on_the_device() {
         let words = device.run(&[], &[op.counts]);
         assert_eq!(words[4..], [counts[0], counts[1], counts[2] | IN_PROMPT, counts[3]], "{name}");
         // Nothing is counted for a row that is broken.
-        let broken = sampling(&mut device, &[0.0, f32::NAN, 1.0, -3.0], 4, &[row], &[]);
+        let broken = device.sampling(&[0.0, f32::NAN, 1.0, -3.0], 4, &[row], &[]);
         assert_eq!(ids(&mut device, &[Op::Sample(broken)], broken.chosen), [NON_FINITE], "{name}");
         assert_eq!(device.run(&[], &[broken.counts, broken.sampled])[4..], [0, 0, 0, 0, 77, NON_FINITE], "{name}");
     }

@@ -10,14 +10,10 @@ use fullbore_engine::format::quant::dequantize_row;
 use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
-use fullbore_shaders::{FILES, Tier, compose, reflect};
+use fullbore_shaders::{FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier, compose, reflect};
 use half::f16;
 
-use crate::device::qkv_rows;
 use crate::random::Random;
-
-/// WebGPU's guarantee, which every tier keeps to.
-const MAX_WORKGROUP_BYTES: u32 = 16 << 10;
 
 #[test]
 fn every_variant_validates() {
@@ -27,8 +23,11 @@ fn every_variant_validates() {
             let text = compose(name, &constants).unwrap_or_else(|error| panic!("{tier:?} {kernel:?}: {error}"));
             let extras = tier != Tier::Base;
             let reflection = reflect(&text, extras, extras).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
-            assert!(reflection.workgroup_bytes <= MAX_WORKGROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
-            assert!(reflection.workgroup_size.iter().product::<u32>() <= 256, "{tier:?} {kernel:?}: {reflection:?}");
+            assert!(reflection.workgroup_bytes <= MAX_GROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
+            assert!(
+                reflection.workgroup_size.iter().product::<u32>() <= MAX_GROUP_LANES,
+                "{tier:?} {kernel:?}: {reflection:?}"
+            );
             assert!(reflection.params_bytes <= 64, "{tier:?} {kernel:?}: {reflection:?}");
             assert!((1..=8).contains(&reflection.storage.len()), "{tier:?} {kernel:?}: {reflection:?}");
         }
@@ -82,7 +81,8 @@ struct Rig {
 }
 
 fn rig(id: &str, tier: Tier, checked: bool, max_binding_bytes: Option<u64>) -> Rig {
-    let options = WgpuOptions { selector: id.to_owned(), tier: Some(tier), checked, max_binding_bytes };
+    let options =
+        WgpuOptions { selector: id.to_owned(), tier: Some(tier), checked, max_binding_bytes, ..WgpuOptions::default() };
     let mut backend = WgpuBackend::open(&options).expect("a listed device opens");
     let upload = backend.alloc("upload", 1 << 20).expect("memory");
     Rig { name: format!("{id} {} checked {checked}", tier.name()), backend, upload }
@@ -559,7 +559,10 @@ fn store_kv(rig: &mut Rig, k: &[f32], v: &[f32], slots: &[u32], cache: KvTensor)
     let num_tokens = slots.len();
     let q = rig.zeros(num_tokens as u32, cache.head_dim);
     Op::RopeKv(RopeKv {
-        qkv: rig.floats(&qkv_rows(k, v, cache), (1 + 2 * cache.num_kv_heads) * cache.head_dim),
+        qkv: rig.floats(
+            &fullbore_engine::verify::attention::qkv_rows(k, v, cache),
+            (1 + 2 * cache.num_kv_heads) * cache.head_dim,
+        ),
         norms: None,
         eps: 1e-5,
         positions: rig.words(&vec![0; num_tokens], 1),

@@ -21,7 +21,7 @@ use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId, token_mask};
 use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
 
-use crate::device::{Device, sampling};
+use crate::device::Device;
 use crate::random::Random;
 
 const NUM_WORKLOADS: u64 = 2500;
@@ -541,7 +541,7 @@ fn what_a_broken_row_sampled_breaks_the_row_that_reads_it() {
     let ids = device.u32(2, 1, &[SAMPLED_BY_SLOT, SAMPLED_BY_SLOT | 1]);
     let table = device.weight(WeightFormat::F32, 64, 8, 1);
     let rows = [0, 1].map(|slot| SampleRow { slot, ..SampleRow::IDLE });
-    let op = sampling(&mut device, &[0.0; 2 * 64], 64, &rows, &[]);
+    let op = device.sampling(&[0.0; 2 * 64], 64, &rows, &[]);
     let hidden = device.unwritten(2, 8);
     let ops = [
         Op::Embed(Embed { ids, sampled, table, scale: 1.0, out: hidden }),

@@ -12,6 +12,8 @@
 //! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it. What it sees
 //!   of a device's time goes to [`limits`], which says what holds the device back.
+//! - [`verify`] holds a backend against the plain cpu, op by op: from the command line, before a model is loaded, and
+//!   in the tests.
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
 //!   opens a model with all that comes with it. The engine thread never touches text.
 //!
@@ -67,4 +69,5 @@ pub mod scheduler;
 pub mod sequence;
 pub mod tensor;
 pub mod text;
+pub mod verify;
 pub mod worker;

@@ -97,7 +97,7 @@ fn rows_with_top(slice: &Slice) -> impl Iterator<Item = (u32, u32)> {
 
 /// Reads the bytes of [`downloads`]: one result a slice.
 pub fn read(batch: &Batch, bytes: &[u8], vocab_size: u32) -> impl Iterator<Item = SliceResult> {
-    let (words, _) = bytes.as_chunks();
+    let words: &[Bytes] = bytemuck::cast_slice(bytes);
     let (chosen, top) = words.split_at((batch.num_logit_rows() * CHOSEN_WORDS) as usize);
     let mut rows = Rows { chosen: chosen.chunks_exact(CHOSEN_WORDS as usize), top, vocab_size };
     batch.slices.iter().map(move |slice| rows.slice(slice))

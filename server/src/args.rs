@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use fullbore_bench::workload::{Arrivals, Lengths};
+use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::model::shape_names;
 use fullbore_engine::request::Share;
@@ -25,6 +26,8 @@ pub enum Command {
     Run(RunArgs),
     /// List devices, with driver, memory and the kernel tier that each would use.
     Devices,
+    /// Run every op in every variant on a device and hold it against the plain cpu: a table; fails if one is wrong.
+    Verify(VerifyArgs),
     /// Put a model into the cache folder and print its path.
     Fetch {
         /// smollm2, gemma3-270m, a Hugging Face repository (owner/name or owner/name:file), or a path.
@@ -133,6 +136,9 @@ pub struct EngineArgs {
     /// Learn what steps take on this device anew, and keep nothing of it in the cache folder.
     #[arg(long)]
     pub no_saved_costs: bool,
+    /// Do not try the model's kernels on this device before loading.
+    #[arg(long)]
+    pub no_verify: bool,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -156,6 +162,19 @@ pub struct ServeArgs {
     /// Print where memory would go and end, without loading weights.
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct VerifyArgs {
+    /// auto, cpu, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:).
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// base, subgroup or lavapipe, instead of the kernel tier that the device would get.
+    #[arg(long, value_parser = parse_tier)]
+    pub tier: Option<adapters::Tier>,
+    /// One op alone, such as mat_mul.
+    #[arg(long)]
+    pub only: Option<String>,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -339,6 +358,7 @@ impl EngineArgs {
             max_queued_tokens: None,
             max_queue_ms: None,
             no_saved_costs: false,
+            no_verify: false,
         }
     }
 }
@@ -366,6 +386,11 @@ fn parse_shape(text: &str) -> Result<Shape, String> {
     let format = WeightFormat::from_name(format)
         .ok_or_else(|| format!("{format} is no format of weights; there are {}", formats()))?;
     Ok(Shape { model: model.to_owned(), format })
+}
+
+fn parse_tier(text: &str) -> Result<adapters::Tier, String> {
+    let known = adapters::Tier::ALL.map(adapters::Tier::name);
+    adapters::Tier::ALL.into_iter().find(|tier| tier.name() == text).ok_or(format!("it is one of {}", known.join(", ")))
 }
 
 fn parse_kv_type(text: &str) -> Result<KvType, String> {

@@ -25,21 +25,36 @@ pub fn all() -> Result<Vec<DeviceInfo>, DeviceChoiceError> {
 
 /// Opens the device that `wanted` means: for `auto` the best hardware GPU, else the CPU; software Vulkan only by name.
 pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+    open_at(wanted, None)
+}
+
+/// The same with kernels of `tier`, where it is a GPU.
+pub fn open_at(wanted: &str, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     match wanted {
         "cpu" => Ok(cpu()?),
         // Host and device share the machine's time, as they do on a real one.
         "sim" => Ok(Box::new(SimBackend::new(SimOptions { sleeps: true, ..SimOptions::default() }))),
-        "auto" => match gpu("") {
+        "auto" => match gpu("", tier) {
             Err(adapters::OpenError::NotFound { .. }) => Ok(cpu()?),
             opened => Ok(opened?),
         },
         // An empty selector would mean the best there is.
         "" => Err(unknown(wanted)),
-        _ => gpu(wanted).map_err(|error| match error {
+        _ => gpu(wanted, tier).map_err(|error| match error {
             adapters::OpenError::NotFound { .. } => unknown(wanted),
             error => error.into(),
         }),
     }
+}
+
+/// The same device with plainer kernels, where it has some.
+pub fn plainer(device: &DeviceInfo) -> Option<Result<Box<dyn Backend>, DeviceChoiceError>> {
+    if device.tier == "avx2" {
+        let plain = CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() });
+        return Some(plain.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(DeviceChoiceError::Cpu));
+    }
+    let tier = adapters::Tier::ALL.into_iter().find(|tier| tier.name() == device.tier)?.plainer()?;
+    Some(gpu(&device.id, Some(tier)).map_err(DeviceChoiceError::Gpu))
 }
 
 /// Memory that the device has for us: asked, else tried; `None` where neither says.
@@ -65,8 +80,8 @@ fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
     Ok(Box::new(CpuBackend::new(CpuOptions::default())?))
 }
 
-fn gpu(selector: &str) -> Result<Box<dyn Backend>, adapters::OpenError> {
-    let options = adapters::WgpuOptions { selector: selector.to_owned(), ..adapters::WgpuOptions::default() };
+fn gpu(selector: &str, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, adapters::OpenError> {
+    let options = adapters::WgpuOptions { selector: selector.to_owned(), tier, ..adapters::WgpuOptions::default() };
     Ok(Box::new(adapters::WgpuBackend::open(&options)?))
 }
 

@@ -14,3 +14,4 @@ pub mod run;
 pub mod serve;
 pub mod simulate;
 pub mod start;
+pub mod verify;

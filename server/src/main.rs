@@ -6,12 +6,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
-use fullbore::{bench, devices, fetch, run, serve, simulate};
+use fullbore::{bench, devices, fetch, run, serve, simulate, verify};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let quiet = matches!(args.command, Command::Run(_) | Command::Simulate(_) | Command::Bench { .. });
+    let quiet =
+        matches!(args.command, Command::Run(_) | Command::Simulate(_) | Command::Bench { .. } | Command::Verify(_));
     let level = if quiet { "warn" } else { "info,wgpu=warn,naga=warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = io::stderr().is_terminal();
@@ -30,6 +31,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Serve(args) => serve::serve(&args)?,
         Command::Run(args) => run::run(&args)?,
         Command::Devices => print!("{}", devices::table(&devices::all()?)),
+        Command::Verify(args) => verify::verify(&args)?,
         Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
         Command::Simulate(args) => simulate::simulate(&args)?,
         Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,

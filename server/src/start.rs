@@ -1,11 +1,13 @@
 //! From arguments to a running engine: device chosen, model opened, memory planned, weights loaded.
 //!
-//! Invariant: a plan keeps nothing on the device; what it prints is what loading takes.
+//! Invariant: a plan keeps nothing on the device but the small tensors that its kernels were tried on; what it prints
+//! is what loading takes.
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
+use std::time::Instant;
 
 use fullbore_engine::backend::{Backend, DeviceError, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
@@ -13,6 +15,8 @@ use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
+use fullbore_engine::tensor::KvType;
+use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -54,6 +58,8 @@ pub enum StartError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Lost(#[from] DeviceError),
+    #[error(transparent)]
+    Verify(#[from] StartCheckError<DeviceChoiceError>),
 }
 
 /// Everything decided, nothing loaded.
@@ -77,6 +83,8 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
         None if device.id == "sim" => Bundle::simulated(),
         None => Bundle::open(&fetch::fetch(&args.model.model)?)?,
     };
+    let backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
+    let device = backend.info();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
     let measured = args.kv_blocks.is_none() && args.kv_memory.is_none();
     let memory_bytes = measured.then(|| devices::memory_bytes(device)).flatten();
@@ -90,6 +98,21 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
     let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
     Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory, costs })
+}
+
+/// `backend`, or a plainer one of the same device, on which the model's kernels have been tried. A simulator has none.
+fn verified(backend: Box<dyn Backend>, bundle: &Bundle, kv_type: KvType) -> Result<Box<dyn Backend>, StartError> {
+    bundle.config.check_kv_type(kv_type)?;
+    if backend.info().id == "sim" {
+        return Ok(backend);
+    }
+    let begun = Instant::now();
+    let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
+    let cases = cases_of_model(&bundle.config, &formats, kv_type);
+    let backend = first_right(&cases, backend, &mut devices::plainer)?;
+    let tier = &backend.info().tier;
+    tracing::info!(tier, num_cases = cases.len(), took_ms = begun.elapsed().as_secs_f64() * 1e3, "kernels tried");
+    Ok(backend)
 }
 
 /// Where memory will go, with `weights` bytes of it for weights.
@@ -310,7 +333,6 @@ fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_by
 mod tests {
     use super::*;
     use crate::args::ModelArgs;
-    use fullbore_engine::tensor::KvType;
 
     const WEIGHTS: u64 = 100 << 20;
 

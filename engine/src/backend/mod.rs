@@ -10,9 +10,10 @@
 //!   waited for once each and in order; at most [`MAX_IN_FLIGHT`] are open.
 //! - Shapes, ranges and lifetimes are the caller's responsibility, asserted by `Recording`; a backend that meets a
 //!   violation panics, because it is a bug above.
-//! - `alloc`, `alloc_host`, `write` and `load_weight` are for loading, before the first `submit`. Buffers start zeroed.
-//!   There is no free: everything is allocated at start, and a step creates no buffer.
-//! - Errors are only what a caller cannot foresee: out of memory, device lost.
+//! - `alloc`, `alloc_host`, `write` and `load_weight` are for loading, before the first step; only what verifies a
+//!   device submits before. Buffers start zeroed. There is no free: everything is allocated at start, and a step
+//!   creates no buffer.
+//! - Errors are only what a caller cannot foresee: out of memory, device lost, a kernel that the driver cannot build.
 //! - A backend packs each weight format once, into one layout used by all its kernels, and never holds a dequantised
 //!   copy of a quantised weight.
 //!
@@ -112,6 +113,8 @@ pub enum DeviceError {
     BufferTooLarge { device: String, what: String, needed_bytes: u64, max_bytes: u64 },
     #[error("device {device} was lost: {reason}")]
     Lost { device: String, reason: String },
+    #[error("the driver of device {device} cannot build kernel {kernel}: {reason}")]
+    Kernel { device: String, kernel: String, reason: String },
 }
 
 #[derive(Debug, thiserror::Error)]

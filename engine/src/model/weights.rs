@@ -9,7 +9,7 @@ use std::io;
 use crate::backend::{Backend, LoadError, RowSource, WeightSpec};
 use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
-use crate::tensor::{Tensor, Weight};
+use crate::tensor::{Tensor, Weight, WeightFormat};
 
 /// A model's weights on a device, in the order of use.
 pub struct Weights {
@@ -62,6 +62,9 @@ struct Matrices {
     biases: Option<bool>,
 }
 
+/// Matrices beside the layers; the output may be the embedding.
+const ENDS: [&str; 2] = ["token_embd.weight", "output.weight"];
+
 /// A layer's: q, k and v; their output; gate and up; down.
 fn matrices(config: &ModelConfig) -> [Matrices; 4] {
     let (dim, ffn_dim) = (config.dim, config.ffn_dim);
@@ -78,8 +81,8 @@ fn matrices(config: &ModelConfig) -> [Matrices; 4] {
 }
 
 impl Matrices {
-    fn names(&self, layer: u32) -> impl Iterator<Item = (String, u32)> {
-        self.parts.iter().map(move |(part, rows)| (format!("blk.{layer}.{part}.weight"), *rows))
+    fn names(&self, layer: u32) -> impl Iterator<Item = (String, u32)> + use<> {
+        self.parts.clone().into_iter().map(move |(part, rows)| (format!("blk.{layer}.{part}.weight"), rows))
     }
 }
 
@@ -106,10 +109,18 @@ impl Weights {
             });
             bytes.iter().sum::<u64>()
         };
-        let ends = ["token_embd.weight", "output.weight"];
-        let ends = ends.map(|name| (name.to_owned(), config.vocab_size, config.dim)).into_iter().filter_map(spec);
+        let ends = ENDS.map(|name| (name.to_owned(), config.vocab_size, config.dim)).into_iter().filter_map(spec);
         let ends: u64 = ends.map(|spec| backend.weight_bytes(&spec)).sum();
         (0..config.num_layers).map(of_layer).sum::<u64>() + ends
+    }
+
+    /// Each format of a matrix, once.
+    pub fn formats(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<WeightFormat> {
+        let of_layer = |layer| matrices(config).into_iter().flat_map(move |matrices| matrices.names(layer));
+        let layers = (0..config.num_layers).flat_map(of_layer).map(|(name, _)| name);
+        let names = layers.chain(ENDS.map(str::to_owned));
+        let used: Vec<WeightFormat> = names.filter_map(|name| checkpoint.format(&name)).collect();
+        WeightFormat::ALL.into_iter().filter(|format| used.contains(format)).collect()
     }
 
     pub fn load(

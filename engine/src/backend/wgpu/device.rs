@@ -4,13 +4,17 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fullbore_shaders::Tier;
+use fullbore_shaders::{MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
 use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
 
+use super::MAX_WORKGROUPS;
+use super::encode::{MAX_BUFFERS, MAX_PARAMS};
 use crate::backend::{DeviceError, DeviceInfo};
 
 /// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
 const MAX_SHARD_BYTES: u64 = 1 << 30;
+/// What Vulkan guarantees of a storage binding: caches, logits and counts are bound whole.
+const MIN_BINDING_BYTES: u64 = 128 << 20;
 /// To read the device's clock between commands.
 pub(super) const STAMP_FEATURES: Features = Features::TIMESTAMP_QUERY.union(Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
 
@@ -24,6 +28,36 @@ pub struct WgpuOptions {
     pub max_binding_bytes: Option<u64>,
     /// Whether shaders are compiled with bounds checks.
     pub checked: bool,
+    /// Takes away from the limits that the adapter has, so that wgpu refuses what goes beyond; for tests.
+    pub mask: Option<fn(&mut Limits)>,
+    /// Spoils kernels, for tests of what finds them.
+    pub faults: Vec<Fault>,
+}
+
+/// A change to the text of one kernel on one tier.
+#[derive(Clone, Debug)]
+pub struct Fault {
+    pub tier: Tier,
+    /// Its file, without `.wgsl`.
+    pub kernel: &'static str,
+    pub from: &'static str,
+    pub to: &'static str,
+}
+
+impl Fault {
+    pub(super) fn apply(&self, tier: Tier, kernel: &str, text: String) -> String {
+        if (self.tier, self.kernel) != (tier, kernel) {
+            return text;
+        }
+        assert!(text.contains(self.from), "{kernel}.wgsl has no {}", self.from);
+        text.replace(self.from, self.to)
+    }
+}
+
+/// Leaves what WebGPU guarantees everywhere, and the 128 bytes of immediates that every native API has.
+pub fn mask_to_webgpu(limits: &mut Limits) {
+    let immediates = limits.max_immediate_size.min(128);
+    *limits = Limits { max_immediate_size: immediates, ..limits.clone().or_worse_values_from(&Limits::defaults()) };
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +66,11 @@ pub enum OpenError {
     NotFound { selector: String, found: String },
     #[error("device {device} cannot run the {tier} tier, which needs {needs}")]
     Tier { device: String, tier: &'static str, needs: &'static str },
+    #[error(
+        "device {device} is below what the {tier} tier needs, {needed} {what}: it has {available}; choose another \
+         one, or --device cpu"
+    )]
+    BelowMinimum { device: String, tier: &'static str, what: &'static str, needed: u64, available: u64 },
     #[error("device {device} cannot be opened: {reason}")]
     Refused { device: String, reason: String },
 }
@@ -44,6 +83,7 @@ pub(super) struct Device {
     pub info: DeviceInfo,
     pub tier: Tier,
     pub checked: bool,
+    pub faults: Vec<Fault>,
     pub max_shard_bytes: u64,
     /// Why the device was lost, once it was.
     lost: Arc<Mutex<Option<String>>>,
@@ -53,7 +93,7 @@ pub(super) struct Device {
 pub fn devices() -> Vec<DeviceInfo> {
     adapters(MemoryBudgetThresholds::default())
         .iter()
-        .map(|(id, adapter)| describe(id, adapter, natural_tier(adapter)))
+        .map(|(id, adapter)| describe(id, adapter, natural_tier(adapter), &adapter.limits()))
         .collect()
 }
 
@@ -76,9 +116,8 @@ pub(super) fn adapters(budget: MemoryBudgetThresholds) -> Vec<(String, wgpu::Ada
     named.collect()
 }
 
-fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier) -> DeviceInfo {
+fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> DeviceInfo {
     let info = adapter.get_info();
-    let limits = adapter.limits();
     let mut features = vec![];
     if adapter.features().contains(Features::SUBGROUP) {
         features.push(format!("subgroups of {} to {}", info.subgroup_min_size, info.subgroup_max_size));
@@ -126,6 +165,29 @@ fn natural_tier(adapter: &wgpu::Adapter) -> Tier {
     }
 }
 
+/// What a tier needs of an adapter's limits and does not have, the first of it: its name, what is needed and what is
+/// there. The largest kernels of every tier need the same.
+fn lacking(tier: Tier, limits: &Limits) -> Option<(&'static str, u64, u64)> {
+    let scalars = match tier {
+        Tier::Base => ("uniform buffers with an offset", 1, limits.max_dynamic_uniform_buffers_per_pipeline_layout),
+        Tier::Subgroup | Tier::Lavapipe => ("bytes of immediates", MAX_PARAMS as u32 * 4, limits.max_immediate_size),
+    };
+    let counts = [
+        scalars,
+        ("storage buffers in a shader", MAX_BUFFERS as u32, limits.max_storage_buffers_per_shader_stage),
+        ("invocations in a workgroup", MAX_GROUP_LANES, limits.max_compute_invocations_per_workgroup),
+        ("invocations in a row of a workgroup", MAX_GROUP_LANES, limits.max_compute_workgroup_size_x),
+        ("bytes of workgroup memory", MAX_GROUP_BYTES, limits.max_compute_workgroup_storage_size),
+        ("workgroups in a row of a dispatch", MAX_WORKGROUPS, limits.max_compute_workgroups_per_dimension),
+    ];
+    let sizes = [
+        ("bytes in a storage binding", MIN_BINDING_BYTES, limits.max_storage_buffer_binding_size),
+        ("bytes in a buffer", MIN_BINDING_BYTES, limits.max_buffer_size),
+    ];
+    let counts = counts.map(|(what, needed, available)| (what, u64::from(needed), u64::from(available)));
+    counts.into_iter().chain(sizes).find(|(_, needed, available)| available < needed)
+}
+
 fn matches(selector: &str, id: &str, info: &wgpu::AdapterInfo) -> bool {
     let Some((api, rest)) = selector.split_once(':') else { return selector == info.backend.to_str() };
     let rest = rest.to_lowercase();
@@ -168,11 +230,17 @@ impl Device {
             Tier::Subgroup => (has_subgroups(&adapter), "immediates and subgroups of 8 to 32 lanes"),
             Tier::Lavapipe => (has_subgroups_of_8(&adapter), "immediates and subgroups of 8 lanes"),
         };
-        let info = describe(&id, &adapter, tier);
+        let mut limits = adapter.limits();
+        if let Some(mask) = options.mask {
+            mask(&mut limits);
+        }
+        let info = describe(&id, &adapter, tier, &limits);
         if !fits {
             return Err(OpenError::Tier { device: info.id, tier: tier.name(), needs });
         }
-        let limits = adapter.limits();
+        if let Some((what, needed, available)) = lacking(tier, &limits) {
+            return Err(OpenError::BelowMinimum { device: info.id, tier: tier.name(), what, needed, available });
+        }
         let needed = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
         // Where they are there: blocks of the KV cache can be swapped to the host, and steps are timed.
         let has_stamps = adapter.features().contains(STAMP_FEATURES);
@@ -199,7 +267,8 @@ impl Device {
         });
         let largest = info.max_buffer_bytes.min(MAX_SHARD_BYTES);
         let max_shard_bytes = options.max_binding_bytes.map_or(largest, |bytes| bytes.min(largest));
-        Ok(Device { device, queue, info, tier, checked: options.checked, max_shard_bytes, lost })
+        let (checked, faults) = (options.checked, options.faults.clone());
+        Ok(Device { device, queue, info, tier, checked, faults, max_shard_bytes, lost })
     }
 
     /// An error if the device is gone.
@@ -212,6 +281,11 @@ impl Device {
 
     pub fn lost(&self, reason: &str) -> DeviceError {
         DeviceError::Lost { device: self.info.id.clone(), reason: reason.to_owned() }
+    }
+
+    /// For a kernel that the driver cannot build.
+    pub fn unbuilt(&self, kernel: &str, reason: &str) -> DeviceError {
+        DeviceError::Kernel { device: self.info.id.clone(), kernel: kernel.to_owned(), reason: reason.to_owned() }
     }
 
     pub fn out_of_memory(&self, what: &str, needed_bytes: u64) -> DeviceError {

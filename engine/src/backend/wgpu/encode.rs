@@ -1,10 +1,12 @@
 //! From ops to dispatches: which kernel, which buffers, which scalars, how many workgroups.
 //!
-//! Invariant: plain data; nothing here touches a device. The scalars of a kernel are in the order of its `Params`.
+//! Invariant: plain data; nothing here touches a device.
 
+use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 
 use super::packing::UNIT;
+use super::params::*;
 use super::pipelines::Kernel;
 use crate::op::{
     ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, Op, ResetCounts, RmsNorm, RopeKv,
@@ -60,10 +62,11 @@ impl Encoder<'_> {
     }
 
     /// Empty dispatches are dropped.
-    fn push(&mut self, kernel: Kernel, buffers: &[BufferId], params: &[u32], workgroups: u32) {
+    fn push(&mut self, kernel: Kernel, buffers: &[BufferId], params: &impl Pod, workgroups: u32) {
         if workgroups == 0 {
             return;
         }
+        let params: &[u32] = bytemuck::cast_slice(bytemuck::bytes_of(params));
         let mut dispatch = Dispatch {
             kernel,
             buffers: [buffers[0]; MAX_BUFFERS],
@@ -76,7 +79,7 @@ impl Encoder<'_> {
         self.out.push(dispatch);
     }
 
-    fn push_elements(&mut self, kernel: Kernel, buffers: &[BufferId], params: &[u32], num_elements: u32) {
+    fn push_elements(&mut self, kernel: Kernel, buffers: &[BufferId], params: &impl Pod, num_elements: u32) {
         self.push(kernel, buffers, params, num_elements.div_ceil(ELEMENT_LANES));
     }
 
@@ -86,7 +89,8 @@ impl Encoder<'_> {
 
     fn update_table(&mut self, op: &UpdateTable) {
         let buffers = [op.entries.buffer, op.table.buffer];
-        let params = [op.entries.offset, op.table.offset, op.entries.rows];
+        let (entries, table) = (op.entries.offset, op.table.offset);
+        let params = UpdateTableParams { entries, table, num_entries: op.entries.rows };
         self.push_elements(Kernel::UpdateTable, &buffers, &params, op.entries.rows);
     }
 
@@ -94,17 +98,17 @@ impl Encoder<'_> {
         let num_units = op.out.cols.div_ceil(UNIT);
         for shard in self.shards(op.table) {
             let buffers = [op.ids.buffer, op.sampled.buffer, shard.buffer, op.out.buffer];
-            let params = [
-                op.ids.offset,
-                op.sampled.offset,
-                op.out.offset,
-                op.out.rows,
-                op.out.cols,
+            let params = EmbedParams {
+                ids: op.ids.offset,
+                sampled: op.sampled.offset,
+                out: op.out.offset,
+                num_tokens: op.out.rows,
+                cols: op.out.cols,
                 num_units,
-                shard.first_row,
-                shard.num_rows,
-                op.scale.to_bits(),
-            ];
+                first_row: shard.first_row,
+                num_rows: shard.num_rows,
+                scale: op.scale,
+            };
             let num_eights = op.out.rows * num_units * UNIT / 8;
             self.push_elements(Kernel::Embed(op.table.format), &buffers, &params, num_eights);
         }
@@ -112,7 +116,14 @@ impl Encoder<'_> {
 
     fn rms_norm(&mut self, op: &RmsNorm) {
         let buffers = [op.x.buffer, op.weight.buffer, op.out.buffer];
-        let params = [op.x.offset, op.weight.offset, op.out.offset, op.x.rows, op.x.cols, op.eps.to_bits()];
+        let params = RmsNormParams {
+            x: op.x.offset,
+            weight: op.weight.offset,
+            out: op.out.offset,
+            rows: op.x.rows,
+            cols: op.x.cols,
+            eps: op.eps,
+        };
         self.push(Kernel::RmsNorm, &buffers, &params, op.x.rows);
     }
 
@@ -133,20 +144,20 @@ impl Encoder<'_> {
         for shard in self.shards(op.weight) {
             let bias = op.bias.unwrap_or(op.x);
             let buffers = [op.x.buffer, shard.buffer, bias.buffer, op.out.buffer];
-            let params = [
-                op.x.offset,
-                bias.offset,
-                op.out.offset + op.first_col,
-                u32::from(op.bias.is_some()),
+            let params = MatMulParams {
+                x: op.x.offset,
+                bias: bias.offset,
+                out: op.out.offset + op.first_col,
+                has_bias: u32::from(op.bias.is_some()),
                 first_row,
-                end_row,
-                op.x.cols,
-                op.x.cols.div_ceil(UNIT),
-                op.out.cols,
-                shard.first_row,
-                shard.num_rows,
+                num_rows: end_row,
+                inner: op.x.cols,
+                num_units: op.x.cols.div_ceil(UNIT),
+                cols: op.out.cols,
+                first_col: shard.first_row,
+                shard_cols: shard.num_rows,
                 row_tiles,
-            ];
+            };
             let tiles = shard.num_rows.div_ceil(TILE);
             self.push(Kernel::MatMul(op.weight.format, rows), &buffers, &params, tiles * row_tiles);
         }
@@ -158,22 +169,22 @@ impl Encoder<'_> {
         let num_heads = op.q.cols / cache.head_dim;
         let num_items = op.q.rows * (num_heads + 2 * cache.num_kv_heads);
         let buffers = [op.qkv, norms, op.table, op.positions, op.slots, op.q].map(|tensor| tensor.buffer);
-        let params = [
-            op.qkv.offset,
-            norms.offset,
-            op.table.offset,
-            op.positions.offset,
-            op.slots.offset,
-            op.q.offset,
-            u32::from(op.norms.is_some()),
+        let params = RopeKvParams {
+            qkv: op.qkv.offset,
+            norms: norms.offset,
+            table: op.table.offset,
+            positions: op.positions.offset,
+            slots: op.slots.offset,
+            q: op.q.offset,
+            has_norms: u32::from(op.norms.is_some()),
             num_items,
             num_heads,
-            cache.num_kv_heads,
-            op.table.cols / 2,
-            u32::from(op.style == RopeStyle::Halves),
-            cache.block_size,
-            op.eps.to_bits(),
-        ];
+            num_kv_heads: cache.num_kv_heads,
+            half_dim: op.table.cols / 2,
+            halves: u32::from(op.style == RopeStyle::Halves),
+            block_size: cache.block_size,
+            eps: op.eps,
+        };
         let buffers = [&buffers[..], &[cache.k, cache.v]].concat();
         self.push(Kernel::RopeKv(cache.kv_type, cache.head_dim), &buffers, &params, num_items);
     }
@@ -183,20 +194,20 @@ impl Encoder<'_> {
         // Every row is in one item: with as many items as rows, each has one.
         let rows_per_item = if op.items.rows == op.q.rows { 1 } else { ATTENTION_ROWS };
         let buffers = [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer];
-        let params = [
-            op.q.offset,
-            op.items.offset,
-            op.table.offset,
-            op.out.offset,
-            op.items.rows,
+        let params = AttentionParams {
+            q: op.q.offset,
+            items: op.items.offset,
+            table: op.table.offset,
+            out: op.out.offset,
+            num_items: op.items.rows,
             rows_per_item,
-            op.num_heads,
-            cache.num_kv_heads,
-            op.table.cols,
-            cache.block_size,
-            op.window,
-            op.scale.to_bits(),
-        ];
+            num_heads: op.num_heads,
+            num_kv_heads: cache.num_kv_heads,
+            table_cols: op.table.cols,
+            block_size: cache.block_size,
+            window: op.window,
+            scale: op.scale,
+        };
         let workgroups = op.items.rows * rows_per_item * op.num_heads;
         self.push(Kernel::Attention(cache.kv_type, cache.head_dim), &buffers, &params, workgroups);
     }
@@ -207,7 +218,13 @@ impl Encoder<'_> {
             Activation::Silu => 0,
             Activation::GeluTanh => 1,
         };
-        let params = [op.gate_up.offset, op.out.offset, op.out.cols, num_elements, activation];
+        let params = GatedActParams {
+            gate_up: op.gate_up.offset,
+            out: op.out.offset,
+            cols: op.out.cols,
+            num_elements,
+            activation,
+        };
         self.push_elements(Kernel::GatedAct, &[op.gate_up.buffer, op.out.buffer], &params, num_elements);
     }
 
@@ -215,25 +232,31 @@ impl Encoder<'_> {
         let post_weight = op.post_weight.unwrap_or(op.weight);
         let rows = op.rows.unwrap_or(op.weight);
         let buffers = [op.x, op.y, post_weight, rows, op.weight, op.out].map(|tensor| tensor.buffer);
-        let params = [
-            op.x.offset,
-            op.y.offset,
-            post_weight.offset,
-            rows.offset,
-            op.weight.offset,
-            op.out.offset,
-            u32::from(op.post_weight.is_some()),
-            u32::from(op.rows.is_some()),
-            op.out.rows,
-            op.out.cols,
-            op.eps.to_bits(),
-        ];
+        let params = AddNormParams {
+            x: op.x.offset,
+            y: op.y.offset,
+            post_weight: post_weight.offset,
+            rows: rows.offset,
+            weight: op.weight.offset,
+            out: op.out.offset,
+            has_post: u32::from(op.post_weight.is_some()),
+            has_rows: u32::from(op.rows.is_some()),
+            num_rows: op.out.rows,
+            cols: op.out.cols,
+            eps: op.eps,
+        };
         self.push(Kernel::AddNorm, &buffers, &params, op.out.rows);
     }
 
     fn reset_counts(&mut self, op: &ResetCounts) {
         let buffers = [op.resets.buffer, op.tokens.buffer, op.counts.buffer];
-        let params = [op.resets.offset, op.tokens.offset, op.counts.offset, op.resets.rows, op.counts.cols];
+        let params = ResetCountsParams {
+            resets: op.resets.offset,
+            tokens: op.tokens.offset,
+            counts: op.counts.offset,
+            num_resets: op.resets.rows,
+            vocab: op.counts.cols,
+        };
         self.push(Kernel::ResetCounts, &buffers, &params, op.resets.rows);
     }
 
@@ -242,11 +265,33 @@ impl Encoder<'_> {
         let Sample { logits, rows, extras, counts, slices, sampled, chosen, top } = *op;
         let num_slices = slices.cols / SLICE_WORDS;
         let buffers = [logits, rows, extras, counts, slices, sampled, chosen, top].map(|tensor| tensor.buffer);
-        let offsets = [logits, rows, extras, counts, slices, sampled, chosen, top].map(|tensor| tensor.offset);
-        let shape = [logits.rows, logits.cols, num_slices];
-        let params = [&offsets[..5], &shape, &[SAMPLE_SLICE]].concat();
-        self.push(Kernel::SampleSlices, &buffers[..5], &params, logits.rows * num_slices);
-        self.push(Kernel::Sample, &buffers, &[&offsets[..], &shape].concat(), logits.rows);
+        let (num_rows, vocab) = (logits.rows, logits.cols);
+        let of_slices = SampleSlicesParams {
+            logits: logits.offset,
+            rows: rows.offset,
+            extras: extras.offset,
+            counts: counts.offset,
+            slices: slices.offset,
+            num_rows,
+            vocab,
+            num_slices,
+            slice_len: SAMPLE_SLICE,
+        };
+        let of_rows = SampleParams {
+            logits: logits.offset,
+            rows: rows.offset,
+            extras: extras.offset,
+            counts: counts.offset,
+            slices: slices.offset,
+            sampled: sampled.offset,
+            chosen: chosen.offset,
+            top: top.offset,
+            num_rows,
+            vocab,
+            num_slices,
+        };
+        self.push(Kernel::SampleSlices, &buffers[..5], &of_slices, num_rows * num_slices);
+        self.push(Kernel::Sample, &buffers, &of_rows, num_rows);
     }
 }
 

@@ -8,7 +8,8 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Instant;
 
-use fullbore_shaders::{TILE, Tier};
+use fullbore_shaders::TILE;
+pub use fullbore_shaders::Tier;
 use wgpu::{BindGroup, BufferUsages, PollType};
 
 use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
@@ -20,13 +21,14 @@ mod buffers;
 mod device;
 mod encode;
 pub mod packing;
+mod params;
 pub mod pipelines;
 mod stamps;
 
 pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
 use device::Device;
-pub use device::{OpenError, WgpuOptions, devices};
+pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
 use packing::Layout;
 use pipelines::{Kernel, Pipelines, uniform_layout};
@@ -83,7 +85,7 @@ impl WgpuBackend {
             uniforms: uniforms.map_err(refused)?,
             buffers: Buffers::new(&device),
             weights: Vec::new(),
-            pipelines: Pipelines::new(&device, layout),
+            pipelines: Pipelines::new(&device, layout).map_err(refused)?,
             bind_groups: HashMap::new(),
             readbacks: std::array::from_fn(|_| Readback::new()),
             stamps: Stamps::new(&device).map_err(refused)?,
@@ -96,12 +98,13 @@ impl WgpuBackend {
     }
 
     /// Makes what the dispatches need and does not exist yet.
-    fn prepare(&mut self) {
+    fn prepare(&mut self) -> Result<(), DeviceError> {
         for dispatch in &self.dispatches {
             let key = (dispatch.kernel, dispatch.buffers);
             if self.bind_groups.contains_key(&key) {
                 continue;
             }
+            self.pipelines.compile(dispatch.kernel)?;
             let pipeline = self.pipelines.get(dispatch.kernel);
             let entries: Vec<_> = (0..pipeline.num_buffers)
                 .map(|binding| wgpu::BindGroupEntry {
@@ -116,9 +119,10 @@ impl WgpuBackend {
             });
             self.bind_groups.insert(key, group);
         }
+        Ok(())
     }
 
-    fn record_pass(&mut self, encoder: &mut wgpu::CommandEncoder) {
+    fn record_pass(&self, encoder: &mut wgpu::CommandEncoder) {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for (index, dispatch) in self.dispatches.iter().enumerate() {
             pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
@@ -181,7 +185,7 @@ impl Backend for WgpuBackend {
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
         for kernel in Kernel::of_format(spec.format, self.device.tier) {
-            self.pipelines.compile(kernel);
+            self.pipelines.compile(kernel)?;
         }
         self.weights.push(self.buffers.load(spec, source)?);
         let id = WeightId(self.weights.len() as u32 - 1);
@@ -205,7 +209,7 @@ impl Backend for WgpuBackend {
         if let Some(uniforms) = &mut self.uniforms {
             uniforms.write(&self.device.queue, &self.dispatches);
         }
-        self.prepare();
+        self.prepare()?;
         let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let place = self.num_submitted as usize % MAX_IN_FLIGHT;
         if let Some(stamps) = &self.stamps {

@@ -10,6 +10,7 @@ use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType
 
 use super::device::Device;
 use super::packing::Layout;
+use crate::backend::DeviceError;
 use crate::tensor::{KV_GROUP, KvType, WeightFormat};
 
 /// A kernel variant.
@@ -137,26 +138,25 @@ pub(super) struct Pipelines {
 }
 
 impl Pipelines {
-    pub fn new(device: &Device, uniform: Option<BindGroupLayout>) -> Pipelines {
+    pub fn new(device: &Device, uniform: Option<BindGroupLayout>) -> Result<Pipelines, DeviceError> {
         let mut pipelines = Pipelines { device: device.clone(), pipelines: HashMap::new(), uniform };
-        for kernel in Kernel::GENERAL {
-            pipelines.compile(kernel);
-        }
-        pipelines
+        Kernel::GENERAL.into_iter().try_for_each(|kernel| pipelines.compile(kernel))?;
+        Ok(pipelines)
     }
 
-    pub fn get(&mut self, kernel: Kernel) -> &Pipeline {
-        self.compile(kernel);
+    /// One that is compiled.
+    pub fn get(&self, kernel: Kernel) -> &Pipeline {
         &self.pipelines[&kernel]
     }
 
-    pub fn compile(&mut self, kernel: Kernel) {
+    pub fn compile(&mut self, kernel: Kernel) -> Result<(), DeviceError> {
         if self.pipelines.contains_key(&kernel) {
-            return;
+            return Ok(());
         }
         let tier = self.device.tier;
         let (name, constants) = kernel.source(tier);
         let text = compose(name, &constants).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+        let text = self.device.faults.iter().fold(text, |text, fault| fault.apply(tier, name, text));
         let immediates = tier != Tier::Base;
         let reflection = reflect(&text, immediates, immediates).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
         let device = &self.device.device;
@@ -168,6 +168,8 @@ impl Pipelines {
             bind_group_layouts: &[Some(&storage), self.uniform.as_ref()][..1 + usize::from(self.uniform.is_some())],
             immediate_size: if immediates { reflection.params_bytes } else { 0 },
         });
+        // What a driver says of a kernel that it cannot build.
+        let scope = device.push_error_scope(wgpu::ErrorFilter::Internal);
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&layout),
@@ -179,8 +181,12 @@ impl Pipelines {
             },
             cache: None,
         });
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            return Err(self.device.unbuilt(name, &error.to_string()));
+        }
         let num_buffers = reflection.storage.len();
         self.pipelines.insert(kernel, Pipeline { pipeline, storage, num_buffers });
+        Ok(())
     }
 
     #[allow(unsafe_code)]

@@ -1,0 +1,34 @@
+//! Cases of `mat_mul`: a format of weights, and how many rows of activations.
+
+use super::random::Random;
+use super::{Case, Output};
+use crate::op::{MatMul, Op};
+use crate::tensor::WeightFormat;
+
+/// With a bias where M is odd.
+pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
+    let shape = format!("M {m} N {n} K {k}{}", if m % 2 == 1 { ", bias" } else { "" });
+    Case::new("mat_mul", format.name(), shape, move |device| {
+        let random = &mut Random::new(3);
+        let weight = device.weight(format, n, k, 4)?;
+        let x = device.random(m, k, random)?;
+        let bias = if m % 2 == 1 { Some(device.random(1, n, random)?) } else { None };
+        let out = device.unwritten(m, n)?;
+        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias, first_col: 0, out })], &[out])?;
+        Ok(Output::f32(words, 1e-5))
+    })
+}
+
+/// Two products in one tensor, whose other columns stay as they are.
+pub fn into_columns(left: WeightFormat, right: WeightFormat) -> Case {
+    let variant = format!("{}, {}", left.name(), right.name());
+    Case::new("mat_mul", &variant, "M 11 N 40 and 24 K 256, into columns".to_owned(), move |device| {
+        let random = &mut Random::new(3);
+        let (left, right) = (device.weight(left, 40, 256, 4)?, device.weight(right, 24, 256, 5)?);
+        let (x, bias) = (device.random(11, 256, random)?, device.random(1, 24, random)?);
+        let out = device.f32(11, 80, &[7.0; 11 * 80])?;
+        let ops = [(left, None, 3), (right, Some(bias), 43)];
+        let ops = ops.map(|(weight, bias, first_col)| Op::MatMul(MatMul { x, weight, bias, first_col, out }));
+        Ok(Output::f32(device.run(&ops, &[out])?, 1e-5))
+    })
+}

@@ -1,0 +1,130 @@
+//! `fullbore verify`: every op in every variant on one device, held against the plain cpu, as a table.
+//!
+//! Invariant: a line is printed when its check is done, so that a driver that hangs or dies shows where. It ends with
+//! an error if a check fails, and a device that gives out is a line too.
+
+use std::io::{self, Write};
+
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo};
+use fullbore_engine::verify::{self, Case, Check, every_case};
+
+use crate::args::VerifyArgs;
+use crate::devices::{self, DeviceChoiceError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    #[error(transparent)]
+    Device(#[from] DeviceChoiceError),
+    #[error("there is no op {only}; there is {known}")]
+    Unknown { only: String, known: String },
+    #[error("the device sim makes hashes instead of tokens: there is nothing to verify")]
+    Simulator,
+    #[error(
+        "{num_failed} of {num_checks} checks failed on device {device}, tier {tier}: do not trust its answers; update \
+         the driver ({driver}) and try again, or serve with --device cpu{hint}"
+    )]
+    Failed { num_failed: usize, num_checks: usize, device: String, tier: String, driver: String, hint: &'static str },
+    #[error(transparent)]
+    Twin(#[from] DeviceError),
+    #[error("cannot write the table: {0}")]
+    Write(#[from] io::Error),
+}
+
+pub fn verify(args: &VerifyArgs) -> Result<(), VerifyError> {
+    let mut cases = every_case();
+    if let Some(only) = &args.only {
+        let mut known: Vec<&str> = cases.iter().map(|case| case.op).collect();
+        known.sort_unstable();
+        known.dedup();
+        if !known.contains(&only.as_str()) {
+            return Err(VerifyError::Unknown { only: only.clone(), known: known.join(", ") });
+        }
+        cases.retain(|case| case.op == *only);
+    }
+    let backend = devices::open_at(&args.device, args.tier)?;
+    let info = backend.info().clone();
+    if info.id == "sim" {
+        return Err(VerifyError::Simulator);
+    }
+    let mut opened = Some(backend);
+    let lost = |error: DeviceChoiceError| DeviceError::Lost { device: info.id.clone(), reason: error.to_string() };
+    verify_on(&cases, &info, &mut || match opened.take() {
+        Some(backend) => Ok(backend),
+        None => devices::open_at(&args.device, args.tier).map_err(lost),
+    })
+}
+
+/// On what `open` gives, at first and after each loss.
+pub fn verify_on(
+    cases: &[Case],
+    info: &DeviceInfo,
+    open: &mut dyn FnMut() -> Result<Box<dyn Backend>, DeviceError>,
+) -> Result<(), VerifyError> {
+    let mut table = Table::new(cases);
+    println!("{}, {}, {}, tier {}", info.id, info.name, info.driver, info.tier);
+    let mut written = table.head();
+    verify::verify(cases, open, &mut |check| {
+        let line = table.line(&check);
+        written = std::mem::replace(&mut written, Ok(())).and(line);
+    })?;
+    written?;
+    let Table { num_failed, num_checks, .. } = table;
+    if num_failed == 0 {
+        println!("{num_checks} checks pass");
+        return Ok(());
+    }
+    let has_plainer = !["base", "plain"].contains(&info.tier.as_str());
+    let hint = if has_plainer { "; a start takes plainer kernels by itself, see --tier base" } else { "" };
+    let DeviceInfo { id: device, driver, tier, .. } = info.clone();
+    Err(VerifyError::Failed { num_failed, num_checks, device, tier, driver, hint })
+}
+
+/// Columns as wide as the cases call for.
+struct Table {
+    widths: [usize; 3],
+    num_checks: usize,
+    num_failed: usize,
+}
+
+const HEAD: [&str; 3] = ["op", "variant", "shape"];
+/// Of one of several outputs, behind its case's shape.
+const OUTPUT_WIDTH: usize = ": ids and ranks".len();
+
+impl Table {
+    fn new(cases: &[Case]) -> Table {
+        let mut widths = HEAD.map(str::len);
+        for case in cases {
+            let cells = [case.op.len(), case.variant.len(), case.shape.len()];
+            widths.iter_mut().zip(cells).for_each(|(width, cell)| *width = cell.max(*width));
+        }
+        if cases.iter().any(|case| case.op == "sample") {
+            widths[2] = widths[2].max("of 9001".len() + OUTPUT_WIDTH);
+        }
+        Table { widths, num_checks: 0, num_failed: 0 }
+    }
+
+    fn head(&self) -> io::Result<()> {
+        self.write(HEAD, "error", "tolerance", "")
+    }
+
+    fn line(&mut self, check: &Check) -> io::Result<()> {
+        self.num_checks += 1;
+        self.num_failed += usize::from(check.failure.is_some());
+        let (error, tolerance) = match check.tolerance {
+            0.0 if check.error == 0.0 => ("0".to_owned(), "exact".to_owned()),
+            0.0 => ("-".to_owned(), "exact".to_owned()),
+            tolerance => (format!("{:.1e}", check.error), format!("{tolerance:.0e}")),
+        };
+        let verdict = check.failure.as_ref().map_or("pass".to_owned(), |failure| format!("FAIL: {failure}"));
+        self.write([check.op, &check.variant, &check.shape], &error, &tolerance, &verdict)
+    }
+
+    fn write(&self, cells: [&str; 3], error: &str, tolerance: &str, verdict: &str) -> io::Result<()> {
+        let [op, variant, shape] = self.widths;
+        let [a, b, c] = cells;
+        let line = format!("{a:<op$}  {b:<variant$}  {c:<shape$}  {error:>8}  {tolerance:>9}  {verdict}");
+        let mut out = io::stdout().lock();
+        writeln!(out, "{}", line.trim_end())?;
+        out.flush()
+    }
+}

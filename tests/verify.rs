@@ -1,0 +1,205 @@
+//! What finds a device that computes wrongly, gives out or is too small. Needs Vulkan drivers: fails without one.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use fullbore::args::VerifyArgs;
+use fullbore::verify::{VerifyError, verify, verify_on};
+use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
+use fullbore_engine::backend::wgpu::{Fault, OpenError, Tier, WgpuBackend, WgpuOptions};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::bundle::Bundle;
+use fullbore_engine::recording::Recording;
+use fullbore_engine::tensor::{BufferId, KvType, Weight, WeightFormat};
+use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
+use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
+use fullbore_engine::verify::{self as engine_verify, Case, Check, device, every_case};
+
+use crate::ops::device_ids;
+
+/// A norm that is not quite the one asked for.
+const WRONG_NORM: Fault = Fault { tier: Tier::Base, kernel: "rms_norm", from: "params.eps", to: "(params.eps + 0.01)" };
+
+fn open(tier: Option<Tier>, faults: &[Fault]) -> Result<Box<dyn Backend>, OpenError> {
+    let faults = faults.to_vec();
+    let options = WgpuOptions { selector: device_ids()[0].clone(), tier, faults, ..WgpuOptions::default() };
+    Ok(Box::new(WgpuBackend::open(&options)?))
+}
+
+/// The tier that a small model ends on, where `faults` are in the kernels.
+fn tier_at_start(faults: &[Fault]) -> Result<String, StartCheckError<OpenError>> {
+    let config = Bundle::simulated().config;
+    let cases = cases_of_model(&config, &[WeightFormat::Q4_1, WeightFormat::Q6K], KvType::Q8_0);
+    let mut plainer = |info: &DeviceInfo| {
+        let tier = Tier::ALL.into_iter().find(|tier| tier.name() == info.tier)?.plainer()?;
+        Some(open(Some(tier), faults))
+    };
+    let backend = open(None, faults).expect("a listed device opens");
+    first_right(&cases, backend, &mut plainer).map(|backend| backend.info().tier.clone())
+}
+
+#[test]
+fn a_start_drops_to_plainer_kernels_and_is_refused_where_they_are_wrong_too() {
+    let own = open(None, &[]).expect("a listed device opens").info().tier.clone();
+    let own_tier = Tier::ALL.into_iter().find(|tier| tier.name() == own).expect("a tier");
+    assert_ne!(own_tier, Tier::Base, "this driver has nothing plainer");
+    assert_eq!(tier_at_start(&[]).expect("right"), own);
+    assert_eq!(tier_at_start(&[WRONG_NORM]).expect("right"), own, "a fault in kernels that are not used");
+    let wrong = Fault { tier: own_tier, ..WRONG_NORM };
+    assert_eq!(tier_at_start(std::slice::from_ref(&wrong)).expect("its plainer kernels are right"), "base");
+    let sentence = tier_at_start(&[wrong, WRONG_NORM]).expect_err("wrong on both tiers").to_string();
+    for part in ["computes wrongly", "rms_norm", "--device cpu", "--no-verify", &device_ids()[0]] {
+        assert!(sentence.contains(part), "{sentence}");
+    }
+}
+
+#[test]
+fn scalars_in_another_order_are_seen() {
+    let from = "x: u32,\n    weight: u32,";
+    let swapped = Fault { from, to: "weight: u32,\n    x: u32,", ..WRONG_NORM };
+    let case = rms_norm(3, 100);
+    let twins = case.run(&mut engine_verify::twin().expect("threads")).expect("memory");
+    let check = |faults: &[Fault]| {
+        let backend = open(Some(Tier::Base), faults).expect("a listed device opens");
+        let mut device = device::Device::new(backend).expect("a few bytes");
+        case.check(&case.run(&mut device), &twins).remove(0)
+    };
+    assert!(check(&[]).failure.is_none());
+    assert!(check(&[swapped]).failure.is_some());
+}
+
+#[test]
+fn an_adapter_below_the_minimum_is_refused_with_what_it_lacks() {
+    let selector = device_ids()[0].clone();
+    let base = WgpuOptions { selector, tier: Some(Tier::Base), ..WgpuOptions::default() };
+    let refuse = |options| WgpuBackend::open(&options).err().expect("too little").to_string();
+    let buffers =
+        refuse(WgpuOptions { mask: Some(|limits| limits.max_storage_buffers_per_shader_stage = 4), ..base.clone() });
+    assert!(buffers.contains("8 storage buffers in a shader: it has 4"), "{buffers}");
+    let lanes =
+        refuse(WgpuOptions { mask: Some(|limits| limits.max_compute_invocations_per_workgroup = 128), ..base.clone() });
+    assert!(lanes.contains("256 invocations in a workgroup: it has 128"), "{lanes}");
+    let memory =
+        refuse(WgpuOptions { mask: Some(|limits| limits.max_compute_workgroup_storage_size = 8192), ..base.clone() });
+    assert!(memory.contains("16384 bytes of workgroup memory: it has 8192"), "{memory}");
+    let binding =
+        refuse(WgpuOptions { mask: Some(|limits| limits.max_storage_buffer_binding_size = 1 << 20), ..base.clone() });
+    assert!(
+        binding.contains("bytes in a storage binding: it has 1048576") && binding.contains("--device cpu"),
+        "{binding}"
+    );
+    let grid =
+        refuse(WgpuOptions { mask: Some(|limits| limits.max_compute_workgroups_per_dimension = 1024), ..base.clone() });
+    assert!(grid.contains("65535 workgroups in a row of a dispatch: it has 1024"), "{grid}");
+    let immediates =
+        WgpuOptions { tier: Some(Tier::Subgroup), mask: Some(|limits| limits.max_immediate_size = 32), ..base };
+    let immediates = refuse(immediates);
+    assert!(immediates.contains("64 bytes of immediates: it has 32"), "{immediates}");
+}
+
+/// A cpu that has no memory for one buffer, and is unplugged before one recording; each counted from 0.
+struct Failing {
+    cpu: CpuBackend,
+    allocs_left: Option<u32>,
+    submits_left: Option<u32>,
+}
+
+impl Failing {
+    fn boxed(allocs_left: Option<u32>, submits_left: Option<u32>) -> Box<dyn Backend> {
+        let cpu = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
+        Box::new(Failing { cpu, allocs_left, submits_left })
+    }
+}
+
+/// Counts down and says whether it was at its end.
+fn is_over(left: &mut Option<u32>) -> bool {
+    let over = *left == Some(0);
+    *left = left.and_then(|left| left.checked_sub(1));
+    over
+}
+
+impl Backend for Failing {
+    fn info(&self) -> &DeviceInfo {
+        self.cpu.info()
+    }
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        if is_over(&mut self.allocs_left) {
+            let (device, what) = ("failing".to_owned(), label.to_owned());
+            return Err(DeviceError::OutOfMemory { device, what, needed_bytes: size_bytes });
+        }
+        self.cpu.alloc(label, size_bytes)
+    }
+
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.cpu.alloc_host(label, size_bytes)
+    }
+
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.cpu.write(buffer, offset_bytes, data)
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        self.cpu.load_weight(spec, source)
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        self.cpu.weight_bytes(spec)
+    }
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        if is_over(&mut self.submits_left) {
+            return Err(DeviceError::Lost { device: "failing".to_owned(), reason: "unplugged".to_owned() });
+        }
+        self.cpu.submit(recording)
+    }
+
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
+        self.cpu.wait(ticket, out)
+    }
+
+    fn now(&self) -> Instant {
+        self.cpu.now()
+    }
+}
+
+#[test]
+fn a_device_that_gives_out_is_a_line_that_fails_and_the_rest_goes_on() {
+    let silu = fullbore_engine::op::Activation::Silu;
+    let cases: [Case; 4] = [rms_norm(3, 100), gated_act(silu, 3, 100), update_table(), rms_norm(1, 64)];
+    // A case allocates two or three tensors, after one buffer at the begin: the second case lacks one, and the third
+    // case's recording, the second that comes so far, finds no device.
+    let mut num_opened = 0;
+    let mut open = || {
+        num_opened += 1;
+        Ok(if num_opened == 1 { Failing::boxed(Some(5), Some(1)) } else { Failing::boxed(None, None) })
+    };
+    let mut checks: Vec<Check> = Vec::new();
+    engine_verify::verify(&cases, &mut open, &mut |check| checks.push(check)).expect("the twin is there");
+    let failures: Vec<&str> = checks.iter().map(|check| check.failure.as_deref().unwrap_or("")).collect();
+    let [first, second, third, fourth] = failures[..] else { panic!("{checks:?}") };
+    assert_eq!((first, fourth), ("", ""));
+    assert!(second.starts_with("device failing is out of memory: verified needs"), "{second}");
+    assert_eq!(third, "device failing was lost: unplugged");
+    assert_eq!(num_opened, 2, "opened anew for the fourth case");
+}
+
+#[test]
+fn the_command_fails_with_a_sentence_if_a_check_does() {
+    let args =
+        |device: &str, only: &str| VerifyArgs { device: device.to_owned(), tier: None, only: Some(only.to_owned()) };
+    verify(&args("cpu", "rope_kv")).expect("the cpu is right");
+    let sentence = verify(&args("cpu", "matmul")).expect_err("no such op").to_string();
+    assert!(sentence.starts_with("there is no op matmul; there is add_norm, attention, "), "{sentence}");
+    assert!(matches!(verify(&args("sim", "rope_kv")), Err(VerifyError::Simulator)));
+
+    let cases: Vec<Case> =
+        every_case().into_iter().filter(|case| ["rms_norm", "update_table"].contains(&case.op)).collect();
+    let info = open(Some(Tier::Base), &[]).expect("a listed device opens").info().clone();
+    let lost = |error: OpenError| DeviceError::Lost { device: info.id.clone(), reason: error.to_string() };
+    let result = verify_on(&cases, &info, &mut || open(Some(Tier::Base), &[WRONG_NORM]).map_err(lost));
+    match result {
+        Err(VerifyError::Failed { num_failed, num_checks, .. }) => assert_eq!((num_failed, num_checks), (4, 5)),
+        other => panic!("{other:?}"),
+    }
+}
