@@ -29,7 +29,7 @@ pub const MODELS: [(&str, &str, &str); 2] = [
 fn the_cpu_follows_both_references() {
     for (file, name, golden) in MODELS {
         let backend = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
-        follow(file, name, golden, Box::new(backend), usize::MAX);
+        follow(file, name, golden, Box::new(backend), WHOLE);
     }
 }
 
@@ -74,8 +74,17 @@ fn mean_nll(events: &Events, num_tokens: usize) -> f64 {
     -logprobs.iter().map(|entry| f64::from(entry.logprob)).sum::<f64>() / logprobs.len() as f64
 }
 
-/// Runs the first `num_cases` of a golden at once, and its passage, on `backend`.
-pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, num_cases: usize) {
+/// How much of a golden is followed beside its passage: its first cases, and so many tokens of each.
+#[derive(Clone, Copy)]
+pub struct Share {
+    pub num_cases: usize,
+    pub max_tokens: u32,
+}
+
+pub const WHOLE: Share = Share { num_cases: usize::MAX, max_tokens: 48 };
+
+/// Runs cases of a golden at once, and its passage, on `backend`.
+pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, share: Share) {
     let golden: Value = serde_json::from_str(golden).expect("goldens are JSON");
     let device = backend.info().id.clone();
     let mut engine = engine(file, KvType::F16, backend);
@@ -83,8 +92,9 @@ pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, n
     let request = Request { prompt: passage.clone(), prompt_logprobs: Some(0), ..Request::default() };
     let passage_events = add(&mut engine, request);
     let cases = golden["cases"].as_array().expect("cases");
-    let cases = &cases[..cases.len().min(num_cases)];
-    let events: Vec<Events> = cases.iter().map(|case| add(&mut engine, greedy(&ids(&case["prompt"])))).collect();
+    let cases = &cases[..cases.len().min(share.num_cases)];
+    let request = |case: &Value| Request { max_tokens: share.max_tokens, ..greedy(&ids(&case["prompt"])) };
+    let events: Vec<Events> = cases.iter().map(|case| add(&mut engine, request(case))).collect();
     while engine.step().expect("the device is there") {}
     engine.check();
 
@@ -99,6 +109,7 @@ pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, n
         for (reference, gap) in [("reference", REFERENCE_GAP), ("llama_cpp", LLAMA_CPP_GAP)] {
             let gaps = case[format!("{reference}_gaps").as_str()].as_array().expect("gaps");
             let decided = gaps.iter().position(|value| value.as_f64().expect("a number") < gap).unwrap_or(gaps.len());
+            let decided = decided.min(share.max_tokens as usize);
             let wanted = &ids(&case[reference])[..decided];
             assert_eq!(&actual[..decided], wanted, "{name} on {device} against {reference}: {}", case["text"]);
             num_compared += decided;
