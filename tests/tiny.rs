@@ -10,6 +10,7 @@ use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::PackedBatch;
+use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::format::gguf::Gguf;
@@ -192,6 +193,29 @@ fn matrices_of_different_formats_give_the_same() {
         assert!(run_gguf(&path, &prompt) == alike, "{name}: k and up in f32 are not the bits of all in one format");
         // q, k and v apart, gate and up apart.
         assert_eq!(num_ops(Checkpoint::Gguf(Gguf::open(&path).expect("a file")), None), (12, 5), "{name}");
+    }
+}
+
+#[test]
+fn weights_packed_while_they_are_loaded_say_nearly_the_same() {
+    for name in FAMILIES {
+        let expected = expected(name);
+        let error = |to| {
+            let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
+            let config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
+            let of = Box::new(Checkpoint::Safetensors { dir, family: config.family });
+            let checkpoint = Checkpoint::Quantized { of, to };
+            let (chosen, _) =
+                differences(&expected, &run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64));
+            chosen
+        };
+        let (q8_0, q4_0) = (error(WeightFormat::Q8_0), error(WeightFormat::Q4_0));
+        println!("{name}: log-probabilities differ by {q8_0:.1e} with q8_0, by {q4_0:.1e} with q4_0");
+        assert!(q8_0 > F32_TOLERANCE && q8_0 < 0.05 && q4_0 > q8_0 && q4_0 < 1.0, "{name}: {q8_0}, {q4_0}");
+        let packed = |to| Bundle::open(&folder(name)).expect("it opens").quantized(to).expect("it has floats");
+        assert!(packed(WeightFormat::Q4_0).total_bytes < packed(WeightFormat::Q8_0).total_bytes);
+        let error = packed(WeightFormat::Q8_0).quantized(WeightFormat::Q8_0).err().expect("it is packed");
+        assert!(error.to_string().contains("no float weights"), "{error}");
     }
 }
 

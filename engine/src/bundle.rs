@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::format::FormatError;
 use crate::format::gguf::Gguf;
 use crate::format::safetensors::SafetensorsDir;
-use crate::model::{Checkpoint, ModelConfig, ModelConfigError};
+use crate::model::{Checkpoint, ModelConfig, ModelConfigError, Weights};
 use crate::request::TokenId;
 use crate::tensor::WeightFormat;
 use crate::text::{ChatTemplate, GgufVocab, TextError, Tokenizer};
@@ -69,6 +69,8 @@ pub enum BundleError {
     BadDefault { path: PathBuf, name: &'static str, value: f32, expected: &'static str },
     #[error("{}: config.json does not tie the output to the embedding, and lm_head.weight is missing", .0.display())]
     NoOutput(PathBuf),
+    #[error("--quantize {to}: {name} has no float weights to pack, so leave it out")]
+    NothingToQuantize { name: String, to: &'static str },
     #[error(transparent)]
     Format(#[from] FormatError),
     #[error(transparent)]
@@ -132,6 +134,17 @@ impl Bundle {
         let name = format!("{shape}-random-{}", format.name());
         // Nothing ends an answer before its length.
         Some(Bundle { name, config, checkpoint, stop_ids: Vec::new(), ..Bundle::simulated() })
+    }
+
+    /// The same with float weights packed to `to`, one of [`quantize::TARGETS`], while they are loaded.
+    pub fn quantized(self, to: WeightFormat) -> Result<Bundle, BundleError> {
+        let before = Weights::file_bytes(&self.config, &self.checkpoint);
+        let checkpoint = Checkpoint::Quantized { of: Box::new(self.checkpoint), to };
+        let total_bytes = Weights::file_bytes(&self.config, &checkpoint);
+        match total_bytes < before {
+            true => Ok(Bundle { checkpoint, total_bytes, ..self }),
+            false => Err(BundleError::NothingToQuantize { name: self.name, to: to.name() }),
+        }
     }
 
     fn from_gguf(file: Gguf) -> Result<Bundle, BundleError> {

@@ -7,6 +7,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use fullbore_bench::workload::{Arrivals, Lengths};
 use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
+use fullbore_engine::format::quantize::TARGETS;
 use fullbore_engine::model::shape_names;
 use fullbore_engine::request::Share;
 use fullbore_engine::tensor::{KvType, WeightFormat};
@@ -63,6 +64,9 @@ pub struct ModelArgs {
     /// smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or llama-3.1-70b, and :FORMAT of weights [default: q4_0].
     #[arg(long, requires = "weights", value_parser = parse_shape)]
     pub shape: Option<Shape>,
+    /// Pack float weights while they are loaded, as q8_0 or q4_0; embedding and output as q8_0 in both.
+    #[arg(long, conflicts_with = "weights", value_parser = parse_quantize)]
+    pub quantize: Option<WeightFormat>,
     /// auto, cpu, sim, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:).
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -329,7 +333,7 @@ impl ModelArgs {
     /// The defaults of the command line for `model` on `device`.
     pub fn new(model: &str, device: &str) -> ModelArgs {
         let (model, device) = (model.to_owned(), device.to_owned());
-        ModelArgs { model, weights: None, shape: None, device, kv_type: KvType::F16 }
+        ModelArgs { model, weights: None, shape: None, quantize: None, device, kv_type: KvType::F16 }
     }
 }
 
@@ -391,6 +395,13 @@ fn parse_shape(text: &str) -> Result<Shape, String> {
 fn parse_tier(text: &str) -> Result<adapters::Tier, String> {
     let known = adapters::Tier::ALL.map(adapters::Tier::name);
     adapters::Tier::ALL.into_iter().find(|tier| tier.name() == text).ok_or(format!("it is one of {}", known.join(", ")))
+}
+
+fn parse_quantize(text: &str) -> Result<WeightFormat, String> {
+    let found = TARGETS.into_iter().find(|format| format.name() == text);
+    found.ok_or_else(|| {
+        format!("weights cannot be packed to {text}; there are {}", TARGETS.map(WeightFormat::name).join(", "))
+    })
 }
 
 fn parse_kv_type(text: &str) -> Result<KvType, String> {

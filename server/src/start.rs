@@ -83,6 +83,10 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
         None if device.id == "sim" => Bundle::simulated(),
         None => Bundle::open(&fetch::fetch(&args.model.model)?)?,
     };
+    let bundle = match args.model.quantize {
+        Some(to) => bundle.quantized(to)?,
+        None => bundle,
+    };
     let backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
     let device = backend.info();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());

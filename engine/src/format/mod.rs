@@ -16,6 +16,7 @@ use crate::tensor::WeightFormat;
 
 pub mod gguf;
 pub mod quant;
+pub mod quantize;
 pub mod safetensors;
 
 /// Why a model file cannot be used.

@@ -1,4 +1,4 @@
-//! Where weights come from: a GGUF file, a safetensors directory, or a seed.
+//! Where weights come from: a GGUF file, a safetensors directory, either of them packed on the way, or a seed.
 //!
 //! Invariant: tensors are asked for by their GGUF names, and one that does not have the shape the config calls for is
 //! refused by name. This file is the one place that knows Hugging Face's names.
@@ -10,6 +10,7 @@ use crate::backend::{LoadError, RowSource};
 use crate::format::TensorInfo;
 use crate::format::gguf::Gguf;
 use crate::format::quant::dequantize_row;
+use crate::format::quantize::{self, QuantizedRows};
 use crate::format::safetensors::SafetensorsDir;
 use crate::model::config::Family;
 use crate::tensor::WeightFormat;
@@ -27,6 +28,11 @@ pub enum Checkpoint {
         seed: u64,
         format: WeightFormat,
     },
+    /// Another whose floats are packed to one of [`quantize::TARGETS`] while they are read.
+    Quantized {
+        of: Box<Checkpoint>,
+        to: WeightFormat,
+    },
 }
 
 impl Checkpoint {
@@ -36,6 +42,7 @@ impl Checkpoint {
             Checkpoint::Gguf(file) => file.total_tensor_bytes(),
             Checkpoint::Safetensors { dir, .. } => dir.total_tensor_bytes(),
             Checkpoint::Random { .. } => 0,
+            Checkpoint::Quantized { of, .. } => of.total_bytes(),
         }
     }
 
@@ -53,6 +60,14 @@ impl Checkpoint {
             let name_hash = name.bytes().fold(seed, |hash, byte| hash.rotate_left(8) ^ mix(u64::from(byte)));
             return Ok((format, Box::new(RandomRows { state: mix(name_hash), format })));
         }
+        if let Checkpoint::Quantized { of, to } = self {
+            let (from, source) = of.open(name, rows, cols)?;
+            let to = packed_format(name, from, cols, *to);
+            return Ok(match to == from {
+                true => (from, source),
+                false => (to, Box::new(QuantizedRows { source, from, to, cols })),
+            });
+        }
         let missing = || LoadError::Shape { name: name.to_owned(), problem: "is not in the model file".to_owned() };
         let info = self.info(name).ok_or_else(missing)?;
         // A vector may be stored as a column of one.
@@ -65,7 +80,7 @@ impl Checkpoint {
         let source = match self {
             Checkpoint::Gguf(file) => file.rows(&info.name)?,
             Checkpoint::Safetensors { dir, .. } => dir.rows(&info.name)?,
-            Checkpoint::Random { .. } => unreachable!("answered above"),
+            Checkpoint::Random { .. } | Checkpoint::Quantized { .. } => unreachable!("answered above"),
         };
         Ok((info.format, source))
     }
@@ -74,6 +89,9 @@ impl Checkpoint {
     pub(super) fn read_vector(&self, name: &str, cols: u32) -> Result<Vec<f32>, LoadError> {
         if let Checkpoint::Random { .. } = self {
             return Ok(vec![1.0; cols as usize]);
+        }
+        if let Checkpoint::Quantized { of, .. } = self {
+            return of.read_vector(name, cols);
         }
         let (format, mut source) = self.open(name, 1, cols)?;
         let mut bytes = vec![0; format.row_bytes(cols) as usize];
@@ -99,6 +117,7 @@ impl Checkpoint {
                 others.find(|tensor| !tensor.name.ends_with("rotary_emb.inv_freq"))
             }
             Checkpoint::Random { .. } => None,
+            Checkpoint::Quantized { of, .. } => return of.refuse_others(used),
         };
         match other {
             Some(tensor) => Err(LoadError::Shape {
@@ -113,6 +132,10 @@ impl Checkpoint {
     pub(super) fn format(&self, name: &str) -> Option<WeightFormat> {
         match self {
             Checkpoint::Random { format, .. } => self.contains(name).then_some(*format),
+            Checkpoint::Quantized { of, to } => {
+                let info = of.info(name)?;
+                Some(packed_format(name, info.format, info.cols, *to))
+            }
             _ => Some(self.info(name)?.format),
         }
     }
@@ -122,6 +145,7 @@ impl Checkpoint {
             Checkpoint::Gguf(file) => file.tensor(name),
             Checkpoint::Safetensors { dir, family } => dir.tensor(&hugging_face_name(name, *family)?),
             Checkpoint::Random { .. } => None,
+            Checkpoint::Quantized { of, .. } => of.info(name),
         }
     }
 
@@ -130,6 +154,19 @@ impl Checkpoint {
         matches!(self, Checkpoint::Safetensors { family: Family::Gemma3, .. })
     }
 }
+
+/// What a matrix is packed to that is stored in `from`. The embedding and the output stay at 8 bits: an error there is in
+/// every logit.
+fn packed_format(name: &str, from: WeightFormat, cols: u32, to: WeightFormat) -> WeightFormat {
+    match quantize::is_packed(from, cols) {
+        true if ENDS.contains(&name) => WeightFormat::Q8_0,
+        true => to,
+        false => from,
+    }
+}
+
+/// Matrices beside the layers; the output may be the embedding.
+pub(super) const ENDS: [&str; 2] = ["token_embd.weight", "output.weight"];
 
 /// What a plain Llama has.
 const MATRICES: [&str; 8] = [

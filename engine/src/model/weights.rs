@@ -7,6 +7,7 @@ use std::collections::{HashSet, VecDeque};
 use std::io;
 
 use crate::backend::{Backend, LoadError, RowSource, WeightSpec};
+use crate::model::checkpoint::ENDS;
 use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
 use crate::tensor::{Tensor, Weight, WeightFormat};
@@ -62,9 +63,6 @@ struct Matrices {
     biases: Option<bool>,
 }
 
-/// Matrices beside the layers; the output may be the embedding.
-const ENDS: [&str; 2] = ["token_embd.weight", "output.weight"];
-
 /// A layer's: q, k and v; their output; gate and up; down.
 fn matrices(config: &ModelConfig) -> [Matrices; 4] {
     let (dim, ffn_dim) = (config.dim, config.ffn_dim);
@@ -111,6 +109,22 @@ impl Weights {
         };
         let ends = ENDS.map(|name| (name.to_owned(), config.vocab_size, config.dim)).into_iter().filter_map(spec);
         let ends: u64 = ends.map(|spec| backend.weight_bytes(&spec)).sum();
+        (0..config.num_layers).map(of_layer).sum::<u64>() + ends
+    }
+
+    /// Bytes that loading reads of matrices, as they are handed to a backend.
+    pub fn file_bytes(config: &ModelConfig, checkpoint: &Checkpoint) -> u64 {
+        let bytes = |name: &str, rows: u32, cols: u32| {
+            checkpoint.format(name).map_or(0, |format| u64::from(rows) * format.row_bytes(cols))
+        };
+        let of_layer = |layer| {
+            let of = |matrices: &Matrices| {
+                let parts = matrices.names(layer);
+                parts.map(|(name, rows)| bytes(&name, rows, matrices.cols)).sum::<u64>()
+            };
+            matrices(config).iter().map(of).sum::<u64>()
+        };
+        let ends: u64 = ENDS.iter().map(|name| bytes(name, config.vocab_size, config.dim)).sum();
         (0..config.num_layers).map(of_layer).sum::<u64>() + ends
     }
 

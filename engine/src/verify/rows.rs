@@ -58,8 +58,8 @@ pub fn add_norm(num_rows: u32, rows: u32, cols: u32, has_post: bool) -> Case {
         let random = &mut Random::new(12);
         let (x, y) = (device.random(rows, cols, random)?, device.random(rows, cols, random)?);
         let (weight, post) = (device.random(1, cols, random)?, device.random(1, cols, random)?);
-        let picks: Vec<u32> = (0..num_rows).map(|i| rows - 1 - 2 * i).collect();
-        let rows = if num_rows < rows { Some(device.u32(num_rows, 1, &picks)?) } else { None };
+        let picks = || (0..num_rows).map(|i| rows - 1 - 2 * i).collect::<Vec<u32>>();
+        let rows = if num_rows < rows { Some(device.u32(num_rows, 1, &picks())?) } else { None };
         let out = device.unwritten(num_rows, cols)?;
         let op = AddNorm { x, y, post_weight: has_post.then_some(post), rows, weight, eps: 1e-5, out };
         let mut words = device.run(&[Op::AddNorm(op)], &[x, out])?;
