@@ -1,6 +1,7 @@
 //! A device under test: ops on seeded inputs, the same for every backend, and what each writes.
 
 use fullbore_engine::backend::{Backend, RowSource};
+use fullbore_engine::batch::attention::{AttentionLimits, AttentionPlan, QueryRows};
 use fullbore_engine::model::Checkpoint;
 use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
@@ -193,29 +194,66 @@ fn ropes(device: &mut Device, outputs: &mut Vec<Output>) {
     }
 }
 
-/// Sequences that have grown in a shuffled cache, with the items of a mixed step.
+/// What an attention op reads of a plan.
+pub struct Planned {
+    pub items: Tensor,
+    pub num_single_rows: u32,
+    pub merges: Tensor,
+    pub partials: Tensor,
+}
+
+impl Planned {
+    /// `tensor` makes one of some words in rows of so many.
+    pub fn new(
+        rows: &[QueryRows],
+        window: u32,
+        cache: KvTensor,
+        num_heads: u32,
+        num_partials: u32,
+        mut tensor: impl FnMut(&[u32], u32) -> Tensor,
+    ) -> Planned {
+        let mut plan = AttentionPlan::default();
+        let limits = AttentionLimits { windows: vec![window], num_kv_heads: cache.num_kv_heads, num_partials };
+        plan.fill(rows.iter().copied(), window, &limits);
+        let merges = [&plan.merges[..], &[0; ATTENTION_MERGE_WORDS as usize]].concat();
+        let merges =
+            tensor(&merges, ATTENTION_MERGE_WORDS).first_rows(plan.merges.len() as u32 / ATTENTION_MERGE_WORDS);
+        let cols = Attention::partial_cols(num_heads, cache.head_dim);
+        let partials = tensor(&vec![f32::NAN.to_bits(); (num_partials.max(1) * cols) as usize], cols);
+        Planned {
+            items: tensor(&plan.items, ATTENTION_ITEM_WORDS),
+            num_single_rows: plan.num_single_rows,
+            merges,
+            partials: Tensor::f32(partials.buffer, partials.rows, cols),
+        }
+    }
+}
+
+/// Sequences that have grown in a shuffled cache, with the items of a mixed step, some of them split.
 fn attentions(device: &mut Device, kv_type: KvType, outputs: &mut Vec<Output>) {
     let shapes = [
-        (64, 3, 3, 32, 0),
-        (64, 3, 3, 16, 20),
-        (256, 1, 4, 32, 0),
-        (256, 1, 4, 8, 40),
-        (16, 2, 2, 5, 0),
-        (96, 2, 2, 5, 0),
-        (128, 2, 1, 1, 0),
+        (64, 3, 3, 32, 0, 90, 0.0),
+        (64, 3, 3, 16, 20, 90, 0.5),
+        (256, 1, 4, 32, 0, 90, 0.0),
+        (256, 1, 4, 8, 40, 90, 0.0),
+        (16, 2, 2, 5, 0, 90, 0.0),
+        (96, 2, 5, 5, 0, 90, 30.0),
+        (100, 1, 2, 8, 0, 300, 0.0),
+        (128, 2, 1, 1, 0, 90, 0.0),
+        (128, 1, 7, 32, 0, 700, 0.0),
+        (32, 1, 16, 16, 300, 700, 0.0),
     ];
-    for (head_dim, num_kv_heads, group, block_size, window) in
+    for (head_dim, num_kv_heads, group, block_size, window, num_positions, soft_cap) in
         shapes.into_iter().filter(|(head_dim, ..)| kv_type.takes(*head_dim))
     {
         let random = &mut Random::new(6);
-        let num_positions = 90u32;
-        let num_blocks = 3 * num_positions.div_ceil(block_size);
+        let num_blocks = 3 * u32::div_ceil(num_positions, block_size);
         let cache = kv_cache(device, kv_type, num_blocks, block_size, num_kv_heads, head_dim);
         let mut blocks: Vec<u32> = (0..num_blocks).collect();
         for index in 0..blocks.len() {
             blocks.swap(index, random.below(num_blocks) as usize);
         }
-        let table_cols = num_positions.div_ceil(block_size);
+        let table_cols = u32::div_ceil(num_positions, block_size);
         let table = device.u32(3, table_cols, &blocks);
         let slot = |row: u32, position: u32| {
             blocks[(row * table_cols + position / block_size) as usize] * block_size + position % block_size
@@ -228,19 +266,37 @@ fn attentions(device: &mut Device, kv_type: KvType, outputs: &mut Vec<Output>) {
             device.random(num_tokens, num_kv_heads * head_dim, random),
         );
         let slots = device.u32(num_tokens, 1, &tokens);
-        // A decode at the end, a chunk across a tile, the begin of a prompt, and another decode.
-        let items = device.u32(4, 4, &[0, 1, 2, 89, 1, 8, 0, 28, 9, 3, 1, 0, 12, 1, 1, 40]);
+        // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and another decode.
+        let chunk = if num_positions > 260 { 252 } else { 28 };
+        let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, 40)];
+        let rows = rows.map(|(first_row, num_rows, slot, position)| QueryRows { first_row, num_rows, slot, position });
         let num_heads = num_kv_heads * group;
+        let Planned { items, num_single_rows, merges, partials } =
+            Planned::new(&rows, window, cache, num_heads, 8, |words, cols| {
+                device.u32(words.len() as u32 / cols, cols, words)
+            });
+        assert_eq!(merges.rows, u32::from(num_positions > ATTENTION_CUT));
         let q = device.random(13, num_heads * head_dim, random);
         let out = device.unwritten(13, num_heads * head_dim);
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let ops = [
-            Op::StoreKv(StoreKv { k, v, slots, cache }),
-            Op::Attention(Attention { q, cache, items, table, num_heads, scale, window, out }),
-        ];
+        let attention = Attention {
+            q,
+            cache,
+            items,
+            num_single_rows,
+            merges,
+            partials,
+            table,
+            num_heads,
+            scale,
+            soft_cap,
+            window,
+            out,
+        };
+        let ops = [Op::StoreKv(StoreKv { k, v, slots, cache }), Op::Attention(attention)];
         let words = device.run(&ops, &[out]);
         let shape = format!("head {head_dim}, {num_kv_heads} x {group}, block {block_size}, window {window}");
-        let name = format!("attention {} {shape}", kv_type.name());
+        let name = format!("attention {} {shape}, {num_positions} positions", kv_type.name());
         outputs.push(Output { name, words, tolerance: 2e-5 });
     }
 }

@@ -3,7 +3,10 @@
 //! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
 //! a backend may trust them. A recording runs nothing.
 
-use crate::op::{ATTENTION_ROWS, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample, slice_cols};
+use crate::op::{
+    ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, ATTENTION_ROWS, Attention, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts,
+    SAMPLE_ROW_WORDS, Sample, slice_cols,
+};
 use crate::tensor::{BufferId, DType, Tensor};
 
 /// Cleared and refilled each step; its vectors keep their capacity.
@@ -117,15 +120,7 @@ fn check(op: &Op) {
             f32(op.v, op.slots.rows, cols);
             u32(op.slots, op.k.rows, 1);
         }
-        Op::Attention(op) => {
-            f32(op.q, op.out.rows, op.num_heads * op.cache.head_dim);
-            f32(op.out, op.q.rows, op.num_heads * op.cache.head_dim);
-            u32(op.items, op.items.rows, 4);
-            u32(op.table, op.table.rows, op.table.cols);
-            assert!(op.num_heads.is_multiple_of(op.cache.num_kv_heads), "{op:?}");
-            assert!(op.items.rows <= op.q.rows && op.q.rows <= op.items.rows * ATTENTION_ROWS, "{op:?}");
-            assert_ne!(op.q.buffer, op.out.buffer);
-        }
+        Op::Attention(op) => check_attention(op),
         Op::GatedAct(op) => {
             f32(op.gate, op.out.rows, op.out.cols);
             f32(op.up, op.out.rows, op.out.cols);
@@ -145,6 +140,19 @@ fn check(op: &Op) {
         Op::ResetCounts(op) => check_reset_counts(op),
         Op::Sample(op) => check_sample(op),
     }
+}
+
+fn check_attention(op: Attention) {
+    f32(op.q, op.out.rows, op.num_heads * op.cache.head_dim);
+    f32(op.out, op.q.rows, op.num_heads * op.cache.head_dim);
+    u32(op.items, op.items.rows, ATTENTION_ITEM_WORDS);
+    u32(op.merges, op.merges.rows, ATTENTION_MERGE_WORDS);
+    f32(op.partials, op.partials.rows, Attention::partial_cols(op.num_heads, op.cache.head_dim));
+    u32(op.table, op.table.rows, op.table.cols);
+    assert!(op.num_heads.is_multiple_of(op.cache.num_kv_heads), "{op:?}");
+    assert!(op.q.rows <= op.items.rows * ATTENTION_ROWS && op.num_single_rows <= op.items.rows, "{op:?}");
+    assert!(op.merges.rows <= op.q.rows && op.merges.rows <= op.partials.rows, "{op:?}");
+    assert!(op.soft_cap >= 0.0 && op.q.buffer != op.out.buffer && op.partials.buffer != op.out.buffer, "{op:?}");
 }
 
 fn check_reset_counts(op: ResetCounts) {

@@ -1,8 +1,8 @@
 //! The cpu backend: the twin that every kernel is held against, and the device of a machine without a GPU.
 //!
-//! One file an op; each holds the plain twin, which is the reference. Only the matmul has a fast variant, in `avx2.rs`,
-//! equal to its twin bit for bit. Invariant: a number depends on its own row alone, never on how many rows, threads or
-//! chunks there are.
+//! One file an op; each holds the plain twin, which is the reference. Matmul and attention have a fast variant, by the
+//! inner loops of `avx2.rs`, equal to the twin bit for bit. Invariant: a number depends on its own row alone, never on
+//! how many rows, threads or chunks there are.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +22,7 @@ mod add;
 mod attention;
 mod avx2;
 mod embed;
+mod exp;
 mod gated_act;
 mod gather_rows;
 mod kv_head;
@@ -143,7 +144,7 @@ impl Memory {
             Op::MatMul(op) => mat_mul::run(op, self, avx2),
             Op::Rope(op) => rope::run(op, self),
             Op::StoreKv(op) => store_kv::run(op, self),
-            Op::Attention(op) => attention::run(op, self),
+            Op::Attention(op) => attention::run(op, self, avx2),
             Op::GatedAct(op) => gated_act::run(op, self),
             Op::Add(op) => add::run(op, self),
             Op::GatherRows(op) => gather_rows::run(op, self),

@@ -5,10 +5,10 @@
 use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 
 use super::packing::UNIT;
-use super::pipelines::Kernel;
+use super::pipelines::{AttentionVariant, Kernel};
 use crate::op::{
-    ATTENTION_ROWS, Activation, Add, Attention, Embed, GatedAct, GatherRows, MatMul, Op, ResetCounts, RmsNorm, Rope,
-    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, StoreKv, UpdateTable,
+    ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, Add, Attention, Embed, GatedAct, GatherRows, MatMul, Op,
+    ResetCounts, RmsNorm, Rope, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, StoreKv, UpdateTable,
 };
 use crate::tensor::{BufferId, KvType, Weight, WeightFormat};
 
@@ -185,27 +185,43 @@ impl Encoder<'_> {
         self.push_elements(Kernel::StoreKv(cache.kv_type, cache.head_dim), &buffers, &params, num_parts);
     }
 
+    /// Items of one row, then the others, then what was split.
     fn attention(&mut self, op: &Attention) {
+        self.attention_items(op, 0, op.num_single_rows, 1);
+        self.attention_items(op, op.num_single_rows, op.items.rows, ATTENTION_ROWS);
+        let buffers = [op.merges.buffer, op.partials.buffer, op.out.buffer];
+        let params =
+            [op.merges.offset, op.partials.offset, op.out.offset, op.merges.rows, op.num_heads, op.cache.head_dim];
+        self.push_elements(Kernel::AttentionMerge, &buffers, &params, op.merges.rows * op.out.cols);
+    }
+
+    fn attention_items(&mut self, op: &Attention, first: u32, end: u32, rows_of_item: u32) {
         let cache = op.cache;
-        // Every row is in one item: with as many items as rows, each has one.
-        let rows_per_item = if op.items.rows == op.q.rows { 1 } else { ATTENTION_ROWS };
-        let buffers = [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer];
+        let group = op.num_heads / cache.num_kv_heads;
+        let variant = AttentionVariant::new(self.tier, cache.kv_type, cache.head_dim, group, rows_of_item);
+        let row_groups = rows_of_item.div_ceil(variant.rows);
+        let buffers =
+            [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer, op.partials.buffer];
         let params = [
             op.q.offset,
-            op.items.offset,
+            op.items.offset + first * ATTENTION_ITEM_WORDS,
             op.table.offset,
             op.out.offset,
-            op.items.rows,
-            rows_per_item,
+            op.partials.offset,
+            end - first,
+            row_groups,
             op.num_heads,
             cache.num_kv_heads,
             op.table.cols,
             cache.block_size,
             op.window,
             op.scale.to_bits(),
+            op.soft_cap.to_bits(),
         ];
-        let workgroups = op.items.rows * rows_per_item * op.num_heads;
-        self.push(Kernel::Attention(cache.kv_type, cache.head_dim), &buffers, &params, workgroups);
+        // The kernel writes pairs of elements.
+        assert!(op.out.offset.is_multiple_of(2) && op.partials.offset.is_multiple_of(2), "{op:?}");
+        let workgroups = (end - first) * row_groups * (op.num_heads / variant.heads);
+        self.push(Kernel::Attention(variant), &buffers, &params, workgroups);
     }
 
     fn gated_act(&mut self, op: &GatedAct) {
