@@ -1,7 +1,8 @@
 //! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
 //!
 //! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
-//! like its op (`sample` has two, one after the other). This crate knows no wgpu, no device and no weight file.
+//! like its op (`sample` and `attention` have two, one after the other). This crate knows no wgpu, no device and no
+//! weight file.
 //!
 //! ```text
 //! #include "file.wgsl"
@@ -59,6 +60,23 @@ impl Tier {
         }
     }
 
+    /// Lanes that share an attention tile.
+    pub const fn attention_lanes(self) -> u32 {
+        match self {
+            Tier::Base | Tier::Subgroup => 32,
+            Tier::Lavapipe => 8,
+        }
+    }
+
+    /// Values that an attention kernel's lane holds at most, of all its rows and heads together. Of software Vulkan's
+    /// registers most lie in memory anyway, which costs less than loading a cache again.
+    pub const fn attention_values(self) -> u32 {
+        match self {
+            Tier::Base | Tier::Subgroup => 64,
+            Tier::Lavapipe => 128,
+        }
+    }
+
     /// What every kernel of this tier is composed with.
     pub fn constants(self) -> Constants {
         let flag = |tier: Tier| u32::from(self == tier);
@@ -74,8 +92,7 @@ impl Tier {
             ("GROUP_LANES", lanes * splits),
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
-            // Lanes that share an attention tile.
-            ("TILE_LANES", lanes),
+            ("TILE_LANES", self.attention_lanes()),
         ]
     }
 }
@@ -91,9 +108,13 @@ pub const TILE: u32 = 32;
 pub const ELEMENT_LANES: u32 = 64;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 17] = [
+pub const FILES: [(&str, &str); 21] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
+    ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
+    ("attention_merge.wgsl", include_str!("attention_merge.wgsl")),
+    ("attention_scores.wgsl", include_str!("attention_scores.wgsl")),
+    ("attention_values.wgsl", include_str!("attention_values.wgsl")),
     ("embed.wgsl", include_str!("embed.wgsl")),
     ("gated_act.wgsl", include_str!("gated_act.wgsl")),
     ("grid.wgsl", include_str!("grid.wgsl")),

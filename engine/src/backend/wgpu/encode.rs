@@ -7,10 +7,10 @@ use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
 
 use super::packing::UNIT;
 use super::params::*;
-use super::pipelines::Kernel;
+use super::pipelines::{AttentionVariant, Kernel};
 use crate::op::{
-    ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, Op, ResetCounts, RmsNorm, RopeKv,
-    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
+    ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, Op, ResetCounts,
+    RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
 use crate::tensor::{BufferId, Weight, WeightFormat};
 
@@ -189,27 +189,49 @@ impl Encoder<'_> {
         self.push(Kernel::RopeKv(cache.kv_type, cache.head_dim), &buffers, &params, num_items);
     }
 
+    /// Items of one row, then the others, then what was split.
     fn attention(&mut self, op: &Attention) {
+        self.attention_items(op, 0, op.num_single_rows, 1);
+        self.attention_items(op, op.num_single_rows, op.items.rows, ATTENTION_ROWS);
+        let buffers = [op.merges.buffer, op.partials.buffer, op.out.buffer];
+        let params = AttentionMergeParams {
+            merges: op.merges.offset,
+            partials: op.partials.offset,
+            out: op.out.offset,
+            num_merges: op.merges.rows,
+            num_heads: op.num_heads,
+            head_dim: op.cache.head_dim,
+        };
+        self.push_elements(Kernel::AttentionMerge, &buffers, &params, op.merges.rows * op.out.cols);
+    }
+
+    fn attention_items(&mut self, op: &Attention, first: u32, end: u32, rows_of_item: u32) {
         let cache = op.cache;
-        // Every row is in one item: with as many items as rows, each has one.
-        let rows_per_item = if op.items.rows == op.q.rows { 1 } else { ATTENTION_ROWS };
-        let buffers = [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer];
+        let group = op.num_heads / cache.num_kv_heads;
+        let variant = AttentionVariant::new(self.tier, cache.kv_type, cache.head_dim, group, rows_of_item);
+        let row_groups = rows_of_item.div_ceil(variant.rows);
+        let buffers =
+            [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer, op.partials.buffer];
         let params = AttentionParams {
             q: op.q.offset,
-            items: op.items.offset,
+            items: op.items.offset + first * ATTENTION_ITEM_WORDS,
             table: op.table.offset,
             out: op.out.offset,
-            num_items: op.items.rows,
-            rows_per_item,
+            partials: op.partials.offset,
+            num_items: end - first,
+            row_groups,
             num_heads: op.num_heads,
             num_kv_heads: cache.num_kv_heads,
             table_cols: op.table.cols,
             block_size: cache.block_size,
             window: op.window,
             scale: op.scale,
+            soft_cap: op.soft_cap,
         };
-        let workgroups = op.items.rows * rows_per_item * op.num_heads;
-        self.push(Kernel::Attention(cache.kv_type, cache.head_dim), &buffers, &params, workgroups);
+        // The kernel writes pairs of elements.
+        assert!(op.out.offset.is_multiple_of(2) && op.partials.offset.is_multiple_of(2), "{op:?}");
+        let workgroups = (end - first) * row_groups * (op.num_heads / variant.heads);
+        self.push(Kernel::Attention(variant), &buffers, &params, workgroups);
     }
 
     fn gated_act(&mut self, op: &GatedAct) {
