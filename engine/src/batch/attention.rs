@@ -142,7 +142,7 @@ mod tests {
         let mut state = seed;
         move |limit| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (u64::from(state >> 4) * u64::from(limit) >> 28) as u32
+            ((u64::from(state >> 4) * u64::from(limit)) >> 28) as u32
         }
     }
 

@@ -10,8 +10,7 @@ pub(super) const ROUND: f32 = 12_582_912.0;
 pub(super) const LN_2_HIGH: f32 = 0.693_359_4;
 pub(super) const LN_2_LOW: f32 = -2.121_944_4e-4;
 /// Of exp(r) = 1 + r + r^2 (1/2 + ..) within ln(2) / 2 of 0, highest power first (Cephes, `expf`).
-pub(super) const TERMS: [f32; 6] =
-    [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+pub(super) const TERMS: [f32; 6] = [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
 
 /// exp(x) for x of at most 0; NaN gives NaN.
 pub(super) fn exp(x: f32) -> f32 {
