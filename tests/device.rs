@@ -159,6 +159,8 @@ fn rows_and_elements(device: &mut Device, outputs: &mut Vec<Output>) {
         let out = device.unwritten(4, cols);
         push("gather_rows", device.run(&[Op::GatherRows(GatherRows { x, rows: picks, out })], &[out]));
         push("add", device.run(&[Op::Add(Add { x, y })], &[x]));
+        // The product is exact, so that it makes no difference whether a device rounds it.
+        push("mul_add", device.run(&[Op::MulAdd(MulAdd { x, scale: -0.5, offset: 0.75, rounds: 16 })], &[x]));
     }
 }
 
@@ -166,8 +168,18 @@ fn mat_muls(device: &mut Device, outputs: &mut Vec<Output>) {
     let random = &mut Random::new(3);
     let quantised = WeightFormat::ALL
         .into_iter()
-        .flat_map(|format| [(format, 1, 64, 256), (format, 5, 100, 512), (format, 16, 96, 256), (format, 37, 33, 768)]);
-    let plain = [(WeightFormat::F32, 3, 40, 68), (WeightFormat::F16, 3, 40, 68), (WeightFormat::Q8_0, 9, 48, 576)];
+        .flat_map(|format| [(format, 1, 64, 256), (format, 37, 161, 768), (format, 67, 130, 256)]);
+    // Every variant beside its neighbours, widths that fill no tile, last units that are short or missing.
+    let plain = [
+        (WeightFormat::F32, 5, 40, 68),
+        (WeightFormat::Q6K, 8, 100, 512),
+        (WeightFormat::F16, 63, 40, 68),
+        (WeightFormat::BF16, 65, 200, 6),
+        (WeightFormat::Q8_0, 9, 48, 576),
+        (WeightFormat::Q4_0, 17, 70, 2080),
+        (WeightFormat::Q4_1, 64, 128, 96),
+        (WeightFormat::Q5_1, 130, 260, 288),
+    ];
     for (format, m, n, k) in quantised.chain(plain) {
         let weight = device.weight(format, n, k, 4);
         let x = device.random(m, k, random);

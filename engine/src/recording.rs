@@ -3,7 +3,10 @@
 //! Invariant: after start every change to device memory is in a recording. Shapes are asserted when an op is pushed, so
 //! a backend may trust them. A recording runs nothing.
 
-use crate::op::{ATTENTION_ROWS, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample, slice_cols};
+use crate::op::{
+    ATTENTION_ROWS, CHOSEN_WORDS, MAX_TOP, MUL_ADD_ROUNDS, MulAdd, Op, ResetCounts, SAMPLE_ROW_WORDS, Sample,
+    slice_cols,
+};
 use crate::tensor::{BufferId, DType, Tensor};
 
 /// Cleared and refilled each step; its vectors keep their capacity.
@@ -144,6 +147,7 @@ fn check(op: &Op) {
         }
         Op::ResetCounts(op) => check_reset_counts(op),
         Op::Sample(op) => check_sample(op),
+        Op::MulAdd(op) => check_mul_add(op),
     }
 }
 
@@ -163,6 +167,11 @@ fn check_sample(op: Sample) {
     u32(op.sampled, op.counts.rows, 1);
     u32(op.chosen, num_rows, CHOSEN_WORDS);
     u32(op.top, num_rows, 2 * MAX_TOP);
+}
+
+fn check_mul_add(op: MulAdd) {
+    f32(op.x, op.x.rows, op.x.cols);
+    assert!(op.rounds.is_multiple_of(MUL_ADD_ROUNDS), "{op:?}");
 }
 
 #[track_caller]

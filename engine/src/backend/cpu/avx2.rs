@@ -1,4 +1,4 @@
-//! The matmul's inner loops for x86 with AVX2, FMA and F16C: the one file of this backend with `unsafe` in it.
+//! Inner loops of `mat_mul` and `mul_add` for x86 with AVX2, FMA and F16C: the one file of this backend with `unsafe`.
 //!
 //! A panel's columns are unpacked to f32 a chunk at a time, in cache, and multiplied with every row of x. Eight
 //! outputs share a vector; each output's sum goes over K in order, so the number of rows changes no bit. Rows of x
@@ -17,6 +17,10 @@ impl Avx2 {
     }
 
     pub fn mat_mul_panel(self, _panel: Panel<'_>, _x: &InterleavedRows, _out: &mut [f32]) {
+        unreachable!("there is no Avx2 here")
+    }
+
+    pub fn mul_add(self, _x: &mut [f32], _scale: f32, _offset: f32, _rounds: u32) {
         unreachable!("there is no Avx2 here")
     }
 }
@@ -64,6 +68,13 @@ impl Avx2 {
         // SAFETY: an `Avx2` exists only where the features do.
         unsafe { x86::mat_mul_panel(panel, &x.values, out) }
     }
+
+    /// `x = scale * x + offset`, `rounds` times.
+    #[allow(unsafe_code)]
+    pub fn mul_add(self, x: &mut [f32], scale: f32, offset: f32, rounds: u32) {
+        // SAFETY: an `Avx2` exists only where the features do.
+        unsafe { x86::mul_add(x, scale, offset, rounds) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -97,6 +108,37 @@ mod x86 {
                     5 => multiply::<5, 2>(weights, x, out),
                     _ => multiply::<GROUP, 2>(weights, x, out),
                 }
+            }
+        }
+    }
+
+    /// Vectors whose chains of multiply-adds run side by side: more than a processor needs to hide their latency.
+    const CHAINS: usize = 12;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn mul_add(x: &mut [f32], scale: f32, offset: f32, rounds: u32) {
+        let (vector_scale, vector_offset) = (_mm256_set1_ps(scale), _mm256_set1_ps(offset));
+        let mut chunks = x.chunks_exact_mut(8 * CHAINS);
+        for x in &mut chunks {
+            // SAFETY: there are 8 * CHAINS elements.
+            unsafe {
+                let mut values = [_mm256_setzero_ps(); CHAINS];
+                for chain in 0..CHAINS {
+                    values[chain] = _mm256_loadu_ps(x.as_ptr().add(8 * chain));
+                }
+                for _ in 0..rounds {
+                    for chain in 0..CHAINS {
+                        values[chain] = _mm256_fmadd_ps(values[chain], vector_scale, vector_offset);
+                    }
+                }
+                for chain in 0..CHAINS {
+                    _mm256_storeu_ps(x.as_mut_ptr().add(8 * chain), values[chain]);
+                }
+            }
+        }
+        for x in chunks.into_remainder() {
+            for _ in 0..rounds {
+                *x = x.mul_add(scale, offset);
             }
         }
     }

@@ -1,11 +1,11 @@
 //! Kernels as pipelines: compiled at load, looked up in a step.
 //!
 //! Invariant: one pipeline for each kernel variant of the device's tier. Kernels that depend on a model's shape are
-//! compiled when the shape is first met. The only `unsafe` of this backend is here.
+//! compiled when the shape is first met, and so is what no model has. The only `unsafe` of this backend is here.
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{Access, Constants, Tier, compose, reflect};
+use fullbore_shaders::{Access, Constants, MatMulVariant, Tier, compose, reflect};
 use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
 
 use super::device::Device;
@@ -18,8 +18,7 @@ pub enum Kernel {
     UpdateTable,
     Embed(WeightFormat),
     RmsNorm,
-    /// A format, and the rows of activations that a workgroup holds.
-    MatMul(WeightFormat, u32),
+    MatMul(WeightFormat, MatMulVariant),
     Rope,
     /// How the cache stores elements, and elements of a head.
     StoreKv(KvType, u32),
@@ -30,6 +29,7 @@ pub enum Kernel {
     ResetCounts,
     SampleSlices,
     Sample,
+    MulAdd,
 }
 
 impl Kernel {
@@ -48,8 +48,8 @@ impl Kernel {
 
     /// Those that read weights of `format`.
     pub fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let rows = tier.mat_mul_rows().iter().map(move |&rows| Kernel::MatMul(format, rows));
-        rows.chain([Kernel::Embed(format)])
+        let mat_muls = tier.mat_mul_choices().iter().map(move |choice| Kernel::MatMul(format, choice.variant));
+        mat_muls.chain([Kernel::Embed(format)])
     }
 
     /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements.
@@ -63,7 +63,7 @@ impl Kernel {
         let formats = WeightFormat::ALL.into_iter().flat_map(|format| Kernel::of_format(format, tier));
         let types = KvType::ALL.into_iter();
         let caches = types.flat_map(|kv_type| head_dims.iter().flat_map(move |&dim| Kernel::of_cache(kv_type, dim)));
-        Kernel::GENERAL.into_iter().chain(formats).chain(caches).collect()
+        Kernel::GENERAL.into_iter().chain([Kernel::MulAdd]).chain(formats).chain(caches).collect()
     }
 
     /// Its file, and what the file is composed with.
@@ -79,11 +79,10 @@ impl Kernel {
                 "embed"
             }
             Kernel::RmsNorm => "rms_norm",
-            Kernel::MatMul(format, rows) => {
-                let partials = rows * value("GROUP_LANES", &constants);
+            Kernel::MatMul(format, variant) => {
                 constants.extend(Layout::of(format).constants());
-                constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
-                "mat_mul"
+                constants.extend(variant.constants());
+                variant.kernel()
             }
             Kernel::Rope => "rope",
             Kernel::StoreKv(kv_type, head_dim) => {
@@ -110,6 +109,7 @@ impl Kernel {
                 }
                 "sample"
             }
+            Kernel::MulAdd => "mul_add",
         };
         (name, constants)
     }
