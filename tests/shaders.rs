@@ -227,9 +227,15 @@ fn mat_mul(x: &[f32], weight: &[f32], bias: &[f32], inner: usize) -> Vec<(f64, f
 fn mat_mul_is_right_and_no_row_depends_on_how_many_there_are() {
     const N: u32 = 80;
     const K: u32 = 512;
-    const MAX_M: u32 = 65;
+    // A tile of every variant, and what is left beside it.
+    const MAX_M: u32 = 70;
+    // How a weight is decoded does not depend on the variant; software Vulkan takes seconds to compile all of a format.
+    const OF_EACH_KIND: [WeightFormat; 4] =
+        [WeightFormat::F16, WeightFormat::Q4_0, WeightFormat::Q5K, WeightFormat::IQ4XS];
     for mut rig in rigs() {
-        for format in WeightFormat::ALL {
+        let is_lavapipe = rig.backend.info().tier == Tier::Lavapipe.name();
+        let formats = if is_lavapipe { &WeightFormat::ALL[..] } else { &OF_EACH_KIND };
+        for &format in formats {
             let mut random = Random::new(7);
             let name = format!("{} {}", rig.name, format.name());
             let bytes = random_weight(&mut random, format, N, K);
@@ -255,7 +261,7 @@ fn mat_mul_is_right_and_no_row_depends_on_how_many_there_are() {
             assert_close(&name, all, &mat_mul(&x, &dequantized(format, K, &bytes), &[], K as usize), 2e-6);
             for rows in 1..=MAX_M {
                 let some = &got[(rows * (rows - 1) / 2 * N) as usize..][..(rows * N) as usize];
-                assert!(bits(some) == bits(&all[..some.len()]), "{name}: {rows} rows differ from the same among 65");
+                assert!(bits(some) == bits(&all[..some.len()]), "{name}: {rows} rows differ from the same among all");
             }
             assert!(bits(&got[(prefixes * N) as usize..]) == bits(all), "{name}: a row alone differs");
         }

@@ -20,6 +20,7 @@ pub enum Op {
     AddNorm(AddNorm),
     ResetCounts(ResetCounts),
     Sample(Sample),
+    MulAdd(MulAdd),
 }
 
 /// `table[index] = value` for each (index, value) of `entries`; indices are distinct.
@@ -198,6 +199,21 @@ pub struct AddNorm {
     pub out: Tensor,
 }
 
+/// `x = scale * x + offset`, `rounds` times over, element by element: how fast a device multiplies and adds at most. No
+/// model has it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MulAdd {
+    /// f32 (rows, cols), in place.
+    pub x: Tensor,
+    pub scale: f32,
+    pub offset: f32,
+    /// A multiple of `MUL_ADD_ROUNDS`.
+    pub rounds: u32,
+}
+
+/// Rounds that a backend may take in one go.
+pub const MUL_ADD_ROUNDS: u32 = 8;
+
 /// In a word of `counts`: the token is in the prompt. The other bits count how often it was generated.
 pub const IN_PROMPT: u32 = 1 << 31;
 
@@ -319,6 +335,10 @@ impl SampleRow {
         num_biases: 0,
         mask_at: NONE,
     };
+
+    pub fn words(&self) -> [u32; SAMPLE_ROW_WORDS as usize] {
+        bytemuck::cast(*self)
+    }
 
     pub fn is_idle(&self) -> bool {
         self.slot == NONE && self.target == NONE

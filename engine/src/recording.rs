@@ -4,8 +4,8 @@
 //! a backend may trust them. A recording runs nothing.
 
 use crate::op::{
-    ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, ATTENTION_ROWS, AddNorm, Attention, CHOSEN_WORDS, MAX_TOP, Op,
-    ResetCounts, RopeKv, SAMPLE_ROW_WORDS, Sample, slice_cols,
+    ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, ATTENTION_ROWS, AddNorm, Attention, CHOSEN_WORDS, MAX_TOP,
+    MUL_ADD_ROUNDS, MulAdd, Op, ResetCounts, RopeKv, SAMPLE_ROW_WORDS, Sample, slice_cols,
 };
 use crate::tensor::{BufferId, DType, Tensor};
 
@@ -118,6 +118,7 @@ fn check(op: &Op) {
         Op::AddNorm(op) => check_add_norm(op),
         Op::ResetCounts(op) => check_reset_counts(op),
         Op::Sample(op) => check_sample(op),
+        Op::MulAdd(op) => check_mul_add(op),
     }
 }
 
@@ -175,6 +176,11 @@ fn check_sample(op: Sample) {
     u32(op.sampled, op.counts.rows, 1);
     u32(op.chosen, num_rows, CHOSEN_WORDS);
     u32(op.top, num_rows, 2 * MAX_TOP);
+}
+
+fn check_mul_add(op: MulAdd) {
+    f32(op.x, op.x.rows, op.x.cols);
+    assert!(op.rounds.is_multiple_of(MUL_ADD_ROUNDS), "{op:?}");
 }
 
 #[track_caller]

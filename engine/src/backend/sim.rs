@@ -186,6 +186,7 @@ impl SimBackend {
             Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
+            Op::MulAdd(op) => self.map_rows(op.x, op.x, |x| mix(u64::from(op.rounds), x)),
         }
     }
 

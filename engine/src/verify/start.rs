@@ -50,7 +50,7 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     ];
     for &format in formats {
         cases.push(embed(format));
-        cases.extend([1, 3, 8].map(|m| mat_mul(format, m, 48, 512)));
+        cases.extend([1, 3, 8, 20, 70].map(|m| mat_mul(format, m, 48, 512)));
     }
     cases
 }

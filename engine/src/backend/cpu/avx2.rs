@@ -1,5 +1,5 @@
-//! Inner loops of matmul and attention for x86 with AVX2, FMA and F16C: the one file of this backend with `unsafe` in
-//! it.
+//! Inner loops of matmul, attention and `mul_add` for x86 with AVX2, FMA and F16C: the one file of this backend with
+//! `unsafe` in it.
 //!
 //! A panel's columns are unpacked to f32 a chunk at a time, in cache, and multiplied with every row of x. Eight
 //! outputs share a vector; each output's sum goes over K in order, so the number of rows changes no bit. Rows of x
@@ -43,6 +43,10 @@ impl Avx2 {
         _highest: &mut f32,
         _totals: &mut [f32; 8],
     ) -> f32 {
+        unreachable!("there is no Avx2 here")
+    }
+
+    pub fn mul_add(self, _x: &mut [f32], _scale: f32, _offset: f32, _rounds: u32) {
         unreachable!("there is no Avx2 here")
     }
 }
@@ -128,6 +132,13 @@ impl Avx2 {
     ) -> f32 {
         // SAFETY: an `Avx2` exists only where the features do.
         unsafe { x86::weigh_tile(scale, seen, weights, highest, totals) }
+    }
+
+    /// `x = scale * x + offset`, `rounds` times.
+    #[allow(unsafe_code)]
+    pub fn mul_add(self, x: &mut [f32], scale: f32, offset: f32, rounds: u32) {
+        // SAFETY: an `Avx2` exists only where the features do.
+        unsafe { x86::mul_add(x, scale, offset, rounds) }
     }
 }
 
@@ -238,6 +249,37 @@ mod x86 {
                 for v in 0..V {
                     _mm256_storeu_ps(out.add(r * width + 8 * v), sums[r][v]);
                 }
+            }
+        }
+    }
+
+    /// Vectors whose chains of multiply-adds run side by side: more than a processor needs to hide their latency.
+    const CHAINS: usize = 12;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn mul_add(x: &mut [f32], scale: f32, offset: f32, rounds: u32) {
+        let (vector_scale, vector_offset) = (_mm256_set1_ps(scale), _mm256_set1_ps(offset));
+        let mut chunks = x.chunks_exact_mut(8 * CHAINS);
+        for x in &mut chunks {
+            // SAFETY: there are 8 * CHAINS elements.
+            unsafe {
+                let mut values = [_mm256_setzero_ps(); CHAINS];
+                for chain in 0..CHAINS {
+                    values[chain] = _mm256_loadu_ps(x.as_ptr().add(8 * chain));
+                }
+                for _ in 0..rounds {
+                    for chain in 0..CHAINS {
+                        values[chain] = _mm256_fmadd_ps(values[chain], vector_scale, vector_offset);
+                    }
+                }
+                for chain in 0..CHAINS {
+                    _mm256_storeu_ps(x.as_mut_ptr().add(8 * chain), values[chain]);
+                }
+            }
+        }
+        for x in chunks.into_remainder() {
+            for _ in 0..rounds {
+                *x = x.mul_add(scale, offset);
             }
         }
     }

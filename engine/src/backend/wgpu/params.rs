@@ -169,6 +169,16 @@ pub struct SampleParams {
     pub num_slices: u32,
 }
 
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MulAddParams {
+    pub x: u32,
+    pub num_elements: u32,
+    pub scale: f32,
+    pub offset: f32,
+    pub num_eights: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use std::fmt::Debug;
@@ -193,6 +203,7 @@ mod tests {
             Kernel::ResetCounts => fields::<ResetCountsParams>(),
             Kernel::SampleSlices => fields::<SampleSlicesParams>(),
             Kernel::Sample => fields::<SampleParams>(),
+            Kernel::MulAdd => fields::<MulAddParams>(),
         }
     }
 

@@ -1,11 +1,11 @@
 //! Kernels as pipelines: compiled at load, looked up in a step.
 //!
 //! Invariant: one pipeline for each kernel variant of the device's tier. Kernels that depend on a model's shape are
-//! compiled when the shape is first met. The only `unsafe` of this backend is here.
+//! compiled when the shape is first met, and so is what no model has. The only `unsafe` of this backend is here.
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{Access, Constants, Tier, compose, reflect};
+use fullbore_shaders::{Access, Constants, MatMulVariant, Tier, compose, reflect};
 use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
 
 use super::device::Device;
@@ -20,8 +20,7 @@ pub enum Kernel {
     UpdateTable,
     Embed(WeightFormat),
     RmsNorm,
-    /// A format, and the rows of activations that a workgroup holds.
-    MatMul(WeightFormat, u32),
+    MatMul(WeightFormat, MatMulVariant),
     /// How the cache stores elements, and elements of a head.
     RopeKv(KvType, u32),
     Attention(AttentionVariant),
@@ -31,6 +30,7 @@ pub enum Kernel {
     ResetCounts,
     SampleSlices,
     Sample,
+    MulAdd,
 }
 
 /// What a workgroup of attention takes on.
@@ -101,8 +101,8 @@ impl Kernel {
 
     /// Those that read weights of `format`.
     pub fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let rows = tier.mat_mul_rows().iter().map(move |&rows| Kernel::MatMul(format, rows));
-        rows.chain([Kernel::Embed(format)])
+        let mat_muls = tier.mat_mul_choices().iter().map(move |choice| Kernel::MatMul(format, choice.variant));
+        mat_muls.chain([Kernel::Embed(format)])
     }
 
     /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements, `group` query heads a KV head.
@@ -118,7 +118,7 @@ impl Kernel {
             let heads = heads.iter().filter(move |(head_dim, _)| kv_type.takes(*head_dim));
             heads.flat_map(move |&(head_dim, group)| Kernel::of_cache(tier, kv_type, head_dim, group))
         });
-        Kernel::GENERAL.into_iter().chain(formats).chain(caches).collect()
+        Kernel::GENERAL.into_iter().chain([Kernel::MulAdd]).chain(formats).chain(caches).collect()
     }
 
     /// Its file, and what the file is composed with.
@@ -134,11 +134,10 @@ impl Kernel {
                 "embed"
             }
             Kernel::RmsNorm => "rms_norm",
-            Kernel::MatMul(format, rows) => {
-                let partials = rows * value("GROUP_LANES", &constants);
+            Kernel::MatMul(format, variant) => {
                 constants.extend(Layout::of(format).constants());
-                constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
-                "mat_mul"
+                constants.extend(variant.constants());
+                variant.kernel()
             }
             Kernel::RopeKv(kv_type, head_dim) => {
                 let lanes = value("TILE_LANES", &constants);
@@ -164,6 +163,7 @@ impl Kernel {
                 }
                 "sample"
             }
+            Kernel::MulAdd => "mul_add",
         };
         (name, constants)
     }
