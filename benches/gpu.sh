@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a machine with a GPU measures in one call, without a network: devices, then tokens a second at several widths.
+# What a machine with a GPU measures in one call, without a network: devices, single ops beside the
+# roofline, then tokens a second at several widths.
 #
 #   benches/gpu.sh BINARY MODEL OUT [DEVICE]
 #
@@ -12,6 +13,10 @@ mkdir -p "$out"
 "$binary" devices | tee "$out/devices.txt"
 "$binary" run "Name three primary colours." --model "$model" --device "$device" --max-tokens 48 --temperature 0 \
   > "$out/run.txt" 2> "$out/run.log" || echo "gpu: the model does not run on $device; see $out/run.log" >&2
+for shapes in 1b 8b 70b; do
+  "$binary" bench ops --device "$device" --shapes $shapes --seconds 20 > "$out/ops-$shapes.json" 2> "$out/ops-$shapes.txt" \
+    || echo "gpu: ops of $shapes failed; see $out/ops-$shapes.txt" >&2
+done
 for requests in 1 4 16 64 256; do
   result=$out/offline-$requests.json
   if "$binary" bench offline --model "$model" --device "$device" --num-requests $requests --max-num-seqs $requests \

@@ -1,7 +1,8 @@
 //! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
 //!
 //! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
-//! like its op (`sample` has two, one after the other). This crate knows no wgpu, no device and no weight file.
+//! like its op (`sample` and `attention` have two, one after the other, and `mat_mul` three, for few rows, for many and
+//! for software Vulkan). This crate knows no wgpu, no device and no weight file.
 //!
 //! ```text
 //! #include "file.wgsl"
@@ -50,32 +51,43 @@ impl Tier {
         }
     }
 
-    /// Rows of activations that a matmul variant holds in registers, ascending. Every variant adds in the same order.
-    /// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them.
-    pub const fn mat_mul_rows(self) -> &'static [u32] {
+    /// Which matmul kernel takes how many rows, ascending.
+    ///
+    /// The first line that is not below the rows that are left takes them all; where there is none, the last line takes
+    /// as many as fill its workgroups, and the table is asked again about the rest.
+    pub const fn mat_mul_choices(self) -> &'static [MatMulChoice] {
         match self {
-            Tier::Base => &[1, 4],
-            Tier::Subgroup | Tier::Lavapipe => &[1, 4, 8],
+            Tier::Base | Tier::Subgroup => GPU_MAT_MUL,
+            Tier::Lavapipe => LAVAPIPE_MAT_MUL,
+        }
+    }
+
+    /// Lanes that share an attention tile.
+    pub const fn attention_lanes(self) -> u32 {
+        match self {
+            Tier::Base | Tier::Subgroup => 32,
+            Tier::Lavapipe => 8,
+        }
+    }
+
+    /// Values that an attention kernel's lane holds at most, of all its rows and heads together. Of software Vulkan's
+    /// registers most lie in memory anyway, which costs less than loading a cache again.
+    pub const fn attention_values(self) -> u32 {
+        match self {
+            Tier::Base | Tier::Subgroup => 64,
+            Tier::Lavapipe => 128,
         }
     }
 
     /// What every kernel of this tier is composed with.
     pub fn constants(self) -> Constants {
         let flag = |tier: Tier| u32::from(self == tier);
-        let (lanes, splits) = if self == Tier::Lavapipe { (8, 1) } else { (32, 8) };
         vec![
             ("IMMEDIATES", 1 - flag(Tier::Base)),
-            ("SUBGROUPS", 1 - flag(Tier::Base)),
             ("ONE_SUBGROUP", flag(Tier::Lavapipe)),
-            // Lanes that share a tile of 32 columns, columns of a lane, and lanes that share a column by splitting K.
-            ("LANES", lanes),
-            ("COLUMNS", TILE / lanes),
-            ("SPLITS", splits),
-            ("GROUP_LANES", lanes * splits),
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
-            // Lanes that share an attention tile.
-            ("TILE_LANES", lanes),
+            ("TILE_LANES", self.attention_lanes()),
         ]
     }
 }
@@ -83,6 +95,96 @@ impl Tier {
 /// Invocations of a workgroup at most, and bytes of its memory: WebGPU's guarantee, which every tier keeps to.
 pub const MAX_GROUP_LANES: u32 = 256;
 pub const MAX_GROUP_BYTES: u32 = 16 << 10;
+/// How a matmul kernel divides its work. All variants of a tier add in the same order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MatMulVariant {
+    /// `mat_mul.wgsl`: rows of a workgroup, and columns of a lane; eight lanes split K.
+    Split { rows: u32, columns: u32 },
+    /// `mat_mul_tile.wgsl`: both operands go through workgroup memory.
+    Tile,
+    /// `mat_mul_subgroup.wgsl`: rows of a subgroup of 8.
+    Subgroup { rows: u32 },
+}
+
+/// A line of a tier's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MatMulChoice {
+    /// Rows that it takes, at most.
+    pub max_rows: u32,
+    pub variant: MatMulVariant,
+}
+
+const fn split(max_rows: u32, rows: u32, columns: u32) -> MatMulChoice {
+    MatMulChoice { max_rows, variant: MatMulVariant::Split { rows, columns } }
+}
+
+const fn subgroup(max_rows: u32, rows: u32) -> MatMulChoice {
+    MatMulChoice { max_rows, variant: MatMulVariant::Subgroup { rows } }
+}
+
+/// Up to 8 rows a weight's bytes are what counts, and one column a lane gives most workgroups. From 9 on an activation
+/// that is read from workgroup memory serves two columns; four rows of 16 at a time are left out where there are none.
+const GPU_MAT_MUL: &[MatMulChoice] = &[
+    split(1, 1, 1),
+    split(4, 4, 1),
+    split(8, 8, 1),
+    split(64, 16, 2),
+    MatMulChoice { max_rows: u32::MAX, variant: MatMulVariant::Tile },
+];
+
+/// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them.
+const LAVAPIPE_MAT_MUL: &[MatMulChoice] = &[subgroup(1, 1), subgroup(4, 4), subgroup(8, 8), subgroup(u32::MAX, 8)];
+
+impl MatMulVariant {
+    pub const fn kernel(self) -> &'static str {
+        match self {
+            MatMulVariant::Split { .. } => "mat_mul",
+            MatMulVariant::Tile => "mat_mul_tile",
+            MatMulVariant::Subgroup { .. } => "mat_mul_subgroup",
+        }
+    }
+
+    /// Rows of a workgroup.
+    pub const fn rows(self) -> u32 {
+        match self {
+            MatMulVariant::Split { rows, .. } | MatMulVariant::Subgroup { rows } => rows,
+            MatMulVariant::Tile => 64,
+        }
+    }
+
+    /// Columns of a workgroup.
+    pub const fn columns(self) -> u32 {
+        match self {
+            MatMulVariant::Split { columns, .. } => columns * TILE,
+            MatMulVariant::Tile => 128,
+            MatMulVariant::Subgroup { .. } => TILE,
+        }
+    }
+
+    pub fn constants(self) -> Constants {
+        match self {
+            MatMulVariant::Split { rows, columns } => {
+                // Rounds of 8 units that are staged together, so that few rows meet few barriers.
+                let rounds = (8 / rows).max(1);
+                let group_rows = rows.min(4);
+                let stage_k = 256 * rounds;
+                vec![
+                    ("ROWS", rows),
+                    ("COLUMNS", columns),
+                    ("GROUP_ROWS", group_rows),
+                    ("GROUPS", rows / group_rows),
+                    ("ROUNDS", rounds),
+                    ("STAGE_K", stage_k),
+                    ("MEMORY", (rows * stage_k / 4).max(256 * rows / group_rows)),
+                    // Quarters of a unit in one go: with one row, so that more loads are in flight.
+                    ("PARTS", if rows == 1 { 4 } else { 1 }),
+                ]
+            }
+            MatMulVariant::Tile => vec![],
+            MatMulVariant::Subgroup { rows } => vec![("ROWS", rows)],
+        }
+    }
+}
 
 /// Columns of a packed weight that lie together.
 pub const TILE: u32 = 32;
@@ -90,15 +192,26 @@ pub const TILE: u32 = 32;
 /// Invocations of a workgroup of the element-wise kernels.
 pub const ELEMENT_LANES: u32 = 64;
 
+/// Elements of a workgroup of `mul_add.wgsl`.
+pub const MUL_ADD_ELEMENTS: u32 = 1024;
+
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 17] = [
+pub const FILES: [(&str, &str); 25] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
+    ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
+    ("attention_merge.wgsl", include_str!("attention_merge.wgsl")),
+    ("attention_scores.wgsl", include_str!("attention_scores.wgsl")),
+    ("attention_values.wgsl", include_str!("attention_values.wgsl")),
     ("embed.wgsl", include_str!("embed.wgsl")),
     ("gated_act.wgsl", include_str!("gated_act.wgsl")),
     ("grid.wgsl", include_str!("grid.wgsl")),
     ("kv_head.wgsl", include_str!("kv_head.wgsl")),
     ("mat_mul.wgsl", include_str!("mat_mul.wgsl")),
+    ("mat_mul_io.wgsl", include_str!("mat_mul_io.wgsl")),
+    ("mat_mul_subgroup.wgsl", include_str!("mat_mul_subgroup.wgsl")),
+    ("mat_mul_tile.wgsl", include_str!("mat_mul_tile.wgsl")),
+    ("mul_add.wgsl", include_str!("mul_add.wgsl")),
     ("params.wgsl", include_str!("params.wgsl")),
     ("reset_counts.wgsl", include_str!("reset_counts.wgsl")),
     ("rms_norm.wgsl", include_str!("rms_norm.wgsl")),

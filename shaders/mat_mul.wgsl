@@ -1,138 +1,118 @@
-// `out = x @ weight^T + bias`: a workgroup computes ROWS rows of a tile of 32 columns.
+// `out = x @ weight^T + bias`: a workgroup computes ROWS rows of COLUMNS tiles of 32 columns.
 //
-// A lane holds COLUMNS columns of the tile, LANES apart, and the units of 32 along K that its split owns: every
-// SPLITS-th. A sum runs along K within a split, one fma a value, then over the splits. That order is the same for every
-// ROWS, so the bits of a row do not depend on how many rows there are.
-#include "grid.wgsl"
+// A lane holds one column of each tile and the units of 32 along K that its split owns: every eighth. Activations are
+// staged in workgroup memory, zeros past the end of a row, and read from there four at a time; a weight is decoded once
+// for all rows. A sum runs along K within a split, one fma a value, then over the splits. That order is the same for
+// every ROWS and in `mat_mul_tile.wgsl`, so the bits of a row do not depend on how many rows there are.
+#include "mat_mul_io.wgsl"
 
-struct Params {
-    x: u32,
-    bias: u32,
-    out: u32,
-    has_bias: u32,
-    // The rows of x that this dispatch covers: `first_row .. num_rows`.
-    first_row: u32,
-    num_rows: u32,
-    // K, and its units of 32.
-    inner: u32,
-    num_units: u32,
-    // Of a row of out.
-    cols: u32,
-    // The shard's part of N.
-    first_col: u32,
-    shard_cols: u32,
-    // Workgroups beside one another on the same tile, each with its own rows.
-    row_tiles: u32,
-}
-#include "params.wgsl"
+// (ROWS, 256 * ROUNDS) activations in fours along K; at the end partial sums of four rows, by (four, split, lane).
+var<workgroup> memory: array<vec4<f32>, {{MEMORY}}>;
 
-// (rows, inner)
-@group(0) @binding(0) var<storage, read> x: array<f32>;
-@group(0) @binding(1) var<storage, read> weight: array<u32>;
-// (1, N), if has_bias
-@group(0) @binding(2) var<storage, read> bias: array<f32>;
-// (rows, cols), from the product's first column on.
-@group(0) @binding(3) var<storage, read_write> out: array<f32>;
-#include "weight.wgsl"
-
-fn store(row: u32, shard_col: u32, sum: f32) {
-    if row < params.num_rows && shard_col < params.shard_cols {
-        let col = params.first_col + shard_col;
-        var value = sum;
-        if params.has_bias == 1u {
-            value += bias[params.bias + col];
-        }
-        out[params.out + row * params.cols + col] = value;
+// Stages K from `first` on; of rows beyond the last the last one.
+fn stage(row: u32, first: u32, local: u32) {
+    for (var i = local; i < {{ROWS}}u * {{STAGE_K}}u; i += 256u) {
+        let k = first + i % {{STAGE_K}}u;
+        let x_row = min(row + i / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
+        let value = x[params.x + x_row + min(k, params.inner - 1u)];
+        memory[i / 4u][i % 4u] = select(0.0, value, k < params.inner);
     }
 }
 
-#if SPLITS > 1
-// COLUMNS is 1.
-var<workgroup> partial: array<f32, {{PARTIALS}}>;
-#endif
-
-// LANES x SPLITS, lanes first; in one dimension, because subgroups are only defined there.
-@compute @workgroup_size({{GROUP_LANES}})
+@compute @workgroup_size(256)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
-#if SUBGROUPS
-    @builtin(subgroup_invocation_id) subgroup_lane: u32,
-#endif
 ) {
     let index = workgroup_index(group, groups);
-    let tile = index / params.row_tiles;
-    if tile * 32u >= params.shard_cols {
+    // Row tiles lie side by side, so that a cache serves the weights again.
+    let column = index / params.row_tiles * {{COLUMNS}}u * 32u;
+    if column >= params.shard_cols {
         return;
     }
-    let lane = local % {{LANES}}u;
-    let own_split = local / {{LANES}}u;
+    let lane = local % 32u;
+    let own_split = local / 32u;
     let row = params.first_row + index % params.row_tiles * {{ROWS}}u;
-    let last = params.num_rows - 1u;
-#for R ROWS
-    let x_row_{{R}} = params.x + min(row + {{R}}u, last) * params.inner;
-#for C COLUMNS
-    var sum_{{R}}_{{C}} = 0.0;
-#endfor
-#endfor
-    for (var unit = own_split; unit < params.num_units; unit += {{SPLITS}}u) {
-        let in_block = unit % {{UNITS}}u;
-        let at_0 = block_at(tile * 32u + lane, unit, params.num_units);
-        let scales_0 = unit_scales(at_0, in_block);
-#for C COLUMNS
-#if C > 0
-        let at_{{C}} = at_0 + {{C}}u * {{LANES}}u;
-        let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+#if GROUPS > 1
+    // Of four rows.
+    let live_groups = (params.num_rows - row + 3u) / 4u;
 #endif
-#endfor
-        // Not unrolled: software drivers would compile twice as long, and run no faster.
-        for (var part = 0u; part < 4u; part++) {
-            let k = unit * 32u + part * 8u;
 #for C COLUMNS
-            let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+    // A tile beyond the last is the last.
+    let column_{{C}} = min(column / 32u + {{C}}u, (params.shard_cols - 1u) / 32u) * 32u + lane;
+#for G GROUPS
+#for R GROUP_ROWS
+    var sum_{{G}}_{{R}}_{{C}} = 0.0;
 #endfor
-            // Past the end of a row the weights are zero.
-#for R ROWS
-#if SUBGROUPS
-            let x_{{R}} = x[x_row_{{R}} + min(k + subgroup_lane % 8u, params.inner - 1u)];
+#endfor
+#endfor
+    let num_rounds = (params.num_units + 7u) / 8u;
+    for (var first_round = 0u; first_round < num_rounds; first_round += {{ROUNDS}}u) {
+        workgroupBarrier();
+        stage(row, first_round * 256u, local);
+        workgroupBarrier();
+        for (var round = 0u; round < {{ROUNDS}}u; round++) {
+            let unit = (first_round + round) * 8u + own_split;
+            if unit >= params.num_units {
+                break;
+            }
+            let in_block = unit % {{UNITS}}u;
+#for C COLUMNS
+            let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
+            let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+#endfor
+            for (var first_part = 0u; first_part < 4u; first_part += {{PARTS}}u) {
+#for P PARTS
+                {
+                    let part = first_part + {{P}}u;
+                    let at_x = round * 64u + own_split * 8u + part * 2u;
+#for C COLUMNS
+                    let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+#endfor
+#for G GROUPS
+#if GROUPS > 1
+                    if {{G}}u < live_groups
 #endif
-#endfor
+                    {
+#for R GROUP_ROWS
+                        let at_x_{{R}} = at_x + ({{G}}u * 4u + {{R}}u) * {{STAGE_K}}u / 4u;
 #for H 2
+                        let x_{{R}}_{{H}} = memory[at_x_{{R}} + {{H}}u];
 #for J 4
-#for R ROWS
-            {
-#if SUBGROUPS
-                let v = subgroupBroadcast(x_{{R}}, {{H}}u * 4u + {{J}}u);
-#else
-                let v = x[x_row_{{R}} + min(k + {{H}}u * 4u + {{J}}u, params.inner - 1u)];
-#endif
 #for C COLUMNS
-                sum_{{R}}_{{C}} = fma(v, w_{{C}}[{{H}}][{{J}}], sum_{{R}}_{{C}});
+                        sum_{{G}}_{{R}}_{{C}} =
+                            fma(x_{{R}}_{{H}}[{{J}}], w_{{C}}[{{H}}][{{J}}], sum_{{G}}_{{R}}_{{C}});
+#endfor
+#endfor
+#endfor
+#endfor
+                    }
+#endfor
+                }
 #endfor
             }
-#endfor
-#endfor
-#endfor
         }
     }
-#if SPLITS > 1
-#for R ROWS
-    partial[({{R}}u * {{SPLITS}}u + own_split) * {{LANES}}u + lane] = sum_{{R}}_0;
+#for C COLUMNS
+    workgroupBarrier();
+#for G GROUPS
+#if GROUP_ROWS == 4
+    memory[({{G}}u * 8u + own_split) * 32u + lane] =
+        vec4(sum_{{G}}_0_{{C}}, sum_{{G}}_1_{{C}}, sum_{{G}}_2_{{C}}, sum_{{G}}_3_{{C}});
+#else
+    memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, 0.0, 0.0, 0.0);
+#endif
 #endfor
     workgroupBarrier();
-    for (var r = own_split; r < {{ROWS}}u; r += {{SPLITS}}u) {
-        var sum = 0.0;
-        for (var split = 0u; split < {{SPLITS}}u; split++) {
-            sum += partial[(r * {{SPLITS}}u + split) * {{LANES}}u + lane];
+    if own_split < {{GROUPS}}u {
+        var total = vec4(0.0);
+        for (var split = 0u; split < 8u; split++) {
+            total += memory[(own_split * 8u + split) * 32u + lane];
         }
-        store(row + r, tile * 32u + lane, sum);
+#for R GROUP_ROWS
+        store(row + own_split * 4u + {{R}}u, column + {{C}}u * 32u + lane, total[{{R}}]);
+#endfor
     }
-#else
-#for R ROWS
-#for C COLUMNS
-    store(row + {{R}}u, tile * 32u + lane + {{C}}u * {{LANES}}u, sum_{{R}}_{{C}});
 #endfor
-#endfor
-#endif
 }

@@ -1,9 +1,13 @@
 //! A device under test, where an error of the device ends the test; the ops and their inputs are `verify`'s.
 
+use std::convert::Infallible;
+
 use fullbore_engine::backend::{Backend, RowSource};
+use fullbore_engine::batch::attention::QueryRows;
 use fullbore_engine::model::Checkpoint;
 use fullbore_engine::op::{MatMul, Op, Sample, SampleRow};
 use fullbore_engine::tensor::{KvTensor, KvType, Tensor, Weight, WeightFormat};
+use fullbore_engine::verify::attention::Planned;
 use fullbore_engine::verify::{self, Case, Check, Output};
 
 use crate::random::Random;
@@ -34,10 +38,6 @@ impl Device {
 
     pub fn unwritten(&mut self, rows: u32, cols: u32) -> Tensor {
         self.0.unwritten(rows, cols).expect("a small buffer")
-    }
-
-    pub fn random(&mut self, rows: u32, cols: u32, random: &mut Random) -> Tensor {
-        self.0.random(rows, cols, random).expect("a small buffer")
     }
 
     pub fn weight(&mut self, format: WeightFormat, rows: u32, cols: u32, seed: u64) -> Weight {
@@ -123,4 +123,18 @@ pub fn assert_rows_do_not_depend_on_m(
         let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]);
         assert!(words[..] == alone[..words.len()], "{name}: {} N {n} K {k} at M {m}", format.name());
     }
+}
+
+/// What an attention op reads of a plan over `rows`.
+pub fn planned(
+    rows: &[QueryRows],
+    window: u32,
+    cache: KvTensor,
+    num_heads: u32,
+    num_partials: u32,
+    mut tensor: impl FnMut(&[u32], u32) -> Tensor,
+) -> Planned {
+    let tensor = |words: &[u32], cols: u32| Ok::<Tensor, Infallible>(tensor(words, cols));
+    let Ok(planned) = Planned::new(rows, window, cache, num_heads, num_partials, tensor);
+    planned
 }

@@ -146,7 +146,7 @@ impl Rows for Batch {
 
 fn submit(batch: &Batch, model: &Model, backend: &mut dyn Backend) -> Ticket {
     let mut packed = PackedBatch::default();
-    packed.pack(batch, model.limits.max_blocks_per_seq());
+    packed.pack(batch, model.limits.max_blocks_per_seq(), &model.attention);
     let greedy = Request::default();
     sampling::pack(batch, |_| &greedy, &mut packed);
     let mut recording = model.recording();

@@ -2,6 +2,7 @@
 //! a prompt, greedy ids, and the bits of a prompt in chunks. Then: what a config.json is refused for. Goldens:
 //! `golden/tiny/`, by `golden/tiny.py`.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -10,6 +11,7 @@ use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::PackedBatch;
+use fullbore_engine::batch::attention::AttentionPlan;
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
@@ -18,7 +20,7 @@ use fullbore_engine::format::quant::dequantize_row;
 use fullbore_engine::format::safetensors::SafetensorsDir;
 use fullbore_engine::model::config::{Family, RopeConfig, RopeScaling};
 use fullbore_engine::model::{Checkpoint, Inputs, Model, ModelConfig, Weights};
-use fullbore_engine::op::{AddNorm, Op, RopeStyle, SampleRow};
+use fullbore_engine::op::{AddNorm, NONE, Op, RopeStyle, SampleRow};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, SamplingParams, TokenId, TokenLogprobs, token_mask};
 use fullbore_engine::tensor::{BufferId, Weight, WeightFormat};
@@ -245,15 +247,17 @@ fn num_ops(mut checkpoint: Checkpoint, config: Option<ModelConfig>) -> (usize, u
     let mut backend = Counting { sim: SimBackend::new(SimOptions::default()), weight_bytes: 0 };
     let planned = Weights::size_bytes(&config, &checkpoint, &backend);
     let num_layers = config.num_layers as usize;
+    let num_windows = config.windows.iter().collect::<HashSet<_>>().len();
     let limits = EngineConfig::default().state_limits();
     let model = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}).expect("it loads");
     assert_eq!(backend.weight_bytes, planned);
+    let plan = AttentionPlan { items: vec![0, 3, 0, 0, 0, 3, NONE], ..AttentionPlan::default() };
     // A first chunk of three tokens, of which the last gets a row of logits.
     let batch = PackedBatch {
         ids: vec![1, 2, 3],
         positions: vec![0, 1, 2],
         slots: vec![16, 17, 18],
-        items: vec![0, 3, 0, 0],
+        attention: vec![plan; num_windows],
         table_updates: vec![0, 1],
         logit_rows: vec![2],
         sample_rows: vec![SampleRow { slot: 0, position: 3, ..SampleRow::IDLE }],

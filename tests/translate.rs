@@ -14,6 +14,8 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::ModuleInfo;
 use naga::{Module, ResourceBinding};
 
+use crate::shaders::HEADS_OF_MODELS;
+
 struct Permutation {
     name: String,
     module: Module,
@@ -25,7 +27,7 @@ struct Permutation {
 fn permutations() -> Vec<Permutation> {
     let mut found = Vec::new();
     for tier in Tier::ALL {
-        for kernel in Kernel::all(tier, &[32, 64, 80, 96, 128, 256]) {
+        for kernel in Kernel::all(tier, &HEADS_OF_MODELS) {
             let (file, constants) = kernel.source(tier);
             let name = format!("{kernel:?}, tier {}", tier.name());
             let text = compose(file, &constants).unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -1,9 +1,10 @@
 //! Fullbore's benchmarks: workloads, the run that measures one, and the statistics of what came out.
 //!
 //! Invariant: a workload is a pure function of its seed. Nothing here knows HTTP or opens a device: an engine is driven
-//! as the server drives it, through its handle or step by step.
+//! as the server drives it, through its handle or step by step; only `ops` records ops itself.
 
 pub mod offline;
+pub mod ops;
 pub mod play;
 pub mod profile;
 pub mod report;

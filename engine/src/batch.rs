@@ -7,8 +7,12 @@ use std::ops::Range;
 
 use crate::config::EngineConfig;
 use crate::cost::StepShape;
-use crate::op::{ATTENTION_ROWS, SAMPLED_BY_SLOT, SampleRow};
+use crate::op::{SAMPLED_BY_SLOT, SampleRow};
 use crate::request::TokenId;
+
+pub mod attention;
+
+use attention::{AttentionLimits, AttentionPlan, QueryRows};
 
 /// One growing list of tokens; unique for the life of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -185,8 +189,8 @@ pub struct PackedBatch {
     pub positions: Vec<u32>,
     /// (tokens, 1)
     pub slots: Vec<u32>,
-    /// (items, 4), as `op::Attention` states.
-    pub items: Vec<u32>,
+    /// One for each of the model's windows, in the order of [`AttentionLimits::windows`].
+    pub attention: Vec<AttentionPlan>,
     /// (updates, 2), as `op::UpdateTable` states.
     pub table_updates: Vec<u32>,
     /// (logit rows, 1): rows of the batch that go through the output layer.
@@ -204,7 +208,7 @@ pub struct PackedBatch {
 impl PackedBatch {
     /// Refills `self` from `batch`, but for `sample_rows` and `extras`, which need the requests; `table_cols` is the
     /// width of the device's block table.
-    pub fn pack(&mut self, batch: &Batch, table_cols: u32) {
+    pub fn pack(&mut self, batch: &Batch, table_cols: u32, attention: &AttentionLimits) {
         self.clear();
         self.ids.extend(batch.input.iter().map(|token| match token {
             InputToken::Id(id) => id.0,
@@ -217,14 +221,17 @@ impl PackedBatch {
         }
         for slice in &batch.slices {
             self.positions.extend((0..slice.num_tokens()).map(|i| slice.start + i));
-            let mut row = slice.tokens.start;
-            while row < slice.tokens.end {
-                let num_rows = ATTENTION_ROWS.min(slice.tokens.end - row);
-                let position = slice.start + (row - slice.tokens.start);
-                self.items.extend([row, num_rows, slice.slot.0, position]);
-                row += num_rows;
-            }
             self.logit_rows.extend(slice.tokens.end - slice.num_logit_rows()..slice.tokens.end);
+        }
+        let rows = batch.slices.iter().map(|slice| QueryRows {
+            first_row: slice.tokens.start,
+            num_rows: slice.num_tokens(),
+            slot: slice.slot.0,
+            position: slice.start,
+        });
+        self.attention.resize_with(attention.windows.len(), AttentionPlan::default);
+        for (plan, window) in self.attention.iter_mut().zip(&attention.windows) {
+            plan.fill(rows.clone(), *window, attention);
         }
         for Reset { slot, tokens, num_prompt_tokens } in &batch.resets {
             self.resets.extend([slot.0, tokens.start, tokens.start + num_prompt_tokens, tokens.end]);
@@ -236,7 +243,6 @@ impl PackedBatch {
         self.ids.clear();
         self.positions.clear();
         self.slots.clear();
-        self.items.clear();
         self.table_updates.clear();
         self.logit_rows.clear();
         self.resets.clear();

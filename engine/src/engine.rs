@@ -463,7 +463,7 @@ fn record<'a>(
     packed: &mut PackedBatch,
     recording: &mut Recording,
 ) {
-    packed.pack(batch, model.limits.max_blocks_per_seq());
+    packed.pack(batch, model.limits.max_blocks_per_seq(), &model.attention);
     recording.clear();
     sampling::pack(batch, request, packed);
     let inputs = Inputs::upload(packed, recording);

@@ -29,7 +29,8 @@
 //! # What must stay true
 //!
 //! - A request's tokens do not depend on its neighbours, on chunking, on sharing or on preemption: every matmul has one
-//!   accumulation order for each (N, K, format), and attention goes over tiles aligned to absolute positions.
+//!   accumulation order for each (N, K, format), and attention goes over tiles and cuts aligned to absolute positions,
+//!   whether one workgroup takes all cuts of a row or several do.
 //! - A pipeline of two steps gives the tokens that the plain loop gives (`pipeline_depth` 1), bit for bit.
 //! - Whoever is turned away is told when to come again, by a forecast and not by a constant.
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.

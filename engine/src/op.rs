@@ -20,6 +20,7 @@ pub enum Op {
     AddNorm(AddNorm),
     ResetCounts(ResetCounts),
     Sample(Sample),
+    MulAdd(MulAdd),
 }
 
 /// `table[index] = value` for each (index, value) of `entries`; indices are distinct.
@@ -112,6 +113,14 @@ pub const ATTENTION_ROWS: u32 = 8;
 /// Positions of one KV tile. Softmax and the value sum go tile by tile, each tile aligned to an absolute position, so
 /// that a row's numbers do not depend on chunking, sharing or neighbours.
 pub const ATTENTION_TILE: u32 = 32;
+/// Positions of one cut, whole tiles, aligned like them. What a cut gives a row is computed from nothing, and the cuts
+/// that the row sees are merged in order, whether one item covers them all or several do: so a row's numbers do not
+/// depend on that either.
+pub const ATTENTION_CUT: u32 = 256;
+/// Words of an item of [`Attention::items`].
+pub const ATTENTION_ITEM_WORDS: u32 = 7;
+/// Words of a row of [`Attention::merges`].
+pub const ATTENTION_MERGE_WORDS: u32 = 3;
 
 /// Causal paged attention with an online softmax (Milakov and Gimelshein 2018) over KV tiles.
 ///
@@ -122,17 +131,37 @@ pub struct Attention {
     /// f32 (tokens, num_heads * head_dim)
     pub q: Tensor,
     pub cache: KvTensor,
-    /// u32 (items, 4): first row of q, number of rows (1 to `ATTENTION_ROWS`), row of `table`, position of the first
-    /// row. Rows of an item are consecutive positions of one sequence. Every row of q is in exactly one item.
+    /// u32 (items, `ATTENTION_ITEM_WORDS`): first row of q, number of rows (1 to `ATTENTION_ROWS`), row of `table`,
+    /// position of the first row, the positions that the item covers (the first, which begins a tile, and the end),
+    /// and the row of `partials` of the first cut that it covers, or `NONE`. Rows of an item are consecutive positions
+    /// of one sequence. Without a partial the item covers all that its rows see, and `out` is written. With one the
+    /// item has one row and covers whole cuts of what that sees; the others are covered by other items.
     pub items: Tensor,
+    /// Items, from the first, that have one row: backends may treat them apart.
+    pub num_single_rows: u32,
+    /// u32 (split rows, `ATTENTION_MERGE_WORDS`): a row of q, and where in `partials` its cuts begin and how many there
+    /// are. Without split rows there is nothing to merge.
+    pub merges: Tensor,
+    /// f32 (cuts, `partial_cols`), in place: for each query head the values of one row and cut under its largest score,
+    /// not yet divided; that score; the sum of weights.
+    pub partials: Tensor,
     /// u32 (max_num_seqs, max_blocks_per_seq): block ids.
     pub table: Tensor,
     pub num_heads: u32,
     pub scale: f32,
+    /// If not 0, a score s, after `scale`, becomes `soft_cap * tanh(s / soft_cap)` (Gemma 2).
+    pub soft_cap: f32,
     /// Positions a row sees at most, itself included; 0 for no limit.
     pub window: u32,
     /// f32 (tokens, num_heads * head_dim)
     pub out: Tensor,
+}
+
+impl Attention {
+    /// Columns of `partials`.
+    pub const fn partial_cols(num_heads: u32, head_dim: u32) -> u32 {
+        num_heads * (head_dim + 2)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -170,6 +199,21 @@ pub struct AddNorm {
     pub out: Tensor,
 }
 
+/// `x = scale * x + offset`, `rounds` times over, element by element: how fast a device multiplies and adds at most. No
+/// model has it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MulAdd {
+    /// f32 (rows, cols), in place.
+    pub x: Tensor,
+    pub scale: f32,
+    pub offset: f32,
+    /// A multiple of `MUL_ADD_ROUNDS`.
+    pub rounds: u32,
+}
+
+/// Rounds that a backend may take in one go.
+pub const MUL_ADD_ROUNDS: u32 = 8;
+
 /// In a word of `counts`: the token is in the prompt. The other bits count how often it was generated.
 pub const IN_PROMPT: u32 = 1 << 31;
 
@@ -189,7 +233,7 @@ pub struct ResetCounts {
 /// is harmless: any token.
 pub const NON_FINITE: u32 = u32::MAX;
 
-/// In a [`SampleRow`]: no slot, no target, no mask.
+/// In a [`SampleRow`]: no slot, no target, no mask. In an item of [`Attention`]: no partial.
 pub const NONE: u32 = u32::MAX;
 
 /// How to choose a token from one row of logits. Words, as the upload has them.
@@ -291,6 +335,10 @@ impl SampleRow {
         num_biases: 0,
         mask_at: NONE,
     };
+
+    pub fn words(&self) -> [u32; SAMPLE_ROW_WORDS as usize] {
+        bytemuck::cast(*self)
+    }
 
     pub fn is_idle(&self) -> bool {
         self.slot == NONE && self.target == NONE

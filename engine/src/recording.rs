@@ -4,7 +4,8 @@
 //! a backend may trust them. A recording runs nothing.
 
 use crate::op::{
-    ATTENTION_ROWS, AddNorm, CHOSEN_WORDS, MAX_TOP, Op, ResetCounts, RopeKv, SAMPLE_ROW_WORDS, Sample, slice_cols,
+    ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, ATTENTION_ROWS, AddNorm, Attention, CHOSEN_WORDS, MAX_TOP,
+    MUL_ADD_ROUNDS, MulAdd, Op, ResetCounts, RopeKv, SAMPLE_ROW_WORDS, Sample, slice_cols,
 };
 use crate::tensor::{BufferId, DType, Tensor};
 
@@ -108,15 +109,7 @@ fn check(op: &Op) {
             assert_ne!(op.x.buffer, op.out.buffer);
         }
         Op::RopeKv(op) => check_rope_kv(op),
-        Op::Attention(op) => {
-            f32(op.q, op.out.rows, op.num_heads * op.cache.head_dim);
-            f32(op.out, op.q.rows, op.num_heads * op.cache.head_dim);
-            u32(op.items, op.items.rows, 4);
-            u32(op.table, op.table.rows, op.table.cols);
-            assert!(op.num_heads.is_multiple_of(op.cache.num_kv_heads), "{op:?}");
-            assert!(op.items.rows <= op.q.rows && op.q.rows <= op.items.rows * ATTENTION_ROWS, "{op:?}");
-            assert_ne!(op.q.buffer, op.out.buffer);
-        }
+        Op::Attention(op) => check_attention(op),
         Op::GatedAct(op) => {
             f32(op.gate_up, op.out.rows, 2 * op.out.cols);
             f32(op.out, op.gate_up.rows, op.out.cols);
@@ -125,6 +118,7 @@ fn check(op: &Op) {
         Op::AddNorm(op) => check_add_norm(op),
         Op::ResetCounts(op) => check_reset_counts(op),
         Op::Sample(op) => check_sample(op),
+        Op::MulAdd(op) => check_mul_add(op),
     }
 }
 
@@ -153,6 +147,19 @@ fn check_add_norm(op: AddNorm) {
     assert!(op.x.buffer != op.y.buffer && op.x.buffer != op.out.buffer && op.y.buffer != op.out.buffer, "{op:?}");
 }
 
+fn check_attention(op: Attention) {
+    f32(op.q, op.out.rows, op.num_heads * op.cache.head_dim);
+    f32(op.out, op.q.rows, op.num_heads * op.cache.head_dim);
+    u32(op.items, op.items.rows, ATTENTION_ITEM_WORDS);
+    u32(op.merges, op.merges.rows, ATTENTION_MERGE_WORDS);
+    f32(op.partials, op.partials.rows, Attention::partial_cols(op.num_heads, op.cache.head_dim));
+    u32(op.table, op.table.rows, op.table.cols);
+    assert!(op.num_heads.is_multiple_of(op.cache.num_kv_heads), "{op:?}");
+    assert!(op.q.rows <= op.items.rows * ATTENTION_ROWS && op.num_single_rows <= op.items.rows, "{op:?}");
+    assert!(op.merges.rows <= op.q.rows && op.merges.rows <= op.partials.rows, "{op:?}");
+    assert!(op.soft_cap >= 0.0 && op.q.buffer != op.out.buffer && op.partials.buffer != op.out.buffer, "{op:?}");
+}
+
 fn check_reset_counts(op: ResetCounts) {
     u32(op.resets, op.resets.rows, 4);
     u32(op.tokens, op.tokens.rows, 1);
@@ -169,6 +176,11 @@ fn check_sample(op: Sample) {
     u32(op.sampled, op.counts.rows, 1);
     u32(op.chosen, num_rows, CHOSEN_WORDS);
     u32(op.top, num_rows, 2 * MAX_TOP);
+}
+
+fn check_mul_add(op: MulAdd) {
+    f32(op.x, op.x.rows, op.x.cols);
+    assert!(op.rounds.is_multiple_of(MUL_ADD_ROUNDS), "{op:?}");
 }
 
 #[track_caller]

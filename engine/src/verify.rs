@@ -144,6 +144,7 @@ pub fn every_case() -> Vec<Case> {
     cases.extend(WeightFormat::ALL.map(rows::embed));
     for (rows, cols) in [(1, 64), (3, 100), (17, 576), (70, 640)] {
         cases.push(rows::rms_norm(rows, cols));
+        cases.push(rows::mul_add(rows, cols));
         cases.push(rows::gated_act(Silu, rows, cols));
         cases.push(rows::gated_act(GeluTanh, rows, cols));
         for has_post in [false, true] {
@@ -152,14 +153,23 @@ pub fn every_case() -> Vec<Case> {
         }
     }
     for format in WeightFormat::ALL {
-        for (m, n, k) in [(1, 64, 256), (5, 100, 512), (16, 96, 256), (37, 33, 768)] {
+        for (m, n, k) in [(1, 64, 256), (37, 161, 768), (67, 130, 256)] {
             cases.push(mat_mul::mat_mul(format, m, n, k));
         }
     }
-    // Where the last unit of a row is not full.
-    for (format, m, n, k) in
-        [(WeightFormat::F32, 3, 40, 68), (WeightFormat::F16, 3, 40, 68), (WeightFormat::Q8_0, 9, 48, 576)]
-    {
+    // Every variant beside its neighbours, widths that fill no tile, last units that are short or missing.
+    for (format, m, n, k) in [
+        (WeightFormat::F32, 3, 40, 68),
+        (WeightFormat::BF16, 65, 200, 6),
+        (WeightFormat::F16, 5, 40, 68),
+        (WeightFormat::Q5K, 8, 100, 512),
+        (WeightFormat::Q4_0, 9, 48, 576),
+        (WeightFormat::Q4_0, 17, 70, 2080),
+        (WeightFormat::F16, 63, 40, 68),
+        (WeightFormat::Q4_0, 64, 128, 96),
+        (WeightFormat::F16, 65, 200, 6),
+        (WeightFormat::Q4_0, 130, 260, 288),
+    ] {
         cases.push(mat_mul::mat_mul(format, m, n, k));
     }
     cases.push(mat_mul::into_columns(WeightFormat::Q4K, WeightFormat::Q6K));

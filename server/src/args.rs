@@ -51,6 +51,9 @@ pub enum BenchCommand {
     Profile(ProfileArgs),
     /// Play a workload in real time, no HTTP: the same report as `fullbore simulate`.
     Trace(TraceArgs),
+    /// Single ops at the shapes of a model, beside the device's own bandwidth and peak: a table, and JSON on standard
+    /// output. No model is needed.
+    Ops(OpsArgs),
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -230,6 +233,43 @@ pub struct ProfileArgs {
     #[arg(long, default_value_t = 90)]
     pub seconds: u64,
 }
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct OpsArgs {
+    /// As of `serve`.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// How weights are stored.
+    #[arg(long, default_value = WeightFormat::Q4_0.name(), value_parser = parse_format)]
+    pub format: WeightFormat,
+    #[arg(long, value_enum, default_value_t = Shapes::B1)]
+    pub shapes: Shapes,
+    /// Rows of activations: numbers and ranges, such as 1,2,4 or 1..80.
+    #[arg(long, default_value = "1,2,4,8,16,32,64,512", value_parser = parse_rows)]
+    pub m: Rows,
+    /// Ops whose names have this in them, such as "mat_mul ffn_down".
+    #[arg(long, default_value = "")]
+    pub only: String,
+    /// Measure for so many seconds; every op is run at least once.
+    #[arg(long, default_value_t = 30)]
+    pub seconds: u64,
+}
+
+/// Whose shapes: SmolLM2-135M, Llama 3.2 1B, Llama 3.1 8B or a layer of 70B.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shapes {
+    Small,
+    #[value(name = "1b")]
+    B1,
+    #[value(name = "8b")]
+    B8,
+    #[value(name = "70b")]
+    B70,
+}
+
+/// Ascending, each once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows(pub Vec<u32>);
 
 /// Which requests come when.
 #[derive(Clone, Debug, ClapArgs)]
@@ -411,6 +451,30 @@ fn parse_kv_type(text: &str) -> Result<KvType, String> {
     })
 }
 
+fn parse_format(text: &str) -> Result<WeightFormat, String> {
+    let found = WeightFormat::ALL.into_iter().find(|format| format.name() == text);
+    found.ok_or_else(|| {
+        format!("{text} is no format of weights; there are {}", WeightFormat::ALL.map(WeightFormat::name).join(", "))
+    })
+}
+
+/// `1,2,4`, `1..80`.
+fn parse_rows(text: &str) -> Result<Rows, String> {
+    let expected = || format!("{text} is no list of rows; write 1,2,4 or 1..80, each from 1 to {MAX_ROWS}");
+    let mut rows = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once("..").unwrap_or((part, part));
+        let bound = |text: &str| text.trim().parse().ok().filter(|rows| (1..=MAX_ROWS).contains(rows));
+        rows.extend(bound(first).ok_or_else(expected)?..=bound(last).ok_or_else(expected)?);
+    }
+    rows.sort_unstable();
+    rows.dedup();
+    if rows.is_empty() { Err(expected()) } else { Ok(Rows(rows)) }
+}
+
+/// Of one op that is measured.
+const MAX_ROWS: u32 = 4096;
+
 /// `4096`, `512KiB`, `256MiB`, `1.5GiB`; KB, MB and GB are powers of ten.
 fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|letter: char| letter.is_alphabetic() || letter == ' ');
@@ -470,6 +534,15 @@ mod tests {
     fn types_of_the_kv_cache_are_read_by_name() {
         assert_eq!(KvType::ALL.map(|kv_type| parse_kv_type(kv_type.name())), KvType::ALL.map(Ok));
         assert_eq!(parse_kv_type("q5_0"), Err("q5_0 is no type of a KV cache; there are f16, q8_0, q4_0".to_owned()));
+    }
+
+    #[test]
+    fn rows_are_a_list_of_numbers_and_ranges() {
+        assert_eq!(parse_rows("4,1..3,2"), Ok(Rows(vec![1, 2, 3, 4])));
+        for wrong in ["", "0", "3..2", "1,,2", "1..5000", "x"] {
+            assert!(parse_rows(wrong).is_err_and(|sentence| sentence.contains("1..80")), "{wrong}");
+        }
+        assert!(parse_format("q4").is_err_and(|sentence| sentence.contains("iq4_xs")));
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! `fullbore bench`: one engine in this process, driven without HTTP; JSON on standard output, and what a person reads
-//! on standard error.
+//! `fullbore bench`: one engine in this process, driven without HTTP, or one device without an engine; JSON on standard
+//! output, and what a person reads on standard error.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use fullbore_bench::offline::{self, BenchError};
+use fullbore_bench::ops::{self, ModelShape, OpsError, OpsOptions};
 use fullbore_bench::play::{self, Clock, PlayError};
 use fullbore_bench::profile::{self, Measured, ProfileError};
 use fullbore_bench::report::ServingReport;
@@ -15,7 +16,8 @@ use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
 use fullbore_engine::engine::Engine;
 
-use crate::args::{BenchArgs, EngineArgs, Profile, ProfileArgs, TraceArgs};
+use crate::args::{BenchArgs, EngineArgs, OpsArgs, Profile, ProfileArgs, Shapes, TraceArgs};
+use crate::devices::{self, DeviceChoiceError};
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, Plan, StartError, USUAL_LEN};
 
@@ -33,6 +35,10 @@ pub enum BenchCommandError {
     Workload(#[from] WorkloadError),
     #[error(transparent)]
     Play(#[from] PlayError),
+    #[error(transparent)]
+    Device(#[from] DeviceChoiceError),
+    #[error(transparent)]
+    Ops(#[from] OpsError),
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
 }
@@ -84,6 +90,33 @@ pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
         "knee": knee,
     });
     println!("{summary}");
+    Ok(())
+}
+
+/// More than the caches of a GPU hold.
+const COLD_BYTES: u64 = 128 << 20;
+
+/// Measures single ops on a device.
+pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
+    let shape = match args.shapes {
+        Shapes::Small => ModelShape::SMALL,
+        Shapes::B1 => ModelShape::B1,
+        Shapes::B8 => ModelShape::B8,
+        Shapes::B70 => ModelShape::B70,
+    };
+    let options = OpsOptions {
+        shape,
+        format: args.format,
+        rows: args.m.0.clone(),
+        only: args.only.clone(),
+        time: Duration::from_secs(args.seconds),
+        cold_bytes: COLD_BYTES,
+    };
+    let mut backend = devices::open(&args.device)?;
+    let mut progress = |num_passes, num_ops| eprintln!("{num_passes} passes over {num_ops} ops");
+    let report = ops::measure(backend.as_mut(), &options, &mut progress)?;
+    eprint!("{report}");
+    println!("{}", serde_json::json!(report));
     Ok(())
 }
 

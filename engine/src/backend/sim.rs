@@ -2,10 +2,10 @@
 //!
 //! Each row of activations is one 64-bit hash in the row's first eight bytes. `RopeKv` writes hashes into the real
 //! cache slots, whatever the cache's element type; attention walks the block table that lies on this device and hashes
-//! every cell it can see, positions included; the next token is that hash, and the hash of all sampler state that the
-//! row has. So any mistake in slots, tables, sharing, preemption, chunking, slot reuse or token counts changes ids, and
-//! a test is `assert_eq!` with the request run alone. Invariant: no chance, no arithmetic on weights, and no time but
-//! what a [`CostModel`] says: the device works its queue off in order on a [`SimClock`].
+//! every cell that an item covers and its row can see, positions included; the next token is that hash, and the hash of
+//! all sampler state that the row has. So any mistake in slots, tables, sharing, preemption, chunking, slot reuse or
+//! token counts changes ids, and a test is `assert_eq!` with the request run alone. Invariant: no chance, no arithmetic
+//! on weights, and no time but what a [`CostModel`] says: the device works its queue off in order on a [`SimClock`].
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -17,7 +17,10 @@ use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
 };
 use crate::cost::{CostModel, StepShape};
-use crate::op::{AddNorm, Attention, MatMul, NON_FINITE, Op, RopeKv, SAMPLED_BY_SLOT};
+use crate::op::{
+    ATTENTION_CUT, ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, AddNorm, Attention, MatMul, NON_FINITE, NONE, Op,
+    RopeKv, SAMPLED_BY_SLOT,
+};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight, WeightId};
 
@@ -183,6 +186,7 @@ impl SimBackend {
             Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
+            Op::MulAdd(op) => self.map_rows(op.x, op.x, |x| mix(u64::from(op.rounds), x)),
         }
     }
 
@@ -224,35 +228,60 @@ impl SimBackend {
         }
     }
 
+    /// As on any device a row goes cut by cut, in its items or in those of others that are merged.
     fn attention(&mut self, op: Attention) {
-        for item in 0..op.items.rows as usize {
-            let words = &self.words(op.items)[4 * item..4 * item + 4];
-            let [first_row, num_rows, table_row, first] = [words[0], words[1], words[2], words[3]];
+        let items: Vec<[u32; ATTENTION_ITEM_WORDS as usize]> = bytemuck::pod_collect_to_vec(self.words(op.items));
+        for [first_row, num_rows, table_row, position, begin, end, partial] in items {
             for i in 0..num_rows {
-                let position = first + i;
-                let query = self.row(op.q, first_row + i);
-                let value = self.attend(&op, table_row, position, query);
-                self.set_row(op.out, first_row + i, value);
+                let mut seen = Seen { hash: self.row(op.q, first_row + i), num_positions: 0 };
+                for cut in begin / ATTENTION_CUT..end.div_ceil(ATTENTION_CUT) {
+                    let positions = begin.max(cut * ATTENTION_CUT)..end.min((cut + 1) * ATTENTION_CUT);
+                    let part = self.attend(&op, table_row, position + i, positions);
+                    seen.add(part);
+                    if partial != NONE {
+                        let row = partial + cut - begin / ATTENTION_CUT;
+                        let words = &mut self.words_mut(op.partials)[(row * op.partials.cols) as usize..];
+                        write(words, 0, part.hash);
+                        words[2] = part.num_positions;
+                    }
+                }
+                if partial == NONE {
+                    assert_eq!(seen.num_positions, num_seen(&op, position + i), "of row {}", first_row + i);
+                    self.set_row(op.out, first_row + i, seen.hash);
+                } else {
+                    // Until it is merged.
+                    self.set_row(op.out, first_row, u64::from(position));
+                }
             }
+        }
+        let merges: Vec<[u32; ATTENTION_MERGE_WORDS as usize]> = bytemuck::pod_collect_to_vec(self.words(op.merges));
+        for [row, first, num_cuts] in merges {
+            let mut seen = Seen { hash: self.row(op.q, row), num_positions: 0 };
+            for cut in first..first + num_cuts {
+                let words = &self.words(op.partials)[(cut * op.partials.cols) as usize..];
+                seen.add(Seen { hash: read(words, 0), num_positions: words[2] });
+            }
+            let position = self.row(op.out, row) as u32;
+            assert_eq!(seen.num_positions, num_seen(&op, position), "of row {row}, which was split");
+            self.set_row(op.out, row, seen.hash);
         }
     }
 
-    /// The hash of a query and everything it sees.
-    fn attend(&self, op: &Attention, table_row: u32, position: u32, query: u64) -> u64 {
-        let start = match op.window {
-            0 => 0,
-            window => (position + 1).saturating_sub(window),
-        };
+    /// The hash of what a row sees of some positions.
+    fn attend(&self, op: &Attention, table_row: u32, position: u32, positions: Range<u32>) -> Seen {
+        let visible = positions.start.max(position + 1 - num_seen(op, position))..positions.end.min(position + 1);
         let cache = op.cache;
         let table = &self.words(op.table)[(table_row * op.table.cols) as usize..];
-        (start..=position).fold(query, |hash, seen| {
+        let num_positions = visible.len() as u32;
+        let hash = visible.fold(0, |hash, seen| {
             let block = table[(seen / cache.block_size) as usize];
             assert!(block < cache.num_blocks, "block {block} of {}", cache.num_blocks);
             let cell = cache.head_at(block, 0, seen % cache.block_size);
             let k = read(&self.buffers[cache.k.0 as usize], cell);
             let v = read(&self.buffers[cache.v.0 as usize], cell);
             mix(mix(hash, k), v)
-        })
+        });
+        Seen { hash, num_positions }
     }
 
     /// What a recording's time depends on, read off its ops; all layers attend alike.
@@ -262,11 +291,11 @@ impl SimBackend {
             match *op {
                 Op::Embed(op) => num_tokens = op.out.rows,
                 Op::Attention(op) if seen.num_tokens == 0 => {
-                    // Consecutive items of one row of the table are one slice.
-                    let items: &[[u32; 4]] = bytemuck::cast_slice(self.words(op.items));
+                    // Consecutive items of one row of the table are one slice; those of a split row are one item.
+                    let items: &[[u32; ATTENTION_ITEM_WORDS as usize]] = bytemuck::cast_slice(self.words(op.items));
                     for slice in items.chunk_by(|left, right| left[2] == right[2]) {
-                        let num_rows = slice.iter().map(|[_, num_rows, ..]| num_rows).sum();
-                        seen = seen.with_slice(slice[0][3], num_rows, 0);
+                        let last = &slice[slice.len() - 1];
+                        seen = seen.with_slice(slice[0][3], last[0] + last[1] - slice[0][0], 0);
                     }
                 }
                 Op::Sample(op) => num_logit_rows = op.logits.rows,
@@ -358,6 +387,31 @@ impl Backend for SimBackend {
             true => Instant::now(),
             false => self.started_at + self.clock.now(),
         }
+    }
+}
+
+/// A hash of what was seen, and of how many positions.
+#[derive(Clone, Copy)]
+struct Seen {
+    hash: u64,
+    num_positions: u32,
+}
+
+impl Seen {
+    /// A cut in which there was something to see.
+    fn add(&mut self, cut: Seen) {
+        if cut.num_positions > 0 {
+            self.hash = mix(self.hash, cut.hash);
+            self.num_positions += cut.num_positions;
+        }
+    }
+}
+
+/// Positions that a row at `position` sees.
+fn num_seen(op: &Attention, position: u32) -> u32 {
+    match op.window {
+        0 => position + 1,
+        window => window.min(position + 1),
     }
 }
 

@@ -1,6 +1,7 @@
 //! One forward pass of the Llama family, as ops. Families differ by data: optional norms, biases, windows, scales.
 
 use crate::backend::{Backend, DeviceError};
+use crate::batch::attention::AttentionLimits;
 use crate::model::weights::{Linear, Part};
 use crate::model::{Choices, Inputs, Model, ModelConfig, StateLimits, alloc_f32, alloc_u32};
 use crate::op::{
@@ -71,7 +72,6 @@ impl Model {
     fn record_attention(&self, layer: usize, inputs: &Inputs, scratch: &Scratch, recording: &mut Recording) {
         let config = &self.config;
         let weights = &self.weights.layers[layer];
-        let cache = self.kv[layer];
         let window = config.windows[layer];
         product(scratch.normed, &weights.qkv, scratch.qkv, recording);
         let table = match self.local_rope_table {
@@ -86,20 +86,31 @@ impl Model {
             table,
             style: config.rope_style,
             slots: inputs.slots,
-            cache,
+            cache: self.kv[layer],
             q: scratch.q,
         }));
-        recording.push(Op::Attention(Attention {
-            q: scratch.q,
-            cache,
-            items: inputs.items,
-            table: self.block_table,
-            num_heads: config.num_heads,
-            scale: config.attention_scale,
-            window: window.unwrap_or(0),
-            out: scratch.attn,
-        }));
+        recording.push(self.attention(layer, inputs, scratch));
         product(scratch.attn, &weights.attn_output, scratch.projected, recording);
+    }
+
+    fn attention(&self, layer: usize, inputs: &Inputs, scratch: &Scratch) -> Op {
+        let window = self.config.windows[layer].unwrap_or(0);
+        let plans = self.attention.windows.iter().zip(&inputs.attention);
+        let (_, plan) = plans.into_iter().find(|(found, _)| **found == window).expect("a plan for each window");
+        Op::Attention(Attention {
+            q: scratch.q,
+            cache: self.kv[layer],
+            items: plan.items,
+            num_single_rows: plan.num_single_rows,
+            merges: plan.merges,
+            partials: scratch.partials,
+            table: self.block_table,
+            num_heads: self.config.num_heads,
+            scale: self.config.attention_scale,
+            soft_cap: 0.0,
+            window,
+            out: scratch.attn,
+        })
     }
 
     fn record_ffn(&self, layer: usize, scratch: &Scratch, recording: &mut Recording) {
@@ -141,6 +152,8 @@ pub(super) struct Scratch {
     /// f32 (tokens, num_heads * head_dim)
     pub q: Tensor,
     pub attn: Tensor,
+    /// f32 (partials, `Attention::partial_cols`): what a split row gets of each cut of its context.
+    pub partials: Tensor,
     /// f32 (tokens, dim): what a branch adds to the residual stream.
     pub projected: Tensor,
     /// f32 (tokens, 2 * ffn_dim)
@@ -179,6 +192,7 @@ impl Scratch {
             qkv: f32("qkv", tokens, q_dim + 2 * kv_dim)?,
             q: f32("q", tokens, q_dim)?,
             attn: f32("attn", tokens, q_dim)?,
+            partials: f32("attention partials", num_partials(limits), partial_cols(config))?,
             projected: f32("projected", tokens, config.dim)?,
             gate_up: f32("gate and up", tokens, 2 * config.ffn_dim)?,
             act: f32("act", tokens, config.ffn_dim)?,
@@ -194,7 +208,9 @@ impl Scratch {
         let per_token = u64::from(3 * config.dim + 3 * q_dim + 2 * kv_dim) + 3 * u64::from(config.ffn_dim);
         let choice_words = slice_cols(config.vocab_size) + CHOSEN_WORDS + 2 * MAX_TOP;
         let per_logit_row = u64::from(config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
-        4 * (u64::from(limits.max_num_batched_tokens) * per_token + u64::from(limits.max_logit_rows) * per_logit_row)
+        let partials = u64::from(num_partials(limits)) * u64::from(partial_cols(config));
+        let logit_rows = u64::from(limits.max_logit_rows) * per_logit_row;
+        4 * (u64::from(limits.max_num_batched_tokens) * per_token + logit_rows + partials)
     }
 
     /// The first `rows` tokens of everything that has a row a token.
@@ -211,6 +227,14 @@ impl Scratch {
             ..*self
         }
     }
+}
+
+fn num_partials(limits: &StateLimits) -> u32 {
+    AttentionLimits::num_partials(limits.max_model_len, limits.max_num_seqs)
+}
+
+fn partial_cols(config: &ModelConfig) -> u32 {
+    Attention::partial_cols(config.num_heads, config.head_dim)
 }
 
 /// Each part of `linear` fills the columns of `out` that follow those of the part before it.

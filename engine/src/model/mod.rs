@@ -3,8 +3,9 @@
 //! Invariant: this folder never mentions a scheduler, and uses a backend only to allocate while loading.
 
 use crate::backend::{Backend, DeviceError, LoadError};
+use crate::batch::attention::{AttentionLimits, AttentionPlan, MAX_SPLIT_ITEMS};
 use crate::batch::{BlockCopy, PackedBatch};
-use crate::op::{MAX_BIASES, SAMPLE_ROW_WORDS};
+use crate::op::{ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, MAX_BIASES, SAMPLE_ROW_WORDS};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, KvTensor, KvType, Tensor};
 
@@ -49,7 +50,9 @@ impl StateLimits {
         let [tokens, seqs, logit_rows] =
             [self.max_num_batched_tokens, self.max_num_seqs, self.max_logit_rows].map(u64::from);
         let ids_positions_slots = 3 * tokens;
-        let items = 4 * tokens;
+        // A model's layers have no window, or one: two lists at most.
+        let items = u64::from(ATTENTION_ITEM_WORDS) * (tokens + u64::from(MAX_SPLIT_ITEMS));
+        let attention = 2 * (items + u64::from(ATTENTION_MERGE_WORDS) * seqs.min(u64::from(MAX_SPLIT_ITEMS)));
         let new_blocks = tokens.div_ceil(u64::from(self.block_size)) + seqs;
         // A sequence admitted on a prefix hit writes its whole row of the table.
         let table_updates = 2 * (new_blocks + seqs * u64::from(self.max_blocks_per_seq()));
@@ -59,7 +62,7 @@ impl StateLimits {
         let sample_rows = u64::from(SAMPLE_ROW_WORDS) * logit_rows;
         // A sequence chooses from one row of a step.
         let extras = seqs * (u64::from(2 * MAX_BIASES + vocab_size.div_ceil(32)));
-        ids_positions_slots + items + table_updates + known_tokens + resets + logit_rows + sample_rows + extras
+        ids_positions_slots + attention + table_updates + known_tokens + resets + logit_rows + sample_rows + extras
     }
 }
 
@@ -78,6 +81,8 @@ pub struct Footprint {
 pub struct Model {
     pub config: ModelConfig,
     pub limits: StateLimits,
+    /// What a step's attention is planned by.
+    pub attention: AttentionLimits,
     weights: Weights,
     scratch: Scratch,
     /// One a layer.
@@ -100,13 +105,22 @@ pub struct Inputs {
     ids: Tensor,
     positions: Tensor,
     slots: Tensor,
-    items: Tensor,
+    /// By window.
+    attention: Vec<AttentionInputs>,
     table_updates: Option<Tensor>,
     logit_rows: Option<Tensor>,
     /// Resets and known tokens.
     resets: Option<(Tensor, Tensor)>,
     sample_rows: Tensor,
     extras: Tensor,
+}
+
+/// An attention plan as tensors.
+#[derive(Clone, Copy)]
+struct AttentionInputs {
+    items: Tensor,
+    num_single_rows: u32,
+    merges: Tensor,
 }
 
 /// Where a step's choices lie, one row a logit row.
@@ -123,11 +137,17 @@ impl Inputs {
     pub fn upload(batch: &PackedBatch, recording: &mut Recording) -> Inputs {
         assert_eq!(batch.logit_rows.len(), batch.sample_rows.len(), "a sample row for each row of logits");
         let non_empty = |tensor: Tensor| (tensor.rows > 0).then_some(tensor);
+        let plan = |plan: &AttentionPlan| AttentionInputs {
+            items: recording.upload(&plan.items, ATTENTION_ITEM_WORDS),
+            num_single_rows: plan.num_single_rows,
+            merges: recording.upload(&plan.merges, ATTENTION_MERGE_WORDS),
+        };
+        let attention = batch.attention.iter().map(plan).collect();
         Inputs {
             ids: recording.upload(&batch.ids, 1),
             positions: recording.upload(&batch.positions, 1),
             slots: recording.upload(&batch.slots, 1),
-            items: recording.upload(&batch.items, 4),
+            attention,
             table_updates: non_empty(recording.upload(&batch.table_updates, 2)),
             logit_rows: non_empty(recording.upload(&batch.logit_rows, 1)),
             resets: non_empty(recording.upload(&batch.resets, 4))
@@ -160,10 +180,12 @@ impl Model {
         let block_table = alloc_u32("block table", limits.max_num_seqs, table_cols, backend)?;
         let sampled = alloc_u32("sampled", limits.max_num_seqs, 1, backend)?;
         let counts = alloc_u32("token counts", limits.max_num_seqs, config.vocab_size, backend)?;
+        let attention = attention_limits(&config, &limits);
         let upload_buffer = backend.alloc("step upload", limits.max_upload_words(config.vocab_size) * 4)?;
         Ok(Model {
             config,
             limits,
+            attention,
             weights,
             scratch,
             kv,
@@ -214,6 +236,15 @@ impl Model {
     pub fn sampled(&self) -> Tensor {
         self.sampled
     }
+}
+
+fn attention_limits(config: &ModelConfig, limits: &StateLimits) -> AttentionLimits {
+    let mut windows: Vec<u32> = config.windows.iter().map(|window| window.unwrap_or(0)).collect();
+    windows.sort_unstable();
+    windows.dedup();
+    assert!(windows.len() <= 2, "room for the plans of two windows: {windows:?}");
+    let num_partials = AttentionLimits::num_partials(limits.max_model_len, limits.max_num_seqs);
+    AttentionLimits { windows, num_kv_heads: config.num_kv_heads, num_partials }
 }
 
 fn alloc_kv(

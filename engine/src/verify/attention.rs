@@ -7,8 +7,9 @@ use super::device::Device;
 use super::random::Random;
 use super::{Case, Output};
 use crate::backend::DeviceError;
-use crate::op::{Attention, Op, RopeKv, RopeStyle};
-use crate::tensor::{KvTensor, KvType, Tensor};
+use crate::batch::attention::{AttentionLimits, AttentionPlan, QueryRows};
+use crate::op::{ATTENTION_CUT, ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, Attention, Op, RopeKv, RopeStyle};
+use crate::tensor::{DType, KvTensor, KvType, Tensor};
 
 /// Heads, blocks and window of an attention.
 #[derive(Clone, Copy, Debug)]
@@ -19,30 +20,76 @@ pub struct Heads {
     pub group: u32,
     pub block_size: u32,
     pub window: u32,
+    /// Of each of three sequences.
+    pub num_positions: u32,
+    pub soft_cap: f32,
 }
 
 impl Heads {
-    pub const EVERY: [Heads; 7] = [
-        Heads { head_dim: 64, num_kv_heads: 3, group: 3, block_size: 32, window: 0 },
-        Heads { head_dim: 64, num_kv_heads: 3, group: 3, block_size: 16, window: 20 },
-        Heads { head_dim: 256, num_kv_heads: 1, group: 4, block_size: 32, window: 0 },
-        Heads { head_dim: 256, num_kv_heads: 1, group: 4, block_size: 8, window: 40 },
-        Heads { head_dim: 16, num_kv_heads: 2, group: 2, block_size: 5, window: 0 },
-        Heads { head_dim: 96, num_kv_heads: 2, group: 2, block_size: 5, window: 0 },
-        Heads { head_dim: 128, num_kv_heads: 2, group: 1, block_size: 1, window: 0 },
+    pub const EVERY: [Heads; 10] = [
+        Heads::new(64, 3, 3, 32),
+        Heads { window: 20, soft_cap: 0.5, ..Heads::new(64, 3, 3, 16) },
+        Heads::new(256, 1, 4, 32),
+        Heads { window: 40, ..Heads::new(256, 1, 4, 8) },
+        Heads::new(16, 2, 2, 5),
+        Heads { soft_cap: 30.0, ..Heads::new(96, 2, 5, 5) },
+        Heads { num_positions: 300, ..Heads::new(100, 1, 2, 8) },
+        Heads::new(128, 2, 1, 1),
+        Heads { num_positions: 700, ..Heads::new(128, 1, 7, 32) },
+        Heads { window: 300, num_positions: 700, ..Heads::new(32, 1, 16, 16) },
     ];
+
+    /// In short sequences, without a window.
+    pub const fn new(head_dim: u32, num_kv_heads: u32, group: u32, block_size: u32) -> Heads {
+        Heads { head_dim, num_kv_heads, group, block_size, window: 0, num_positions: 90, soft_cap: 0.0 }
+    }
 }
 
-/// Positions of each of three sequences.
-const NUM_POSITIONS: u32 = 90;
+/// What an attention op reads of a plan.
+pub struct Planned {
+    pub items: Tensor,
+    pub num_single_rows: u32,
+    pub merges: Tensor,
+    pub partials: Tensor,
+}
 
-/// The items of a mixed step.
+impl Planned {
+    /// `tensor` makes one of some words in rows of so many.
+    pub fn new<E>(
+        rows: &[QueryRows],
+        window: u32,
+        cache: KvTensor,
+        num_heads: u32,
+        num_partials: u32,
+        mut tensor: impl FnMut(&[u32], u32) -> Result<Tensor, E>,
+    ) -> Result<Planned, E> {
+        let mut plan = AttentionPlan::default();
+        let limits = AttentionLimits { windows: vec![window], num_kv_heads: cache.num_kv_heads, num_partials };
+        plan.fill(rows.iter().copied(), window, &limits);
+        // A buffer has at least one word.
+        let merges = [&plan.merges[..], &[0; ATTENTION_MERGE_WORDS as usize]].concat();
+        let num_merges = plan.merges.len() as u32 / ATTENTION_MERGE_WORDS;
+        let merges = tensor(&merges, ATTENTION_MERGE_WORDS)?.first_rows(num_merges);
+        let cols = Attention::partial_cols(num_heads, cache.head_dim);
+        let partials = tensor(&vec![f32::NAN.to_bits(); (num_partials.max(1) * cols) as usize], cols)?;
+        Ok(Planned {
+            items: tensor(&plan.items, ATTENTION_ITEM_WORDS)?,
+            num_single_rows: plan.num_single_rows,
+            merges,
+            partials: Tensor { dtype: DType::F32, ..partials },
+        })
+    }
+}
+
+/// The items of a mixed step, some of them split.
 pub fn attention(kv_type: KvType, heads: Heads) -> Case {
-    let Heads { head_dim, num_kv_heads, group, block_size, window } = heads;
-    let shape = format!("head {head_dim}, {num_kv_heads} x {group}, block {block_size}, window {window}");
+    let Heads { head_dim, num_kv_heads, group, block_size, window, num_positions, soft_cap } = heads;
+    let shape = format!(
+        "head {head_dim}, {num_kv_heads} x {group}, block {block_size}, window {window}, cap {soft_cap}, {num_positions} positions"
+    );
     Case::new("attention", kv_type.name(), shape, move |device| {
         let random = &mut Random::new(6);
-        let table_cols = NUM_POSITIONS.div_ceil(block_size);
+        let table_cols = num_positions.div_ceil(block_size);
         let num_blocks = 3 * table_cols;
         let cache = device.kv_cache(kv_type, num_blocks, block_size, num_kv_heads, head_dim)?;
         let mut blocks: Vec<u32> = (0..num_blocks).collect();
@@ -53,22 +100,38 @@ pub fn attention(kv_type: KvType, heads: Heads) -> Case {
         let slot = |row: u32, position: u32| {
             blocks[(row * table_cols + position / block_size) as usize] * block_size + position % block_size
         };
-        let places = (0..3).flat_map(|row| (0..NUM_POSITIONS).map(move |position| (row, position)));
+        let places = (0..3).flat_map(|row| (0..num_positions).map(move |position| (row, position)));
         let slots: Vec<u32> = places.map(|(row, position)| slot(row, position)).collect();
         let num_tokens = slots.len() as u32;
         let num_values = (num_tokens * num_kv_heads * head_dim) as usize;
         let (k, v) = (random.floats(num_values), random.floats(num_values));
         let slots = device.u32(num_tokens, 1, &slots)?;
-        // A decode at the end, a chunk across a tile, the begin of a prompt, and another decode.
-        let items = device.u32(4, 4, &[0, 1, 2, 89, 1, 8, 0, 28, 9, 3, 1, 0, 12, 1, 1, 40])?;
+        // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and another decode.
+        let chunk = if num_positions > ATTENTION_CUT + 4 { ATTENTION_CUT - 4 } else { 28 };
+        let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, 40)];
+        let rows = rows.map(|(first_row, num_rows, slot, position)| QueryRows { first_row, num_rows, slot, position });
         let num_heads = num_kv_heads * group;
+        let tensor = |words: &[u32], cols: u32| device.u32(words.len() as u32 / cols, cols, words);
+        let Planned { items, num_single_rows, merges, partials } =
+            Planned::new(&rows, window, cache, num_heads, 8, tensor)?;
+        assert_eq!(merges.rows, u32::from(num_positions > ATTENTION_CUT), "who is split");
         let q = device.random(13, num_heads * head_dim, random)?;
         let out = device.unwritten(13, num_heads * head_dim)?;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let ops = [
-            stored(device, &k, &v, slots, cache)?,
-            Op::Attention(Attention { q, cache, items, table, num_heads, scale, window, out }),
-        ];
+        let attention = Attention {
+            q,
+            cache,
+            items,
+            num_single_rows,
+            merges,
+            partials,
+            table,
+            num_heads,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            soft_cap,
+            window,
+            out,
+        };
+        let ops = [stored(device, &k, &v, slots, cache)?, Op::Attention(attention)];
         Ok(Output::f32(device.run(&ops, &[out])?, 2e-5))
     })
 }

@@ -2,7 +2,7 @@
 
 use super::random::Random;
 use super::{Case, Output};
-use crate::op::{Activation, AddNorm, Embed, GatedAct, NON_FINITE, Op, RmsNorm, SAMPLED_BY_SLOT, UpdateTable};
+use crate::op::{Activation, AddNorm, Embed, GatedAct, MulAdd, NON_FINITE, Op, RmsNorm, SAMPLED_BY_SLOT, UpdateTable};
 use crate::tensor::WeightFormat;
 
 pub fn update_table() -> Case {
@@ -48,6 +48,15 @@ pub fn gated_act(activation: Activation, rows: u32, cols: u32) -> Case {
         let out = device.unwritten(rows, cols)?;
         let words = device.run(&[Op::GatedAct(GatedAct { gate_up, activation, out })], &[out])?;
         Ok(Output::f32(words, 1e-5))
+    })
+}
+
+/// The product is exact, so that it makes no difference whether a device rounds it.
+pub fn mul_add(rows: u32, cols: u32) -> Case {
+    Case::new("mul_add", "", format!("{rows} x {cols}"), move |device| {
+        let x = device.random(rows, cols, &mut Random::new(13))?;
+        let op = Op::MulAdd(MulAdd { x, scale: -0.5, offset: 0.75, rounds: 16 });
+        Ok(Output::f32(device.run(&[op], &[x])?, 1e-5))
     })
 }
 

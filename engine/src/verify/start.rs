@@ -36,7 +36,8 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     let has_post = config.family == Family::Gemma3;
     let group = config.num_heads / config.num_kv_heads;
     let window = if config.windows.iter().any(Option::is_some) { 20 } else { 0 };
-    let heads = Heads { head_dim, num_kv_heads: 1, group, block_size: 16, window };
+    // Long enough for a row to be split.
+    let heads = Heads { window, num_positions: 300, ..Heads::new(head_dim, 1, group, 16) };
     let mut cases = vec![
         update_table(),
         rms_norm(2, config.dim.min(1024)),
@@ -49,7 +50,7 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     ];
     for &format in formats {
         cases.push(embed(format));
-        cases.extend([1, 3, 8].map(|m| mat_mul(format, m, 48, 512)));
+        cases.extend([1, 3, 8, 20, 70].map(|m| mat_mul(format, m, 48, 512)));
     }
     cases
 }

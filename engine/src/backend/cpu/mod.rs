@@ -1,8 +1,8 @@
 //! The cpu backend: the twin that every kernel is held against, and the device of a machine without a GPU.
 //!
-//! One file an op; each holds the plain twin, which is the reference. Only the matmul has a fast variant, in `avx2.rs`,
-//! equal to its twin bit for bit. Invariant: a number depends on its own row alone, never on how many rows, threads or
-//! chunks there are.
+//! One file an op; each holds the plain twin, which is the reference. Matmul, attention and `mul_add` have a fast variant,
+//! by the inner loops of `avx2.rs`, equal to the twin bit for bit. Invariant: a number depends on its own row alone,
+//! never on how many rows, threads or chunks there are.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,9 +22,11 @@ mod add_norm;
 mod attention;
 mod avx2;
 mod embed;
+mod exp;
 mod gated_act;
 mod kv_head;
 mod mat_mul;
+mod mul_add;
 mod packed;
 mod reset_counts;
 mod rms_norm;
@@ -140,11 +142,12 @@ impl Memory {
             Op::RmsNorm(op) => rms_norm::run(op, self),
             Op::MatMul(op) => mat_mul::run(op, self, avx2),
             Op::RopeKv(op) => rope_kv::run(op, self),
-            Op::Attention(op) => attention::run(op, self),
+            Op::Attention(op) => attention::run(op, self, avx2),
             Op::GatedAct(op) => gated_act::run(op, self),
             Op::AddNorm(op) => add_norm::run(op, self),
             Op::ResetCounts(op) => reset_counts::run(op, self),
             Op::Sample(op) => sample::run(op, self),
+            Op::MulAdd(op) => mul_add::run(op, self, avx2),
         }
     }
 }

@@ -3,14 +3,14 @@
 //! Invariant: plain data; nothing here touches a device.
 
 use bytemuck::Pod;
-use fullbore_shaders::{ELEMENT_LANES, TILE, Tier};
+use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, MatMulVariant, TILE, Tier};
 
 use super::packing::UNIT;
 use super::params::*;
-use super::pipelines::Kernel;
+use super::pipelines::{AttentionVariant, Kernel};
 use crate::op::{
-    ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, Op, ResetCounts, RmsNorm, RopeKv,
-    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
+    ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MUL_ADD_ROUNDS, MatMul,
+    MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
 use crate::tensor::{BufferId, Weight, WeightFormat};
 
@@ -58,6 +58,7 @@ impl Encoder<'_> {
             Op::AddNorm(op) => self.add_norm(op),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
+            Op::MulAdd(op) => self.mul_add(op),
         }
     }
 
@@ -127,20 +128,24 @@ impl Encoder<'_> {
         self.push(Kernel::RmsNorm, &buffers, &params, op.x.rows);
     }
 
-    /// As many full workgroups of the widest variant as there are, and the narrowest that takes the rest.
+    /// By the tier's table.
     fn mat_mul(&mut self, op: &MatMul) {
-        let variants = self.tier.mat_mul_rows();
-        let widest = variants[variants.len() - 1];
-        let full = op.x.rows / widest * widest;
-        self.mat_mul_rows(op, widest, 0, full);
-        let rest = op.x.rows - full;
-        if let Some(&rows) = variants.iter().find(|&&rows| rows >= rest) {
-            self.mat_mul_rows(op, rows, full, op.x.rows);
+        let choices = self.tier.mat_mul_choices();
+        let mut first_row = 0;
+        while first_row < op.x.rows {
+            let left = op.x.rows - first_row;
+            let choice = choices.iter().find(|choice| choice.max_rows >= left);
+            let choice = choice.expect("the last line takes any number");
+            let rows = choice.variant.rows();
+            let taken = if choice.max_rows == u32::MAX { left / rows * rows } else { left };
+            assert!(taken > 0, "{choice:?} takes nothing of {left} rows");
+            self.mat_mul_rows(op, choice.variant, first_row, first_row + taken);
+            first_row += taken;
         }
     }
 
-    fn mat_mul_rows(&mut self, op: &MatMul, rows: u32, first_row: u32, end_row: u32) {
-        let row_tiles = (end_row - first_row).div_ceil(rows);
+    fn mat_mul_rows(&mut self, op: &MatMul, variant: MatMulVariant, first_row: u32, end_row: u32) {
+        let row_tiles = (end_row - first_row).div_ceil(variant.rows());
         for shard in self.shards(op.weight) {
             let bias = op.bias.unwrap_or(op.x);
             let buffers = [op.x.buffer, shard.buffer, bias.buffer, op.out.buffer];
@@ -158,8 +163,8 @@ impl Encoder<'_> {
                 shard_cols: shard.num_rows,
                 row_tiles,
             };
-            let tiles = shard.num_rows.div_ceil(TILE);
-            self.push(Kernel::MatMul(op.weight.format, rows), &buffers, &params, tiles * row_tiles);
+            let column_tiles = shard.num_rows.div_ceil(variant.columns());
+            self.push(Kernel::MatMul(op.weight.format, variant), &buffers, &params, column_tiles * row_tiles);
         }
     }
 
@@ -189,27 +194,49 @@ impl Encoder<'_> {
         self.push(Kernel::RopeKv(cache.kv_type, cache.head_dim), &buffers, &params, num_items);
     }
 
+    /// Items of one row, then the others, then what was split.
     fn attention(&mut self, op: &Attention) {
+        self.attention_items(op, 0, op.num_single_rows, 1);
+        self.attention_items(op, op.num_single_rows, op.items.rows, ATTENTION_ROWS);
+        let buffers = [op.merges.buffer, op.partials.buffer, op.out.buffer];
+        let params = AttentionMergeParams {
+            merges: op.merges.offset,
+            partials: op.partials.offset,
+            out: op.out.offset,
+            num_merges: op.merges.rows,
+            num_heads: op.num_heads,
+            head_dim: op.cache.head_dim,
+        };
+        self.push_elements(Kernel::AttentionMerge, &buffers, &params, op.merges.rows * op.out.cols);
+    }
+
+    fn attention_items(&mut self, op: &Attention, first: u32, end: u32, rows_of_item: u32) {
         let cache = op.cache;
-        // Every row is in one item: with as many items as rows, each has one.
-        let rows_per_item = if op.items.rows == op.q.rows { 1 } else { ATTENTION_ROWS };
-        let buffers = [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer];
+        let group = op.num_heads / cache.num_kv_heads;
+        let variant = AttentionVariant::new(self.tier, cache.kv_type, cache.head_dim, group, rows_of_item);
+        let row_groups = rows_of_item.div_ceil(variant.rows);
+        let buffers =
+            [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer, op.partials.buffer];
         let params = AttentionParams {
             q: op.q.offset,
-            items: op.items.offset,
+            items: op.items.offset + first * ATTENTION_ITEM_WORDS,
             table: op.table.offset,
             out: op.out.offset,
-            num_items: op.items.rows,
-            rows_per_item,
+            partials: op.partials.offset,
+            num_items: end - first,
+            row_groups,
             num_heads: op.num_heads,
             num_kv_heads: cache.num_kv_heads,
             table_cols: op.table.cols,
             block_size: cache.block_size,
             window: op.window,
             scale: op.scale,
+            soft_cap: op.soft_cap,
         };
-        let workgroups = op.items.rows * rows_per_item * op.num_heads;
-        self.push(Kernel::Attention(cache.kv_type, cache.head_dim), &buffers, &params, workgroups);
+        // The kernel writes pairs of elements.
+        assert!(op.out.offset.is_multiple_of(2) && op.partials.offset.is_multiple_of(2), "{op:?}");
+        let workgroups = (end - first) * row_groups * (op.num_heads / variant.heads);
+        self.push(Kernel::Attention(variant), &buffers, &params, workgroups);
     }
 
     fn gated_act(&mut self, op: &GatedAct) {
@@ -258,6 +285,14 @@ impl Encoder<'_> {
             vocab: op.counts.cols,
         };
         self.push(Kernel::ResetCounts, &buffers, &params, op.resets.rows);
+    }
+
+    fn mul_add(&mut self, op: &MulAdd) {
+        let num_elements = op.x.num_elements();
+        let num_eights = op.rounds / MUL_ADD_ROUNDS;
+        let (scale, offset) = (op.scale, op.offset);
+        let params = MulAddParams { x: op.x.offset, num_elements, scale, offset, num_eights };
+        self.push(Kernel::MulAdd, &[op.x.buffer], &params, num_elements.div_ceil(MUL_ADD_ELEMENTS));
     }
 
     /// Slices of rows first, then rows.

@@ -80,14 +80,27 @@ pub struct AttentionParams {
     pub items: u32,
     pub table: u32,
     pub out: u32,
+    pub partials: u32,
     pub num_items: u32,
-    pub rows_per_item: u32,
+    pub row_groups: u32,
     pub num_heads: u32,
     pub num_kv_heads: u32,
     pub table_cols: u32,
     pub block_size: u32,
     pub window: u32,
     pub scale: f32,
+    pub soft_cap: f32,
+}
+
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct AttentionMergeParams {
+    pub merges: u32,
+    pub partials: u32,
+    pub out: u32,
+    pub num_merges: u32,
+    pub num_heads: u32,
+    pub head_dim: u32,
 }
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -156,6 +169,16 @@ pub struct SampleParams {
     pub num_slices: u32,
 }
 
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MulAddParams {
+    pub x: u32,
+    pub num_elements: u32,
+    pub scale: f32,
+    pub offset: f32,
+    pub num_eights: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use std::fmt::Debug;
@@ -174,11 +197,13 @@ mod tests {
             Kernel::MatMul(..) => fields::<MatMulParams>(),
             Kernel::RopeKv(..) => fields::<RopeKvParams>(),
             Kernel::Attention(..) => fields::<AttentionParams>(),
+            Kernel::AttentionMerge => fields::<AttentionMergeParams>(),
             Kernel::GatedAct => fields::<GatedActParams>(),
             Kernel::AddNorm => fields::<AddNormParams>(),
             Kernel::ResetCounts => fields::<ResetCountsParams>(),
             Kernel::SampleSlices => fields::<SampleSlicesParams>(),
             Kernel::Sample => fields::<SampleParams>(),
+            Kernel::MulAdd => fields::<MulAddParams>(),
         }
     }
 
@@ -205,7 +230,7 @@ mod tests {
     #[test]
     fn the_scalars_of_every_kernel_lie_where_its_shader_reads_them() {
         for tier in Tier::ALL {
-            for kernel in Kernel::all(tier, &[64]) {
+            for kernel in Kernel::all(tier, &[(64, 3)]) {
                 assert_eq!(in_wgsl(kernel, tier, "Params"), of_kernel(kernel), "{kernel:?}, {tier:?}");
             }
         }

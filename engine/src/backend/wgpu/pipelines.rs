@@ -1,16 +1,17 @@
 //! Kernels as pipelines: compiled at load, looked up in a step.
 //!
 //! Invariant: one pipeline for each kernel variant of the device's tier. Kernels that depend on a model's shape are
-//! compiled when the shape is first met. The only `unsafe` of this backend is here.
+//! compiled when the shape is first met, and so is what no model has. The only `unsafe` of this backend is here.
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{Access, Constants, Tier, compose, reflect};
+use fullbore_shaders::{Access, Constants, MatMulVariant, Tier, compose, reflect};
 use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
 
 use super::device::Device;
 use super::packing::Layout;
 use crate::backend::DeviceError;
+use crate::op::{ATTENTION_CUT, ATTENTION_ROWS, ATTENTION_TILE};
 use crate::tensor::{KV_GROUP, KvType, WeightFormat};
 
 /// A kernel variant.
@@ -19,23 +20,78 @@ pub enum Kernel {
     UpdateTable,
     Embed(WeightFormat),
     RmsNorm,
-    /// A format, and the rows of activations that a workgroup holds.
-    MatMul(WeightFormat, u32),
+    MatMul(WeightFormat, MatMulVariant),
     /// How the cache stores elements, and elements of a head.
     RopeKv(KvType, u32),
-    Attention(KvType, u32),
+    Attention(AttentionVariant),
+    AttentionMerge,
     GatedAct,
     AddNorm,
     ResetCounts,
     SampleSlices,
     Sample,
+    MulAdd,
+}
+
+/// What a workgroup of attention takes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttentionVariant {
+    pub kv_type: KvType,
+    pub head_dim: u32,
+    /// Query heads of one KV head.
+    pub heads: u32,
+    /// Rows of an item.
+    pub rows: u32,
+}
+
+impl AttentionVariant {
+    /// Rows and heads of a workgroup at most.
+    const MAX_PAIRS: u32 = 16;
+    const MAX_HEADS: u32 = 8;
+
+    /// For a KV head that `group` query heads read, and items of up to `rows_of_item` rows: as many heads as divide the
+    /// group, then rows, as a lane can hold.
+    pub fn new(tier: Tier, kv_type: KvType, head_dim: u32, group: u32, rows_of_item: u32) -> AttentionVariant {
+        let lanes = tier.attention_lanes();
+        let of_pair = (head_dim / part(kv_type)).div_ceil(lanes) * part(kv_type);
+        let pairs = (tier.attention_values() / of_pair).clamp(1, Self::MAX_PAIRS);
+        let divides = |heads: &u32| group.is_multiple_of(*heads);
+        let heads = (1..=pairs.min(Self::MAX_HEADS)).rev().find(divides).expect("1 divides everything");
+        let rows = rows_of_item.min(1 << (pairs / heads).ilog2());
+        AttentionVariant { kv_type, head_dim, heads, rows }
+    }
+
+    fn constants(self, lanes: u32) -> Constants {
+        let AttentionVariant { kv_type, head_dim, heads, rows } = self;
+        let part = part(kv_type);
+        vec![
+            ("TOKENS", ATTENTION_TILE / lanes),
+            ("CUT", ATTENTION_CUT),
+            ("HEADS", heads),
+            ("ROWS", rows),
+            ("LAST_ROW", rows - 1),
+            ("PAIRS", rows * heads),
+            // Elements of a value that a lane holds together, and how many such parts.
+            ("PART", part),
+            ("LANE_PARTS", (head_dim / part).div_ceil(lanes)),
+            // Fours of a query's elements, in whole steps of eight; elements of the last step that is not whole.
+            ("QUERY_FOURS", head_dim.div_ceil(8) * 2),
+            ("HEAD_TAIL", head_dim % 8),
+        ]
+    }
+}
+
+/// Elements of a value that are widened together.
+fn part(kv_type: KvType) -> u32 {
+    if kv_type == KvType::F16 { 2 } else { 4 }
 }
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 7] = [
+    const GENERAL: [Kernel; 8] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
+        Kernel::AttentionMerge,
         Kernel::GatedAct,
         Kernel::AddNorm,
         Kernel::ResetCounts,
@@ -45,22 +101,24 @@ impl Kernel {
 
     /// Those that read weights of `format`.
     pub fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let rows = tier.mat_mul_rows().iter().map(move |&rows| Kernel::MatMul(format, rows));
-        rows.chain([Kernel::Embed(format)])
+        let mat_muls = tier.mat_mul_choices().iter().map(move |choice| Kernel::MatMul(format, choice.variant));
+        mat_muls.chain([Kernel::Embed(format)])
     }
 
-    /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements.
-    fn of_cache(kv_type: KvType, head_dim: u32) -> impl Iterator<Item = Kernel> {
-        let kernels = [Kernel::RopeKv(kv_type, head_dim), Kernel::Attention(kv_type, head_dim)];
-        kernels.into_iter().filter(move |_| kv_type.takes(head_dim))
+    /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements, `group` query heads a KV head.
+    fn of_cache(tier: Tier, kv_type: KvType, head_dim: u32, group: u32) -> impl Iterator<Item = Kernel> {
+        let attention = |rows| Kernel::Attention(AttentionVariant::new(tier, kv_type, head_dim, group, rows));
+        [Kernel::RopeKv(kv_type, head_dim), attention(1), attention(ATTENTION_ROWS)].into_iter()
     }
 
-    /// Every variant for a tier, with caches for `head_dims`.
-    pub fn all(tier: Tier, head_dims: &[u32]) -> Vec<Kernel> {
+    /// Every variant for a tier, with caches for heads of so many elements, and so many query heads a KV head.
+    pub fn all(tier: Tier, heads: &[(u32, u32)]) -> Vec<Kernel> {
         let formats = WeightFormat::ALL.into_iter().flat_map(|format| Kernel::of_format(format, tier));
-        let types = KvType::ALL.into_iter();
-        let caches = types.flat_map(|kv_type| head_dims.iter().flat_map(move |&dim| Kernel::of_cache(kv_type, dim)));
-        Kernel::GENERAL.into_iter().chain(formats).chain(caches).collect()
+        let caches = KvType::ALL.into_iter().flat_map(|kv_type| {
+            let heads = heads.iter().filter(move |(head_dim, _)| kv_type.takes(*head_dim));
+            heads.flat_map(move |&(head_dim, group)| Kernel::of_cache(tier, kv_type, head_dim, group))
+        });
+        Kernel::GENERAL.into_iter().chain([Kernel::MulAdd]).chain(formats).chain(caches).collect()
     }
 
     /// Its file, and what the file is composed with.
@@ -76,11 +134,10 @@ impl Kernel {
                 "embed"
             }
             Kernel::RmsNorm => "rms_norm",
-            Kernel::MatMul(format, rows) => {
-                let partials = rows * value("GROUP_LANES", &constants);
+            Kernel::MatMul(format, variant) => {
                 constants.extend(Layout::of(format).constants());
-                constants.extend([("ROWS", rows), ("PARTIALS", partials)]);
-                "mat_mul"
+                constants.extend(variant.constants());
+                variant.kernel()
             }
             Kernel::RopeKv(kv_type, head_dim) => {
                 let lanes = value("TILE_LANES", &constants);
@@ -88,13 +145,12 @@ impl Kernel {
                 constants.push(("ROW_LANES", lanes));
                 "rope_kv"
             }
-            Kernel::Attention(kv_type, head_dim) => {
-                let lanes = value("TILE_LANES", &constants);
-                let part = if kv_type == KvType::F16 { 2 } else { 4 };
-                constants.extend(cache_constants(kv_type, head_dim));
-                constants.extend([("TOKENS", 32 / lanes), ("LANE_PARTS", (head_dim / part).div_ceil(lanes))]);
+            Kernel::Attention(variant) => {
+                constants.extend(cache_constants(variant.kv_type, variant.head_dim));
+                constants.extend(variant.constants(tier.attention_lanes()));
                 "attention"
             }
+            Kernel::AttentionMerge => "attention_merge",
             Kernel::GatedAct => "gated_act",
             Kernel::AddNorm => "add_norm",
             Kernel::ResetCounts => "reset_counts",
@@ -107,6 +163,7 @@ impl Kernel {
                 }
                 "sample"
             }
+            Kernel::MulAdd => "mul_add",
         };
         (name, constants)
     }

@@ -1,0 +1,104 @@
+//! A device to be timed: recordings of one op many times over, and the device's own account of how long each took.
+//!
+//! Invariant: one recording at a time. Nothing here knows what an op does.
+
+use std::time::Instant;
+
+use fullbore_engine::backend::{Backend, DeviceError, LoadError, WeightSpec};
+use fullbore_engine::model::Checkpoint;
+use fullbore_engine::op::Op;
+use fullbore_engine::recording::{BufferCopy, Recording};
+use fullbore_engine::tensor::{Tensor, Weight, WeightFormat};
+
+use super::OpsError;
+use crate::workload::SplitMix64;
+
+/// What a recording should take, about: long beside a submission, short beside a watchdog.
+const RECORDING_NS: f64 = 2e7;
+/// Ops of a recording at most.
+const MAX_REPEATS: usize = 1000;
+
+pub struct Rig<'a> {
+    pub backend: &'a mut dyn Backend,
+    recording: Recording,
+}
+
+/// What a recording took: the device by its own account, and the host to hand it over.
+#[derive(Clone, Copy, Debug)]
+pub struct Took {
+    pub device_ns: f64,
+    pub submit_ns: f64,
+}
+
+impl Rig<'_> {
+    pub fn new(backend: &mut dyn Backend) -> Result<Rig<'_>, DeviceError> {
+        let upload = backend.alloc("upload", 4)?;
+        Ok(Rig { backend, recording: Recording::new(upload) })
+    }
+
+    /// A tensor of values between -1 and 1.
+    pub fn random(&mut self, rows: u32, cols: u32) -> Result<Tensor, DeviceError> {
+        let tensor = self.zeros(rows, cols)?;
+        let mut random = SplitMix64(1);
+        let value = |_| (random.below(1 << 24) as f32 / (1 << 23) as f32 - 1.0).to_le_bytes();
+        let bytes: Vec<u8> = (0..tensor.num_elements()).flat_map(value).collect();
+        self.backend.write(tensor.buffer, 0, &bytes)?;
+        Ok(tensor)
+    }
+
+    pub fn zeros(&mut self, rows: u32, cols: u32) -> Result<Tensor, DeviceError> {
+        let size_bytes = u64::from(rows) * u64::from(cols) * 4;
+        Ok(Tensor::f32(self.backend.alloc("activations", size_bytes)?, rows, cols))
+    }
+
+    pub fn words(&mut self, cols: u32, words: &[u32]) -> Result<Tensor, DeviceError> {
+        let rows = words.len() as u32 / cols;
+        let tensor = Tensor::u32(self.backend.alloc("step data", words.len() as u64 * 4)?, rows, cols);
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.backend.write(tensor.buffer, 0, &bytes)?;
+        Ok(tensor)
+    }
+
+    pub fn weight(&mut self, spec: &WeightSpec, seed: u64) -> Result<Weight, LoadError> {
+        let checkpoint = Checkpoint::Random { seed, format: spec.format };
+        let (_, mut rows) = checkpoint.open(&spec.name, spec.rows, spec.cols)?;
+        self.backend.load_weight(spec, rows.as_mut())
+    }
+
+    /// Runs `repeats` of `ops`, in turns.
+    pub fn run(&mut self, ops: &[Op], repeats: usize) -> Result<Took, OpsError> {
+        self.recording.clear();
+        (0..repeats).for_each(|index| self.recording.push(ops[index % ops.len()]));
+        self.submit()
+    }
+
+    pub fn copy(&mut self, copy: BufferCopy, repeats: usize) -> Result<Took, OpsError> {
+        self.recording.clear();
+        (0..repeats).for_each(|_| self.recording.copy(copy));
+        self.submit()
+    }
+
+    /// How many of `ops` make a recording, once they have been warmed up.
+    pub fn repeats(&mut self, ops: &[Op]) -> Result<usize, OpsError> {
+        self.run(ops, ops.len().min(2))?;
+        let one_ns = self.run(ops, 1)?.device_ns;
+        Ok(((RECORDING_NS / one_ns) as usize).clamp(1, MAX_REPEATS))
+    }
+
+    fn submit(&mut self) -> Result<Took, OpsError> {
+        let begun = Instant::now();
+        let ticket = self.backend.submit(&self.recording)?;
+        let submit_ns = begun.elapsed().as_nanos() as f64;
+        let ran = self.backend.wait(ticket, &mut Vec::new())?;
+        let device_ns = (ran.end - ran.start).as_nanos() as f64;
+        if device_ns == 0.0 {
+            return Err(OpsError::NoTime { device: self.backend.info().id.clone() });
+        }
+        Ok(Took { device_ns, submit_ns })
+    }
+}
+
+/// Whether rows of `cols` values fill whole blocks of `format`.
+pub fn fills_blocks(format: WeightFormat, cols: u32) -> bool {
+    cols.is_multiple_of(format.block_len())
+}

@@ -1,0 +1,43 @@
+// What the matmul kernels read and write, and how an output is stored: `out = x @ weight^T + bias`.
+#include "grid.wgsl"
+
+struct Params {
+    x: u32,
+    bias: u32,
+    out: u32,
+    has_bias: u32,
+    // The rows of x that this dispatch covers: `first_row .. num_rows`.
+    first_row: u32,
+    num_rows: u32,
+    // K, and its units of 32.
+    inner: u32,
+    num_units: u32,
+    // Of a row of out.
+    cols: u32,
+    // The shard's part of N.
+    first_col: u32,
+    shard_cols: u32,
+    // Workgroups beside one another on the same tile, each with its own rows.
+    row_tiles: u32,
+}
+#include "params.wgsl"
+
+// (rows, inner)
+@group(0) @binding(0) var<storage, read> x: array<f32>;
+@group(0) @binding(1) var<storage, read> weight: array<u32>;
+// (1, N), if has_bias
+@group(0) @binding(2) var<storage, read> bias: array<f32>;
+// (rows, cols), from the product's first column on.
+@group(0) @binding(3) var<storage, read_write> out: array<f32>;
+#include "weight.wgsl"
+
+fn store(row: u32, shard_col: u32, sum: f32) {
+    if row < params.num_rows && shard_col < params.shard_cols {
+        let col = params.first_col + shard_col;
+        var value = sum;
+        if params.has_bias == 1u {
+            value += bias[params.bias + col];
+        }
+        out[params.out + row * params.cols + col] = value;
+    }
+}
