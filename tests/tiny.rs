@@ -213,7 +213,7 @@ fn weights_packed_while_they_are_loaded_say_nearly_the_same() {
         };
         let (q8_0, q4_0) = (error(WeightFormat::Q8_0), error(WeightFormat::Q4_0));
         println!("{name}: log-probabilities differ by {q8_0:.1e} with q8_0, by {q4_0:.1e} with q4_0");
-        assert!(q8_0 > F32_TOLERANCE && q8_0 < 0.05 && q4_0 > q8_0 && q4_0 < 1.0, "{name}: {q8_0}, {q4_0}");
+        assert!(q8_0 > F32_TOLERANCE && q8_0 < 0.1 && q4_0 > q8_0 && q4_0 < 1.5, "{name}: {q8_0}, {q4_0}");
         let packed = |to| Bundle::open(&folder(name)).expect("it opens").quantized(to).expect("it has floats");
         assert!(packed(WeightFormat::Q4_0).total_bytes < packed(WeightFormat::Q8_0).total_bytes);
         let error = packed(WeightFormat::Q8_0).quantized(WeightFormat::Q8_0).err().expect("it is packed");

@@ -155,8 +155,8 @@ impl Checkpoint {
     }
 }
 
-/// What a matrix is packed to that is stored in `from`. The embedding and the output stay at 8 bits: an error there is in
-/// every logit.
+/// What a matrix is packed to that is stored in `from`. The embedding and the output stay at 8 bits: an error there is
+/// in every logit.
 fn packed_format(name: &str, from: WeightFormat, cols: u32, to: WeightFormat) -> WeightFormat {
     match quantize::is_packed(from, cols) {
         true if ENDS.contains(&name) => WeightFormat::Q8_0,

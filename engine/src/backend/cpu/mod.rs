@@ -1,8 +1,8 @@
 //! The cpu backend: the twin that every kernel is held against, and the device of a machine without a GPU.
 //!
-//! One file an op; each holds the plain twin, which is the reference. Matmul, attention and `mul_add` have a fast variant,
-//! by the inner loops of `avx2.rs`, equal to the twin bit for bit. Invariant: a number depends on its own row alone,
-//! never on how many rows, threads or chunks there are.
+//! One file an op; each holds the plain twin, which is the reference. Matmul, attention and `mul_add` have a fast
+//! variant, by the inner loops of `avx2.rs`, equal to the twin bit for bit. Invariant: a number depends on its own row
+//! alone, never on how many rows, threads or chunks there are.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
