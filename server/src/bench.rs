@@ -40,9 +40,8 @@ pub enum BenchCommandError {
 /// All requests at once, one line of JSON.
 pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let mut engine_args = args.engine.clone();
-    // All are submitted before the first begins, one tenant alone does not get every place, and a place is worth
-    // `USUAL_LEN` tokens unless more is asked for.
-    let num_places = args.num_requests.saturating_mul(2).saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
+    // All are submitted at once, and a place is worth `USUAL_LEN` tokens unless more is asked for.
+    let num_places = args.num_requests.saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
     engine_args.max_queued_requests = engine_args.max_queued_requests.max(num_places);
     let plan = start::plan(&engine_args, None)?;
     let stopwatch = Stopwatch::new(plan.backend);
