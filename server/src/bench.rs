@@ -130,7 +130,10 @@ pub fn play_trace(args: &TraceArgs) -> Result<ServingReport, BenchCommandError> 
     let requests = requests(&args.workload)?;
     let costs = args.device_profile.as_deref().map(DeviceProfile::open).transpose()?.map(|profile| profile.cost);
     let mut engine = start::plan(&args.engine, None)?.load_engine()?;
-    costs.into_iter().for_each(|costs| engine.set_cost(costs));
+    if let Some(costs) = costs {
+        engine.set_cost(costs);
+        engine.config().check_target_at(&costs).map_err(StartError::from)?;
+    }
     let clock = Clock::Real(Instant::now());
     Ok(play::play(&mut engine, &requests, &clock, play_options(&args.workload))?)
 }
