@@ -20,6 +20,8 @@ mod limits;
 mod ops;
 /// Needs nothing: forecasts and fair shares on `sim`, in virtual time.
 mod overload;
+/// Needs Vulkan drivers: two steps in flight against one, on the cpu and on wgpu.
+mod pipeline;
 /// Needs nothing: traces, profiles and simulations, from the command line's words.
 mod planner;
 /// Seeded numbers.

@@ -101,6 +101,73 @@ fn what_is_preempted_goes_to_the_host_where_copying_is_cheaper() {
     assert!(run(&with_host, &[]).num_swaps > 0);
 }
 
+/// The report says what held the device back over the whole run, not over its last minute.
+#[test]
+fn a_report_names_what_holds_the_device_back() {
+    let profile = file("limited.json", PROFILE);
+    let cases: [(&[&str], &str, &str); 4] = [
+        (
+            &["--arrivals", "poisson:0.2", "--lengths", "fixed:16:8", "--limit", "40"],
+            "no_requests",
+            "send more at once",
+        ),
+        (&["--arrivals", "at-once", "--lengths", "fixed:16:64", "--limit", "40"], "slots", "--max-num-seqs"),
+        (
+            &[
+                "--arrivals",
+                "at-once",
+                "--lengths",
+                "fixed:500:400",
+                "--limit",
+                "16",
+                "--max-num-seqs",
+                "32",
+                "--kv-blocks",
+                "96",
+            ],
+            "kv_memory",
+            "q8_0 KV would admit about",
+        ),
+        (&["--trace", "TRACE", "--max-num-seqs", "2"], "slots", "--max-num-seqs"),
+    ];
+    // Two minutes of crowd, and then a lonely end.
+    let crowd = (0..400).map(|row| format!("{}.0,16,64\n", row / 4));
+    let end = (0..2).map(|row| format!("{}.0,16,4\n", 200 + row));
+    let trace = file("crowd.csv", &format!("{HEADER}{}", crowd.chain(end).collect::<String>()));
+    for (words, limit, part) in cases {
+        let path = trace.to_str().expect("a path in UTF-8");
+        let words: Vec<&str> = words.iter().map(|word| if *word == "TRACE" { path } else { word }).collect();
+        let report = check(&profile, &words).expect("it is right");
+        assert!(report.limits.limit == limit && report.limits.verdict.contains(part), "{words:?}: {report}");
+        assert!(report.to_string().contains(&report.limits.verdict), "{report}");
+        let sum: f64 = report.limits.shares.values().sum();
+        assert!((sum - 1.0).abs() < 1e-6, "{sum}");
+        let json = serde_json::json!(report);
+        assert_eq!(
+            (&json["limits"]["limit"], json["limits"]["shares"][limit].as_f64()),
+            (&limit.into(), report.limits.shares.get(limit).copied())
+        );
+    }
+}
+
+/// A simulation turns away what a server would: by requests, by tokens of their prompts, and by forecasts.
+#[test]
+fn who_is_turned_away_is_turned_away_by_a_servers_rules() {
+    let profile = file("refusing.json", PROFILE);
+    let workload = ["--arrivals", "at-once", "--lengths", "fixed:200:20", "--limit", "100", "--refuse-when-full"];
+    let with = |more: &[&str]| check(&profile, &[&workload[..], more].concat()).expect("it is right");
+    // One tenant alone leaves some for others.
+    assert_eq!(with(&["--max-queued-requests", "64"]).num_completed, 56);
+    assert_eq!(with(&["--max-queued-tokens", "2048"]).num_completed, 8);
+    let late = with(&["--max-queue-ms", "500"]);
+    assert!(late.num_completed > 4 && late.refused.count > 50, "{late}");
+    let none = with(&["--max-queue-ms", "20"]);
+    assert_eq!(none.refused.count, 100, "a prompt alone takes 30 ms: {none}");
+    let patient: Vec<&str> = workload.iter().copied().filter(|word| *word != "--refuse-when-full").collect();
+    let patient = check(&profile, &[&patient[..], &["--max-queued-tokens", "2048"]].concat()).expect("it is right");
+    assert_eq!((patient.num_completed, patient.refused.count), (100, 0));
+}
+
 #[test]
 fn limits_are_the_profiles_unless_the_command_line_says_otherwise() {
     let profile = file("limits.json", PROFILE);
@@ -124,6 +191,8 @@ fn a_simulation_that_makes_no_sense_is_refused_with_its_reason() {
     refused(&["--max-num-batched-tokens", "3"], &["max_num_batched_tokens is 3", "at least 4"]);
     refused(&["--speedup", "0"], &["0 is no speed"]);
     refused(&["--speedup", "1e-12"], &["request 2", "more than 31 years"]);
+    refused(&["--target-itl-ms", "9"], &["the target between tokens is 9 ms", "takes 10.0 ms", "to 10 or more"]);
+    check(&profile, &[&workload[..], &["--target-itl-ms", "10"]].concat()).expect("it can be met");
     check_refused(&profile, &[], &["--trace"]);
     check_refused(&profile, &["--arrivals", "poisson:3", "--limit", "0"], &["--limit is 0"]);
     check_refused(&profile, &["--arrivals", "sometimes"], &["sometimes", "poisson:PER-SECOND"]);
@@ -188,6 +257,13 @@ fn a_workload_is_played_in_real_time() {
     assert_eq!(played.num_completed, 9);
     assert_eq!((simulated.prompt_tokens, simulated.output_tokens), (played.prompt_tokens, played.output_tokens));
     assert!(played.duration_s >= 0.04 && played.ttft_ms.p50 > 0.0, "{played}");
+    // On a device that is said to take 10 ms a step.
+    let profile = file("target.json", PROFILE);
+    let slow = ["--device-profile", profile.to_str().expect("a path in UTF-8")];
+    let with = |target| play(&[&workload[..], &words, &slow, &["--target-itl-ms", target]].concat());
+    let sentence = with("9").expect_err("no step is that short");
+    assert!(sentence.contains("is 9 ms") && sentence.contains("takes 10.0 ms"), "{sentence}");
+    assert_eq!(with("10").map(|report| report.num_completed), Ok(9));
 }
 
 /// What `fullbore bench trace WORDS` says.

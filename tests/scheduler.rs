@@ -65,6 +65,11 @@ impl Run {
     /// A step that samples token 900 + its sequence for every slice that samples.
     fn step(&mut self) -> String {
         self.scheduler.schedule(&mut self.cache, &mut self.batch, &mut self.trace);
+        self.complete();
+        self.trace.to_string()
+    }
+
+    fn complete(&mut self) {
         let choose = |slice: &fullbore_engine::batch::Slice| match slice.sample {
             true => Choice::Token(TokenId(900 + slice.sequence.0 as u32)),
             false => Choice::None,
@@ -72,7 +77,14 @@ impl Run {
         let choices: Vec<Choice> = self.batch.slices.iter().map(choose).collect();
         self.scheduler.complete(&mut self.cache, &self.batch, &choices, &mut self.trace, &mut Vec::new());
         self.scheduler.check(&self.cache);
-        self.trace.to_string()
+    }
+
+    /// A step, and what the tenant of all sequences has been charged when it is planned.
+    fn step_charged(&mut self) -> u64 {
+        self.scheduler.schedule(&mut self.cache, &mut self.batch, &mut self.trace);
+        let charged = self.scheduler.running().next().map_or(0, |one| self.scheduler.queue().counter(one.tenant));
+        self.complete();
+        charged
     }
 
     fn steps(&mut self, num_steps: usize) -> String {
@@ -422,6 +434,106 @@ fn a_prompt_takes_what_the_target_leaves_of_a_step() {
     assert_eq!(chunks(LatencyTarget::Milliseconds(30)), [20, 20, 20]);
     assert_eq!(chunks(LatencyTarget::Stretch(300)), [20, 20, 20]);
     assert_eq!(chunks(LatencyTarget::Milliseconds(11)), [8, 8, 8]);
+}
+
+/// What becomes of a request on its way does not change what its tenant pays for it.
+#[test]
+fn nobody_pays_for_having_been_preempted() {
+    let charged = |num_blocks, prefix_cache| {
+        let mut run = Run::new(EngineConfig { num_blocks, prefix_cache, ..CONFIG });
+        run.add(0, 8, 12);
+        run.add(100, 8, 8);
+        let mut charged = 0;
+        while !run.scheduler.is_idle() {
+            charged = run.step_charged().max(charged);
+        }
+        (charged, run.scheduler.num_preemptions())
+    };
+    let (roomy, none) = charged(60, false);
+    // Prompts, and of each answer all but the last token.
+    assert_eq!((roomy >> 10, none), (8 + 8 + 2 * (11 + 7), 0));
+    for prefix_cache in [true, false] {
+        let (scarce, num_preemptions) = charged(6, prefix_cache);
+        assert!(num_preemptions > 0);
+        assert_eq!(scarce, roomy, "prefix cache: {prefix_cache}");
+    }
+}
+
+/// A step may fail a sequence that has been sent back to wait since it was submitted: what it had computed is as little
+/// to be trusted as that of one that runs.
+#[test]
+fn what_a_waiting_sequence_computed_is_withdrawn_when_it_fails() {
+    for prompt_len in [5, 8, 11] {
+        let mut run = Run::new(EngineConfig { pipeline_depth: 2, ..CONFIG });
+        let victim = run.add_request(Request { priority: 1, ..of_tenant(1, 0, prompt_len, 12) });
+        while run.scheduler.running().all(|sequence| sequence.num_computed_tokens < prompt_len) {
+            run.step();
+        }
+        run.scheduler.schedule(&mut run.cache, &mut run.batch, &mut run.trace);
+        let in_flight = std::mem::take(&mut run.batch);
+        // Somebody else needs all there is.
+        run.add_request(of_tenant(1, 100, 20, 1));
+        run.scheduler.schedule(&mut run.cache, &mut run.batch, &mut run.trace);
+        assert_eq!(run.trace.preempted, [victim]);
+        let tokens: Vec<TokenId> = (0..prompt_len).map(TokenId).collect();
+        let chain = run.cache.chain(&tokens, 0);
+        let found = |run: &Run| run.cache.find(&chain, &tokens, u32::MAX).num_blocks;
+        assert!(found(&run) > 0, "it may be found while nothing is wrong");
+        let failed = vec![Choice::Failed("not finite".to_owned()); in_flight.slices.len()];
+        run.scheduler.complete(&mut run.cache, &in_flight, &failed, &mut run.trace, &mut Vec::new());
+        run.scheduler.check(&run.cache);
+        assert_eq!(found(&run), 0, "a prompt of {prompt_len}");
+    }
+}
+
+/// Who has waited for memory looks again once somebody computes what it begins with, and lets the next one pass.
+#[test]
+fn who_lacks_memory_sees_its_prefix_come() {
+    let config = EngineConfig { max_num_batched_tokens: 6, num_blocks: 8, ..CONFIG };
+    let mut run = Run::new(config);
+    run.add_request(of_tenant(1, 100, 12, 12));
+    run.steps(3);
+    run.add_request(of_tenant(1, 0, 20, 1));
+    run.add_request(of_tenant(1, 200, 2, 1));
+    assert!(run.step().ends_with("held memory"));
+    // The same beginning, of a tenant that comes first.
+    run.add_request(of_tenant(2, 0, 8, 1));
+    assert!(run.step().contains("d[0..5/8]"), "{}", run.trace);
+    assert!(run.step().contains("prefill c[0..2/2] d[5..8/8]"), "{}", run.trace);
+}
+
+/// Of a sequence that leaves, what others hold stays: it is not copied, and counts nothing in what to do.
+#[test]
+fn only_what_would_be_lost_is_copied_to_the_host() {
+    let swapped = |copy_ns| {
+        let mut run = Run::new(EngineConfig { max_num_batched_tokens: 24, num_blocks: 7, ..CONFIG });
+        run.scheduler.enable_swap(16, copy_ns);
+        run.scheduler.set_cost(CostModel::line(1e6, 1e6, Prices::default()));
+        // Three blocks of both, and then each has its own.
+        let request = |own: u32| Request {
+            prompt: (0..12).chain(own..own + 2).map(TokenId).collect(),
+            max_tokens: 10,
+            ..Request::default()
+        };
+        run.add_request(request(100));
+        run.step();
+        run.add_request(request(200));
+        let mut copies = Vec::new();
+        while run.scheduler.num_preemptions() == 0 {
+            run.step();
+        }
+        let num_blocks = run.scheduler.num_swapped_blocks();
+        while !run.scheduler.is_idle() {
+            run.step();
+            copies.extend(run.batch.copies.iter().map(|copy| copy.direction));
+        }
+        (num_blocks, run.scheduler.num_swaps(), copies.len())
+    };
+    // Of five blocks two are its own: at most 8 ms to compute again, or two copies each way.
+    let (num_blocks, num_swaps, num_back) = swapped(1000);
+    assert_eq!((num_blocks, num_swaps), (2, 1));
+    assert!((1..=2).contains(&num_back), "{num_back}");
+    assert_eq!(swapped(2_100_000), (0, 0, 0));
 }
 
 #[test]

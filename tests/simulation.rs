@@ -2,13 +2,14 @@
 //! events equal to those it gets alone. Bugs are planted from here, through plain data, and must be caught each time.
 //! A failure names its seed; `FULLBORE_SIM_SEED=<seed>` runs that one.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
-use fullbore_engine::backend::{Backend, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::CopyDirection::{ToDevice, ToHost};
 use fullbore_engine::batch::{BlockCopy, Slice};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
@@ -19,7 +20,7 @@ use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::{Embed, MatMul, NON_FINITE, Op, SAMPLED_BY_SLOT, SampleRow};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId, token_mask};
-use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
+use fullbore_engine::tensor::{BufferId, KvType, Tensor, Weight, WeightFormat};
 
 use crate::device::Device;
 use crate::random::Random;
@@ -54,6 +55,8 @@ struct Seen {
     cached_tokens: u64,
     aborts: u64,
     failures: u64,
+    /// Requests that failed of a step that brought nothing finite.
+    breaks: u64,
 }
 
 impl Seen {
@@ -63,6 +66,7 @@ impl Seen {
         assert!(self.cached_tokens > 1000, "{self:?}");
         assert!(self.aborts > 500, "{self:?}");
         assert!(self.failures > 50, "{self:?}");
+        assert!(self.breaks > 50, "{self:?}");
     }
 }
 
@@ -212,6 +216,8 @@ fn wrong_hash(engine: &mut Engine, step: u32, workload: &Workload) -> bool {
 struct Workload {
     config: EngineConfig,
     ns_per_copied_megabyte: f64,
+    /// Whether the first step in flight beside whose run somebody is preempted brings nothing that is finite.
+    breaks: bool,
     requests: Vec<PlannedRequest>,
 }
 
@@ -241,7 +247,7 @@ impl Workload {
         });
         let requests = requests.collect();
         let ns_per_copied_megabyte = if random.one_in(3) { 1e12 } else { 1.0 };
-        Workload { config, ns_per_copied_megabyte, requests }
+        Workload { config, ns_per_copied_megabyte, breaks: random.one_in(2), requests }
     }
 
     /// As `for_bugs`, with so little memory that sequences are swapped, and no prefix cache to find them in.
@@ -280,7 +286,7 @@ impl Workload {
             PlannedRequest { request, arrival: random.between(0, 12), leaves_at: None, max_events: usize::MAX }
         });
         let requests = requests.collect();
-        Workload { config, ns_per_copied_megabyte: 1.0, requests }
+        Workload { config, ns_per_copied_megabyte: 1.0, breaks: false, requests }
     }
 
     /// Runs it all, with a chance to change each planned step, and returns the first difference to running alone.
@@ -290,7 +296,9 @@ impl Workload {
             ns_per_copied_megabyte: self.ns_per_copied_megabyte,
             ..SimOptions::default()
         };
-        let mut engine = engine_on(SimBackend::new(options), self.config);
+        let broken = Arc::new(AtomicBool::new(false));
+        let mut engine = engine_on(Breakable { sim: SimBackend::new(options), broken: broken.clone() }, self.config);
+        let mut may_break = self.breaks;
         engine.enable_swap().expect("the simulator is never lost");
         engine.set_cost(CostModel::line(3e6, 2e5, Prices::default()));
         let mut clients: Vec<Option<Client>> = self.requests.iter().map(|_| None).collect();
@@ -308,7 +316,12 @@ impl Workload {
             }
             let had_work = !engine.is_idle();
             while engine.has_room() {
+                let num_preemptions = engine.stats().num_preemptions;
                 let planned = engine.plan();
+                if may_break && engine.num_in_flight() > 0 && engine.stats().num_preemptions > num_preemptions {
+                    may_break = false;
+                    broken.store(true, Ordering::Relaxed);
+                }
                 engine.check();
                 if !planned {
                     break;
@@ -321,8 +334,15 @@ impl Workload {
             }
             assert!(engine.num_in_flight() > 0 || engine.is_idle(), "there is work, and nothing runs");
             if engine.num_in_flight() > 0 {
+                let breaks = broken.load(Ordering::Relaxed);
+                let has_failed = |client: &Option<Client>| client.as_ref().is_some_and(Client::failed);
+                let failed: Vec<bool> = clients.iter().map(has_failed).collect();
                 engine.complete().expect("the simulator is never lost");
                 engine.check();
+                if breaks {
+                    let news = clients.iter().zip(&failed).map(|(client, failed)| client.as_ref().filter(|_| !failed));
+                    seen.breaks += self.check_withdrawn(&mut engine, news);
+                }
             }
             if !had_work && clients.iter().all(Option::is_some) {
                 break;
@@ -336,9 +356,83 @@ impl Workload {
         seen.failures += stats.num_failed;
         let pairs = self.requests.iter().zip(clients.iter().flatten());
         pairs.enumerate().find_map(|(index, (planned, client))| {
-            let difference = client.difference(&alone(&planned.request))?;
+            let alone = alone(&planned.request);
+            // One that fails alone too may have broken before it came to that.
+            let broke = self.breaks && client.failed() && client.events().len() < alone.len();
+            let difference = client.difference(&alone, broke)?;
             Some(format!("request {index}: {difference}"))
         })
+    }
+}
+
+impl Workload {
+    /// Of requests that have just failed nothing can be found, whether they ran or had been sent back to wait. How many
+    /// those are; `clients` are those that had not failed before.
+    fn check_withdrawn<'a>(&self, engine: &mut Engine, clients: impl Iterator<Item = Option<&'a Client>>) -> u64 {
+        let mut num_failed = 0;
+        for (planned, client) in self.requests.iter().zip(clients) {
+            let Some(client) = client.filter(|client| client.failed()) else { continue };
+            num_failed += 1;
+            let generated = client.events();
+            let generated = generated.iter().filter_map(|event| match event {
+                Event::Token { id, .. } => Some(*id),
+                _ => None,
+            });
+            let tokens: Vec<TokenId> = planned.request.prompt.iter().copied().chain(generated).collect();
+            let cache = engine.cache_mut();
+            let chain = cache.chain(&tokens, planned.request.cache_salt);
+            assert_eq!(cache.find(&chain, &tokens, u32::MAX).num_blocks, 0, "blocks of a failed request are shared");
+        }
+        num_failed
+    }
+}
+
+/// The simulator, of which one step may bring rows that are not finite while what is in memory is sound.
+struct Breakable {
+    sim: SimBackend,
+    /// The step that is waited for next.
+    broken: Arc<AtomicBool>,
+}
+
+impl Backend for Breakable {
+    fn info(&self) -> &DeviceInfo {
+        self.sim.info()
+    }
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        self.sim.alloc(label, size_bytes)
+    }
+
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        self.sim.alloc_host(label, size_bytes)
+    }
+
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.sim.write(buffer, offset_bytes, data)
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        self.sim.load_weight(spec, source)
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        self.sim.weight_bytes(spec)
+    }
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        self.sim.submit(recording)
+    }
+
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
+        let ran = self.sim.wait(ticket, out)?;
+        if self.broken.swap(false, Ordering::Relaxed) {
+            out.fill(0xff);
+        }
+        Ok(ran)
+    }
+
+    fn now(&self) -> Instant {
+        self.sim.now()
     }
 }
 
@@ -428,7 +522,7 @@ fn engine(config: EngineConfig) -> Engine {
     engine_on(SimBackend::new(options), config)
 }
 
-pub fn engine_on(backend: SimBackend, config: EngineConfig) -> Engine {
+pub fn engine_on(backend: impl Backend + 'static, config: EngineConfig) -> Engine {
     config.check().expect("the workload is valid");
     let mut backend = Box::new(backend);
     let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
@@ -480,10 +574,18 @@ impl Client {
         self.events.lock().expect("no client panics").clone()
     }
 
-    /// What differs from `expected`; a client that left early has a beginning of it.
-    fn difference(&self, expected: &[Event]) -> Option<String> {
-        let events = self.events();
-        let left = self.left.load(Ordering::Relaxed) || events.len() > self.max_events;
+    fn failed(&self) -> bool {
+        has_failed(&self.events())
+    }
+
+    /// What differs from `expected`; a client that left early has a beginning of it, and so has one that `broke`, with
+    /// an end of its own.
+    fn difference(&self, expected: &[Event], broke: bool) -> Option<String> {
+        let mut events = self.events();
+        if broke {
+            events.pop();
+        }
+        let left = broke || self.left.load(Ordering::Relaxed) || events.len() > self.max_events;
         if events.len() < expected.len() && !left {
             return Some(format!("{} events of {}", events.len(), expected.len()));
         }
@@ -492,6 +594,10 @@ impl Client {
         let (event, expected) = pairs.into_iter().find(differs)?;
         Some(format!("{event:.200?}, and alone {expected:.200?}"))
     }
+}
+
+fn has_failed(events: &[Event]) -> bool {
+    matches!(events.last(), Some(Event::Finished { reason: FinishReason::Error(_), .. }))
 }
 
 /// How much a cache helped is the one thing that company may change.

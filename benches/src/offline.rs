@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use fullbore_engine::limits::Cause;
-use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
 use fullbore_engine::worker::{EngineHandle, SubmitError};
 
 use crate::statistics::quantile;
@@ -57,9 +57,11 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
     let before = dial.read();
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
-    for (index, request) in requests.into_iter().enumerate() {
-        engine.submit_one(request, Box::new(Timestamps { index, sender: sender.clone() }))?;
-    }
+    let timestamps = |index| -> Box<dyn Sink> { Box::new(Timestamps { index, sender: sender.clone() }) };
+    let requests = requests.into_iter().enumerate().map(|(index, request)| (request, timestamps(index))).collect();
+    // All at once, so that all of an empty queue is theirs.
+    let Request { tenant, share, .. } = Request::default();
+    engine.submit(engine.reserve(tenant, share, workload.num_requests)?, requests)?;
     drop(sender);
     let mut traces: Vec<Trace> = vec![Trace::default(); workload.num_requests as usize];
     let mut num_running = workload.num_requests;

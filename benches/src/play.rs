@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::DeviceError;
 use fullbore_engine::backend::sim::SimClock;
+use fullbore_engine::backlog::{Backlog, Refusal};
 use fullbore_engine::engine::Engine;
+use fullbore_engine::forecast::TooLate;
 use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 
-use crate::report::{KvUse, LeftOut, ServingReport};
+use crate::report::{KvUse, LeftOut, LimitsReport, ServingReport};
 use crate::statistics::Histogram;
 use crate::workload::PlannedRequest;
 
@@ -26,7 +28,8 @@ pub enum Clock {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlayOptions {
-    /// Turns a request away that arrives while `max_queued_requests` wait; otherwise its client waits before the door.
+    /// Turns a request away that arrives where the engine's backlog has no room for it, or where it is predicted to
+    /// come too late; otherwise its client waits before the door.
     pub refuse_when_full: bool,
     /// Of token ids.
     pub seed: u64,
@@ -69,7 +72,10 @@ pub fn play(
     clock: &Clock,
     options: PlayOptions,
 ) -> Result<ServingReport, PlayError> {
-    let mut player = Player { engine, clock, options, heard: Arc::default(), steps: Steps::default(), num_new: 0 };
+    let config = engine.config();
+    let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
+    let (heard, backlog) = (Arc::default(), Arc::new(Mutex::new(backlog)));
+    let mut player = Player { engine, clock, options, heard, backlog, steps: Steps::default() };
     let (mut too_long, mut refused, mut max_waiting) = (LeftOut::default(), LeftOut::default(), 0);
     let (mut next, mut arrived) = (0, 0);
     loop {
@@ -79,12 +85,12 @@ pub fn play(
             let request = &requests[next];
             if !player.fits(request) {
                 too_long.add(request.row);
-            } else if player.has_room() {
-                player.add(request);
-            } else if options.refuse_when_full {
-                refused.add(request.row);
             } else {
-                break;
+                match player.admit(request) {
+                    Admission::Taken => player.add(request),
+                    Admission::Full if !options.refuse_when_full => break,
+                    Admission::Full | Admission::Never => refused.add(request.row),
+                }
             }
             next += 1;
         }
@@ -105,10 +111,20 @@ struct Player<'a> {
     clock: &'a Clock,
     options: PlayOptions,
     heard: Arc<Mutex<Heard>>,
+    /// The rules by which a server lets requests in.
+    backlog: Arc<Mutex<Backlog>>,
     steps: Steps,
-    /// Requests handed in since the engine last counted its waiting ones.
-    num_new: u32,
 }
+
+enum Admission {
+    Taken,
+    /// Later there may be room.
+    Full,
+    Never,
+}
+
+/// Whose requests they all are.
+const TENANT: u64 = 0;
 
 /// What clients were told.
 #[derive(Default)]
@@ -144,28 +160,58 @@ impl Player<'_> {
         length <= u64::from(self.engine.config().max_model_len)
     }
 
+    /// Those that were sent back to wait included.
     fn num_waiting(&self) -> u32 {
-        self.engine.stats().num_waiting + self.num_new
+        self.engine.stats().num_preempted + lock(&self.backlog).total().num_requests
     }
 
-    fn has_room(&self) -> bool {
-        self.num_waiting() < self.engine.config().max_queued_requests
+    /// Takes a place for a request, if there is one for it now.
+    fn admit(&self, request: &PlannedRequest) -> Admission {
+        let (own_tokens, config) = (u64::from(request.prompt_tokens), self.engine.config());
+        let mut backlog = lock(&self.backlog);
+        let is_first = backlog.is_idle();
+        let admission = |refusal| match refusal {
+            Refusal::Full(_) => Admission::Full,
+            Refusal::Never { .. } => Admission::Never,
+        };
+        if let Err(refusal) = backlog.reserve(TENANT, 1, 1) {
+            return admission(refusal);
+        }
+        if let Err(refusal) = backlog.add_tokens(TENANT, own_tokens) {
+            backlog.leave(TENANT, 0);
+            return admission(refusal);
+        }
+        let Some(max_queue_ms) = config.max_queue_ms else { return Admission::Taken };
+        let (ahead, max) = (backlog.ahead(TENANT, config.max_num_seqs), Duration::from_millis(max_queue_ms.into()));
+        let Err(late) = self.engine.load().check_in_time(&ahead, own_tokens, is_first, max) else {
+            return Admission::Taken;
+        };
+        backlog.leave(TENANT, own_tokens);
+        match late {
+            TooLate::Now { .. } => Admission::Full,
+            TooLate::Ever { .. } => Admission::Never,
+        }
     }
 
     fn add(&mut self, planned: &PlannedRequest) {
         let vocab_size = self.engine.model().config.vocab_size;
-        let PlannedRequest { row, arrival, .. } = *planned;
-        let client =
-            Client { row, arrival, last: None, clock: self.clock.clone(), heard: self.heard.clone(), num_tokens: 0 };
+        let client = Client {
+            row: planned.row,
+            arrival: planned.arrival,
+            own_tokens: planned.prompt_tokens.into(),
+            last: None,
+            clock: self.clock.clone(),
+            heard: self.heard.clone(),
+            backlog: self.backlog.clone(),
+            num_tokens: 0,
+        };
         self.engine.add(planned.request(vocab_size, self.options.seed), Box::new(client));
-        self.num_new += 1;
     }
 
     fn step(&mut self) -> Result<(), PlayError> {
         let begun = self.clock.now();
         self.clock.spend_host_time();
         let ran = self.engine.step()?;
-        self.num_new = 0;
         if let Some(failed) = lock(&self.heard).failed.take() {
             return Err(failed);
         }
@@ -221,6 +267,7 @@ impl Player<'_> {
             },
             prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
             max_waiting,
+            limits: LimitsReport::of(self.engine),
         }
     }
 }
@@ -229,10 +276,12 @@ impl Player<'_> {
 struct Client {
     row: u32,
     arrival: Duration,
+    own_tokens: u64,
     /// When the token before came.
     last: Option<Duration>,
     clock: Clock,
     heard: Arc<Mutex<Heard>>,
+    backlog: Arc<Mutex<Backlog>>,
     num_tokens: u32,
 }
 
@@ -241,7 +290,8 @@ impl Sink for Client {
         let now = self.clock.now();
         let mut heard = lock(&self.heard);
         match event {
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } => lock(&self.backlog).begin(TENANT, self.own_tokens),
+            Event::Prompt(_) => {}
             Event::Token { .. } => {
                 match self.last {
                     None => heard.ttft.record(now - self.arrival),
@@ -255,6 +305,7 @@ impl Sink for Client {
                 heard.failed = Some(PlayError::Failed { row: self.row, reason });
             }
             Event::Finished { usage, .. } => {
+                lock(&self.backlog).end(TENANT);
                 heard.num_completed += 1;
                 heard.prompt_tokens += u64::from(usage.prompt_tokens);
                 heard.cached_tokens += u64::from(usage.cached_tokens);
@@ -270,7 +321,7 @@ impl Sink for Client {
     }
 }
 
-/// Sums are whole after every event.
-fn lock(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
-    heard.lock().unwrap_or_else(PoisonError::into_inner)
+/// What is behind it is whole after every event.
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

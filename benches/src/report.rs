@@ -1,8 +1,11 @@
 //! What a played workload measured, on a simulated device or on a real one: the same numbers, so that the one can be
 //! held against the other. Nothing here runs anything.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
+use fullbore_engine::engine::Engine;
+use fullbore_engine::limits::Cause;
 use fullbore_engine::memory::capacity::human_bytes;
 use serde::Serialize;
 
@@ -44,6 +47,17 @@ pub struct ServingReport {
     pub prefix_hit_share: f64,
     /// Requests that waited at most at a time, outside the running set.
     pub max_waiting: u32,
+    pub limits: LimitsReport,
+}
+
+/// What held the device back over the whole run, in the words of a server's `/v1/limits`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct LimitsReport {
+    /// The cause that took the most.
+    pub limit: &'static str,
+    pub verdict: String,
+    /// Of the device's time, by cause.
+    pub shares: BTreeMap<&'static str, f64>,
 }
 
 /// Requests that did not run, named by their rows.
@@ -78,6 +92,16 @@ pub struct KvUse {
 
 /// Rows that [`LeftOut`] names.
 const MAX_ROWS_NAMED: usize = 8;
+
+impl LimitsReport {
+    /// Of an engine's time since its start.
+    pub fn of(engine: &Engine) -> LimitsReport {
+        let (snapshot, verdict) = engine.limits_since_start();
+        let share = |cause: Cause| (cause.name(), snapshot.window.share(snapshot.window.ns(cause)));
+        let shares = Cause::ALL.into_iter().map(share).collect();
+        LimitsReport { limit: verdict.cause.name(), verdict: verdict.sentence, shares }
+    }
+}
 
 impl LeftOut {
     pub fn add(&mut self, row: u32) {
@@ -133,6 +157,7 @@ impl fmt::Display for ServingReport {
         let pool = format!("{num_blocks} blocks of {block_size} tokens, {}", human_bytes(pool_bytes));
         let [mean, most, unused] = [mean_share, max_share, unused_share].map(percent);
         writeln!(f, "{:<18}{pool}: {mean} held on average, {most} at most; {unused} of that unused", "KV")?;
-        write!(f, "{:<18}{} of prompt tokens", "prefix hits", percent(self.prefix_hit_share))
+        writeln!(f, "{:<18}{} of prompt tokens", "prefix hits", percent(self.prefix_hit_share))?;
+        write!(f, "{:<18}{}", "limit", self.limits.verdict)
     }
 }

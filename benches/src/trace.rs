@@ -30,16 +30,24 @@ type BadField = (&'static str, String);
 
 /// The requests of a file, in order of arrival, at most `limit`; the first arrives at 0.
 pub fn read(path: &Path, limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
-    let text = fs::read_to_string(path).map_err(|source| TraceError::Read { path: path.to_owned(), source })?;
-    parse(path, &text, limit)
+    let bytes = fs::read(path).map_err(|source| TraceError::Read { path: path.to_owned(), source })?;
+    parse(path, &bytes, limit)
 }
 
-/// `read` of a text that is there; `path` is for sentences.
-fn parse(path: &Path, text: &str, limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
+/// `read` of what is there; `path` is for sentences.
+fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
     let file = |problem: String| TraceError::File { path: path.to_owned(), problem };
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let before = &bytes[..error.valid_up_to()];
+        let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let row = 1 + before.iter().filter(|&&byte| byte == b'\n').count() as u32;
+        let problem = format!("is not UTF-8 from its byte {} on", before.len() - line_start + 1);
+        TraceError::Row { path: path.to_owned(), row, field: "row", problem }
+    })?;
+    // Spreadsheets and some editors begin a text with a byte order mark.
+    let text = text.trim_start_matches('\u{feff}');
     let is_json = text.trim_start().starts_with('{');
-    // A spreadsheet begins a text with a byte order mark.
-    let mut lines = (1..).zip(text.trim_start_matches('\u{feff}').lines());
+    let mut lines = (1..).zip(text.lines());
     if !is_json {
         let header: Vec<&str> = lines.next().map_or(Vec::new(), |(_, line)| line.split(',').map(str::trim).collect());
         if header != HEADER {
@@ -104,7 +112,7 @@ fn date_time(text: &str) -> Option<f64> {
     let whole = [year, month, day, hour, minute].iter().all(|part| part.fract() == 0.0);
     let in_range = (1970.0..10_000.0).contains(&year)
         && (1.0..=12.0).contains(&month)
-        && (1.0..=31.0).contains(&day)
+        && (1.0..=days_of_month(year, month)).contains(&day)
         && hour < 24.0
         && minute < 60.0
         && second < 61.0;
@@ -116,6 +124,16 @@ fn date_time(text: &str) -> Option<f64> {
     let leap_days = (year / 4.0).floor() - (year / 100.0).floor() + (year / 400.0).floor();
     let days = 365.0 * year + leap_days + ((153.0 * month + 2.0) / 5.0).floor() + day - 719_469.0;
     Some(days * 86_400.0 + hour * 3600.0 + minute * 60.0 + second)
+}
+
+fn days_of_month(year: f64, month: f64) -> f64 {
+    let is_leap = year % 4.0 == 0.0 && (year % 100.0 != 0.0 || year % 400.0 == 0.0);
+    match month as u32 {
+        2 if is_leap => 29.0,
+        2 => 28.0,
+        4 | 6 | 9 | 11 => 30.0,
+        _ => 31.0,
+    }
 }
 
 /// Seconds, and the request.
@@ -145,7 +163,11 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<Vec<PlannedRequest>, String> {
-        parse(Path::new("a.trace"), text, usize::MAX).map_err(|error| error.to_string())
+        parsed_bytes(text.as_bytes())
+    }
+
+    fn parsed_bytes(bytes: &[u8]) -> Result<Vec<PlannedRequest>, String> {
+        parse(Path::new("a.trace"), bytes, usize::MAX).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -167,7 +189,48 @@ mod tests {
         let rows = parsed(json).expect("it is right");
         assert_eq!((rows[0].hash_ids.as_slice(), rows[0].prompt_tokens), ([0, 14].as_slice(), 600));
         assert_eq!((rows[1].arrival, rows[1].hash_ids.len()), (Duration::from_millis(1500), 0));
-        assert_eq!(parse(Path::new("a.trace"), json, 1).expect("it is right").len(), 1);
+        assert_eq!(parse(Path::new("a.trace"), json.as_bytes(), 1).expect("it is right").len(), 1);
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_a_trace() {
+        for text in [
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n1,2,3\n",
+            "{\"timestamp\": 3000, \"input_length\": 2, \"output_length\": 3}\n",
+            "\n {\"timestamp\": 3000, \"input_length\": 2, \"output_length\": 3}\n",
+        ] {
+            let marked = parsed(&format!("\u{feff}{text}")).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(Ok(marked), parsed(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_named_by_their_row() {
+        let check = |bytes: &[u8], row, byte| {
+            let sentence = parsed_bytes(bytes).expect_err("no text");
+            let expected = format!("a.trace, row {row}: `row` is not UTF-8 from its byte {byte} on");
+            assert_eq!(sentence, expected);
+        };
+        check(b"\xff\xfeT\0I\0", 1, 1);
+        check(b"TIMESTAMP,ContextTokens,GeneratedTokens\n1,2,3\n4,5,\xe9\n", 3, 5);
+        check(b"{\"timestamp\":1,\"input_length\":2,\"output_length\":3}\r\n{\"timest\xc3(", 2, 9);
+    }
+
+    /// Every day that there is has its place, and no other is taken.
+    #[test]
+    fn a_day_that_is_not_in_the_calendar_is_refused() {
+        for (year, days_of_february) in [(1970, 28), (2000, 29), (2023, 28), (2024, 29), (2100, 28)] {
+            let mut number = date_time(&format!("{year}-01-01 00:00:00")).expect("a day") / 86_400.0;
+            let lengths = [31, days_of_february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+            for (month, length) in (1..).zip(lengths) {
+                let day = |day: u32| date_time(&format!("{year}-{month:02}-{day:02} 00:00:00"));
+                for nth in 1..=length {
+                    assert_eq!(day(nth), Some(number * 86_400.0), "{year}-{month}-{nth}");
+                    number += 1.0;
+                }
+                assert_eq!([day(0), day(length + 1)], [None, None], "{year}-{month}");
+            }
+        }
     }
 
     #[test]
@@ -192,6 +255,7 @@ mod tests {
             ("2,5,1.5", "GeneratedTokens"),
             ("yesterday,5,1", "TIMESTAMP"),
             ("2023-13-01 00:00:00,5,1", "TIMESTAMP"),
+            ("2023-02-31 00:00:00,5,1", "TIMESTAMP"),
             ("2023-11-16 25:00:00,5,1", "TIMESTAMP"),
             ("-1,5,1", "TIMESTAMP"),
             ("nan,5,1", "TIMESTAMP"),

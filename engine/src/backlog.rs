@@ -1,10 +1,11 @@
 //! What has been taken in and has not begun, by tenant, and how much of it there may be.
 //!
 //! A place is taken before a request's text is read, its tokens are added once they are known, and both are given back
-//! when it begins or its client leaves. One tenant alone cannot take all places: what it may have falls with what is
-//! left, as in the shared buffers of switches (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
-//! packet switches", 1998), so that a flood leaves room for others. Invariant: the totals are within their limits, and
-//! are the sums over tenants; a tenant is known exactly while it has something. It knows no clock and no thread.
+//! when it begins or its client leaves. What one tenant may have falls with what is left, as in the shared buffers of
+//! switches (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998), so that a
+//! flood leaves room for others, those included that have not come yet. Where nothing waits, one request may take all:
+//! whatever the limits allow at all is taken some time. Invariant: the totals are within their limits, and are the sums
+//! over tenants; a tenant is known exactly while it has something. It knows no clock and no thread.
 
 use std::collections::HashMap;
 
@@ -62,6 +63,15 @@ pub struct Overflow {
     pub num_excess: u64,
 }
 
+/// Why nothing was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There will be room.
+    Full(Overflow),
+    /// There never is, not even where nothing waits.
+    Never { limit: Limit, wanted: u64, max: u64 },
+}
+
 impl Backlog {
     pub fn new(max_requests: u32, max_tokens: u64) -> Backlog {
         Backlog { max_requests, max_tokens, total: Amount::default(), tenants: HashMap::new() }
@@ -80,8 +90,13 @@ impl Backlog {
         }
     }
 
+    /// Whether nothing waits and nothing runs.
+    pub fn is_idle(&self) -> bool {
+        self.tenants.is_empty()
+    }
+
     /// Takes `num_requests` places, all or none.
-    pub fn reserve(&mut self, tenant: u64, weight: u32, num_requests: u32) -> Result<(), Overflow> {
+    pub fn reserve(&mut self, tenant: u64, weight: u32, num_requests: u32) -> Result<(), Refusal> {
         let own = self.tenants.get(&tenant).map_or(0, |tenant| tenant.waiting.num_requests);
         let (total, max) = (u64::from(self.total.num_requests), u64::from(self.max_requests));
         room(Limit::Requests, u64::from(own), total, max, u64::from(num_requests))?;
@@ -93,7 +108,7 @@ impl Backlog {
     }
 
     /// Adds the tokens of places that `tenant` has, all or none.
-    pub fn add_tokens(&mut self, tenant: u64, num_tokens: u64) -> Result<(), Overflow> {
+    pub fn add_tokens(&mut self, tenant: u64, num_tokens: u64) -> Result<(), Refusal> {
         let known = self.tenants.get_mut(&tenant).expect("a tenant that has places");
         room(Limit::Tokens, known.waiting.num_tokens, self.total.num_tokens, self.max_tokens, num_tokens)?;
         known.waiting.num_tokens += num_tokens;
@@ -163,17 +178,20 @@ impl Backlog {
 }
 
 /// Whether `wanted` more fit for one that has `own` of `total`.
-fn room(limit: Limit, own: u64, total: u64, max: u64, wanted: u64) -> Result<(), Overflow> {
-    let Some(last) = wanted.checked_sub(1) else { return Ok(()) };
+fn room(limit: Limit, own: u64, total: u64, max: u64, wanted: u64) -> Result<(), Refusal> {
+    if wanted > max {
+        return Err(Refusal::Never { limit, wanted, max });
+    }
+    let last = wanted.saturating_sub(1);
     // As it stands for the last of them: own + last < SHARE_OF_FREE * (max - total - last).
     let used = own + last + SHARE_OF_FREE * (total + last);
     let allowed = SHARE_OF_FREE * max;
-    if used < allowed {
+    if wanted == 0 || total == 0 || used < allowed {
         return Ok(());
     }
-    // Of the tenant's own, each that begins counts in both.
-    let num_excess = (used - allowed) / (1 + SHARE_OF_FREE) + 1;
-    Err(Overflow { limit, num_waiting: total, max_waiting: max, num_excess })
+    // Of the tenant's own, each that begins counts in both; where all have begun, whatever may fit does.
+    let num_excess = ((used - allowed) / (1 + SHARE_OF_FREE) + 1).min(total);
+    Err(Refusal::Full(Overflow { limit, num_waiting: total, max_waiting: max, num_excess }))
 }
 
 #[cfg(test)]
@@ -182,6 +200,13 @@ mod tests {
 
     const ALICE: u64 = 1;
     const BOB: u64 = 2;
+
+    fn overflow(result: Result<(), Refusal>) -> Overflow {
+        match result {
+            Err(Refusal::Full(overflow)) => overflow,
+            other => panic!("it is full: {other:?}"),
+        }
+    }
 
     fn fill(backlog: &mut Backlog, tenant: u64) -> u32 {
         let mut taken = 0;
@@ -210,24 +235,44 @@ mod tests {
     fn several_places_are_taken_together_or_not_at_all() {
         let mut backlog = Backlog::new(16, 100);
         assert_eq!(backlog.reserve(ALICE, 1, 14), Ok(()));
-        let overflow = backlog.reserve(BOB, 1, 3).expect_err("two are left");
+        let overflow = overflow(backlog.reserve(BOB, 1, 3));
         assert_eq!((overflow.num_waiting, overflow.max_waiting), (14, 16));
         assert_eq!(backlog.reserve(BOB, 1, 2), Ok(()));
         assert_eq!(backlog.check_full().map_err(|overflow| overflow.num_excess), Err(1));
         backlog.check();
     }
 
+    /// Whatever waits, it can begin; so to wait helps unless a limit itself is too low, and then nothing helps.
+    #[test]
+    fn an_empty_backlog_takes_all_that_its_limits_allow() {
+        for max in [1, 2, 7, 8, 9, 63, 256] {
+            for wanted in 1..=max + 3 {
+                let never = |limit| Refusal::Never { limit, wanted: wanted.into(), max: max.into() };
+                let expected = |limit| if wanted <= max { Ok(()) } else { Err(never(limit)) };
+                let mut backlog = Backlog::new(max, max.into());
+                assert_eq!(backlog.reserve(ALICE, 1, wanted), expected(Limit::Requests), "{wanted} of {max}");
+                let mut backlog = Backlog::new(max, max.into());
+                assert_eq!(backlog.reserve(ALICE, 1, 1), Ok(()));
+                assert_eq!(backlog.add_tokens(ALICE, wanted.into()), expected(Limit::Tokens), "{wanted} of {max}");
+                backlog.check();
+            }
+        }
+    }
+
     /// What an overflow says has to begin is enough, and one less is not.
     #[test]
     fn the_excess_is_what_has_to_begin() {
-        for (max, wanted) in [(2, 1), (2, 2), (40, 1), (40, 7), (40, 30)] {
+        for (max, wanted) in [(2, 1), (2, 2), (40, 1), (40, 7), (40, 30), (40, 38), (40, 40)] {
             let mut backlog = Backlog::new(max, 1000);
             fill(&mut backlog, ALICE);
-            let overflow = backlog.reserve(ALICE, 1, wanted).expect_err("it is full");
-            for left in (0..overflow.num_excess).rev() {
+            let num_excess = overflow(backlog.reserve(ALICE, 1, wanted)).num_excess;
+            for left in (0..num_excess).rev() {
                 backlog.begin(ALICE, 0);
-                let again = backlog.reserve(ALICE, 1, wanted).map_err(|overflow| overflow.num_excess);
-                assert_eq!(again, if left == 0 { Ok(()) } else { Err(left) }, "{wanted} of {max}");
+                let again = backlog.reserve(ALICE, 1, wanted);
+                match left {
+                    0 => assert_eq!(again, Ok(()), "{wanted} of {max}"),
+                    left => assert_eq!(overflow(again).num_excess, left, "{wanted} of {max}"),
+                }
             }
         }
     }
@@ -237,7 +282,7 @@ mod tests {
         let mut backlog = Backlog::new(16, 100);
         assert_eq!(backlog.reserve(ALICE, 1, 2), Ok(()));
         assert_eq!(backlog.add_tokens(ALICE, 80), Ok(()));
-        let overflow = backlog.add_tokens(ALICE, 30).expect_err("20 are left");
+        let overflow = overflow(backlog.add_tokens(ALICE, 30));
         assert_eq!((overflow.limit, overflow.num_waiting, overflow.max_waiting), (Limit::Tokens, 80, 100));
         assert_eq!(backlog.total(), Amount { num_requests: 2, num_tokens: 80 });
         backlog.leave(ALICE, 0);

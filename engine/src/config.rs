@@ -176,6 +176,13 @@ impl EngineConfig {
     }
 }
 
+impl EngineConfig {
+    /// Whether a device of these prices can meet the target at all.
+    pub fn check_target_at(&self, cost: &CostModel) -> Result<(), ConfigError> {
+        self.check_target(cost.predict_ns(&StepShape::decode(1, 1)))
+    }
+}
+
 /// Why a request can never run here.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnfitRequest {

@@ -3,7 +3,10 @@
 //! An engine says of itself what it does now ([`Load`]), in plain numbers; the rest is arithmetic. A request waits for
 //! one of two: for a slot and memory, which sequences that run free one after another, or for the prompts before it,
 //! which are computed at the pace that the device has beside what it decodes. Invariant: more requests ahead, of one
-//! size, are never predicted to be sooner. Nothing here has a clock; what nobody has measured is taken to cost nothing.
+//! size, are never predicted to be sooner. Nobody is refused for good by a guess, and what comes while nothing waits
+//! and nothing runs is taken, for only from what runs can be learnt. Nothing here has a clock.
+
+use std::time::Duration;
 
 use crate::backlog::Ahead;
 
@@ -23,8 +26,17 @@ pub struct Load {
     pub num_in_flight: u32,
     /// Beside what decodes now.
     pub pace: Pace,
-    /// On a device that does nothing else.
-    pub idle_pace: Pace,
+    /// On a device that does nothing else; `None` while what its steps take is not known.
+    pub idle_pace: Option<Pace>,
+}
+
+/// Why a first token would come too late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooLate {
+    /// For what comes before it.
+    Now { predicted: Duration },
+    /// For its own prompt; a shorter one would be in time.
+    Ever { predicted: Duration },
 }
 
 /// How fast a device computes prompts.
@@ -57,9 +69,24 @@ impl Load {
         (in_flight_ns + prompts_ns.max(slot_ns)) as u64
     }
 
-    /// What the same request would take with nobody else there.
-    pub fn first_token_alone_ns(&self, own_tokens: u64) -> u64 {
-        self.idle_pace.time_ns(own_tokens as f64 * self.computed_share) as u64
+    /// What the same request would take with nobody else there, as far as that is known.
+    pub fn first_token_alone_ns(&self, own_tokens: u64) -> Option<u64> {
+        Some(self.idle_pace?.time_ns(own_tokens as f64 * self.computed_share) as u64)
+    }
+
+    /// Whether the first token of a prompt of `own_tokens` is predicted within `max`; `is_first` where nothing waited
+    /// and nothing ran when it came.
+    pub fn check_in_time(&self, ahead: &Ahead, own_tokens: u64, is_first: bool, max: Duration) -> Result<(), TooLate> {
+        let alone = |num_tokens| self.first_token_alone_ns(num_tokens).map(Duration::from_nanos);
+        let some_prompt_is_in_time = alone(0).is_some_and(|least| least <= max);
+        if let Some(predicted) = alone(own_tokens).filter(|&alone| some_prompt_is_in_time && alone > max) {
+            return Err(TooLate::Ever { predicted });
+        }
+        let predicted = Duration::from_nanos(self.first_token_ns(ahead, own_tokens));
+        match is_first || predicted <= max {
+            true => Ok(()),
+            false => Err(TooLate::Now { predicted }),
+        }
     }
 
     /// From now until `num_requests` that wait have begun, with `num_tokens` of prompts between them.
@@ -147,6 +174,11 @@ impl Meter {
         }
     }
 
+    /// Nothing runs: a crowd that was there says nothing of what comes next.
+    pub fn rest(&mut self) {
+        self.full = FullSteps::default();
+    }
+
     /// `pace`, what the present decode load allows, unless many of the last steps were full: where prompts crowd, loads
     /// change from step to step, and what they took together says more.
     pub fn pace(&self, pace: Pace) -> Pace {
@@ -191,7 +223,7 @@ mod tests {
             computed_share: 1.0,
             num_in_flight: 2,
             pace: Pace { base_ns: 10_000_000, full_ns: 40_000_000, tokens_per_step: 100 },
-            idle_pace: Pace { base_ns: 5_000_000, full_ns: 20_000_000, tokens_per_step: 400 },
+            idle_pace: Some(Pace { base_ns: 5_000_000, full_ns: 20_000_000, tokens_per_step: 400 }),
         }
     }
 
@@ -229,7 +261,7 @@ mod tests {
         // What the prefix cache has is not computed.
         let shared = Load { computed_share: 0.25, ..load };
         assert_eq!(shared.first_token_ns(&ahead(2, 800), 40) / 1_000_000, 20 + 200);
-        assert_eq!(shared.first_token_alone_ns(800) / 1_000_000, 5 + 15 / 2);
+        assert_eq!(shared.first_token_alone_ns(800), Some(12_500_000));
     }
 
     #[test]
@@ -269,6 +301,30 @@ mod tests {
             meter.stepped(0, 10_000_000, false);
         }
         assert_eq!(meter.pace(pace), pace);
+        for _ in 0..40 {
+            meter.stepped(500, 90_000_000, true);
+        }
+        assert_ne!(meter.pace(pace), pace);
+        meter.rest();
+        assert_eq!(meter.pace(pace), pace, "whoever comes to an idle device meets no crowd");
+    }
+
+    #[test]
+    fn nobody_is_refused_by_a_guess_and_an_idle_device_takes_whoever_comes() {
+        let (load, nobody) = (Load { num_in_flight: 0, num_running: 0, free_slots: 8, ..full() }, ahead(0, 400));
+        let guess = Load { idle_pace: None, ..load };
+        let ms = Duration::from_millis;
+        // 20 ms for 400 tokens alone, 160 ms as it is now.
+        assert_eq!(load.check_in_time(&nobody, 400, false, ms(160)), Ok(()));
+        let now = Err(TooLate::Now { predicted: ms(160) });
+        assert_eq!(load.check_in_time(&nobody, 400, false, ms(159)), now);
+        assert_eq!(load.check_in_time(&nobody, 400, true, ms(20)), Ok(()));
+        assert_eq!(load.check_in_time(&nobody, 400, true, ms(19)), Err(TooLate::Ever { predicted: ms(20) }));
+        assert_eq!(guess.check_in_time(&nobody, 400, true, ms(1)), Ok(()));
+        assert_eq!(guess.check_in_time(&nobody, 400, false, ms(19)), now);
+        // Where no prompt at all would be in time, prices may be wrong.
+        assert_eq!(load.check_in_time(&nobody, 400, true, ms(4)), Ok(()));
+        assert_eq!(load.check_in_time(&nobody, 400, false, ms(4)), now);
     }
 
     #[test]

@@ -133,6 +133,7 @@ pub struct Limits {
     /// Turns of the host since `settled_ns`, the first at or before it.
     marks: VecDeque<Mark>,
     total: Tally,
+    total_facts: [FactSums; NUM_CAUSES],
     window: Window,
 }
 
@@ -155,6 +156,7 @@ impl Default for Limits {
             num_in_flight: 0,
             marks,
             total: Tally::default(),
+            total_facts: [FactSums::default(); NUM_CAUSES],
             window: Window::default(),
         }
     }
@@ -199,6 +201,11 @@ impl Limits {
         let knee = Knee { batch: self.knee, step_ns };
         let (window, facts) = self.window.sums();
         Snapshot { total: self.total, window, facts, knee: self.cost.is_known().then_some(knee) }
+    }
+
+    /// As `snapshot`, with all the time since the start for its window.
+    pub fn snapshot_since_start(&self) -> Snapshot {
+        Snapshot { window: self.total, facts: self.total_facts, ..self.snapshot() }
     }
 
     /// Charges what is not charged up to `until_ns`, in which no step ran.
@@ -251,6 +258,9 @@ impl Limits {
 
     fn charge(&mut self, at_ns: u64, cause: Cause, ns: u64, step: Option<&EndedStep>) {
         self.total.charge(cause, ns);
+        if let Some(step) = step {
+            self.total_facts[cause as usize].add(step, ns / 1000);
+        }
         self.window.charge(at_ns, cause, ns, step);
     }
 

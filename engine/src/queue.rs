@@ -16,6 +16,8 @@ use crate::sequence::Sequence;
 
 /// What a computed prompt token and a generated one cost a tenant. Tokens found in the prefix cache cost nothing: they
 /// are not computed. A generated token occupies a row of a step of its own, so it counts double (as in VTC's paper).
+/// What is computed again after a preemption costs nothing: a counter says how much service a tenant has got, and it
+/// gets none twice; nobody asks to be preempted, and whoever paid for it would be served later for having been.
 pub const PREFILL_COST: u64 = 1;
 pub const DECODE_COST: u64 = 2;
 /// Virtual time of a unit of cost at weight 1.

@@ -18,9 +18,9 @@
 use crate::batch::{Batch, BlockCopy, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::config::EngineConfig;
 use crate::cost::CostModel;
-use crate::memory::KvCache;
 use crate::memory::swap::HostBlocks;
-use crate::queue::{DECODE_COST, PREFILL_COST, Queue};
+use crate::memory::{BlockHash, KvCache};
+use crate::queue::Queue;
 use crate::request::{FinishReason, TokenId, Usage};
 use crate::sequence::Sequence;
 
@@ -65,15 +65,20 @@ pub struct Scheduler {
 struct Planned {
     slot: SlotId,
     num_tokens: u32,
+    /// Whether others that decode in the step wait for it.
+    is_prompt: bool,
 }
 
-/// The waiting sequence that memory was too short for; while no block is freed there is no need to look again.
+/// The waiting sequence that memory was too short for; while no block is freed and nobody computes what it begins with
+/// there is no need to look again.
 #[derive(Debug)]
 struct Blocked {
     sequence: SequenceId,
     /// Of the cache.
     version: u64,
     num_missing: u32,
+    /// Of its blocks, the first that was not findable and could be.
+    next: Option<BlockHash>,
 }
 
 /// What a step chose for a slice that samples.
@@ -304,8 +309,8 @@ impl Scheduler {
                 return;
             }
             if cache.grow(&mut sequence.table, sequence.num_computed_tokens + num_tokens).is_ok() {
-                budget.take(sequence, num_tokens);
-                self.plan.push(Planned { slot, num_tokens });
+                let is_prompt = budget.take(sequence, num_tokens);
+                self.plan.push(Planned { slot, num_tokens, is_prompt });
                 return;
             }
             let victim = self.memory_victim();
@@ -324,9 +329,7 @@ impl Scheduler {
             for planned in plan.iter().filter(|planned| (planned.num_tokens == 1) == single) {
                 let sequence = self.slots[planned.slot.0 as usize].as_mut().expect("a planned sequence is running");
                 fill_slice(sequence, *planned, cache, batch, trace);
-                let decodes = sequence.num_generated_tokens() > 1;
-                let cost = if decodes { DECODE_COST } else { PREFILL_COST };
-                self.queue.charge(sequence.tenant, cost * u64::from(planned.num_tokens));
+                self.queue.charge(sequence.tenant, sequence.charge());
             }
         }
         self.plan = plan;
@@ -369,8 +372,12 @@ impl Scheduler {
                 self.queue.ended(sequence.tenant);
             }
             None => {
-                let swapped = self.queue.remove(id).and_then(|sequence| sequence.swapped);
-                swapped.into_iter().for_each(|swapped| self.host.give_back(swapped));
+                let Some(sequence) = self.queue.remove(id) else { return };
+                // When it was preempted, what it had computed was still trusted.
+                if !trusted {
+                    cache.withdraw(&sequence.chain);
+                }
+                sequence.swapped.into_iter().for_each(|swapped| self.host.give_back(swapped));
             }
         }
     }
@@ -384,7 +391,7 @@ impl Scheduler {
         let mut table = std::mem::take(&mut sequence.table);
         match trusted {
             true => cache.publish(&mut table, &sequence.chain, &sequence.tokens, sequence.num_computed_tokens),
-            false => cache.withdraw(&table),
+            false => cache.withdraw(&sequence.chain),
         }
         cache.free(table, &sequence.chain, sequence.id.0);
         sequence
@@ -394,7 +401,7 @@ impl Scheduler {
 /// Appends a sequence's next `num_tokens` to the batch; from here on they count as computed.
 fn fill_slice(
     sequence: &mut Sequence,
-    Planned { slot, num_tokens }: Planned,
+    Planned { slot, num_tokens, .. }: Planned,
     cache: &mut KvCache,
     batch: &mut Batch,
     trace: &mut StepTrace,

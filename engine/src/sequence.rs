@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::batch::{SequenceId, SlotId};
 use crate::memory::swap::SwappedTable;
 use crate::memory::{BlockChain, BlockTable};
-use crate::queue::TenantIndex;
+use crate::queue::{DECODE_COST, PREFILL_COST, TenantIndex};
 use crate::request::{FinishReason, Request, TokenId, Usage};
 
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub struct Sequence {
     /// Tokens after those that submitted steps sample: their ids are on the device alone.
     pub num_pending: u32,
     pub num_computed_tokens: u32,
+    /// The most that was ever computed of it: its tenant has been charged for all of them.
+    pub num_charged_tokens: u32,
     /// While running.
     pub slot: Option<SlotId>,
     pub table: BlockTable,
@@ -51,6 +53,7 @@ impl Sequence {
             tenant: TenantIndex::default(),
             num_pending: 0,
             num_computed_tokens: 0,
+            num_charged_tokens: 0,
             slot: None,
             table: BlockTable::default(),
             swapped: None,
@@ -100,7 +103,17 @@ impl Sequence {
 
     /// Tokens that need not be computed when it is admitted with `num_cached` in the prefix cache.
     pub fn num_kept_tokens(&self, num_cached: u32) -> u32 {
-        self.swapped.as_ref().map_or(num_cached, |swapped| swapped.num_tokens.max(num_cached))
+        // What the host has goes on from tokens that others had.
+        let swapped = self.swapped.as_ref().filter(|swapped| swapped.first_token <= num_cached);
+        swapped.map_or(num_cached, |swapped| swapped.num_tokens.max(num_cached))
+    }
+
+    /// What its tenant owes for tokens that were computed since the last charge, each for the first time.
+    pub fn charge(&mut self) -> u64 {
+        let since = self.num_charged_tokens..self.num_computed_tokens.max(self.num_charged_tokens);
+        let num_prompt = since.end.min(self.num_prompt_tokens()).saturating_sub(since.start);
+        self.num_charged_tokens = since.end;
+        PREFILL_COST * u64::from(num_prompt) + DECODE_COST * u64::from(since.end - since.start - num_prompt)
     }
 
     /// Whether the rows of `[start, end)` go through the output layer for the prompt's own log-probabilities.

@@ -11,11 +11,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::backend::DeviceInfo;
-use crate::backlog::{Amount, Backlog, Limit, Overflow};
+use crate::backlog::{Amount, Backlog, Limit, Overflow, Refusal};
 use crate::config::{EngineConfig, UnfitRequest};
 use crate::cost::CostModel;
 use crate::engine::{Engine, EngineStats};
-use crate::forecast::Load;
+use crate::forecast::{Load, TooLate};
 use crate::limits::neighbours::Membership;
 use crate::limits::verdict::{Setting, Verdict};
 use crate::request::{Event, Flow, Request, Share, Sink};
@@ -31,6 +31,8 @@ pub struct EngineHandle {
 pub enum SubmitError {
     #[error("{}; try again in {} s", too_many(.0), .1.as_secs())]
     Full(Overflow, Duration),
+    #[error("{}", never_fits(*.limit, *.wanted, *.max))]
+    NeverFits { limit: Limit, wanted: u64, max: u64 },
     #[error(
         "{} ms are predicted to the first token, and at most {max_queue_ms} are waited; try again in {} s",
         .predicted.as_millis(), .retry_after.as_secs()
@@ -53,6 +55,8 @@ pub struct Place {
     tenant: u64,
     num_tokens: u64,
     begun: bool,
+    /// Nothing waited and nothing ran when it was taken.
+    is_first: bool,
 }
 
 enum Message {
@@ -132,15 +136,15 @@ impl EngineHandle {
 
     /// Places for `num_requests` of a tenant, all or none: what is asked before their text is read.
     pub fn reserve(&self, tenant: u64, share: Share, num_requests: u32) -> Result<Vec<Place>, SubmitError> {
-        let (reserved, total) = {
+        let (is_first, reserved, total) = {
             let mut backlog = lock(&self.shared.backlog);
-            (backlog.reserve(tenant, share.weight, num_requests), backlog.total())
+            (backlog.is_idle(), backlog.reserve(tenant, share.weight, num_requests), backlog.total())
         };
-        reserved.map_err(|overflow| self.full(overflow, total))?;
-        let place = |_| Place { shared: self.shared.clone(), tenant, num_tokens: 0, begun: false };
+        reserved.map_err(|refusal| self.refused(refusal, total))?;
+        let place = |_| Place { shared: self.shared.clone(), tenant, num_tokens: 0, begun: false, is_first };
         let places = (0..num_requests).map(place).collect();
         // Those before it may be late enough already.
-        self.check_in_time(tenant, 0)?;
+        self.check_in_time(tenant, 0, is_first)?;
         Ok(places)
     }
 
@@ -154,20 +158,20 @@ impl EngineHandle {
         if let Some(reason) = self.stopped() {
             return Err(SubmitError::Stopped { reason });
         }
-        let Some(tenant) = places.first().map(|place| place.tenant) else { return Ok(()) };
+        let Some(&Place { tenant, is_first, .. }) = places.first() else { return Ok(()) };
         let num_tokens = requests.iter().map(|(request, _)| request.prompt.len() as u64).sum();
         let (added, total) = {
             let mut backlog = lock(&self.shared.backlog);
             (backlog.add_tokens(tenant, num_tokens), backlog.total())
         };
-        added.map_err(|overflow| self.full(overflow, total))?;
+        added.map_err(|refusal| self.refused(refusal, total))?;
         let placed = places.into_iter().zip(requests).map(|(mut place, (request, sink))| {
             place.num_tokens = request.prompt.len() as u64;
-            (request, Box::new(Placed { sink, place }))
+            (request, Box::new(Placed { sink, place: Some(place) }))
         });
         let placed: Vec<(Request, Box<Placed>)> = placed.collect();
         let longest = placed.iter().map(|(request, _)| request.prompt.len() as u64).max();
-        self.check_in_time(tenant, longest.unwrap_or(0))?;
+        self.check_in_time(tenant, longest.unwrap_or(0), is_first)?;
         for (request, sink) in placed {
             self.inbox.try_send(Message::Submit(Box::new(request), sink)).map_err(|error| match error {
                 TrySendError::Full(_) => unreachable!("the inbox has room for all places"),
@@ -254,6 +258,13 @@ impl EngineHandle {
         }
     }
 
+    fn refused(&self, refusal: Refusal, total: Amount) -> SubmitError {
+        match refusal {
+            Refusal::Full(overflow) => self.full(overflow, total),
+            Refusal::Never { limit, wanted, max } => SubmitError::NeverFits { limit, wanted, max },
+        }
+    }
+
     /// An overflow, with when there will be room.
     fn full(&self, overflow: Overflow, total: Amount) -> SubmitError {
         let each = (total.num_tokens / u64::from(total.num_requests.max(1))).max(1);
@@ -267,20 +278,18 @@ impl EngineHandle {
 
     /// Whether the last of a tenant's waiting requests, with a prompt of `own_tokens`, is predicted to have its first
     /// token within `max_queue_ms`.
-    fn check_in_time(&self, tenant: u64, own_tokens: u64) -> Result<(), SubmitError> {
+    fn check_in_time(&self, tenant: u64, own_tokens: u64, is_first: bool) -> Result<(), SubmitError> {
         let Some(max_queue_ms) = self.shared.config.max_queue_ms else { return Ok(()) };
         let max = Duration::from_millis(u64::from(max_queue_ms));
-        let load = self.load();
-        let alone = Duration::from_nanos(load.first_token_alone_ns(own_tokens));
-        if alone > max {
-            return Err(SubmitError::NeverInTime { prompt_tokens: own_tokens, predicted: alone, max_queue_ms });
-        }
         let ahead = lock(&self.shared.backlog).ahead(tenant, self.shared.config.max_num_seqs);
-        let predicted = Duration::from_nanos(load.first_token_ns(&ahead, own_tokens));
-        match predicted.checked_sub(max) {
-            None | Some(Duration::ZERO) => Ok(()),
-            Some(over) => Err(SubmitError::TooLate { predicted, max_queue_ms, retry_after: whole_seconds(over) }),
-        }
+        self.load().check_in_time(&ahead, own_tokens, is_first, max).map_err(|late| match late {
+            TooLate::Ever { predicted } => {
+                SubmitError::NeverInTime { prompt_tokens: own_tokens, predicted, max_queue_ms }
+            }
+            TooLate::Now { predicted } => {
+                SubmitError::TooLate { predicted, max_queue_ms, retry_after: whole_seconds(predicted - max) }
+            }
+        })
     }
 }
 
@@ -304,18 +313,36 @@ fn too_many(overflow: &Overflow) -> String {
     format!("{num_waiting} {what} wait of the {max_waiting} that may, of which some are kept for other tenants")
 }
 
-/// A request's sink, which gives up its place in the backlog as the request goes on.
+fn never_fits(limit: Limit, wanted: u64, max: u64) -> String {
+    match limit {
+        Limit::Requests => format!(
+            "{wanted} answers were asked for, and no more than {max} requests may wait at a time \
+             (max_queued_requests): ask for fewer at once"
+        ),
+        Limit::Tokens => format!(
+            "the prompts have {wanted} tokens together, and no more than {max} may wait at a time \
+             (max_queued_tokens): ask for less at once"
+        ),
+    }
+}
+
+/// A request's sink, which gives up its place in the backlog as the request goes on: whoever is told of the end finds
+/// it free.
 struct Placed {
     sink: Box<dyn Sink>,
-    place: Place,
+    /// Until the end.
+    place: Option<Place>,
 }
 
 impl Sink for Placed {
     fn event(&mut self, event: Event) -> Flow {
-        if matches!(event, Event::Started { .. }) {
-            let Place { shared, tenant, num_tokens, begun } = &mut self.place;
-            lock(&shared.backlog).begin(*tenant, *num_tokens);
-            *begun = true;
+        match (&event, &mut self.place) {
+            (Event::Started { .. }, Some(Place { shared, tenant, num_tokens, begun, .. })) => {
+                lock(&shared.backlog).begin(*tenant, *num_tokens);
+                *begun = true;
+            }
+            (Event::Finished { .. }, place) => *place = None,
+            _ => {}
         }
         self.sink.event(event)
     }

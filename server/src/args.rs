@@ -133,7 +133,8 @@ pub struct EngineArgs {
     /// Steps submitted before the oldest is read back: 2 keeps the device busy, 1 waits for each.
     #[arg(long, default_value_t = 2)]
     pub pipeline_depth: u32,
-    /// Requests that wait to begin, at most; what is beyond is told when to come again (429).
+    /// Requests that wait to begin, at most; what is beyond is told when to come again (429). A tenant that hands in
+    /// one after the other gets seven eighths of it, so that others find room.
     #[arg(long, default_value_t = 256)]
     pub max_queued_requests: u32,
     /// Tokens of their prompts, at most [default: 2048 for each request that may wait].
@@ -292,7 +293,8 @@ pub struct WorkloadArgs {
     /// Arrivals come so many times as fast.
     #[arg(long, default_value_t = 1.0, value_parser = parse_speedup)]
     pub speedup: f64,
-    /// Turn away what comes while --max-queued-requests wait, as a server does; otherwise it waits before the door.
+    /// Turn away what --max-queued-requests, --max-queued-tokens or --max-queue-ms do not let in, by the rules of a
+    /// server that has one tenant; otherwise it waits before the door.
     #[arg(long)]
     pub refuse_when_full: bool,
     /// Of lengths, arrivals and token ids.
@@ -357,9 +359,15 @@ pub struct SimulateArgs {
     /// Never share the KV of equal prompt prefixes.
     #[arg(long)]
     pub no_prefix_cache: bool,
-    /// Requests that wait for admission, at most.
+    /// Requests that wait to begin, at most; so are the next two as of `serve`.
     #[arg(long, default_value_t = 256)]
     pub max_queued_requests: u32,
+    /// Tokens of their prompts, at most [default: 2048 for each request that may wait].
+    #[arg(long)]
+    pub max_queued_tokens: Option<u32>,
+    /// Milliseconds to the first token that may be predicted.
+    #[arg(long)]
+    pub max_queue_ms: Option<u32>,
 }
 
 pub fn latency_target(target_itl_ms: Option<u32>, profile: Profile) -> LatencyTarget {

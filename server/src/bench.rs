@@ -46,9 +46,8 @@ pub enum BenchCommandError {
 /// All requests at once, one line of JSON.
 pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
     let mut engine_args = args.engine.clone();
-    // All are submitted before the first begins, one tenant alone does not get every place, and a place is worth
-    // `USUAL_LEN` tokens unless more is asked for.
-    let num_places = args.num_requests.saturating_mul(2).saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
+    // All are submitted at once, and a place is worth `USUAL_LEN` tokens unless more is asked for.
+    let num_places = args.num_requests.saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
     engine_args.max_queued_requests = engine_args.max_queued_requests.max(num_places);
     let plan = start::plan(&engine_args, None)?;
     let stopwatch = Stopwatch::new(plan.backend);
@@ -164,7 +163,10 @@ pub fn play_trace(args: &TraceArgs) -> Result<ServingReport, BenchCommandError> 
     let requests = requests(&args.workload)?;
     let costs = args.device_profile.as_deref().map(DeviceProfile::open).transpose()?.map(|profile| profile.cost);
     let mut engine = start::plan(&args.engine, None)?.load_engine()?;
-    costs.into_iter().for_each(|costs| engine.set_cost(costs));
+    if let Some(costs) = costs {
+        engine.set_cost(costs);
+        engine.config().check_target_at(&costs).map_err(StartError::from)?;
+    }
     let clock = Clock::Real(Instant::now());
     Ok(play::play(&mut engine, &requests, &clock, play_options(&args.workload))?)
 }

@@ -3,11 +3,13 @@
 //! Invariant: the port answers from the start, with "loading" until the model is there. The end is in order too: no new
 //! connections, a while for what runs, then the engine, then the rest.
 
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fullbore_engine::request::Share;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
@@ -28,6 +30,8 @@ pub enum ServeError {
     Listen { address: SocketAddr, source: io::Error },
     #[error("cannot start the server's threads: {0}")]
     Runtime(#[from] io::Error),
+    #[error("--share names {name} twice; give each tenant one weight")]
+    TwoShares { name: String },
     #[error("loading the model failed in a way it should not; the log says more")]
     LoaderDied,
 }
@@ -90,19 +94,20 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The command: ends after SIGINT or SIGTERM.
 pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
+    let shares = shares(&args.shares)?;
     if args.dry_run {
         let plan = start::plan(&args.engine, args.served_model_name.as_deref())?;
         println!("{}", plan.memory);
         return Ok(plan.check_memory()?);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(run(args));
+    let result = runtime.block_on(run(args, shares));
     // A load that was interrupted goes on in its thread; the process does not wait for it.
     runtime.shutdown_background();
     result
 }
 
-async fn run(args: &ServeArgs) -> Result<(), ServeError> {
+async fn run(args: &ServeArgs, shares: HashMap<String, Share>) -> Result<(), ServeError> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let limits = Limits { max_connections: args.max_connections.clamp(1, MAX_CONNECTIONS), ..Limits::default() };
@@ -113,7 +118,6 @@ async fn run(args: &ServeArgs) -> Result<(), ServeError> {
         eprintln!("{}", plan.memory);
         plan.load()
     });
-    let shares = args.shares.iter().cloned().collect();
     tokio::select! {
         loaded = load => server.set_model(ServedModel { shares, ..loaded.map_err(|_| ServeError::LoaderDied)?? }),
         _ = interrupt.recv() => return Ok(()),
@@ -131,5 +135,28 @@ async fn run(args: &ServeArgs) -> Result<(), ServeError> {
     Ok(())
 }
 
+fn shares(asked: &[(String, Share)]) -> Result<HashMap<String, Share>, ServeError> {
+    let mut shares = HashMap::new();
+    for (name, share) in asked {
+        if shares.insert(name.clone(), *share).is_some() {
+            return Err(ServeError::TwoShares { name: name.clone() });
+        }
+    }
+    Ok(shares)
+}
+
 /// Well below the limit of a semaphore's permits, which are counted in 32 bits above.
 const MAX_CONNECTIONS: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenant_has_one_share() {
+        let share = |name: &str, weight| (name.to_owned(), Share { weight, ..Share::default() });
+        assert_eq!(shares(&[share("a", 1), share("b", 5)]).map(|shares| shares.len()).ok(), Some(2));
+        let sentence = shares(&[share("a", 1), share("b", 2), share("a", 5)]).expect_err("a has two").to_string();
+        assert!(sentence.contains("--share names a twice"), "{sentence}");
+    }
+}

@@ -15,6 +15,7 @@ use fullbore_engine::memory::capacity::{self, BudgetTooSmall};
 
 use crate::args::{SimulateArgs, WorkloadArgs, latency_target};
 use crate::fetch::{self, FetchError};
+use crate::start::queued_tokens;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SimulateCommandError {
@@ -105,15 +106,15 @@ fn engine_config(
         num_blocks,
         num_host_blocks: num_host_blocks(args, profile, block_size)?,
         max_queued_requests: args.max_queued_requests,
-        // What waits before the door counts nothing here: requests alone are turned away.
-        max_queued_tokens: 1 << 30,
-        max_queue_ms: None,
+        max_queued_tokens: queued_tokens(args.max_queued_tokens, args.max_queued_requests, max_model_len),
+        max_queue_ms: args.max_queue_ms,
         max_logit_rows: max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
         latency: latency_target(args.target_itl_ms, args.latency_profile),
         prefix_cache: !args.no_prefix_cache,
     };
     config.check()?;
+    config.check_target_at(&profile.cost)?;
     Ok(config)
 }
 

@@ -175,13 +175,6 @@ impl Plan {
         if let Some(neighbours) = neighbours {
             engine.set_neighbours(neighbours);
         }
-        // A simulated device has nothing to compile, and its steps say nothing unless a target is held against them.
-        let has_target = matches!(self.config.latency, LatencyTarget::Milliseconds(_));
-        if has_target || engine.backend().info().id != "sim" {
-            let step = engine.warm_up()?;
-            tracing::info!(step_ms = step.as_secs_f64() * 1e3, "one sequence alone");
-            self.config.check_target(step.as_nanos() as u64)?;
-        }
         if let Some(cost) = self.costs.as_ref().and_then(SavedCosts::read) {
             engine.set_cost(cost);
         }
@@ -207,7 +200,7 @@ impl Plan {
     }
 }
 
-/// With a progress bar where there is a terminal.
+/// With a progress bar where there is a terminal. Refuses a latency target that the device cannot meet.
 fn load_engine(
     model: ModelConfig,
     mut checkpoint: Checkpoint,
@@ -224,6 +217,13 @@ fn load_engine(
     }
     let mut engine = Engine::new(config, model, backend, (random(), random()));
     engine.enable_swap().map_err(LoadError::from)?;
+    // A simulated device has nothing to compile, and its steps say nothing unless a target is held against them.
+    let has_target = matches!(config.latency, LatencyTarget::Milliseconds(_));
+    if has_target || engine.backend().info().id != "sim" {
+        let step = engine.warm_up()?;
+        tracing::info!(step_ms = step.as_secs_f64() * 1e3, "one sequence alone");
+        config.check_target(step.as_nanos() as u64)?;
+    }
     Ok(engine)
 }
 
@@ -242,6 +242,11 @@ pub fn random() -> u64 {
 const DEFAULT_MODEL_LEN: u32 = 8192;
 /// Of a request, prompt and answer, as far as memory is concerned.
 pub const USUAL_LEN: u32 = 2048;
+/// Tokens of prompts that may wait: as asked for, else as many as the requests that may usually have.
+pub fn queued_tokens(asked: Option<u32>, max_queued_requests: u32, max_model_len: u32) -> u32 {
+    asked.unwrap_or(max_queued_requests.saturating_mul(USUAL_LEN).max(max_model_len))
+}
+
 /// What counts as free where a device does not say.
 const UNKNOWN_MEMORY: u64 = 2 << 30;
 
@@ -273,9 +278,7 @@ fn engine_config(
         num_blocks: args.kv_blocks.unwrap_or(longest.div_ceil(block_size)),
         num_host_blocks: 0,
         max_queued_requests: args.max_queued_requests,
-        max_queued_tokens: args
-            .max_queued_tokens
-            .unwrap_or(args.max_queued_requests.saturating_mul(USUAL_LEN).max(longest)),
+        max_queued_tokens: queued_tokens(args.max_queued_tokens, args.max_queued_requests, longest),
         max_queue_ms: args.max_queue_ms,
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,

@@ -10,7 +10,7 @@ use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::model::Model;
-use fullbore_engine::request::Share;
+use fullbore_engine::request::{MAX_LOGIT_BIASES, SamplingParams, Share};
 use fullbore_engine::worker::EngineHandle;
 
 use super::*;
@@ -25,13 +25,15 @@ struct Provoked {
     shares: HashMap<String, Share>,
     neighbours: Option<Membership>,
     requests: Vec<Value>,
+    /// Of clients in this process, and how long each takes to say whether it is still there.
+    others: Vec<(Request, Duration)>,
 }
 
 /// On a device that takes `ns_at_one_row`, and `ns_per_row` for each row more.
 fn provoke(config: EngineConfig, ns_at_one_row: f64, ns_per_row: f64, requests: Vec<Value>) -> Provoked {
     let cost = CostModel::line(ns_at_one_row, ns_per_row, Prices::default());
     let shares = HashMap::new();
-    Provoked { config, pace: Pace::Free, true_cost: cost, cost, shares, neighbours: None, requests }
+    Provoked { config, pace: Pace::Free, true_cost: cost, cost, shares, neighbours: None, requests, others: Vec::new() }
 }
 
 /// Room for all that these workloads ask for.
@@ -53,7 +55,7 @@ impl Provoked {
         let server = Setup { config: self.config, pace: self.pace, loaded: false, ..Setup::default() }.start();
         let options =
             SimOptions { fidelity: Fidelity::Cost, cost: self.true_cost, sleeps: true, ..SimOptions::default() };
-        let mut backend = Box::new(Gated { sim: SimBackend::new(options), gate: server.gate.clone() });
+        let mut backend = Box::new(Gated::new(options, server.gate.clone()));
         let Bundle { config, mut checkpoint, .. } = Bundle::simulated();
         let model = Model::load(config, self.config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
         let mut engine = Engine::new(self.config, model.expect("the simulator has memory"), backend, (1, 2));
@@ -67,7 +69,11 @@ impl Provoked {
         let plan = Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs: None };
         // All of it but the engine, whose prices a plan does not know.
         let model = plan.load().expect("the simulator loads");
-        let model = ServedModel { shares: self.shares.clone(), engine: EngineHandle::spawn(engine), ..model };
+        let engine = EngineHandle::spawn(engine);
+        for (request, time) in std::mem::take(&mut self.others) {
+            engine.submit_one(request, Box::new(Lingering(time))).expect("room");
+        }
+        let model = ServedModel { shares: self.shares.clone(), engine, ..model };
         server.server.as_ref().expect("running").set_model(model);
         server
     }
@@ -166,10 +172,57 @@ fn caps_of_tenants() {
 }
 
 #[test]
-fn the_host() {
+fn the_host_that_hands_steps_over() {
     let mut provoked = provoke(roomy(), 1e6, 2e4, asks(16, 10, 40));
     provoked.pace = Pace::SlowSubmit(Duration::from_millis(8));
     provoked.check("host_upload", &["host: the device waits for it ", "upload "]);
+}
+
+#[test]
+fn the_host_that_reads_back() {
+    let mut provoked = provoke(roomy(), 1e6, 2e4, asks(16, 10, 40));
+    provoked.pace = Pace::SlowRead(Duration::from_millis(8));
+    provoked.check("host_read_back", &["host: the device waits for it ", "read-back "]);
+}
+
+/// A client that is slow to answer whether it is still there; the engine asks before each step.
+struct Lingering(Duration);
+
+impl Sink for Lingering {
+    fn event(&mut self, _: Event) -> Flow {
+        Flow::Continue
+    }
+
+    fn is_closed(&self) -> bool {
+        std::thread::sleep(self.0);
+        false
+    }
+}
+
+#[test]
+fn the_host_that_plans() {
+    let mut provoked = provoke(roomy(), 1e6, 2e4, asks(15, 10, 40));
+    let request = Request { prompt: vec![TokenId(9); 10], max_tokens: 60, ..Request::default() };
+    provoked.others = vec![(request, Duration::from_millis(8))];
+    provoked.check("host_schedule", &["host: the device waits for it ", "schedule "]);
+}
+
+/// A thousand biases a row are written down in each step, for a device that takes no time and clients that take none.
+#[test]
+fn the_host_that_records() {
+    let config = EngineConfig { max_num_seqs: 64, max_num_batched_tokens: 512, max_logit_rows: 64, ..roomy() };
+    let mut provoked = provoke(config, 1e3, 1.0, asks(1, 10, 1));
+    provoked.pace = Pace::Instant;
+    // More than there are tokens: what a device would make of them is not asked.
+    let logit_bias = vec![(TokenId(3), 0.5); MAX_LOGIT_BIASES as usize];
+    let sampling = SamplingParams { logit_bias, ..SamplingParams::default() };
+    let request = Request { prompt: vec![TokenId(9); 10], max_tokens: 1000, sampling, ..Request::default() };
+    provoked.others = vec![(request, Duration::ZERO); 63];
+    let server = provoked.start();
+    provoked.send(&server).into_iter().for_each(|reply| drop(read_reply(reply).ok()));
+    server.wait_for("the last step", |server| server.metric("fullbore_requests_running") == 0.0);
+    let report = check_verdict(&server, "host_record", &["host: the device waits for it ", "record "]);
+    println!("{:#}", report["window"]["shares"]);
 }
 
 #[test]

@@ -23,7 +23,7 @@ impl Engine {
             computed_share: self.meter.computed_share(),
             num_in_flight: self.in_flight.len() as u32,
             pace: self.meter.pace(self.scheduler.pace(&begun.decodes, step_ns)),
-            idle_pace: self.scheduler.pace(&StepShape::default(), step_ns),
+            idle_pace: self.cost().is_known().then(|| self.scheduler.pace(&StepShape::default(), step_ns)),
         }
     }
 

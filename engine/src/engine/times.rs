@@ -11,7 +11,7 @@ use super::{Engine, Step, StepTime};
 use crate::cost::{CostFit, CostModel};
 use crate::limits::neighbours::Membership;
 use crate::limits::verdict::{Setting, Verdict};
-use crate::limits::{EndedStep, Phase};
+use crate::limits::{EndedStep, Phase, Snapshot};
 use crate::tensor::KvType;
 
 impl Engine {
@@ -56,6 +56,13 @@ impl Engine {
         Verdict::new(&self.limits.snapshot(), &self.setting(), &others)
     }
 
+    /// Where the device's time went since the start, as the window of a snapshot, and what held it back most.
+    pub fn limits_since_start(&self) -> (Snapshot, Verdict) {
+        let snapshot = self.limits.snapshot_since_start();
+        let verdict = Verdict::new(&snapshot, &self.setting(), &[]);
+        (snapshot, verdict)
+    }
+
     /// Takes in the time of a step that has ended.
     pub(super) fn count(&mut self, step: &Step, ran: Range<Instant>) {
         let begun = ran.start.max(self.device_free_at);
@@ -96,7 +103,12 @@ impl Engine {
     }
 
     pub(super) fn turn_from_step(&mut self) {
-        self.turn_to(if self.is_idle() { Phase::NoWork } else { Phase::Schedule });
+        if self.is_idle() {
+            self.meter.rest();
+            self.turn_to(Phase::NoWork);
+        } else {
+            self.turn_to(Phase::Schedule);
+        }
     }
 
     fn take_cost(&mut self) {

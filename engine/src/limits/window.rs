@@ -80,7 +80,7 @@ impl Second {
 }
 
 impl FactSums {
-    fn add(&mut self, step: &EndedStep, us: u64) {
+    pub(super) fn add(&mut self, step: &EndedStep, us: u64) {
         let facts = &step.facts;
         self.us += us;
         self.num_waiting += us * u64::from(facts.num_waiting);

@@ -16,8 +16,8 @@ pub mod swap;
 
 pub use block_pool::{BlockId, BlockPool};
 pub use block_table::BlockTable;
-pub use prefix_cache::BlockChain;
 use prefix_cache::PrefixCache;
+pub use prefix_cache::{BlockChain, BlockHash};
 
 /// Too few free blocks: an ordinary branch of the scheduler, never an error to a running request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,12 +200,35 @@ impl KvCache {
         }
     }
 
-    /// Makes what is in `table` unfindable: it is not to be trusted. Sequences that share it already keep it.
-    pub fn withdraw(&mut self, table: &BlockTable) {
+    /// Makes all that `chain` names unfindable, whoever holds it or held it last: it is not to be trusted. Sequences
+    /// that share it already keep it.
+    pub fn withdraw(&mut self, chain: &BlockChain) {
         let Some(prefixes) = &mut self.prefixes else { return };
-        for &block in &table.blocks {
+        for &hash in chain.hashes() {
+            let Some(block) = prefixes.named(hash) else { continue };
             prefixes.forget(block);
+            if self.pool.references(block) == 0 {
+                self.num_cached -= 1;
+                // To the begin of the free list: its contents are worth nothing.
+                self.pool.reference(block);
+                self.pool.release(block, false);
+            }
         }
+    }
+
+    /// Whether a block called `hash` is findable, or somebody is about to compute it.
+    pub fn is_known(&self, hash: BlockHash) -> bool {
+        let is_known = |prefixes: &PrefixCache| prefixes.named(hash).is_some() || prefixes.is_promised(hash);
+        self.prefixes.as_ref().is_some_and(is_known)
+    }
+
+    /// Blocks that `table` begins with and that are still findable once it is freed: others hold them, or so many other
+    /// blocks are free that these are not handed out soon. O(blocks of the table).
+    pub fn num_lasting(&self, table: &BlockTable) -> u32 {
+        let Some(prefixes) = &self.prefixes else { return 0 };
+        let is_roomy = self.pool.num_free() >= table.num_blocks();
+        let lasts = |block: &&BlockId| prefixes.contains(**block) && (is_roomy || self.pool.references(**block) > 1);
+        table.blocks.iter().take_while(lasts).count() as u32
     }
 
     /// Returns the table's blocks; published ones stay findable until they are handed out again. What `owner` promised

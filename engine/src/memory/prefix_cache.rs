@@ -79,6 +79,11 @@ impl PrefixCache {
         (self.held(block) == tokens).then_some(block)
     }
 
+    /// The block called `hash`, whatever it holds.
+    pub fn named(&self, hash: BlockHash) -> Option<BlockId> {
+        self.by_hash.get(&hash).copied()
+    }
+
     /// Makes `block`, which holds `tokens`, findable, unless another block with the same key already is.
     pub fn insert(&mut self, hash: BlockHash, tokens: &[TokenId], block: BlockId) {
         self.promised.remove(&hash);

@@ -3,6 +3,8 @@
 //! Invariant: a host block is held by one swapped table or by none. Nothing here moves bytes: what is to be copied is
 //! the caller's to record, in the order in which blocks are handed out here.
 
+use std::ops::Range;
+
 use crate::memory::block_pool::{BlockId, BlockPool};
 
 #[derive(Debug)]
@@ -14,7 +16,9 @@ pub struct HostBlocks {
 #[derive(Debug, PartialEq, Eq)]
 pub struct SwappedTable {
     blocks: Vec<BlockId>,
-    /// Tokens whose K and V are in them.
+    /// Of its tokens the first whose K and V are in them, at the begin of a block; those before are in other tables.
+    pub first_token: u32,
+    /// Tokens up to the last of them.
     pub num_tokens: u32,
 }
 
@@ -31,13 +35,13 @@ impl HostBlocks {
         self.pool.num_blocks() - self.pool.num_free()
     }
 
-    /// Room for `num_blocks` blocks with `num_tokens` tokens; `None` where there is too little.
-    pub fn take(&mut self, num_blocks: u32, num_tokens: u32) -> Option<SwappedTable> {
+    /// Room for `num_blocks` blocks with these tokens of a sequence; `None` where there is too little.
+    pub fn take(&mut self, num_blocks: u32, tokens: Range<u32>) -> Option<SwappedTable> {
         if num_blocks > self.pool.num_free() {
             return None;
         }
         let blocks = (0..num_blocks).map(|_| self.pool.alloc().expect("counted above")).collect();
-        Some(SwappedTable { blocks, num_tokens })
+        Some(SwappedTable { blocks, first_token: tokens.start, num_tokens: tokens.end })
     }
 
     pub fn give_back(&mut self, table: SwappedTable) {

@@ -86,12 +86,15 @@ impl Scheduler {
         }
         if let Some(blocked) = &self.blocked
             && (blocked.sequence, blocked.version) == (head.id, cache.version())
+            && !blocked.next.is_some_and(|hash| cache.is_known(hash))
             && !self.order.is_empty()
         {
             return Some(Attempt::LacksRoom(Held::KvMemory, blocked.num_missing));
         }
         let prefix = cache.find(&head.chain, &head.tokens, head.max_hit_tokens());
-        if prefix.next_is_promised && head.swapped.is_none() {
+        let num_cached = prefix.num_blocks * cache.block_size();
+        let num_kept = head.num_kept_tokens(num_cached);
+        if prefix.next_is_promised && num_kept == num_cached {
             return Some(Attempt::Waits);
         }
         // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
@@ -99,13 +102,15 @@ impl Scheduler {
         let needed = cache.blocks_for(known_next) - prefix.num_blocks + prefix.num_unreferenced;
         let num_missing = (needed + promised).saturating_sub(cache.num_available());
         if num_missing > 0 {
-            self.blocked = Some(Blocked { sequence: head.id, version: cache.version(), num_missing });
+            let is_usable = prefix.num_blocks < head.max_hit_tokens() / cache.block_size();
+            let next = head.chain.hashes().get(prefix.num_blocks as usize).copied().filter(|_| is_usable);
+            self.blocked = Some(Blocked { sequence: head.id, version: cache.version(), num_missing, next });
             return Some(Attempt::LacksRoom(Held::KvMemory, num_missing));
         }
         if self.free_slots.is_empty() {
             return Some(Attempt::LacksRoom(Held::Slots, 0));
         }
-        head.num_computed_tokens = head.num_kept_tokens(prefix.num_blocks * cache.block_size());
+        head.num_computed_tokens = num_kept;
         let num_tokens = budget.fit(head);
         head.num_computed_tokens = 0;
         Some(match num_tokens {
@@ -128,7 +133,7 @@ impl Scheduler {
         let num_kept = sequence.num_kept_tokens(num_cached);
         cache.grow(&mut table, num_kept + num_tokens).expect("fewer than what was counted when it was tried");
         if let Some(swapped) = sequence.swapped.take() {
-            self.swap_in(swapped, &table, num_found);
+            self.swap_in(swapped, &table, num_found, cache.block_size());
         }
         cache.promise(&table, &sequence.chain, sequence.id.0);
         let slot = self.free_slots.pop().expect("a free slot was seen when it was tried");
@@ -137,11 +142,12 @@ impl Scheduler {
         sequence.slot = Some(slot);
         sequence.num_computed_tokens = num_kept;
         sequence.num_admitted_tokens = num_kept;
+        sequence.num_charged_tokens = sequence.num_charged_tokens.max(num_kept);
         let cached_tokens = *sequence.cached_tokens.get_or_insert(num_cached);
         sequence.admitted_in_step = self.num_steps;
         trace.admitted.push((sequence.id, cached_tokens));
-        budget.take(&sequence, num_tokens);
-        self.plan.push(Planned { slot, num_tokens });
+        let is_prompt = budget.take(&sequence, num_tokens);
+        self.plan.push(Planned { slot, num_tokens, is_prompt });
         self.order.push(slot);
         self.slots[slot.0 as usize] = Some(sequence);
         promised

@@ -57,7 +57,7 @@ impl Scheduler {
     pub(super) fn preempt(&mut self, slot: SlotId, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) {
         if let Some(index) = self.plan.iter().position(|planned| planned.slot == slot) {
             let planned = self.plan.remove(index);
-            budget.give_back(self.sequence(slot), planned.num_tokens);
+            budget.give_back(self.sequence(slot), planned);
         }
         let swapped = self.swap_out(slot, cache);
         let mut victim = self.leave(slot, cache, true);

@@ -26,7 +26,7 @@ pub fn jobs(model: &ServedModel, id: &str, key: Option<&str>, fields: &Fields) -
     let ids = ids.map_err(|error| match error {
         TextError::TooLong { least_tokens } => ApiError::too_long("messages", least_tokens, max_model_len),
         // No fault of these messages.
-        TextError::TemplateTime { .. } => ApiError::unavailable(&error.to_string()),
+        TextError::TemplateTime { .. } => ApiError::not_yet(&error.to_string()),
         error => ApiError::invalid("messages", error.to_string()),
     })?;
     let max_tokens = sampling.max_tokens.unwrap_or_else(|| Sampling::rest_of_context(model, ids.len()));

@@ -151,7 +151,7 @@ where
 
 /// Says why and hangs up, but reads on for a while: closing on unread bytes would take the answer back.
 async fn refuse(mut stream: TcpStream) -> io::Result<()> {
-    let error = ApiError::unavailable("too many connections are open; try again later");
+    let error = ApiError::not_yet("too many connections are open; try again later");
     let body = error.json().to_string();
     let text = format!(
         "HTTP/1.1 {}\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\

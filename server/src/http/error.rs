@@ -4,6 +4,7 @@
 
 use std::convert::Infallible;
 
+use fullbore_engine::backlog::Limit;
 use fullbore_engine::config::UnfitRequest;
 use fullbore_engine::worker::SubmitError;
 use serde_json::{Value, json};
@@ -21,7 +22,7 @@ pub struct ApiError {
     /// The field of the request that is at fault.
     pub param: Option<String>,
     pub code: Option<&'static str>,
-    /// Seconds after which the same may succeed.
+    /// Seconds after which the same may succeed; `None` where no waiting helps.
     pub retry_after: Option<u64>,
 }
 
@@ -88,6 +89,11 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("unavailable")
     }
 
+    /// What passes by itself, nobody knows when: to be asked again and again.
+    pub fn not_yet(message: &str) -> ApiError {
+        ApiError { retry_after: Some(1), ..ApiError::unavailable(message) }
+    }
+
     pub fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("internal_error")
     }
@@ -115,9 +121,8 @@ impl ApiError {
     pub fn response(&self) -> Response {
         let mut response = json_response(&self.json());
         *response.status_mut() = self.status;
-        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            let seconds = HeaderValue::from(self.retry_after.unwrap_or(1));
-            response.headers_mut().insert(RETRY_AFTER, seconds);
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }
@@ -134,6 +139,10 @@ impl From<SubmitError> for ApiError {
                 retry_after: Some(retry_after.as_secs()),
                 ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_too_slow")
             },
+            SubmitError::NeverFits { limit, .. } => {
+                let param = if limit == Limit::Requests { "n" } else { "prompt" };
+                ApiError::invalid(param, message).with_code("queue_too_small")
+            }
             SubmitError::NeverInTime { .. } => ApiError::invalid("prompt", message).with_code("prompt_too_slow"),
             SubmitError::Unfit(unfit) => unfit.into(),
             SubmitError::Stopped { .. } => ApiError::unavailable(&message),

@@ -14,7 +14,7 @@ pub fn ready(app: &App) -> Response {
     let answer = app.serving().and_then(|model| {
         let stalled = model.engine.stalled_for();
         match stalled > app.limits.max_stall {
-            true => Err(ApiError::unavailable(&format!(
+            true => Err(ApiError::not_yet(&format!(
                 "the device is stalled: no step has ended for {:.1} seconds",
                 stalled.as_secs_f64()
             ))),

@@ -47,8 +47,7 @@ impl App {
         if self.draining.load(Ordering::Relaxed) {
             return Err(ApiError::unavailable("the server is shutting down"));
         }
-        let model =
-            self.model().ok_or_else(|| ApiError::unavailable("the model is being loaded; try again shortly"))?;
+        let model = self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))?;
         match model.engine.stopped() {
             Some(reason) => Err(ApiError::unavailable(&format!("the engine has stopped: {reason}"))),
             None => Ok(model),
