@@ -2,7 +2,6 @@
 //!
 //! The simulator is wrapped in a gate, so that a test decides when steps end, how long they take and whether they fail.
 
-use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::ops::Range;
@@ -39,8 +38,6 @@ enum Pace {
     SlowSubmit(Duration),
     /// The host takes so long to see that a step has ended.
     SlowRead(Duration),
-    /// Steps take no time, on the device or on the way there.
-    Instant,
     Stalled,
     Lost,
     Panic,
@@ -72,14 +69,6 @@ impl Gate {
 struct Gated {
     sim: SimBackend,
     gate: Gate,
-    /// Bytes that steps which took no time bring.
-    instant: VecDeque<(usize, Instant)>,
-}
-
-impl Gated {
-    fn new(options: SimOptions, gate: Gate) -> Gated {
-        Gated { sim: SimBackend::new(options), gate, instant: VecDeque::new() }
-    }
 }
 
 impl Backend for Gated {
@@ -108,22 +97,13 @@ impl Backend for Gated {
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        match self.gate.pace() {
-            Pace::SlowSubmit(time) => std::thread::sleep(time),
-            Pace::Instant => {
-                self.instant.push_back((recording.download_bytes() as usize, Instant::now()));
-                return Ok(Ticket(0));
-            }
-            _ => {}
+        if let Pace::SlowSubmit(time) = self.gate.pace() {
+            std::thread::sleep(time);
         }
         self.sim.submit(recording)
     }
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
-        if let Some((num_bytes, ran_at)) = self.instant.pop_front() {
-            out.resize(out.len() + num_bytes, 0);
-            return Ok(ran_at..ran_at);
-        }
         let begun = Instant::now();
         let pace = self.gate.pass();
         match pace {
@@ -132,7 +112,7 @@ impl Backend for Gated {
             }
             Pace::Panic => panic!("a bug that a test planted"),
             Pace::Each(time) => std::thread::sleep(time),
-            Pace::Free | Pace::Stalled | Pace::SlowSubmit(_) | Pace::SlowRead(_) | Pace::Instant => {}
+            Pace::Free | Pace::Stalled | Pace::SlowSubmit(_) | Pace::SlowRead(_) => {}
         }
         let ran = self.sim.wait(ticket, out)?;
         if let Pace::SlowRead(time) = pace {
@@ -212,7 +192,7 @@ impl Setup {
         (self.bundle)(&mut bundle);
         let config = self.config;
         let memory = start::memory_table(&bundle.config, &config, 0);
-        let backend = Box::new(Gated::new(self.sim, gate));
+        let backend = Box::new(Gated { sim: SimBackend::new(self.sim), gate });
         let costs = |folder: &PathBuf| SavedCosts::new(folder, backend.info(), &bundle.name, &config, &memory);
         let costs = self.costs.as_ref().map(costs);
         Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs }

@@ -10,7 +10,7 @@ use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::model::Model;
-use fullbore_engine::request::{MAX_LOGIT_BIASES, SamplingParams, Share};
+use fullbore_engine::request::Share;
 use fullbore_engine::worker::EngineHandle;
 
 use super::*;
@@ -55,7 +55,7 @@ impl Provoked {
         let server = Setup { config: self.config, pace: self.pace, loaded: false, ..Setup::default() }.start();
         let options =
             SimOptions { fidelity: Fidelity::Cost, cost: self.true_cost, sleeps: true, ..SimOptions::default() };
-        let mut backend = Box::new(Gated::new(options, server.gate.clone()));
+        let mut backend = Box::new(Gated { sim: SimBackend::new(options), gate: server.gate.clone() });
         let Bundle { config, mut checkpoint, .. } = Bundle::simulated();
         let model = Model::load(config, self.config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
         let mut engine = Engine::new(self.config, model.expect("the simulator has memory"), backend, (1, 2));
@@ -205,24 +205,6 @@ fn the_host_that_plans() {
     let request = Request { prompt: vec![TokenId(9); 10], max_tokens: 60, ..Request::default() };
     provoked.others = vec![(request, Duration::from_millis(8))];
     provoked.check("host_schedule", &["host: the device waits for it ", "schedule "]);
-}
-
-/// A thousand biases a row are written down in each step, for a device that takes no time and clients that take none.
-#[test]
-fn the_host_that_records() {
-    let config = EngineConfig { max_num_seqs: 64, max_num_batched_tokens: 512, max_logit_rows: 64, ..roomy() };
-    let mut provoked = provoke(config, 1e3, 1.0, asks(1, 10, 1));
-    provoked.pace = Pace::Instant;
-    // More than there are tokens: what a device would make of them is not asked.
-    let logit_bias = vec![(TokenId(3), 0.5); MAX_LOGIT_BIASES as usize];
-    let sampling = SamplingParams { logit_bias, ..SamplingParams::default() };
-    let request = Request { prompt: vec![TokenId(9); 10], max_tokens: 1000, sampling, ..Request::default() };
-    provoked.others = vec![(request, Duration::ZERO); 63];
-    let server = provoked.start();
-    provoked.send(&server).into_iter().for_each(|reply| drop(read_reply(reply).ok()));
-    server.wait_for("the last step", |server| server.metric("fullbore_requests_running") == 0.0);
-    let report = check_verdict(&server, "host_record", &["host: the device waits for it ", "record "]);
-    println!("{:#}", report["window"]["shares"]);
 }
 
 #[test]
