@@ -33,9 +33,9 @@ fn the_cpu_follows_both_references() {
     }
 }
 
-/// By how much the mean NLL of a passage may change with the cache's type, relative to f16. Rounding to codes makes much
-/// of little: with the scale of scores off by -3 to 2 millionths, q8_0 was measured from -0.0001 to 0.0008 (SmolLM2) and
-/// from -0.0009 to -0.0002 (Gemma 3), q4_0 from 0.009 to 0.018 and from 0.025 to 0.034.
+/// By how much the mean NLL of a passage may change with the cache's type, relative to f16. Rounding to codes makes
+/// much of little: with the scale of scores off by -3 to 2 millionths, q8_0 was measured from -0.0001 to 0.0008
+/// (SmolLM2) and from -0.0009 to -0.0002 (Gemma 3), q4_0 from 0.009 to 0.018 and from 0.025 to 0.034.
 const KV_TYPE_BOUNDS: [(KvType, f64); 2] = [(KvType::Q8_0, 0.005), (KvType::Q4_0, 0.045)];
 
 #[test]
