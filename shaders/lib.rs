@@ -70,12 +70,20 @@ impl Tier {
         }
     }
 
+    /// Rows times heads that an attention kernel takes on at most.
+    pub const fn attention_pairs(self) -> u32 {
+        match self {
+            Tier::Base | Tier::Subgroup => 8,
+            Tier::Lavapipe => 12,
+        }
+    }
+
     /// Values that an attention kernel's lane holds at most, of all its rows and heads together. Of software Vulkan's
     /// registers most lie in memory anyway, which costs less than loading a cache again.
     pub const fn attention_values(self) -> u32 {
         match self {
-            Tier::Base | Tier::Subgroup => 64,
-            Tier::Lavapipe => 128,
+            Tier::Base | Tier::Subgroup => 32,
+            Tier::Lavapipe => 96,
         }
     }
 

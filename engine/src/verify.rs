@@ -179,7 +179,7 @@ pub fn every_case() -> Vec<Case> {
             let turn = |has_norms| Turn { style, head_dim, rotary_dim, has_norms };
             cases.extend([false, true].map(|has_norms| attention::rope_kv(kv_type, turn(has_norms))));
         }
-        let heads = Heads::EVERY.into_iter().filter(|heads| kv_type.takes(heads.head_dim));
+        let heads = Heads::of(kv_type).into_iter();
         cases.extend(heads.map(|heads| attention::attention(kv_type, heads)));
     }
     for (kv_type, head_dim) in

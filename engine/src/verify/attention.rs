@@ -26,18 +26,23 @@ pub struct Heads {
 }
 
 impl Heads {
-    pub const EVERY: [Heads; 10] = [
-        Heads::new(64, 3, 3, 32),
-        Heads { window: 20, soft_cap: 0.5, ..Heads::new(64, 3, 3, 16) },
-        Heads::new(256, 1, 4, 32),
-        Heads { window: 40, ..Heads::new(256, 1, 4, 8) },
-        Heads::new(16, 2, 2, 5),
-        Heads { soft_cap: 30.0, ..Heads::new(96, 2, 5, 5) },
-        Heads { num_positions: 300, ..Heads::new(100, 1, 2, 8) },
-        Heads::new(128, 2, 1, 1),
-        Heads { num_positions: 700, ..Heads::new(128, 1, 7, 32) },
-        Heads { window: 300, num_positions: 700, ..Heads::new(32, 1, 16, 16) },
-    ];
+    /// What a cache of `kv_type` is tried with. Every shape that differs is a kernel to compile: not all with all types.
+    pub fn of(kv_type: KvType) -> Vec<Heads> {
+        let both = [Heads::new(64, 3, 3, 32), Heads { window: 20, soft_cap: 0.5, ..Heads::new(64, 3, 3, 16) }];
+        let own = match kv_type {
+            KvType::F16 => vec![
+                Heads { window: 40, ..Heads::new(256, 1, 4, 8) },
+                Heads::new(16, 2, 2, 5),
+                Heads { num_positions: 300, ..Heads::new(100, 1, 2, 8) },
+                Heads { num_positions: 700, ..Heads::new(128, 1, 7, 32) },
+            ],
+            KvType::Q8_0 | KvType::Q4_0 => vec![
+                Heads { soft_cap: 30.0, ..Heads::new(96, 2, 5, 5) },
+                Heads { window: 300, num_positions: 700, ..Heads::new(32, 1, 16, 16) },
+            ],
+        };
+        both.into_iter().chain(own).collect()
+    }
 
     /// In short sequences, without a window.
     pub const fn new(head_dim: u32, num_kv_heads: u32, group: u32, block_size: u32) -> Heads {

@@ -45,8 +45,6 @@ pub struct AttentionVariant {
 }
 
 impl AttentionVariant {
-    /// Rows and heads of a workgroup at most.
-    const MAX_PAIRS: u32 = 16;
     const MAX_HEADS: u32 = 8;
 
     /// For a KV head that `group` query heads read, and items of up to `rows_of_item` rows: as many heads as divide the
@@ -54,7 +52,7 @@ impl AttentionVariant {
     pub fn new(tier: Tier, kv_type: KvType, head_dim: u32, group: u32, rows_of_item: u32) -> AttentionVariant {
         let lanes = tier.attention_lanes();
         let of_pair = (head_dim / part(kv_type)).div_ceil(lanes) * part(kv_type);
-        let pairs = (tier.attention_values() / of_pair).clamp(1, Self::MAX_PAIRS);
+        let pairs = (tier.attention_values() / of_pair).clamp(1, tier.attention_pairs());
         let divides = |heads: &u32| group.is_multiple_of(*heads);
         let heads = (1..=pairs.min(Self::MAX_HEADS)).rev().find(divides).expect("1 divides everything");
         let rows = rows_of_item.min(1 << (pairs / heads).ilog2());
