@@ -25,6 +25,7 @@ struct Provoked {
     shares: HashMap<String, Share>,
     neighbours: Option<Membership>,
     requests: Vec<Value>,
+    num_layers: u32,
     /// Of clients in this process, and how long each takes to say whether it is still there.
     others: Vec<(Request, Duration)>,
 }
@@ -32,8 +33,9 @@ struct Provoked {
 /// On a device that takes `ns_at_one_row`, and `ns_per_row` for each row more.
 fn provoke(config: EngineConfig, ns_at_one_row: f64, ns_per_row: f64, requests: Vec<Value>) -> Provoked {
     let cost = CostModel::line(ns_at_one_row, ns_per_row, Prices::default());
-    let shares = HashMap::new();
-    Provoked { config, pace: Pace::Free, true_cost: cost, cost, shares, neighbours: None, requests, others: Vec::new() }
+    let (shares, num_layers) = (HashMap::new(), Bundle::simulated().config.num_layers);
+    let (pace, others) = (Pace::Free, Vec::new());
+    Provoked { config, pace, true_cost: cost, cost, shares, neighbours: None, requests, num_layers, others }
 }
 
 /// Room for all that these workloads ask for.
@@ -56,7 +58,9 @@ impl Provoked {
         let options =
             SimOptions { fidelity: Fidelity::Cost, cost: self.true_cost, sleeps: true, ..SimOptions::default() };
         let mut backend = Box::new(Gated { sim: SimBackend::new(options), gate: server.gate.clone() });
-        let Bundle { config, mut checkpoint, .. } = Bundle::simulated();
+        let Bundle { mut config, mut checkpoint, .. } = Bundle::simulated();
+        config.num_layers = self.num_layers;
+        config.windows = vec![None; self.num_layers as usize];
         let model = Model::load(config, self.config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
         let mut engine = Engine::new(self.config, model.expect("the simulator has memory"), backend, (1, 2));
         engine.set_cost(self.cost);
@@ -205,6 +209,15 @@ fn the_host_that_plans() {
     let request = Request { prompt: vec![TokenId(9); 10], max_tokens: 60, ..Request::default() };
     provoked.others = vec![(request, Duration::from_millis(8))];
     provoked.check("host_schedule", &["host: the device waits for it ", "schedule "]);
+}
+
+/// Of a model with so many layers, on a device that takes next to no time.
+#[test]
+fn the_host_that_records() {
+    let config = EngineConfig { max_num_seqs: 1, num_blocks: 64, ..roomy() };
+    let mut provoked = provoke(config, 1e3, 1e1, asks(8, 10, 900));
+    provoked.num_layers = 250;
+    provoked.check("host_record", &["host: the device waits for it ", "record "]);
 }
 
 #[test]

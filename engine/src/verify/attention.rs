@@ -26,7 +26,8 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// What a cache of `kv_type` is tried with. Every shape that differs is a kernel to compile: not all with all types.
+    /// What a cache of `kv_type` is tried with. Every shape that differs is a kernel to compile: not all with all
+    /// types.
     pub fn of(kv_type: KvType) -> Vec<Heads> {
         let both = [Heads::new(64, 3, 3, 32), Heads { window: 20, soft_cap: 0.5, ..Heads::new(64, 3, 3, 16) }];
         let own = match kv_type {
