@@ -206,7 +206,7 @@ impl Scheduler {
     /// Ends a sequence in any phase; its blocks are free at once, because what still runs on the device writes them
     /// before whoever gets them next does. Returns what it used, if it was there.
     pub fn abort(&mut self, cache: &mut KvCache, id: SequenceId) -> Option<Usage> {
-        let running = self.order.iter().copied().find(|&slot| self.sequence(slot).id == id);
+        let running = self.slot_of(id);
         let usage = match running {
             Some(slot) => self.sequence(slot).usage(),
             None => self.queue.get_mut(id)?.usage(),
@@ -240,6 +240,11 @@ impl Scheduler {
 
     fn sequence(&self, slot: SlotId) -> &Sequence {
         self.slots[slot.0 as usize].as_ref().expect("a slot in `order` holds a sequence")
+    }
+
+    /// Where a sequence runs. O(running sequences).
+    fn slot_of(&self, id: SequenceId) -> Option<SlotId> {
+        self.order.iter().copied().find(|&slot| self.sequence(slot).id == id)
     }
 
     /// The sequence that a slice was planned for, if it still runs there.
@@ -337,11 +342,16 @@ impl Scheduler {
 
     fn take_choice(&mut self, cache: &mut KvCache, slice: &Slice, choice: &Choice) -> Option<Outcome> {
         let max_model_len = self.config.max_model_len;
-        let runs = self.running_in(slice.slot, slice.sequence).is_some();
-        // It may have ended while the step ran, or have been preempted.
-        let sequence = match runs {
-            true => self.slots[slice.slot.0 as usize].as_mut()?,
-            false => self.queue.get_mut(slice.sequence)?,
+        let slot = match choice {
+            _ if self.running_in(slice.slot, slice.sequence).is_some() => Some(slice.slot),
+            // It may have been preempted while the step ran, and be back in another slot.
+            Choice::Failed(_) => self.slot_of(slice.sequence),
+            Choice::Token(_) | Choice::None => None,
+        };
+        // It may have ended while the step ran, or wait.
+        let sequence = match slot {
+            Some(slot) => self.slots[slot.0 as usize].as_mut()?,
+            None => self.queue.get_mut(slice.sequence)?,
         };
         let mut outcome = Outcome { sequence: sequence.id, token: None, finished: None };
         let is_whole_prompt = sequence.request.max_tokens == 0 && slice.end() == sequence.num_prompt_tokens();
@@ -359,7 +369,7 @@ impl Scheduler {
         if let Some(reason) = reason {
             outcome.finished = Some((reason, sequence.usage()));
             let trusted = !matches!(choice, Choice::Failed(_));
-            self.end(cache, slice.sequence, runs.then_some(slice.slot), trusted);
+            self.end(cache, slice.sequence, slot, trusted);
         }
         Some(outcome)
     }
