@@ -135,6 +135,11 @@ impl WeightFormat {
         (cols / self.block_len()) as u64 * self.block_bytes() as u64
     }
 
+    /// Whether rows of `cols` values fill whole blocks.
+    pub const fn has_whole_blocks(self, cols: u32) -> bool {
+        cols.is_multiple_of(self.block_len())
+    }
+
     /// The format that [`WeightFormat::name`] calls so.
     pub fn from_name(name: &str) -> Option<WeightFormat> {
         WeightFormat::ALL.into_iter().find(|format| format.name() == name)

@@ -97,12 +97,13 @@ const COLD_BYTES: u64 = 128 << 20;
 
 /// Measures single ops on a device.
 pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
-    let shape = match args.shapes {
-        Shapes::Small => ModelShape::SMALL,
-        Shapes::B1 => ModelShape::B1,
-        Shapes::B8 => ModelShape::B8,
-        Shapes::B70 => ModelShape::B70,
+    let (model, context) = match args.shapes {
+        Shapes::Small => ("smollm2-135m", 256),
+        Shapes::B1 => ("llama-3.2-1b", 1024),
+        Shapes::B8 => ("llama-3.1-8b", 1024),
+        Shapes::B70 => ("llama-3.1-70b", 1024),
     };
+    let shape = ModelShape::of_model(model, context).expect("the engine knows these models");
     let options = OpsOptions {
         shape,
         format: args.format,

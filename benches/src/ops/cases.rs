@@ -10,7 +10,7 @@ use fullbore_engine::op::{
 use fullbore_engine::tensor::{KvTensor, KvType, Tensor, Weight};
 use fullbore_engine::verify::attention::Planned;
 
-use super::rig::{Rig, fills_blocks};
+use super::rig::Rig;
 use super::{OpsError, OpsOptions};
 
 /// An op at one M.
@@ -123,7 +123,7 @@ impl Loader<'_, '_> {
 
     /// As many equal weights as no cache holds; or why there is none.
     fn weights(&mut self, spec: &WeightSpec) -> Result<Result<Vec<Weight>, String>, OpsError> {
-        if !fills_blocks(spec.format, spec.cols) {
+        if !spec.format.has_whole_blocks(spec.cols) {
             let (cols, format) = (spec.cols, spec.format);
             return Ok(Err(format!(
                 "rows of {cols} do not fill blocks of {} of {}",

@@ -8,7 +8,7 @@ use fullbore_engine::backend::{Backend, DeviceError, LoadError, WeightSpec};
 use fullbore_engine::model::Checkpoint;
 use fullbore_engine::op::Op;
 use fullbore_engine::recording::{BufferCopy, Recording};
-use fullbore_engine::tensor::{Tensor, Weight, WeightFormat};
+use fullbore_engine::tensor::{Tensor, Weight};
 
 use super::OpsError;
 use crate::workload::SplitMix64;
@@ -96,9 +96,4 @@ impl Rig<'_> {
         }
         Ok(Took { device_ns, submit_ns })
     }
-}
-
-/// Whether rows of `cols` values fill whole blocks of `format`.
-pub fn fills_blocks(format: WeightFormat, cols: u32) -> bool {
-    cols.is_multiple_of(format.block_len())
 }

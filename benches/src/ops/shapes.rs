@@ -1,5 +1,6 @@
 //! Models by their dimensions: what decides which ops they run. Nothing here knows a device.
 
+use fullbore_engine::model::ModelConfig;
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -28,49 +29,12 @@ impl ModelShape {
         context: 40,
     };
 
-    pub const SMALL: ModelShape = ModelShape {
-        model: "SmolLM2-135M",
-        dim: 576,
-        num_heads: 9,
-        num_kv_heads: 3,
-        head_dim: 64,
-        ffn_dim: 1536,
-        vocab_size: 49_152,
-        context: 256,
-    };
-
-    pub const B1: ModelShape = ModelShape {
-        model: "Llama-3.2-1B",
-        dim: 2048,
-        num_heads: 32,
-        num_kv_heads: 8,
-        head_dim: 64,
-        ffn_dim: 8192,
-        vocab_size: 128_256,
-        context: 1024,
-    };
-
-    pub const B8: ModelShape = ModelShape {
-        model: "Llama-3.1-8B",
-        dim: 4096,
-        num_heads: 32,
-        num_kv_heads: 8,
-        head_dim: 128,
-        ffn_dim: 14_336,
-        vocab_size: 128_256,
-        context: 1024,
-    };
-
-    pub const B70: ModelShape = ModelShape {
-        model: "Llama-3.1-70B",
-        dim: 8192,
-        num_heads: 64,
-        num_kv_heads: 8,
-        head_dim: 128,
-        ffn_dim: 28_672,
-        vocab_size: 128_256,
-        context: 1024,
-    };
+    /// Of the model that is known by this name, with sequences of `context` positions.
+    pub fn of_model(model: &'static str, context: u32) -> Option<ModelShape> {
+        let ModelConfig { dim, num_heads, num_kv_heads, head_dim, ffn_dim, vocab_size, .. } =
+            ModelConfig::of_shape(model)?;
+        Some(ModelShape { model, dim, num_heads, num_kv_heads, head_dim, ffn_dim, vocab_size, context })
+    }
 
     /// Matrices of a layer and of the output by name, N and K; equal ones once, under the first name.
     pub fn mat_muls(&self) -> Vec<(&'static str, u32, u32)> {

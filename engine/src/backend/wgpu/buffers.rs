@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use wgpu::{BufferUsages, Features, MapMode, PollType};
 
 use super::device::Device;
-use super::encode::{Shard, fills_blocks, rows_per_shard};
+use super::encode::{Shard, rows_per_shard};
 use super::packing::{Layout, pack_tile};
 use super::stamps::STAMPS_BYTES;
 use crate::backend::{DeviceError, LoadError, RowSource, WeightSpec};
@@ -58,7 +58,7 @@ impl Buffers {
 
     /// Packs a weight shard by shard, a few tiles of rows at a time.
     pub fn load(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Vec<Shard>, LoadError> {
-        assert!(fills_blocks(spec.format, spec.cols), "{}: rows of {} {}", spec.name, spec.cols, spec.format.name());
+        assert!(spec.format.has_whole_blocks(spec.cols), "{}: rows of {} {}", spec.name, spec.cols, spec.format.name());
         let tile_words = Layout::of(spec.format).tile_words(spec.cols);
         let shard_rows = rows_per_shard(tile_words, self.device.max_shard_bytes);
         let mut shards = Vec::new();

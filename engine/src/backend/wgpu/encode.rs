@@ -12,7 +12,7 @@ use crate::op::{
     ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MUL_ADD_ROUNDS, MatMul,
     MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
-use crate::tensor::{BufferId, Weight, WeightFormat};
+use crate::tensor::{BufferId, Weight};
 
 /// Buffers of a kernel at most, which is WebGPU's guarantee too.
 pub const MAX_BUFFERS: usize = 8;
@@ -334,9 +334,4 @@ impl Encoder<'_> {
 pub fn rows_per_shard(tile_words: u64, max_bytes: u64) -> u32 {
     let tiles = (max_bytes / (tile_words * 4)).max(1);
     u32::try_from(tiles * u64::from(TILE)).unwrap_or(u32::MAX / TILE * TILE)
-}
-
-/// Whether `cols` values of `format` fill whole blocks.
-pub fn fills_blocks(format: WeightFormat, cols: u32) -> bool {
-    cols.is_multiple_of(format.block_len())
 }
