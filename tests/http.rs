@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use fullbore::api::ServedModel;
 use fullbore::costs::SavedCosts;
 use fullbore::http::accept::Limits;
-use fullbore::serve::Server;
+use fullbore::http::access::Access;
+use fullbore::http::tls::Tls;
+use fullbore::serve::{Entrance, Server};
 use fullbore::start::{self, Plan};
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
@@ -27,6 +29,7 @@ use fullbore_engine::tensor::{BufferId, Weight};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+mod access;
 mod limits;
 
 /// How steps end.
@@ -136,6 +139,8 @@ pub struct Harness {
 
 struct Setup {
     limits: Limits,
+    access: Access,
+    tls: Option<Tls>,
     config: EngineConfig,
     pace: Pace,
     sim: SimOptions,
@@ -158,6 +163,8 @@ impl Default for Setup {
         };
         Setup {
             limits: Limits::default(),
+            access: Access::default(),
+            tls: None,
             config,
             pace: Pace::Free,
             sim: SimOptions::default(),
@@ -170,11 +177,13 @@ impl Default for Setup {
 }
 
 impl Setup {
-    fn start(self) -> Harness {
+    fn start(mut self) -> Harness {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         let runtime = runtime.expect("a runtime");
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let server = runtime.block_on(Server::start(host, 0, self.limits)).expect("a free port");
+        let access = std::mem::take(&mut self.access);
+        let entrance = Entrance { limits: self.limits, access, tls: self.tls.take() };
+        let server = runtime.block_on(Server::start(host, 0, entrance)).expect("a free port");
         let gate = Gate::new(self.pace);
         let harness = Harness { runtime, address: server.address(), server: Some(server), gate };
         if self.loaded {
@@ -1024,17 +1033,8 @@ fn large_bodies_are_refused_however_they_come() {
 #[test]
 fn paths_and_methods_that_are_not_there() {
     let server = Setup::default().start();
-    for path in [
-        "/nothing",
-        "/v1",
-        "/v1/",
-        "/v1/nothing",
-        "/v1/models/x",
-        "/v1/completions/x",
-        "/health",
-        "/health/x",
-        "/../etc",
-    ] {
+    for path in ["/nothing", "/v1", "/v1/", "/v1/nothing", "/v1/models/x", "/v1/completions/x", "/health/x", "/../etc"]
+    {
         assert_eq!(server.get(path).error(404)["code"], "not_found", "{path}");
     }
     for path in ["/v1/completions", "/v1/chat/completions"] {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use fullbore::api::{self, Endpoint, Generation, ServedModel};
 use fullbore::args::{EngineArgs, ModelArgs};
+use fullbore::http::access::Client;
 use fullbore::start::{self, StartError};
 use fullbore_engine::backend::RowSource;
 use fullbore_engine::format::gguf::Gguf;
@@ -179,7 +180,7 @@ mod damaged {
             (Endpoint::Chat, json!({"messages": [{"role": "user", "content": "hi <s>"}], "max_tokens": 3})),
         ];
         for (endpoint, body) in bodies {
-            let Ok((exchange, jobs)) = api::prepare(endpoint, &model, None, &body) else { continue };
+            let Ok((exchange, jobs)) = api::prepare(endpoint, &model, &Client::default(), &body) else { continue };
             let Ok(generation) = Generation::submit(&model, jobs) else { continue };
             let _ = runtime.block_on(exchange.collect(&model, generation));
         }

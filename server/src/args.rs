@@ -10,8 +10,12 @@ use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::request::Share;
 use fullbore_engine::tensor::{KvType, WeightFormat};
 
+use crate::api::parse_share;
+
+mod access;
 mod parse;
 
+pub use access::AccessArgs;
 use parse::*;
 
 #[derive(Debug, Parser)]
@@ -166,9 +170,11 @@ pub struct ServeArgs {
     /// Weight of a tenant (the API key of its requests, else their `user`), and how many of them run at once.
     #[arg(long = "share", value_name = "NAME=WEIGHT[:MAX]", value_parser = parse_share)]
     pub shares: Vec<(String, Share)>,
-    /// Connections open at once, at most.
-    #[arg(long, default_value_t = 1024)]
-    pub max_connections: usize,
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// Seconds that running requests have to end after SIGTERM.
+    #[arg(long, default_value_t = 30)]
+    pub drain_timeout: u64,
     /// Print where memory would go and end, without loading weights.
     #[arg(long)]
     pub dry_run: bool,

@@ -6,10 +6,17 @@ let messages = [];
 let controller = null;
 let model = null;
 
+// The key is kept for this tab alone.
+function headers(more) {
+  const key = sessionStorage.getItem("key");
+  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
+}
+
 async function connect() {
   try {
-    const reply = await fetch("v1/models");
+    const reply = await fetch("v1/models", { headers: headers({}) });
     const body = await reply.json();
+    element("key-field").hidden = reply.status !== 401;
     if (!reply.ok) throw new Error(body.error.message);
     model = body.data[0];
     element("model").textContent = `${model.id} on ${model.device}, ${model.max_model_len} tokens of context`;
@@ -55,7 +62,7 @@ function ask() {
   const maxTokens = element("max-tokens").value;
   if (maxTokens !== "") body.max_completion_tokens = Number(maxTokens);
   return fetch("v1/chat/completions", {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal: controller.signal,
+    method: "POST", headers: headers({ "Content-Type": "application/json" }), body: JSON.stringify(body), signal: controller.signal,
   });
 }
 
@@ -128,6 +135,7 @@ function clear() {
 
 element("form").addEventListener("submit", submit);
 element("clear").addEventListener("click", clear);
+element("key").addEventListener("change", () => sessionStorage.setItem("key", element("key").value.trim()));
 element("prompt").addEventListener("keydown", (event) => {
   // Enter also ends the composing of a word, in the scripts that need it.
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::api::{self, Endpoint, Generation, ServedModel};
 use crate::args::{EngineArgs, RunArgs};
+use crate::http::access::Client;
 use crate::http::error::ApiError;
 use crate::start::{self, StartError};
 
@@ -41,7 +42,7 @@ async fn answer(model: &ServedModel, args: &RunArgs) -> Result<(), RunError> {
     body["max_tokens"] = json!(args.max_tokens);
     body["temperature"] = json!(args.temperature);
     let endpoint = if raw { Endpoint::Completions } else { Endpoint::Chat };
-    let (_, jobs) = api::prepare(endpoint, model, None, &body).map_err(refused)?;
+    let (_, jobs) = api::prepare(endpoint, model, &Client::default(), &body).map_err(refused)?;
     let start = Instant::now();
     let mut generation = Generation::submit(model, jobs).map_err(refused)?;
     let mut first = None;

@@ -1,7 +1,8 @@
 //! `fullbore serve`: listen, load, announce, and end in order.
 //!
-//! Invariant: the port answers from the start, with "loading" until the model is there. The end is in order too: no new
-//! connections, a while for what runs, then the engine, then the rest.
+//! Invariant: the port answers from the start, with "loading" until the model is there. The end is in order too: new
+//! requests are refused and what runs may end, then no new connections, then the engine, then the rest. Nobody but this
+//! machine is served without a key, unless that was asked for in so many words.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -17,8 +18,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::api::ServedModel;
-use crate::args::ServeArgs;
-use crate::http::accept::{self, Limits};
+use crate::args::{AccessArgs, ServeArgs};
+use crate::http::accept::{self, Door, Limits};
+use crate::http::access::Access;
+use crate::http::keys::{KeyError, Keys};
+use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, routes};
 use crate::start::{self, StartError};
 
@@ -30,6 +34,15 @@ pub enum ServeError {
     Listen { address: SocketAddr, source: io::Error },
     #[error("cannot start the server's threads: {0}")]
     Runtime(#[from] io::Error),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(
+        "--host {0} can be reached from other machines: give clients a key with --api-key-file, or say --insecure to \
+         serve whoever comes"
+    )]
+    Open(IpAddr),
     #[error("--share names {name} twice; give each tenant one weight")]
     TwoShares { name: String },
     #[error("loading the model failed in a way it should not; the log says more")]
@@ -39,33 +52,77 @@ pub enum ServeError {
 /// A listening server; without a model it answers that it is loading.
 pub struct Server {
     address: SocketAddr,
+    tls: Option<Arc<Tls>>,
     app: Arc<App>,
     connections: Arc<Semaphore>,
     stop: watch::Sender<bool>,
     acceptor: JoinHandle<()>,
 }
 
+/// How a server meets its clients.
+#[derive(Default)]
+pub struct Entrance {
+    pub limits: Limits,
+    pub access: Access,
+    pub tls: Option<Tls>,
+}
+
 impl Server {
-    pub async fn start(host: IpAddr, port: u16, limits: Limits) -> Result<Server, ServeError> {
+    pub async fn start(host: IpAddr, port: u16, entrance: Entrance) -> Result<Server, ServeError> {
         let address = SocketAddr::new(host, port);
         let listen = |source| ServeError::Listen { address, source };
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let connections = Arc::new(Semaphore::new(limits.max_connections));
-        let app = Arc::new(App::new(limits));
+        let connections = Arc::new(Semaphore::new(entrance.limits.max_connections));
+        let app = Arc::new(App::new(entrance.limits, entrance.access));
+        let tls = entrance.tls.map(Arc::new);
         let (stop, stopped) = watch::channel(false);
         let service = warp::service(routes::routes(app.clone()));
-        let acceptor = tokio::spawn(accept::accept(listener, app.clone(), service, connections.clone(), stopped));
-        Ok(Server { address, app, connections, stop, acceptor })
+        let door = Door { app: app.clone(), connections: connections.clone(), tls: tls.clone(), stop: stopped };
+        let acceptor = tokio::spawn(accept::accept(listener, door, service));
+        Ok(Server { address, tls, app, connections, stop, acceptor })
     }
 
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
+    pub fn access(&self) -> &Access {
+        &self.app.access
+    }
+
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.as_deref()
+    }
+
     /// From now on requests are served.
     pub fn set_model(&self, model: ServedModel) {
         self.app.set_model(model);
+    }
+
+    /// Reads keys and certificates again; what cannot be read leaves the old ones as they are.
+    fn reload(&self, args: &AccessArgs) {
+        match args.keys() {
+            Ok(keys) if keys.is_empty() => {}
+            Ok(keys) => {
+                tracing::info!("{} API keys are accepted from now on", keys.len());
+                self.access().replace_keys(keys);
+            }
+            Err(error) => tracing::error!("the API keys stay as they were: {error}"),
+        }
+        match self.tls().map(Tls::reload) {
+            Some(Ok(())) => tracing::info!("new connections get the certificate as it is now"),
+            Some(Err(error)) => tracing::error!("the certificate stays as it was: {error}"),
+            None => {}
+        }
+    }
+
+    /// Refuses new requests, so that readiness turns 503, and waits at most so long for the answers of those that run.
+    pub async fn drain(&self, most: Duration) {
+        self.app.drain();
+        if !self.app.all_answered(most).await {
+            tracing::warn!("some requests take longer than --drain-timeout and are ended");
+        }
     }
 
     /// Refuses what is new, gives what runs until `grace` is over, and ends the engine.
@@ -88,30 +145,39 @@ impl Server {
     }
 }
 
-const GRACE: Duration = Duration::from_secs(5);
+/// For connections to end, once their answers are sent or given up.
+const GRACE: Duration = Duration::from_millis(500);
 const ENGINE_GRACE: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// The command: ends after SIGINT or SIGTERM.
+/// The command: ends after SIGINT or SIGTERM, at once after a second one.
 pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
     let shares = shares(&args.shares)?;
+    let entrance = args.access.entrance(args.host)?;
     if args.dry_run {
         let plan = start::plan(&args.engine, args.served_model_name.as_deref())?;
         println!("{}", plan.memory);
         return Ok(plan.check_memory()?);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(run(args, shares));
+    let result = runtime.block_on(run(args, entrance, shares));
     // A load that was interrupted goes on in its thread; the process does not wait for it.
     runtime.shutdown_background();
     result
 }
 
-async fn run(args: &ServeArgs, shares: HashMap<String, Share>) -> Result<(), ServeError> {
+async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share>) -> Result<(), ServeError> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let limits = Limits { max_connections: args.max_connections.clamp(1, MAX_CONNECTIONS), ..Limits::default() };
-    let server = Server::start(args.host, args.port, limits).await?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let mut end = async || {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    let scheme = if entrance.tls.is_some() { "https" } else { "http" };
+    let server = Server::start(args.host, args.port, entrance).await?;
     let (engine_args, name) = (args.engine.clone(), args.served_model_name.clone());
     let load = tokio::task::spawn_blocking(move || {
         let plan = start::plan(&engine_args, name.as_deref())?;
@@ -120,20 +186,59 @@ async fn run(args: &ServeArgs, shares: HashMap<String, Share>) -> Result<(), Ser
     });
     tokio::select! {
         loaded = load => server.set_model(ServedModel { shares, ..loaded.map_err(|_| ServeError::LoaderDied)?? }),
-        _ = interrupt.recv() => return Ok(()),
-        _ = terminate.recv() => return Ok(()),
+        () = end() => return Ok(()),
     }
-    println!("listening on http://{}", server.address());
+    println!("listening on {scheme}://{}", server.address());
     // A closed standard output is no reason to stop serving.
     let _ = io::stdout().flush();
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+    loop {
+        tokio::select! {
+            () = end() => break,
+            _ = hang_up.recv() => match args.access.has_files() {
+                true => server.reload(&args.access),
+                false => break,
+            },
+        }
     }
-    tracing::info!("ending: waiting for open requests");
+    tracing::info!("ending: waiting at most {} seconds for open requests", args.drain_timeout);
+    tokio::select! {
+        () = server.drain(Duration::from_secs(args.drain_timeout)) => {}
+        () = end() => tracing::info!("ending at once"),
+    }
     server.shutdown(GRACE).await;
     Ok(())
 }
+
+impl AccessArgs {
+    /// Whether there is something to read again; without, a terminal that hangs up ends its server as ever.
+    fn has_files(&self) -> bool {
+        self.api_key_file.is_some() || self.tls_cert.is_some()
+    }
+
+    fn keys(&self) -> Result<Keys, KeyError> {
+        let environment = std::env::var(KEY_VARIABLE).ok().filter(|key| !key.is_empty());
+        let keys: Vec<String> = self.api_keys.iter().cloned().chain(environment).collect();
+        Keys::new(&keys, self.api_key_file.as_deref())
+    }
+
+    fn entrance(&self, host: IpAddr) -> Result<Entrance, ServeError> {
+        let keys = self.keys()?;
+        if !host.is_loopback() && keys.is_empty() && !self.insecure {
+            return Err(ServeError::Open(host));
+        }
+        let files = self.tls_cert.as_ref().zip(self.tls_key.as_ref());
+        let tls = files.map(|(certificate, key)| Tls::open(certificate, key)).transpose()?;
+        let limits = Limits {
+            max_connections: self.max_connections.clamp(1, MAX_CONNECTIONS),
+            max_connections_per_ip: self.max_connections_per_ip.max(1),
+            ..Limits::default()
+        };
+        Ok(Entrance { limits, access: Access::new(host, keys, &self.allowed_hosts, &self.allowed_origins), tls })
+    }
+}
+
+/// A key that no other user of the machine sees in the list of processes.
+const KEY_VARIABLE: &str = "FULLBORE_API_KEY";
 
 fn shares(asked: &[(String, Share)]) -> Result<HashMap<String, Share>, ServeError> {
     let mut shares = HashMap::new();
@@ -150,7 +255,40 @@ const MAX_CONNECTIONS: usize = 1 << 20;
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::args::{Args, Command};
+
+    fn entrance(words: &[&str]) -> Result<Entrance, String> {
+        let words = [&["fullbore", "serve"], words].concat();
+        let args = Args::try_parse_from(words).map_err(|error| error.to_string())?;
+        let Command::Serve(args) = args.command else { panic!("serve is serve") };
+        args.access.entrance(args.host).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn other_machines_need_a_key() {
+        let sentence = entrance(&["--host", "0.0.0.0"]).err().expect("no key");
+        assert!(sentence.contains("--api-key-file") && sentence.contains("--insecure"), "{sentence}");
+        for words in [&["--host", "0.0.0.0", "--insecure"][..], &["--host", "::", "--api-key", "long-enough"], &[]] {
+            assert!(entrance(words).is_ok(), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let wrong: [(&[&str], &str); 4] = [
+            (&["--api-key", "short"], "8 characters"),
+            (&["--api-key-file", "/no/such/file"], "/no/such/file"),
+            (&["--tls-cert", "/no/such/file"], "--tls-key"),
+            (&["--tls-cert", "/no/such/cert", "--tls-key", "/no/such/key"], "/no/such/cert"),
+        ];
+        for (words, part) in wrong {
+            let sentence = entrance(words).err().expect("refused");
+            assert!(sentence.contains(part), "{words:?}: {sentence}");
+        }
+    }
 
     #[test]
     fn a_tenant_has_one_share() {

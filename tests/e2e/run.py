@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -62,8 +63,8 @@ class Server:
         assert status == 0, f"the server ended with status {status}:\n{log[-2000:]}"
         assert "panicked" not in log, log[-2000:]
 
-    def get(self, path):
-        return self.exchange(urllib.request.Request(self.url + path))
+    def get(self, path, **headers):
+        return self.exchange(urllib.request.Request(self.url + path, headers=headers))
 
     def post(self, path, body, content_type="application/json"):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -241,8 +242,55 @@ def what_cannot_be_served_is_named():
         assert word in error and "panicked" not in error, error
 
 
+def keys_are_read_again_on_sighup():
+    with tempfile.NamedTemporaryFile("w", suffix=".keys") as file:
+        def keys(text):
+            file.seek(0)
+            file.truncate()
+            file.write(text)
+            file.flush()
+
+        def status(key):
+            return server.get("/v1/models", Authorization=f"Bearer {key}")[0]
+
+        keys("first-secret-key alice\n")
+        with Server("sim", "--api-key-file", file.name) as server:
+            assert [status("first-secret-key"), status("wrong-secret-key"), server.get("/v1/models")[0]] == [200, 401, 401]
+            keys("second-secret-key alice=2:8\n")
+            server.process.send_signal(signal.SIGHUP)
+            until("the new key", lambda: status("second-secret-key") == 200)
+            assert status("first-secret-key") == 401
+            keys("short\n")
+            server.process.send_signal(signal.SIGHUP)
+            until("a line of the log", lambda: "stay as they were" in open(server.log.name).read())
+            assert status("second-secret-key") == 200
+            client = openai.OpenAI(base_url=server.url + "/v1", api_key="second-secret-key", max_retries=0)
+            assert client.chat.completions.create(model="smollm2", messages=CHAT, max_tokens=2).usage.completion_tokens == 2
+
+
+def sigterm_lets_running_requests_end():
+    with Server("cpu") as server:
+        prompts = [list(range(100, 300)), list(range(400, 600))]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(server.tokens, prompt, 100) for prompt in prompts]
+            until("both to run", lambda: server.gauge("fullbore_requests_running") == 2)
+            server.process.send_signal(signal.SIGTERM)
+            until("readiness to end", lambda: server.get("/health/ready")[0] == 503)
+            status, body = server.post("/v1/completions", {"prompt": "x"})
+            assert status == 503 and "shutting down" in body, (status, body)
+            assert [len(request.result()) for request in running] == [100, 100]
+        assert server.process.wait(10) == 0
+
+
+def until(what, ready):
+    deadline = time.monotonic() + 20
+    while not ready():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
 COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_answered, models_are_fetched_or_named,
-            what_cannot_be_served_is_named]
+            what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
           bad_input_is_named, a_dropped_client_frees_its_blocks]

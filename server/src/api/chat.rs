@@ -8,10 +8,11 @@ use super::ServedModel;
 use super::fields::{Fields, wrong};
 use super::generation::Jobs;
 use super::sampling::{MAX_LOGPROBS, Prompt, Sampling};
+use crate::http::access::Client;
 use crate::http::error::ApiError;
 
-pub fn jobs(model: &ServedModel, id: &str, key: Option<&str>, fields: &Fields) -> Result<Jobs, ApiError> {
-    let sampling = Sampling::read(model, key, fields, 1)?;
+pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> Result<Jobs, ApiError> {
+    let sampling = Sampling::read(model, client, fields, 1)?;
     let logprobs = logprobs(fields)?;
     let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(true);
     let messages = messages(fields.get("messages"))?;

@@ -9,16 +9,17 @@ use super::ServedModel;
 use super::fields::{Fields, wrong};
 use super::generation::Jobs;
 use super::sampling::{MAX_CHOICES, MAX_LOGPROBS, Prompt, Sampling, token_id};
+use crate::http::access::Client;
 use crate::http::error::ApiError;
 
 /// As OpenAI has it.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
-pub fn jobs(model: &ServedModel, id: &str, key: Option<&str>, fields: &Fields) -> Result<Jobs, ApiError> {
+pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> Result<Jobs, ApiError> {
     let echo = fields.bool("echo")?.unwrap_or(false);
     let logprobs = fields.integer("logprobs", 0..=MAX_LOGPROBS)?.map(|logprobs| logprobs as u32);
     // Nothing but the prompt's own log-probabilities is a use of its own.
-    let sampling = Sampling::read(model, key, fields, if echo { 0 } else { 1 })?;
+    let sampling = Sampling::read(model, client, fields, if echo { 0 } else { 1 })?;
     let inputs = inputs(fields.get("prompt"))?;
     let places = sampling.reserve(model, inputs.len())?;
     let prompt = |input: Input| {

@@ -15,6 +15,7 @@ use fullbore_engine::worker::EngineHandle;
 use serde_json::Value;
 
 use crate::costs::SavedCosts;
+use crate::http::access::Client;
 use crate::http::error::ApiError;
 
 mod chat;
@@ -30,7 +31,7 @@ mod tenancy;
 
 pub use exchange::Exchange;
 pub use generation::{Delta, Generation, Job, Jobs};
-pub use tenancy::bearer_key;
+pub use tenancy::parse_share;
 
 use fields::Fields;
 
@@ -83,12 +84,11 @@ impl ServedModel {
     }
 }
 
-/// Reads a body: how to answer, and what to run. `key` is the client's API key. Places are taken before any text is
-/// tokenized.
+/// Reads a body: how to answer, and what to run. Places are taken before any text is tokenized.
 pub fn prepare(
     endpoint: Endpoint,
     model: &ServedModel,
-    key: Option<&str>,
+    client: &Client,
     body: &Value,
 ) -> Result<(Exchange, Jobs), ApiError> {
     let object = body.as_object().ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))?;
@@ -99,8 +99,8 @@ pub fn prepare(
     fields.refuse_unsupported()?;
     let exchange = Exchange::read(endpoint, model, &fields)?;
     let jobs = match endpoint {
-        Endpoint::Completions => completions::jobs(model, &exchange.id, key, &fields)?,
-        Endpoint::Chat => chat::jobs(model, &exchange.id, key, &fields)?,
+        Endpoint::Completions => completions::jobs(model, &exchange.id, client, &fields)?,
+        Endpoint::Chat => chat::jobs(model, &exchange.id, client, &fields)?,
     };
     Ok((exchange, jobs))
 }

@@ -11,6 +11,7 @@ use super::fields::{Fields, wrong};
 use super::generation::Job;
 use super::tenancy::Tenancy;
 use super::{ServedModel, fields};
+use crate::http::access::Client;
 use crate::http::error::ApiError;
 use crate::start::random;
 
@@ -44,7 +45,7 @@ impl Sampling {
     /// `least_tokens` is the smallest `max_tokens` that makes sense.
     pub fn read(
         model: &ServedModel,
-        key: Option<&str>,
+        client: &Client,
         fields: &Fields,
         least_tokens: u32,
     ) -> Result<Sampling, ApiError> {
@@ -78,7 +79,7 @@ impl Sampling {
             params,
             stops: stops(fields)?,
             stop_ids: stop_ids(model, fields)?,
-            tenancy: Tenancy::read(model, key, fields)?,
+            tenancy: Tenancy::read(model, client, fields)?,
         })
     }
 

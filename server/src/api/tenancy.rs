@@ -1,5 +1,5 @@
 //! Whom a request is served for, and what it may share. Invariant: a name is only ever compared, by its hash: equal
-//! names are one tenant, and no name at all is one too. A key is no proof of anything: whoever is let in is served.
+//! names are one tenant, and no name at all is one too. Whether a client may ask at all is for `http/access.rs` to say.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -7,6 +7,7 @@ use fullbore_engine::request::Share;
 
 use super::ServedModel;
 use super::fields::Fields;
+use crate::http::access::Client;
 use crate::http::error::ApiError;
 
 #[derive(Clone, Copy)]
@@ -20,25 +21,33 @@ pub struct Tenancy {
 impl Tenancy {
     /// The tenant is who has the API key, else `user`. `priority`, lower being earlier, and `cache_salt` are vLLM's.
     /// Who has a key shares prefixes with that key alone.
-    pub fn read(model: &ServedModel, key: Option<&str>, fields: &Fields) -> Result<Tenancy, ApiError> {
+    pub fn read(model: &ServedModel, client: &Client, fields: &Fields) -> Result<Tenancy, ApiError> {
         let user = fields.string("user")?;
         let priority = fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0);
         let salt = fields.string("cache_salt")?;
-        let name = key.or(user);
+        let key = client.name.as_deref();
+        let share = || key.or(user).and_then(|name| model.shares.get(name)).copied();
         Ok(Tenancy {
             tenant: hash((key, user.filter(|_| key.is_none()))),
-            share: name.and_then(|name| model.shares.get(name)).copied().unwrap_or_default(),
+            share: client.share.or_else(share).unwrap_or_default(),
             priority: priority as i32,
             cache_salt: hash((key, salt)),
         })
     }
 }
 
-/// What follows `Bearer` in an Authorization header, if that is what it has.
-pub fn bearer_key(authorization: &str) -> Option<&str> {
-    let (scheme, key) = authorization.trim().split_once(' ')?;
-    let key = key.trim();
-    (scheme.eq_ignore_ascii_case("bearer") && !key.is_empty()).then_some(key)
+/// `alice=4`, `batch=1:8`.
+pub fn parse_share(text: &str) -> Result<(String, Share), String> {
+    let expected =
+        || format!("{text} is no NAME=WEIGHT[:MAX]: a weight from 1 to 1000, and at least 1 request at once");
+    let (name, numbers) = text.rsplit_once('=').ok_or_else(expected)?;
+    let (weight, most) = numbers.split_once(':').map_or((numbers, None), |(weight, most)| (weight, Some(most)));
+    let weight = weight.parse().ok().filter(|weight| (1..=1000).contains(weight)).ok_or_else(expected)?;
+    let max_num_seqs = match most {
+        Some(most) => most.parse().ok().filter(|&most| most > 0).ok_or_else(expected)?,
+        None => u32::MAX,
+    };
+    Ok((name.to_owned(), Share { weight, max_num_seqs }))
 }
 
 fn hash(names: (Option<&str>, Option<&str>)) -> u64 {
@@ -50,13 +59,6 @@ fn hash(names: (Option<&str>, Option<&str>)) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_key_is_read_off_its_header() {
-        let keys = ["Bearer secret", "bearer  secret ", "Bearer a b"].map(bearer_key);
-        assert_eq!(keys, [Some("secret"), Some("secret"), Some("a b")]);
-        assert_eq!(["Basic secret", "Bearer", "Bearer ", "", "secret"].map(bearer_key), [None; 5]);
-    }
 
     #[test]
     fn names_of_unlike_kinds_are_unlike() {

@@ -3,24 +3,9 @@
 use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::format::quantize::TARGETS;
 use fullbore_engine::model::shape_names;
-use fullbore_engine::request::Share;
 use fullbore_engine::tensor::{KvType, WeightFormat};
 
 use super::{Rows, Shape};
-
-/// `alice=4`, `batch=1:8`.
-pub(super) fn parse_share(text: &str) -> Result<(String, Share), String> {
-    let expected =
-        || format!("{text} is no NAME=WEIGHT[:MAX]: a weight from 1 to 1000, and at least 1 request at once");
-    let (name, numbers) = text.rsplit_once('=').ok_or_else(expected)?;
-    let (weight, most) = numbers.split_once(':').map_or((numbers, None), |(weight, most)| (weight, Some(most)));
-    let weight = weight.parse().ok().filter(|weight| (1..=1000).contains(weight)).ok_or_else(expected)?;
-    let max_num_seqs = match most {
-        Some(most) => most.parse().ok().filter(|&most| most > 0).ok_or_else(expected)?,
-        None => u32::MAX,
-    };
-    Ok((name.to_owned(), Share { weight, max_num_seqs }))
-}
 
 pub(super) fn parse_shape(text: &str) -> Result<Shape, String> {
     let (model, format) = text.split_once(':').unwrap_or((text, WeightFormat::Q4_0.name()));

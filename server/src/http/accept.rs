@@ -1,18 +1,21 @@
 //! The accept loop: connections in, each with its limits, warp's service on every one.
 //!
-//! Invariant: a connection holds one permit, and no client holds one without moving bytes: heads, bodies and writes all
-//! have a time limit. A panic below ends one request with a 500. Knows no route.
+//! Invariant: a connection holds one permit, and no client holds one without moving bytes: handshakes, heads, bodies
+//! and writes all have a time limit. A request is admitted before a route sees it, and is open until its answer's last
+//! byte. A panic below ends one request with a 500. Knows no route.
 
 use std::convert::Infallible;
 use std::io;
+use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt;
-use hyper::body::Incoming;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,16 +24,21 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tower_service::Service;
-use warp::http::Request;
+use warp::http::{Request, header};
 use warp::reply::Response;
 
-use super::App;
+use super::access;
 use super::error::ApiError;
+use super::peers::{PeerPlace, Peers};
+use super::tls::Tls;
+use super::{App, OpenRequest};
 
 /// What a client may take of the server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub max_connections: usize,
+    /// Of one address, this machine's own apart.
+    pub max_connections_per_ip: usize,
     /// For a request's head to arrive, from the accept or the last answer on: also how long a connection may idle.
     pub head_timeout: Duration,
     /// For a request's body to arrive.
@@ -46,6 +54,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             max_connections: 1024,
+            max_connections_per_ip: 256,
             head_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(60),
@@ -59,25 +68,34 @@ impl Default for Limits {
 const MAX_REFUSALS: usize = 64;
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
 
-/// Accepts until `stop` says so. `connections` has a permit for each connection that may be open.
-pub async fn accept<S>(
-    listener: TcpListener,
-    app: Arc<App>,
-    service: S,
-    connections: Arc<Semaphore>,
-    mut stop: watch::Receiver<bool>,
-) where
+/// Where connections come from, and what each may have.
+pub struct Door {
+    pub app: Arc<App>,
+    /// A permit for each connection that may be open.
+    pub connections: Arc<Semaphore>,
+    pub tls: Option<Arc<Tls>>,
+    /// Told when no more connections are wanted.
+    pub stop: watch::Receiver<bool>,
+}
+
+/// What a connection holds while it is open.
+type Places = (OwnedSemaphorePermit, PeerPlace);
+
+/// Accepts until `stop` says so.
+pub async fn accept<S>(listener: TcpListener, mut door: Door, service: S)
+where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
 {
     let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
+    let peers = Arc::new(Peers::default());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = stopped(&mut stop) => return,
+            () = stopped(&mut door.stop) => return,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, or a client that left at once; the first passes only with time.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -85,19 +103,39 @@ pub async fn accept<S>(
                 continue;
             }
         };
-        if let Ok(permit) = connections.clone().try_acquire_owned() {
-            tokio::spawn(serve(stream, app.clone(), service.clone(), permit, stop.clone()));
-            continue;
-        }
-        app.metrics.count_refused_connection();
-        if let Ok(permit) = refusals.clone().try_acquire_owned() {
+        let refusal = match places(&door, &peers, address.ip()) {
+            Ok(places) => {
+                tokio::spawn(serve(
+                    stream,
+                    door.app.clone(),
+                    service.clone(),
+                    door.tls.clone(),
+                    places,
+                    door.stop.clone(),
+                ));
+                continue;
+            }
+            Err(refusal) => refusal,
+        };
+        door.app.metrics.count_refused_connection();
+        // Whoever expects TLS could not read the reason.
+        let permit = if door.tls.is_none() { refusals.clone().try_acquire_owned().ok() } else { None };
+        if let Some(permit) = permit {
             tokio::spawn(async move {
                 // A client that does not listen misses the reason.
-                let _ = timeout(REFUSAL_TIME, refuse(stream)).await;
+                let _ = timeout(REFUSAL_TIME, refuse(stream, refusal)).await;
                 drop(permit);
             });
         }
     }
+}
+
+fn places(door: &Door, peers: &Arc<Peers>, address: IpAddr) -> Result<Places, ApiError> {
+    let permit = door.connections.clone().try_acquire_owned();
+    let permit = permit.map_err(|_| ApiError::not_yet("too many connections are open; try again later"))?;
+    let place = peers.place(address, door.app.limits.max_connections_per_ip);
+    let too_many = || ApiError::not_yet(&format!("too many connections are open from {address}; reuse or close some"));
+    Ok((permit, place.ok_or_else(too_many)?))
 }
 
 /// Until `stop` says so, or nobody can say it any more.
@@ -109,8 +147,9 @@ async fn serve<S>(
     stream: TcpStream,
     app: Arc<App>,
     service: S,
-    _permit: OwnedSemaphorePermit,
-    mut stop: watch::Receiver<bool>,
+    tls: Option<Arc<Tls>>,
+    _places: Places,
+    stop: watch::Receiver<bool>,
 ) where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
@@ -118,13 +157,28 @@ async fn serve<S>(
     // Tokens are small and wanted at once. Without the option they only come later.
     let _ = stream.set_nodelay(true);
     let Limits { head_timeout, write_timeout, .. } = app.limits;
-    let io = TokioIo::new(WriteLimited { stream, limit: write_timeout, deadline: None });
+    let stream = WriteLimited { stream, limit: write_timeout, deadline: None };
+    let Some(tls) = tls else { return converse(stream, app, service, stop).await };
+    match timeout(head_timeout, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => converse(stream, app, service, stop).await,
+        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+        Err(_) => tracing::debug!("a TLS handshake did not end in time"),
+    }
+}
+
+async fn converse<S, T>(stream: T, app: Arc<App>, service: S, mut stop: watch::Receiver<bool>)
+where
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let head_timeout = app.limits.head_timeout;
     let answer = service_fn(move |request| answer(app.clone(), service.clone(), request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
         .max_headers(100)
-        .serve_connection(io, answer);
+        .serve_connection(TokioIo::new(stream), answer);
     tokio::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -138,20 +192,62 @@ async fn serve<S>(
     }
 }
 
-async fn answer<S>(app: Arc<App>, mut service: S, request: Request<Incoming>) -> Result<Response, Infallible>
+async fn answer<S>(
+    app: Arc<App>,
+    mut service: S,
+    mut request: Request<Incoming>,
+) -> Result<warp::http::Response<impl Body<Data = Bytes, Error = warp::Error>>, Infallible>
 where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
 {
-    let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
-    // The panic's message is in the log already.
-    let response = answered.unwrap_or_else(|_| Ok(ApiError::internal("the server met a bug of its own").response()))?;
+    let open = app.open_request();
+    let origin = app.access.allowed_origin(&request);
+    let mut response = match (app.access.preflight(&request), app.access.admit(&request)) {
+        (Some(response), _) => response,
+        (None, Err(error)) => error.response(),
+        (None, Ok(client)) => {
+            request.extensions_mut().insert(client);
+            let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
+            // The panic's message is in the log already.
+            answered.unwrap_or_else(|_| Ok(ApiError::internal("the server met a bug of its own").response()))?
+        }
+    };
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+    if let Some(origin) = origin {
+        access::allow(response.headers_mut(), origin);
+    }
     app.metrics.count_response(response.status());
-    Ok(response)
+    Ok(response.map(|body| Answer { body, _open: open }))
+}
+
+/// A body whose request counts as open until it is sent or dropped.
+struct Answer<B> {
+    body: B,
+    _open: OpenRequest,
+}
+
+impl<B: Body + Unpin> Body for Answer<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Says why and hangs up, but reads on for a while: closing on unread bytes would take the answer back.
-async fn refuse(mut stream: TcpStream) -> io::Result<()> {
-    let error = ApiError::not_yet("too many connections are open; try again later");
+async fn refuse(mut stream: TcpStream, error: ApiError) -> io::Result<()> {
     let body = error.json().to_string();
     let text = format!(
         "HTTP/1.1 {}\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\

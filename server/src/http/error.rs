@@ -9,7 +9,7 @@ use fullbore_engine::config::UnfitRequest;
 use fullbore_engine::worker::SubmitError;
 use serde_json::{Value, json};
 use warp::http::StatusCode;
-use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use warp::reject::{InvalidHeader, MethodNotAllowed, Rejection};
 use warp::reply::Response;
 
@@ -59,6 +59,23 @@ impl ApiError {
         let found = found.map_or_else(|| "missing".to_owned(), |found| format!("{found:.60}"));
         let message = format!("the Content-Type of the request is {found}; it must be application/json");
         ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message).with_code("unsupported_media_type")
+    }
+
+    /// No key was shown, or none that is known.
+    pub fn no_key(shown: bool) -> ApiError {
+        let message = match shown {
+            true => "this API key is not known here; ask whoever runs this server for one",
+            false => "this server wants an API key: send it as `Authorization: Bearer KEY`",
+        };
+        ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key")
+    }
+
+    pub fn wrong_host(host: &str) -> ApiError {
+        let message = format!(
+            "this server is for its own machine and is not called {host:.100}; ask it as localhost, or start it with \
+             --allowed-host"
+        );
+        ApiError::new(StatusCode::FORBIDDEN, message).with_code("wrong_host")
     }
 
     pub fn unknown_model(asked: &str, served: &str) -> ApiError {
@@ -121,6 +138,9 @@ impl ApiError {
     pub fn response(&self) -> Response {
         let mut response = json_response(&self.json());
         *response.status_mut() = self.status;
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }

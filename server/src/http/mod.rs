@@ -1,32 +1,54 @@
-//! HTTP: what every route shares. Invariant: the model is set once; every limit on a client is in [`accept::Limits`].
+//! HTTP: what every route shares. Invariant: the model is set once; every limit on a client is in [`accept::Limits`],
+//! and who is a client is for [`access::Access`] to say.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::api::ServedModel;
 use accept::Limits;
+use access::Access;
 use error::ApiError;
 use metrics::HttpMetrics;
+use tokio::sync::watch;
+use tokio::time::timeout;
 
 pub mod accept;
+pub mod access;
 pub mod error;
 mod health;
+pub mod keys;
 pub mod metrics;
 mod page;
+mod peers;
 pub mod routes;
 mod stream;
+pub mod tls;
 
 pub struct App {
     pub limits: Limits,
+    pub access: Access,
     pub metrics: HttpMetrics,
     model: OnceLock<Arc<ServedModel>>,
     draining: AtomicBool,
+    /// Requests whose answer is not sent yet.
+    num_open: watch::Sender<usize>,
 }
 
+/// A request while its answer is not sent.
+pub struct OpenRequest(Arc<App>);
+
 impl App {
-    pub fn new(limits: Limits) -> App {
-        App { limits, metrics: HttpMetrics::default(), model: OnceLock::new(), draining: AtomicBool::new(false) }
+    pub fn new(limits: Limits, access: Access) -> App {
+        App {
+            limits,
+            access,
+            metrics: HttpMetrics::default(),
+            model: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            num_open: watch::Sender::new(0),
+        }
     }
 
     pub fn set_model(&self, model: ServedModel) {
@@ -42,15 +64,31 @@ impl App {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    pub fn open_request(self: &Arc<App>) -> OpenRequest {
+        self.num_open.send_modify(|num_open| *num_open += 1);
+        OpenRequest(self.clone())
+    }
+
+    /// Until no request is open; `false` if `most` is over before.
+    pub async fn all_answered(&self, most: Duration) -> bool {
+        timeout(most, self.num_open.subscribe().wait_for(|num_open| *num_open == 0)).await.is_ok()
+    }
+
     /// The model, or why there is none to be had now.
     pub fn serving(&self) -> Result<&Arc<ServedModel>, ApiError> {
         if self.draining.load(Ordering::Relaxed) {
-            return Err(ApiError::unavailable("the server is shutting down"));
+            return Err(ApiError::not_yet("the server is shutting down; ask another, or come again"));
         }
         let model = self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))?;
         match model.engine.stopped() {
             Some(reason) => Err(ApiError::unavailable(&format!("the engine has stopped: {reason}"))),
             None => Ok(model),
         }
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.num_open.send_modify(|num_open| *num_open -= 1);
     }
 }

@@ -10,10 +10,11 @@ use serde_json::Value;
 use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
-use warp::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use warp::reply::{Reply, Response};
 
 use super::accept::Limits;
+use super::access::Client;
 use super::error::{self, ApiError, json_response};
 use super::{App, health, metrics, page, stream};
 use crate::api::{self, Endpoint, Generation};
@@ -24,6 +25,8 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let script = warp::path!("page.js").and(warp::get()).map(page::script);
     let style = warp::path!("page.css").and(warp::get()).map(page::style);
     let live = warp::path!("health" / "live").and(warp::get()).map(health::live);
+    let healthy = warp::path!("health").and(warp::get()).and(with_app.clone());
+    let healthy = healthy.map(|app: Arc<App>| health::ready(&app));
     let ready = warp::path!("health" / "ready").and(warp::get()).and(with_app.clone());
     let ready = ready.map(|app: Arc<App>| health::ready(&app));
     let metrics = warp::path!("metrics").and(warp::get()).and(with_app.clone());
@@ -41,24 +44,52 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
     let generate = completions.or(chat).unify().and(warp::post()).and(with_app);
-    let generate = generate.and(warp::header::headers_cloned()).and(warp::body::stream()).then(generate_reply);
+    let generate = generate
+        .and(warp::ext::get())
+        .and(warp::header::headers_cloned())
+        .and(warp::body::stream())
+        .then(generate_reply);
     let api = models.or(limits).unify().or(generate).unify();
-    let rest = page.or(script).unify().or(style).unify().or(live).unify().or(ready).unify().or(metrics).unify();
+    let rest = page
+        .or(script)
+        .unify()
+        .or(style)
+        .unify()
+        .or(live)
+        .unify()
+        .or(ready)
+        .unify()
+        .or(healthy)
+        .unify()
+        .or(metrics)
+        .unify();
     api.or(rest).unify().recover(error::recover).unify()
 }
 
-async fn generate_reply<S, B>(endpoint: Endpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Response
+async fn generate_reply<S, B>(
+    endpoint: Endpoint,
+    app: Arc<App>,
+    client: Client,
+    headers: HeaderMap,
+    body: S,
+) -> Response
 where
     S: Stream<Item = Result<B, warp::Error>>,
     B: Buf,
 {
-    match generate(endpoint, app, headers, body).await {
+    match generate(endpoint, app, client, headers, body).await {
         Ok(response) => response,
         Err(error) => error.response(),
     }
 }
 
-async fn generate<S, B>(endpoint: Endpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Result<Response, ApiError>
+async fn generate<S, B>(
+    endpoint: Endpoint,
+    app: Arc<App>,
+    client: Client,
+    headers: HeaderMap,
+    body: S,
+) -> Result<Response, ApiError>
 where
     S: Stream<Item = Result<B, warp::Error>>,
     B: Buf,
@@ -69,12 +100,10 @@ where
     check_media_type(&headers)?;
     let arrived = Instant::now();
     let model = app.serving()?.clone();
-    let authorization = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = authorization.and_then(api::bearer_key).map(str::to_owned);
     // Templates and tokenizers are plain computation, and a long prompt's takes its time.
     let prepared = {
         let model = model.clone();
-        let prepare = move || api::prepare(endpoint, &model, key.as_deref(), &parse(&body)?);
+        let prepare = move || api::prepare(endpoint, &model, &client, &parse(&body)?);
         tokio::task::spawn_blocking(prepare).await
     };
     let (exchange, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;

@@ -1,0 +1,233 @@
+//! Who is let in, by key, by name and by web page; TLS; and how a server that ends lets go of those who are in.
+
+use std::io::Read as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use fullbore::http::access::Access;
+use fullbore::http::keys::Keys;
+use fullbore::http::tls::Tls;
+use rcgen::{CertifiedKey, generate_simple_self_signed};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
+
+use super::{Folder, Harness, Pace, Reply, Setup, events, post, read_reply};
+
+const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// A server whose clients are known by a file of keys, for requests to any name.
+fn keyed(lines: &str) -> Harness {
+    Setup { access: Access::new(LOCAL, keys(lines), &["*".to_owned()], &[]), ..Setup::default() }.start()
+}
+
+/// An empty folder of a test's own.
+fn folder(name: &str) -> Folder {
+    static NUM_FOLDERS: AtomicU32 = AtomicU32::new(0);
+    let folder = Folder::new(&format!("{name}-{}", NUM_FOLDERS.fetch_add(1, Ordering::Relaxed)));
+    std::fs::create_dir_all(&folder.0).expect("a folder");
+    folder
+}
+
+fn keys(lines: &str) -> Keys {
+    let folder = folder("keys");
+    let path = folder.0.join("keys");
+    std::fs::write(&path, lines).expect("a file");
+    Keys::new(&[], Some(&path)).expect("keys")
+}
+
+fn ask(server: &Harness, head: &str) -> Reply {
+    read_reply(server.send(format!("{head}\r\nconnection: close\r\n\r\n")))
+}
+
+fn chat_as(key: &str, body: &serde_json::Value) -> Vec<u8> {
+    let raw = post("/v1/chat/completions", body.to_string().as_bytes());
+    let text = String::from_utf8(raw).expect("text");
+    text.replacen("\r\n", &format!("\r\nauthorization: Bearer {key}\r\n"), 1).into_bytes()
+}
+
+#[test]
+fn nobody_asks_without_a_key() {
+    let server = keyed("the-right-key alice");
+    let paths = ["/v1/models", "/v1/limits", "/metrics", "/nowhere"];
+    for path in paths {
+        for header in ["", "\r\nauthorization: Bearer the-wrong-key", "\r\nauthorization: Basic the-right-key"] {
+            let reply = ask(&server, &format!("GET {path} HTTP/1.1\r\nhost: x{header}"));
+            assert_eq!(reply.error(401)["code"], "invalid_api_key", "{path} {header}");
+            assert!(reply.head.contains("www-authenticate: bearer"), "{}", reply.head);
+        }
+        for header in ["authorization: Bearer the-right-key", "x-api-key: the-right-key"] {
+            let reply = ask(&server, &format!("GET {path} HTTP/1.1\r\nhost: x\r\n{header}"));
+            assert_eq!(reply.status, if path == "/nowhere" { 404 } else { 200 }, "{path} {header}");
+        }
+    }
+    let body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
+    server.post("/v1/chat/completions", &body).error(401);
+    read_reply(server.send(chat_as("the-right-key", &body))).ok();
+    for open in ["/health", "/health/live", "/health/ready", "/", "/page.js", "/page.css"] {
+        assert_eq!(server.get(open).status, 200, "{open}");
+    }
+}
+
+#[test]
+fn keys_are_replaced_while_requests_run() {
+    let mut server = Setup { pace: Pace::Each(Duration::from_millis(5)), ..Setup::default() };
+    server.access = Access::new(LOCAL, keys("the-first-key alice"), &["*".to_owned()], &[]);
+    let server = server.start();
+    let body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 40, "ignore_eos": true});
+    let running = server.send(chat_as("the-first-key", &body));
+    let running_count = |server: &Harness| {
+        let reply = ask(server, "GET /metrics HTTP/1.1\r\nhost: x\r\nx-api-key: the-first-key");
+        reply.status == 200 && reply.text().contains("fullbore_requests_running 1")
+    };
+    server.wait_for("the request", running_count);
+    server.server.as_ref().expect("running").access().replace_keys(keys("the-second-key alice"));
+    read_reply(server.send(chat_as("the-first-key", &body))).error(401);
+    read_reply(server.send(chat_as("the-second-key", &body))).ok();
+    assert_eq!(read_reply(running).ok()["usage"]["completion_tokens"], 40);
+}
+
+#[test]
+fn a_keys_share_is_what_its_file_says() {
+    let mut setup = Setup { pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() };
+    setup.access = Access::new(LOCAL, keys("key-of-alice alice=1:1\nkey-of-bob bob"), &["*".to_owned()], &[]);
+    let server = setup.start();
+    let body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 60, "ignore_eos": true});
+    let running = || {
+        let reply = ask(&server, "GET /metrics HTTP/1.1\r\nhost: x\r\nx-api-key: key-of-bob");
+        let text = reply.text();
+        let line = text.lines().find_map(|line| line.strip_prefix("fullbore_requests_running ")).expect("a metric");
+        line.parse::<u32>().expect("a number")
+    };
+    let most_of = |key: &str| {
+        let streams: Vec<_> = (0..4).map(|_| server.send(chat_as(key, &body))).collect();
+        let mut most = 0;
+        for _ in 0..200 {
+            most = most.max(running());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
+        most
+    };
+    assert_eq!(most_of("key-of-alice"), 1);
+    assert_eq!(most_of("key-of-bob"), 4);
+}
+
+#[test]
+fn a_page_whose_name_was_pointed_here_is_turned_away() {
+    let server = Setup { access: Access::new(LOCAL, Keys::default(), &[], &[]), ..Setup::default() }.start();
+    for path in ["/v1/models", "/", "/health/live"] {
+        let reply = ask(&server, &format!("GET {path} HTTP/1.1\r\nhost: evil.example:8080"));
+        assert_eq!(reply.error(403)["code"], "wrong_host", "{path}");
+        assert_eq!(ask(&server, &format!("GET {path} HTTP/1.1\r\nhost: localhost:8080")).status, 200, "{path}");
+    }
+}
+
+#[test]
+fn other_sites_pages_read_nothing_unless_they_are_named() {
+    let closed = keyed("the-right-key");
+    let preflight = "OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: https://chat.example\r\n\
+                     access-control-request-method: POST";
+    let reply = ask(&closed, preflight);
+    assert!(reply.status == 401 && !reply.head.contains("access-control"), "{reply:?}");
+
+    let origins = ["https://chat.example".to_owned()];
+    let access = Access::new(LOCAL, keys("the-right-key"), &["*".to_owned()], &origins);
+    let server = Setup { access, ..Setup::default() }.start();
+    let reply = ask(&server, preflight);
+    assert_eq!(reply.status, 204, "{reply:?}");
+    for header in ["allow-origin: https://chat.example", "allow-headers: authorization", "allow-methods: get, post"] {
+        assert!(reply.head.contains(&format!("access-control-{header}")), "{}", reply.head);
+    }
+    // What a page may not do without a key it may read about.
+    let refused = ask(&server, "GET /v1/models HTTP/1.1\r\nhost: x\r\norigin: https://chat.example");
+    refused.error(401);
+    assert!(refused.head.contains("access-control-allow-origin: https://chat.example"), "{}", refused.head);
+    for origin in ["https://other.example", "https://chat.example.evil", "null"] {
+        let reply = ask(&server, &format!("GET /health/live HTTP/1.1\r\nhost: x\r\norigin: {origin}"));
+        assert!(!reply.head.contains("access-control"), "{origin}: {}", reply.head);
+        let reply = ask(&server, &preflight.replace("https://chat.example", origin));
+        assert_eq!(reply.status, 401, "{origin}: {reply:?}");
+    }
+}
+
+/// A certificate for localhost in two files of `folder`.
+fn certify(folder: &Folder) -> CertificateDer<'static> {
+    let CertifiedKey { cert, signing_key } =
+        generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    std::fs::write(folder.0.join("cert.pem"), cert.pem()).expect("a file");
+    std::fs::write(folder.0.join("key.pem"), signing_key.serialize_pem()).expect("a file");
+    cert.der().clone()
+}
+
+/// What a client that trusts `certificate` alone gets.
+fn get_by_tls(server: &Harness, certificate: &CertificateDer<'static>, path: &str) -> std::io::Result<Reply> {
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.clone()).expect("a certificate");
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+    let builder = builder.with_safe_default_protocol_versions().expect("versions");
+    let connector = TlsConnector::from(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()));
+    server.runtime.block_on(async {
+        let stream = TcpStream::connect(server.address).await?;
+        let name = ServerName::try_from("localhost").expect("a name");
+        let mut stream = connector.connect(name, stream).await?;
+        let head = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).await?;
+        Ok(super::parse_reply(&bytes))
+    })
+}
+
+#[test]
+fn tls_serves_and_its_files_are_replaced() {
+    let files = folder("tls");
+    let (cert, key) = (files.0.join("cert.pem"), files.0.join("key.pem"));
+    let first = certify(&files);
+    let server = Setup { tls: Some(Tls::open(&cert, &key).expect("files")), ..Setup::default() }.start();
+    assert_eq!(get_by_tls(&server, &first, "/v1/models").expect("TLS").status, 200);
+    // Whoever speaks plain HTTP gets no answer in it.
+    let mut plain = Vec::new();
+    // An error is as good as an alert.
+    let _ = server.send("GET / HTTP/1.1\r\nhost: x\r\n\r\n").read_to_end(&mut plain);
+    assert!(!plain.starts_with(b"HTTP"), "{}", String::from_utf8_lossy(&plain));
+    let tls = || server.server.as_ref().expect("running").tls().expect("TLS");
+    std::fs::write(&cert, "no certificate").expect("a file");
+    let sentence = tls().reload().expect_err("no certificate").to_string();
+    assert!(sentence.contains("--tls-cert") && sentence.contains("no certificate"), "{sentence}");
+    assert_eq!(get_by_tls(&server, &first, "/v1/models").expect("the old one").status, 200);
+    let second = certify(&files);
+    tls().reload().expect("files");
+    assert_eq!(get_by_tls(&server, &second, "/v1/models").expect("the new one").status, 200);
+    get_by_tls(&server, &first, "/v1/models").expect_err("the old one is gone");
+    let other = folder("tls");
+    certify(&other);
+    let sentence = Tls::open(&cert, &other.0.join("key.pem")).err().expect("another key").to_string();
+    assert!(sentence.contains("do not work together"), "{sentence}");
+}
+
+#[test]
+fn a_server_that_drains_answers_whom_it_has_and_refuses_others() {
+    let server = Setup { pace: Pace::Each(Duration::from_millis(5)), ..Setup::default() }.start();
+    let body = json!({"prompt": "x", "max_tokens": 100, "ignore_eos": true, "stream": true}).to_string();
+    let stream = server.send(post("/v1/completions", body.as_bytes()));
+    server.wait_for("the stream", |server| server.metric("fullbore_requests_running") == 1.0);
+    let running = server.server.as_ref().expect("running");
+    let most = Duration::from_secs(20);
+    std::thread::scope(|scope| {
+        let drained = scope.spawn(|| server.runtime.block_on(running.drain(most)));
+        server.wait_for("the end", |server| server.get("/health/ready").status == 503);
+        let reply = server.post("/v1/completions", &json!({"prompt": "x"}));
+        assert_eq!(reply.error(503)["code"], "unavailable");
+        assert!(reply.head.contains("retry-after:"), "{}", reply.head);
+        assert_eq!(server.get("/health/live").status, 200);
+        let all = events(&read_reply(stream).body, true);
+        assert_eq!(all.last().expect("events")["choices"][0]["finish_reason"], "length");
+        drained.join().expect("drained");
+    });
+}
