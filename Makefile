@@ -4,7 +4,7 @@ CACHE := $(or $(FULLBORE_CACHE),$(HOME)/.cache/fullbore)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: serve test test-full test-fresh verify bench models drivers toolchain
+.PHONY: serve test test-full test-fresh verify bench bench-lavapipe models drivers toolchain
 
 # Builds the server, fetches the default model and serves it.
 serve: toolchain
@@ -31,6 +31,10 @@ verify: toolchain drivers
 # Measured ratios to llama.cpp on this machine.
 bench: toolchain drivers
 	@scripts/bench.sh
+
+# Measured ratios to llama.cpp's Vulkan backend on software Vulkan; builds that once.
+bench-lavapipe: toolchain drivers
+	@scripts/bench-lavapipe.sh
 
 # The two models and the tokenizer vectors that tests read, into $(CACHE).
 models: toolchain
