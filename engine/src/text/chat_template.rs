@@ -14,7 +14,6 @@ use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread;
 use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
@@ -23,6 +22,7 @@ use minijinja::{Environment, Error, ErrorKind};
 
 use super::tokenizer::{Special, Tokenizer};
 use super::{TextError, python};
+use crate::deadline::{Lost, with_deadline};
 use crate::request::TokenId;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,6 +44,7 @@ pub struct ChatTemplate {
 type Rendering = Result<String, TextError>;
 
 const NAME: &str = "chat_template";
+const THREAD: &str = "chat-template";
 const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// The parser goes one level deeper with every `-` of a source; values may nest as deep as fuel allows. Only pages that
 /// are used cost memory.
@@ -68,7 +69,8 @@ impl ChatTemplate {
             return Err(TextError::Template(format!("its {} bytes are over {MAX_SOURCE_BYTES}", source.len())));
         }
         let source = source.to_string();
-        let env = with_deadline(DEADLINE, move || compile(source)).map_err(|lost| lost.sentence(DEADLINE))??;
+        let env = with_deadline(THREAD, STACK_BYTES, DEADLINE, move || compile(source))
+            .map_err(|lost| sentence(&lost, DEADLINE))??;
         let (bos, eos) = (bos.to_string(), eos.to_string());
         Ok(ChatTemplate { env, bos, eos, deadline: DEADLINE, late: Mutex::default() })
     }
@@ -124,8 +126,8 @@ impl ChatTemplate {
                 Err(error) => Err(reason(&error, fuel, max_bytes)),
             }
         };
-        with_deadline(self.deadline, work).unwrap_or_else(|lost| {
-            let sentence = lost.sentence(self.deadline);
+        with_deadline(THREAD, STACK_BYTES, self.deadline, work).unwrap_or_else(|lost| {
+            let sentence = sentence(&lost, self.deadline);
             if let Lost::Late(rendering) = lost {
                 self.late().push(rendering);
             }
@@ -158,36 +160,11 @@ fn compile(source: String) -> Result<Environment<'static>, TextError> {
     Ok(env)
 }
 
-/// Why a thread gave no result.
-enum Lost<T> {
-    /// Here it may still come.
-    Late(mpsc::Receiver<T>),
-    Failed(String),
-}
-
-impl<T> Lost<T> {
-    fn sentence(&self, deadline: Duration) -> TextError {
-        match self {
-            Lost::Late(_) => TextError::TemplateTime { deadline },
-            Lost::Failed(problem) => TextError::Template(problem.clone()),
-        }
+fn sentence<T>(lost: &Lost<T>, deadline: Duration) -> TextError {
+    match lost {
+        Lost::Late(_) => TextError::TemplateTime { deadline },
+        Lost::Failed(problem) => TextError::Template(problem.clone()),
     }
-}
-
-/// Does `work` on a thread with a deep stack, and leaves that thread alone once the deadline is over.
-fn with_deadline<T: Send + 'static>(
-    deadline: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Lost<T>> {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let thread = thread::Builder::new().name("chat-template".to_string()).stack_size(STACK_BYTES);
-    // Nobody listens any more after the deadline.
-    let spawned = thread.spawn(move || drop(sender.send(work())));
-    spawned.map_err(|error| Lost::Failed(format!("no thread could be started for it: {error}")))?;
-    receiver.recv_timeout(deadline).map_err(|error| match error {
-        mpsc::RecvTimeoutError::Timeout => Lost::Late(receiver),
-        mpsc::RecvTimeoutError::Disconnected => Lost::Failed("the template engine failed on it".to_string()),
-    })
 }
 
 impl Object for ChatMessage {
@@ -329,6 +306,7 @@ impl StandIns {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
     use std::time::Instant;
 
     use super::*;

@@ -30,7 +30,7 @@ pub fn jobs(model: &ServedModel, id: &str, key: Option<&str>, fields: &Fields) -
         error => ApiError::invalid("messages", error.to_string()),
     })?;
     let max_tokens = sampling.max_tokens.unwrap_or_else(|| Sampling::rest_of_context(model, ids.len()));
-    Ok(Jobs { jobs: sampling.jobs(id, vec![Prompt { ids, max_tokens, logprobs, echo: None }]), places })
+    Ok(Jobs { jobs: sampling.jobs(id, vec![Prompt { ids, max_tokens, logprobs, echo: None, grammar: None }]), places })
 }
 
 fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {

@@ -26,7 +26,7 @@ pub fn jobs(model: &ServedModel, id: &str, key: Option<&str>, fields: &Fields) -
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
         let max_tokens = sampling.max_tokens.unwrap_or_else(default);
         let echo = echo.then(|| text(model, &input, &ids));
-        Ok(Prompt { ids, max_tokens, logprobs, echo })
+        Ok(Prompt { ids, max_tokens, logprobs, echo, grammar: None })
     };
     let prompts = inputs.into_iter().map(prompt).collect::<Result<_, ApiError>>()?;
     Ok(Jobs { jobs: sampling.jobs(id, prompts), places })
