@@ -28,6 +28,17 @@ pub enum GrammarSource {
     Lark(String),
 }
 
+impl GrammarSource {
+    /// All of it as one part of a rule of Lark.
+    pub fn expression(&self) -> String {
+        match self {
+            GrammarSource::JsonSchema(schema) => format!("%json {}", compile::with_json_options(schema.clone())),
+            GrammarSource::Regex(regex) => format!("/{}/", llguidance::regex_to_lark(regex, "")),
+            GrammarSource::Lark(lark) => format!("%lark {{\n{lark}\n}}"),
+        }
+    }
+}
+
 /// A compiled grammar; clones share it.
 #[derive(Clone)]
 pub struct Grammar(Arc<Compiled>);

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
 use super::generation::Job;
+use super::reply::ReplyFormat;
 use super::tenancy::Tenancy;
 use super::{ServedModel, fields};
 use crate::http::error::ApiError;
@@ -41,6 +42,8 @@ pub struct Prompt {
     pub echo: Option<String>,
     /// What its texts follow.
     pub grammar: Option<Grammar>,
+    /// What there is in its texts; `None` for text alone.
+    pub reply: Option<ReplyFormat>,
 }
 
 impl Sampling {
@@ -131,7 +134,8 @@ impl Sampling {
                 share: self.tenancy.share,
                 priority: self.tenancy.priority,
             };
-            Job { request, nth, stops: self.stops.clone(), echo: prompt.echo.clone() }
+            let (echo, reply) = (prompt.echo.clone(), prompt.reply.clone());
+            Job { request, nth, stops: self.stops.clone(), echo, reply }
         };
         pairs.map(job).collect()
     }
