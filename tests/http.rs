@@ -31,6 +31,8 @@ use tokio::runtime::Runtime;
 
 mod access;
 mod limits;
+mod structured;
+mod tools;
 
 /// How steps end.
 #[derive(Clone, Copy, PartialEq)]
@@ -900,8 +902,8 @@ fn bad_fields_are_named() {
         (json!({"logprobs": 3}), "logprobs"),
         (json!({"top_logprobs": 3}), "top_logprobs"),
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
-        (json!({"tools": [{"type": "function"}]}), "tools"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"audio": {"voice": "x"}}), "audio"),
+        (json!({"reasoning_effort": 5}), "reasoning_effort"),
     ];
     for (change, name) in chats {
         let mut body = json!({"messages": message(json!("x")), "max_tokens": 1});

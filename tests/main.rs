@@ -12,6 +12,8 @@ mod formats;
 mod gguf_file;
 /// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.
 mod golden;
+/// Needs nothing: what compiles and what is refused in time, and engines on `sim` whose requests follow grammars.
+mod grammar;
 /// Needs nothing: the server on `sim` over real sockets.
 mod http;
 /// Needs nothing: what holds a simulated device back, provoked and named.

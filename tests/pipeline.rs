@@ -1,6 +1,7 @@
 //! Two steps in flight against the plain loop, on the backends that compute: the same tokens with the same
-//! log-probabilities, greedy and seeded, while memory runs out and sequences come back. `simulation` holds this on the
-//! simulator over thousands of workloads. Needs Vulkan drivers: fails without one.
+//! log-probabilities, greedy, seeded and under a grammar, while memory runs out and sequences come back; and nobody's
+//! bits change with a neighbour's grammar. `simulation` holds this on the simulator over thousands of workloads. Needs
+//! Vulkan drivers: fails without one.
 
 use std::sync::{Arc, Mutex};
 
@@ -64,7 +65,21 @@ fn requests() -> Vec<Request> {
     (0..10).map(request).collect()
 }
 
-fn run(mut backend: Box<dyn Backend>, pipeline_depth: u32) -> (Vec<Answer>, u64) {
+/// Every other one follows a grammar.
+fn with_grammars() -> Vec<Request> {
+    let grammar = crate::grammar::regex_for("[a-z]{4,30}[.!]", VOCAB_SIZE);
+    let follows = |(index, request): (usize, Request)| {
+        let grammar = (index % 2 == 1).then(|| grammar.clone());
+        Request { grammar, ..request }
+    };
+    requests().into_iter().enumerate().map(follows).collect()
+}
+
+fn run(backend: Box<dyn Backend>, pipeline_depth: u32) -> (Vec<Answer>, u64) {
+    run_all(backend, pipeline_depth, requests())
+}
+
+fn run_all(mut backend: Box<dyn Backend>, pipeline_depth: u32, requests: Vec<Request>) -> (Vec<Answer>, u64) {
     let config = EngineConfig {
         max_num_seqs: 4,
         max_num_batched_tokens: 24,
@@ -82,8 +97,8 @@ fn run(mut backend: Box<dyn Backend>, pipeline_depth: u32) -> (Vec<Answer>, u64)
     let model = Model::load(ModelConfig::tiny(VOCAB_SIZE, 2), limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
     engine.enable_swap().expect("the device is there");
-    let answers: Vec<Arc<Mutex<Answer>>> = requests().iter().map(|_| Arc::default()).collect();
-    for (request, answer) in requests().into_iter().zip(&answers) {
+    let answers: Vec<Arc<Mutex<Answer>>> = requests.iter().map(|_| Arc::default()).collect();
+    for (request, answer) in requests.into_iter().zip(&answers) {
         engine.add(request, Box::new(Client(answer.clone())));
     }
     let mut most_in_flight = 0;
@@ -116,9 +131,44 @@ fn check(name: &str, open: impl Fn() -> Box<dyn Backend>) {
     assert!(firsts.len() > 4, "{name}: {firsts:?}");
 }
 
+fn check_grammars(name: &str, open: impl Fn() -> Box<dyn Backend>) {
+    let (plain, _) = run_all(open(), 1, with_grammars());
+    let (piped, num_preemptions) = run_all(open(), 2, with_grammars());
+    assert_eq!(piped, plain, "{name}");
+    assert!(num_preemptions > 0, "{name}: memory did not run out");
+    let (free, _) = run(open(), 2);
+    for (index, (answer, free)) in piped.iter().zip(&free).enumerate() {
+        if index % 2 == 0 {
+            assert_eq!(answer, free, "{name}: request {index} beside grammars");
+            continue;
+        }
+        // Tokens 4 to 259 are the bytes.
+        let bytes: Vec<u8> = answer.tokens.iter().map(|(token, _)| (token.0 - 4) as u8).collect();
+        let (last, letters) = bytes.split_last().expect("a text");
+        let ended = matches!(last, b'.' | b'!');
+        assert!(letters.iter().all(u8::is_ascii_lowercase), "{name}: {bytes:?}");
+        assert_eq!(answer.reason == Some(FinishReason::Stop), ended, "{name}: {answer:?}");
+    }
+}
+
 #[test]
 fn two_steps_in_flight_give_what_one_gives_on_the_cpu() {
     check("cpu", || Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started")));
+}
+
+#[test]
+fn grammars_change_nobody_elses_bits_on_the_cpu() {
+    check_grammars("cpu", || Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started")));
+}
+
+#[test]
+fn grammars_change_nobody_elses_bits_on_wgpu() {
+    let found = devices();
+    assert!(!found.is_empty(), "no Vulkan driver: run `make test`, which fetches lavapipe");
+    for device in &found {
+        let options = WgpuOptions { selector: device.id.clone(), checked: true, ..WgpuOptions::default() };
+        check_grammars(&device.driver, || Box::new(WgpuBackend::open(&options).expect("a listed device opens")));
+    }
 }
 
 #[test]

@@ -148,7 +148,7 @@ fn submit(batch: &Batch, model: &Model, backend: &mut dyn Backend) -> Ticket {
     let mut packed = PackedBatch::default();
     packed.pack(batch, model.limits.max_blocks_per_seq(), &model.attention);
     let greedy = Request::default();
-    sampling::pack(batch, |_| &greedy, &mut packed);
+    sampling::pack(batch, |_| Some(&greedy), |_| None, &mut packed);
     let mut recording = model.recording();
     let inputs = Inputs::upload(&packed, &mut recording);
     model.record_copies(&batch.copies, &mut recording);

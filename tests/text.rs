@@ -431,7 +431,7 @@ mod chat {
     use super::*;
 
     fn message(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.to_string(), content: content.to_string() }
+        ChatMessage::new(role, content)
     }
 
     fn template(source: &str) -> ChatTemplate {
@@ -450,7 +450,7 @@ mod chat {
             let system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
             text += &format!("<|im_start|>system\n{system}<|im_end|>\n");
         }
-        for ChatMessage { role, content } in messages {
+        for ChatMessage { role, content, .. } in messages {
             text += &format!("<|im_start|>{role}\n{content}<|im_end|>\n");
         }
         text + if prompt { "<|im_start|>assistant\n" } else { "" }

@@ -239,7 +239,7 @@ impl PackedBatch {
         self.known_tokens.extend(batch.known_tokens.iter().map(|token| token.0));
     }
 
-    fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.ids.clear();
         self.positions.clear();
         self.slots.clear();

@@ -3,7 +3,6 @@
 //! Invariant: an `EngineConfig` that passed [`EngineConfig::check`] bounds every queue and every buffer; the sums are
 //! written beside the numbers. 0 is never "no limit".
 
-use crate::backend::MAX_IN_FLIGHT;
 use crate::cost::{CostModel, StepShape};
 use crate::model::StateLimits;
 use crate::request::Request;
@@ -121,7 +120,7 @@ impl EngineConfig {
             ("max_queue_ms", self.max_queue_ms.unwrap_or(1), 1, 1 << 24),
             // Every running sequence may sample in one step.
             ("max_logit_rows", self.max_logit_rows, self.max_num_seqs, 1 << 16),
-            ("pipeline_depth", self.pipeline_depth, 1, MAX_IN_FLIGHT as u32),
+            ("pipeline_depth", self.pipeline_depth, 1, 2),
         ];
         for (name, value, least, most) in ranges {
             if value < least {

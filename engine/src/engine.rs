@@ -12,15 +12,16 @@ use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
-use crate::backend::{Backend, DeviceError, Ticket};
+use crate::backend::{Backend, DeviceError};
 use crate::batch::{Batch, BlockCopy, CopyDirection, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
 use crate::forecast::Meter;
-use crate::limits::neighbours::{Company, Membership};
+use crate::grammar::{Grammar, Matcher};
+use crate::limits::neighbours::Membership;
 use crate::limits::{self, Limits, Phase, StepFacts};
 use crate::memory::{BlockCounts, KvCache};
-use crate::model::{Inputs, Model};
+use crate::model::Model;
 use crate::recording::Recording;
 use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Usage};
 use crate::sampling;
@@ -28,8 +29,12 @@ use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
 
 mod load;
+mod masks;
+mod step;
 mod times;
 mod warm_up;
+
+use step::{InFlight, Step, Submitted, record, record_forward};
 
 pub struct Engine {
     config: EngineConfig,
@@ -43,7 +48,7 @@ pub struct Engine {
     /// The step that is planned next, or was planned last and is not submitted.
     planned: Step,
     /// Submitted and not completed, oldest first.
-    in_flight: VecDeque<(Ticket, Step)>,
+    in_flight: VecDeque<InFlight>,
     /// Completed ones, to be filled again; the last one completed is at the end.
     spare: Vec<Step>,
     packed: PackedBatch,
@@ -58,6 +63,8 @@ pub struct Engine {
     /// When the device became idle, or turned to the step that runs now.
     device_free_at: Instant,
     last_step: StepTime,
+    /// Of the step that is being completed, what its parts have taken so far.
+    part_ns: u64,
     cost: CostFit,
     limits: Limits,
     /// Other engines on the device.
@@ -66,15 +73,6 @@ pub struct Engine {
     /// Zero of the meter's clock.
     created_at: Instant,
     stats: EngineStats,
-}
-
-/// A step from plan to results.
-struct Step {
-    batch: Batch,
-    trace: StepTrace,
-    facts: StepFacts,
-    submitted_at: Instant,
-    company: Company,
 }
 
 /// What a step took on the device.
@@ -87,6 +85,8 @@ pub struct StepTime {
 /// What a sequence's events need beyond the scheduler's view of it.
 struct Client {
     request: Arc<Request>,
+    /// Where the request has a grammar: at the last token that is known.
+    matcher: Option<Matcher>,
     sink: Box<dyn Sink>,
     arrived: Instant,
     /// When it first got a slot, on the meter's clock.
@@ -146,9 +146,9 @@ impl Engine {
             backend,
             clients: FxHashMap::default(),
             next_id: 0,
-            planned: Step::new(&config, now),
+            planned: Step::new(&config),
             in_flight: VecDeque::new(),
-            spare: (0..config.pipeline_depth).map(|_| Step::new(&config, now)).collect(),
+            spare: (0..config.pipeline_depth).map(|_| Step::new(&config)).collect(),
             packed: PackedBatch::default(),
             recording,
             downloads: Vec::new(),
@@ -159,6 +159,7 @@ impl Engine {
             started_at: now,
             device_free_at: now,
             last_step: StepTime::default(),
+            part_ns: 0,
             cost: CostFit::new(CostModel::UNKNOWN),
             limits: Limits::default(),
             neighbours: None,
@@ -237,9 +238,15 @@ impl Engine {
         let request = Arc::new(request);
         let chain = self.cache.chain(&request.prompt, request.cache_salt);
         self.scheduler.add(Sequence::new(id, request.clone(), chain));
-        let arrived = self.backend.now();
-        let client =
-            Client { request, sink, arrived, started_ns: None, first_token: None, prompt_logprobs: Vec::new() };
+        let client = Client {
+            matcher: request.grammar.as_ref().map(Grammar::matcher),
+            request,
+            sink,
+            arrived: self.backend.now(),
+            started_ns: None,
+            first_token: None,
+            prompt_logprobs: Vec::new(),
+        };
         self.clients.insert(id, client);
         id
     }
@@ -305,32 +312,61 @@ impl Engine {
         planned
     }
 
-    /// Records the planned batch and hands it to the device.
+    /// Records the planned batch and hands it to the device; what waits for masks follows as soon as they are known.
     pub fn submit(&mut self) -> Result<(), DeviceError> {
         self.turn_to(Phase::Record);
-        let request = |id: SequenceId| -> &Request { &self.clients[&id].request };
-        record(&self.planned.batch, request, &self.model, &mut self.packed, &mut self.recording);
+        self.planned.masks.find(&self.planned.batch, &self.clients);
+        let is_masked = !self.planned.masks.is_empty();
+        let (packed, recording) = (&mut self.packed, &mut self.recording);
+        if is_masked {
+            record_forward(&self.planned.batch, &self.model, packed, recording);
+        } else {
+            let request = |id: SequenceId| self.clients.get(&id).map(|client| &*client.request);
+            record(&self.planned.batch, request, &self.model, packed, recording);
+        }
         self.turn_to(Phase::Upload);
         let ticket = self.backend.submit(&self.recording)?;
-        self.planned.submitted_at = self.backend.now();
+        let submitted = Some(Submitted { ticket, at: self.backend.now() });
         self.limits.submitted();
         self.planned.company = self.neighbours.as_ref().map(|others| others.submitted()).unwrap_or_default();
         self.turn_to(Phase::Schedule);
         let next = self.spare.pop().expect("as many steps as may be in flight, and one that is planned");
-        self.in_flight.push_back((ticket, std::mem::replace(&mut self.planned, next)));
+        let step = std::mem::replace(&mut self.planned, next);
+        let (forward, choices) = if is_masked { (submitted, None) } else { (None, submitted) };
+        self.in_flight.push_back(InFlight { step, forward, choices });
+        if self.in_flight.len() == 1 {
+            self.submit_choices()?;
+            self.turn_to(Phase::Schedule);
+        }
         self.tell_started();
         Ok(())
     }
 
     /// Waits for the oldest step in flight and tells the clients what it brought.
     pub fn complete(&mut self) -> Result<(), DeviceError> {
-        let (ticket, mut step) = self.in_flight.pop_front().expect("a step was submitted");
+        let InFlight { mut step, forward, choices } = self.in_flight.pop_front().expect("a step was submitted");
         self.turn_to(Phase::ReadBack);
         self.downloads.clear();
-        let ran = self.backend.wait(ticket, &mut self.downloads)?;
-        self.count(&step, ran);
+        for (submitted, is_part) in [(forward, true), (choices, false)] {
+            let Some(Submitted { ticket, at }) = submitted else { continue };
+            let ran = self.backend.wait(ticket, &mut self.downloads)?;
+            self.count_part(&step, at, ran, is_part);
+        }
+        self.count(&step);
+        self.choose(&step);
+        // Before anything else, for the device may be waiting for it.
+        self.submit_choices()?;
+        self.turn_to(Phase::ReadBack);
+        self.publish(&mut step);
+        self.spare.push(step);
+        self.turn_from_step();
+        self.update_counts();
+        self.update_sums();
+        Ok(())
+    }
 
-        self.choose(&step.batch);
+    /// Takes in what was chosen, and tells the clients.
+    fn publish(&mut self, step: &mut Step) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.scheduler.complete(&mut self.cache, &step.batch, &self.choices, &mut step.trace, &mut outcomes);
         tracing::trace!("{}", step.trace);
@@ -344,11 +380,6 @@ impl Engine {
         }
         drop(told);
         (self.outcomes, self.logprobs) = (outcomes, logprobs);
-        self.spare.push(step);
-        self.turn_from_step();
-        self.update_counts();
-        self.update_sums();
-        Ok(())
     }
 
     /// Ends a sequence in any phase; its blocks are free at once.
@@ -392,7 +423,7 @@ impl Engine {
 
     /// Refills `choices` and `logprobs` with what the step brought for each slice; the log-probabilities of prompts go
     /// to their clients.
-    fn choose(&mut self, batch: &Batch) {
+    fn choose(&mut self, Step { batch, masks, .. }: &Step) {
         self.choices.clear();
         self.logprobs.clear();
         let results = sampling::read(batch, &self.downloads, self.model.config.vocab_size);
@@ -408,6 +439,7 @@ impl Engine {
                 client.prompt_logprobs.extend(result.prompt_logprobs);
             }
         }
+        masks.follow(&mut self.clients, &mut self.choices);
     }
 
     fn tell(&mut self, outcome: Outcome, logprobs: Option<TokenLogprobs>) {
@@ -444,32 +476,6 @@ impl Engine {
         self.stats.cached_tokens += u64::from(usage.cached_tokens);
         log_end(&client, word, usage, self.device_free_at);
         client.sink.event(Event::Finished { reason, usage });
-    }
-}
-
-impl Step {
-    fn new(config: &EngineConfig, now: Instant) -> Step {
-        let batch = Batch::with_capacity(config);
-        let trace = StepTrace::with_capacity(config.max_num_seqs);
-        Step { batch, trace, facts: StepFacts::default(), submitted_at: now, company: Company::default() }
-    }
-}
-
-/// Writes a batch down as what the device is to do.
-fn record<'a>(
-    batch: &Batch,
-    request: impl Fn(SequenceId) -> &'a Request,
-    model: &Model,
-    packed: &mut PackedBatch,
-    recording: &mut Recording,
-) {
-    packed.pack(batch, model.limits.max_blocks_per_seq(), &model.attention);
-    recording.clear();
-    sampling::pack(batch, request, packed);
-    let inputs = Inputs::upload(packed, recording);
-    model.record_copies(&batch.copies, recording);
-    if let Some(choices) = model.record(&inputs, recording) {
-        sampling::downloads(batch, choices, &mut recording.downloads);
     }
 }
 

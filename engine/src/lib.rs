@@ -10,6 +10,7 @@
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
 //! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long.
+//! - What a text must follow is a [`grammar`], compiled before its request comes in.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it. What it sees
 //!   of a device's time goes to [`limits`], which says what holds the device back.
 //! - [`verify`] holds a backend against the plain cpu, op by op: from the command line, before a model is loaded, and
@@ -26,11 +27,16 @@
 //! order, and everything rests on that: a token counts before its id is known and is read on the device by whoever
 //! follows; a freed block may be planned for another sequence at once; a full block is findable once it is submitted.
 //!
+//! What a row under a grammar may choose is known once its last token is. A step with such rows is two recordings: the
+//! pass, submitted as early as any other, and the choice, submitted with the masks when the step before it has been
+//! read. Masks are computed while the device is at the pass.
+//!
 //! # What must stay true
 //!
 //! - A request's tokens do not depend on its neighbours, on chunking, on sharing or on preemption: every matmul has one
 //!   accumulation order for each (N, K, format), and attention goes over tiles and cuts aligned to absolute positions,
 //!   whether one workgroup takes all cuts of a row or several do.
+//! - A request with a grammar never gets a token outside of it: what goes wrong with a mask ends the request.
 //! - A pipeline of two steps gives the tokens that the plain loop gives (`pipeline_depth` 1), bit for bit.
 //! - Whoever is turned away is told when to come again, by a forecast and not by a constant.
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
@@ -55,9 +61,11 @@ pub mod batch;
 pub mod bundle;
 pub mod config;
 pub mod cost;
+mod deadline;
 pub mod engine;
 pub mod forecast;
 pub mod format;
+pub mod grammar;
 pub mod limits;
 pub mod memory;
 pub mod model;

@@ -51,6 +51,8 @@ pub struct EndedStep {
     pub ended_ns: u64,
     /// Whether another engine had a step on the same device meanwhile.
     pub has_company: bool,
+    /// The rest of the step is still to come, and counts its tokens.
+    pub is_part: bool,
 }
 
 /// Time by cause.
@@ -253,7 +255,7 @@ impl Limits {
             self.charge(piece.start, held, own - of_computing, Some(step));
         }
         self.settle(ended_ns);
-        self.count(ended_ns, u64::from(step.shape.num_tokens), 0);
+        self.count(ended_ns, if step.is_part { 0 } else { u64::from(step.shape.num_tokens) }, 0);
     }
 
     fn charge(&mut self, at_ns: u64, cause: Cause, ns: u64, step: Option<&EndedStep>) {
@@ -316,6 +318,7 @@ mod tests {
             begun_ns,
             ended_ns,
             has_company: false,
+            is_part: false,
         }
     }
 

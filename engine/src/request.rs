@@ -6,6 +6,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::grammar::Grammar;
+
 /// An integer of the vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TokenId(pub u32);
@@ -22,6 +24,9 @@ pub struct Request {
     /// A sampled id among these ends the sequence with `FinishReason::Stop`; it is delivered as an event all the same.
     pub stop_ids: Vec<TokenId>,
     pub sampling: SamplingParams,
+    /// What the generated text must follow; where it lets nothing more follow, the sequence ends with
+    /// `FinishReason::Stop`.
+    pub grammar: Option<Grammar>,
     /// Log-probabilities of each sampled token and of this many most likely ones, at most `MAX_LOGPROBS`; `None` for
     /// none.
     pub logprobs: Option<u32>,
@@ -79,6 +84,10 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(TokenId, f32)>,
     /// One bit a token, by [`token_mask`]; `None` allows all.
     pub allowed_tokens: Option<Arc<[u32]>>,
+    /// Before so many tokens were generated `early_tokens` counts instead of `allowed_tokens`.
+    pub min_tokens: u32,
+    /// `allowed_tokens` but for those that would end the text.
+    pub early_tokens: Option<Arc<[u32]>>,
 }
 
 impl Default for SamplingParams {
@@ -94,6 +103,8 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             logit_bias: Vec::new(),
             allowed_tokens: None,
+            min_tokens: 0,
+            early_tokens: None,
         }
     }
 }
@@ -102,6 +113,12 @@ impl SamplingParams {
     /// Whether the choice of a token depends on those before it.
     pub fn is_penalised(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
+    }
+
+    /// The mask of the token that comes after `num_generated`; `None` allows all.
+    pub fn mask(&self, num_generated: u32) -> Option<&[u32]> {
+        let mask = if num_generated < self.min_tokens { &self.early_tokens } else { &self.allowed_tokens };
+        mask.as_deref()
     }
 }
 

@@ -23,19 +23,29 @@ pub struct SliceResult {
     pub prompt_logprobs: Vec<TokenLogprobs>,
 }
 
-/// Fills the part of `packed` that says what is asked of each logit row. `request` finds that of a planned sequence.
-pub fn pack<'a>(batch: &Batch, request: impl Fn(SequenceId) -> &'a Request, packed: &mut PackedBatch) {
-    for slice in &batch.slices {
+/// Fills the part of `packed` that says what is asked of each logit row. `request` finds that of a planned sequence,
+/// `mask` the tokens that the grammar of a slice's sequence allows, where it has one.
+pub fn pack<'a>(
+    batch: &Batch,
+    request: impl Fn(SequenceId) -> Option<&'a Request>,
+    mask: impl Fn(usize) -> Option<&'a [u32]>,
+    packed: &mut PackedBatch,
+) {
+    for (index, slice) in batch.slices.iter().enumerate() {
         let num_rows = slice.num_logit_rows();
         if num_rows == 0 {
             continue;
         }
-        let request = request(slice.sequence);
+        let Some(request) = request(slice.sequence) else {
+            // Its client has left since it was planned.
+            packed.sample_rows.extend((0..num_rows).map(|_| SampleRow::IDLE));
+            continue;
+        };
         for row in 0..num_rows {
             let asked = if row < slice.num_targets {
                 target(slice, request.prompt[(slice.start + row + 1) as usize])
             } else if slice.sample && row + 1 == num_rows {
-                choice(slice, request, &mut packed.extras)
+                choice(slice, request, mask(index), &mut packed.extras)
             } else {
                 SampleRow::IDLE
             };
@@ -49,13 +59,14 @@ fn target(slice: &Slice, token: TokenId) -> SampleRow {
     SampleRow { target: token.0, logprobs: slice.prompt_logprobs + 1, ..SampleRow::IDLE }
 }
 
-fn choice(slice: &Slice, request: &Request, extras: &mut Vec<u32>) -> SampleRow {
+fn choice(slice: &Slice, request: &Request, mask: Option<&[u32]>, extras: &mut Vec<u32>) -> SampleRow {
     let params = &request.sampling;
+    let mask = mask.or(params.mask(slice.end() - request.prompt.len() as u32));
     assert!(params.logit_bias.len() <= MAX_LOGIT_BIASES as usize && slice.logprobs.unwrap_or(0) <= MAX_LOGPROBS);
     let bias_at = extras.len() as u32;
     extras.extend(params.logit_bias.iter().flat_map(|(token, bias)| [token.0, bias.to_bits()]));
-    let mask_at = params.allowed_tokens.as_ref().map_or(NONE, |_| extras.len() as u32);
-    extras.extend(params.allowed_tokens.iter().flat_map(|mask| mask.iter()));
+    let mask_at = mask.map_or(NONE, |_| extras.len() as u32);
+    extras.extend(mask.into_iter().flatten());
     SampleRow {
         slot: slice.slot.0,
         position: slice.start + slice.num_tokens(),
@@ -205,7 +216,7 @@ mod tests {
     fn every_logit_row_says_what_is_asked_of_it() {
         let requests = [0, 1, 2].map(|id| request(SequenceId(id)));
         let mut packed = PackedBatch::default();
-        pack(&batch(), |id| &requests[id.0 as usize], &mut packed);
+        pack(&batch(), |id| Some(&requests[id.0 as usize]), |_| None, &mut packed);
         let [decode, first, second, last] = packed.sample_rows[..] else { panic!("{packed:?}") };
         assert_eq!((decode.slot, decode.position, decode.seed, decode.logprobs), (7, 10, [4, 3], 3));
         assert_eq!((decode.temperature, decode.num_biases, decode.mask_at), (0.5, 0, NONE));

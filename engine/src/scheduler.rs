@@ -87,6 +87,8 @@ pub enum Choice {
     /// The slice ended before the sequence's last token, or none was asked for.
     None,
     Token(TokenId),
+    /// The same, and its grammar lets nothing follow.
+    Last(TokenId),
     /// This sequence alone failed: what was computed for it is not to be trusted.
     Failed(String),
 }
@@ -346,7 +348,7 @@ impl Scheduler {
             _ if self.running_in(slice.slot, slice.sequence).is_some() => Some(slice.slot),
             // It may have been preempted while the step ran, and be back in another slot.
             Choice::Failed(_) => self.slot_of(slice.sequence),
-            Choice::Token(_) | Choice::None => None,
+            Choice::Token(_) | Choice::Last(_) | Choice::None => None,
         };
         // It may have ended while the step ran, or wait.
         let sequence = match slot {
@@ -357,12 +359,15 @@ impl Scheduler {
         let is_whole_prompt = sequence.request.max_tokens == 0 && slice.end() == sequence.num_prompt_tokens();
         let reason = match choice {
             Choice::Failed(sentence) => Some(FinishReason::Error(sentence.clone())),
-            Choice::Token(token) => {
+            Choice::Token(token) | Choice::Last(token) => {
                 sequence.num_pending -= 1;
                 sequence.tokens.push(*token);
                 cache.extend(&mut sequence.chain, &sequence.tokens);
                 outcome.token = Some(*token);
-                sequence.finish_reason(*token, max_model_len)
+                match choice {
+                    Choice::Last(_) => Some(FinishReason::Stop),
+                    _ => sequence.finish_reason(*token, max_model_len),
+                }
             }
             Choice::None => is_whole_prompt.then_some(FinishReason::Length),
         };

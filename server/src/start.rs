@@ -13,6 +13,7 @@ use fullbore_engine::backend::{Backend, DeviceError, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
 use fullbore_engine::engine::Engine;
+use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::tensor::KvType;
@@ -178,8 +179,10 @@ impl Plan {
         if let Some(cost) = self.costs.as_ref().and_then(SavedCosts::read) {
             engine.set_cost(cost);
         }
+        let grammars = GrammarCompiler::new(tokenizer.clone(), stop_ids.clone(), engine.model().config.vocab_size);
         Ok(ServedModel {
             name: self.name,
+            grammars,
             tokenizer,
             chat_template,
             defaults,

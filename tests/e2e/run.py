@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import urllib.error
 import urllib.request
 
 import openai
+import pydantic
 
 BINARY = sys.argv[1]
 PROMPTS = [f"Question {i}: name {i + 2} things that a cook in {place} would buy. Answer:" for i, place in enumerate(
@@ -150,6 +152,78 @@ def prompts_as_ids_and_lists(server):
     assert server.tokens(ids, 8) == by_text
     both = server.client.completions.create(model="smollm2", prompt=["Hello there", "Hello there"], max_tokens=8, temperature=0)
     assert len(both.choices) == 2 and both.choices[0].text == both.choices[1].text
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Tells the weather of a city.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["city", "days"], "additionalProperties": False}}}
+TIME = {"type": "function", "function": {"name": "time", "description": "Tells the time."}}
+ASK_WEATHER = [{"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+def forms_are_followed(server):
+    people = [{"role": "user", "content": "Invent a person, as JSON."}]
+    ask = {"model": "smollm2", "messages": people, "max_tokens": 200, "temperature": 0}
+    reply = server.client.chat.completions.parse(**ask, response_format=Person)
+    assert reply.choices[0].finish_reason in ("stop", "length"), reply
+    if reply.choices[0].finish_reason == "stop":
+        assert isinstance(reply.choices[0].message.parsed, Person), reply
+    short = {"type": "object", "properties": {"colour": {"enum": ["red", "green", "blue"]}}, "required": ["colour"],
+             "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "strict": True, "schema": short}}
+    whole = server.client.chat.completions.create(**ask, response_format=form)
+    assert whole.choices[0].finish_reason == "stop" and json.loads(whole.choices[0].message.content)["colour"] in short[
+        "properties"]["colour"]["enum"], whole
+    parts = server.client.chat.completions.create(**ask, response_format=form, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    for extra, pattern in [({"structured_outputs": {"regex": "[0-9]{3}-[a-z]+"}}, "[0-9]{3}-[a-z]+"),
+                           ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+                           ({"structured_outputs": {"grammar": "start: A+\nA: \"ab\" | \"cd\""}}, "(ab|cd)+")]:
+        reply = server.client.chat.completions.create(**{**ask, "max_tokens": 30}, extra_body=extra)
+        text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        assert reason == "length" or re.fullmatch(pattern, text), (extra, reply)
+    try:
+        server.client.chat.completions.create(**ask, extra_body={"structured_outputs": {"regex": "("}})
+        raise AssertionError("a broken regex was taken")
+    except openai.BadRequestError as error:
+        assert error.param == "structured_outputs.regex", error
+
+
+def functions_are_called(server):
+    ask = {"model": "smollm2", "messages": ASK_WEATHER, "tools": [WEATHER, TIME], "max_tokens": 200, "temperature": 0,
+           "parallel_tool_calls": False}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice, reason in [("required", "tool_calls"), (named, "stop")]:
+        whole = server.client.chat.completions.create(**ask, tool_choice=choice)
+        assert whole.choices[0].finish_reason == reason and whole.choices[0].message.content is None, whole
+        [call] = whole.choices[0].message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert call.type == "function" and call.id, call
+        if call.function.name == "weather":
+            assert isinstance(arguments["city"], str) and isinstance(arguments["days"], int), call
+        # The client's own way to add up a stream.
+        with server.client.chat.completions.stream(**ask, tool_choice=choice) as stream:
+            streamed = stream.get_final_completion()
+        [again] = streamed.choices[0].message.tool_calls
+        assert (again.function.name, again.function.arguments) == (call.function.name, call.function.arguments), again
+        assert streamed.choices[0].finish_reason == reason, streamed
+    history = ASK_WEATHER + [whole.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "Sunny, 3 days."}]
+    reply = server.client.chat.completions.create(**{**ask, "messages": history, "max_tokens": 16}, tool_choice="none")
+    assert reply.choices[0].message.content and not reply.choices[0].message.tool_calls, reply
+    free = server.client.chat.completions.create(**{**ask, "max_tokens": 40}, tool_choice="auto")
+    assert free.choices[0].finish_reason in ("stop", "length", "tool_calls"), free
+
+
+def texts_become_tokens(server):
+    status, text = server.post("/tokenize", {"prompt": "Hello there"})
+    tokens = json.loads(text)["tokens"]
+    assert status == 200 and json.loads(server.post("/detokenize", {"tokens": tokens})[1])["prompt"].endswith("Hello there")
+    assert "Name three primary colours." in json.loads(server.post("/apply-template", {"messages": CHAT})[1])["prompt"]
 
 
 def bad_input_is_named(server):
@@ -293,7 +367,7 @@ COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_
             what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
-          bad_input_is_named, a_dropped_client_frees_its_blocks]
+          forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks]
 
 
 def run(name, test, *arguments):

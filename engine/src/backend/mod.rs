@@ -32,8 +32,8 @@ pub mod sim;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
-/// Recordings submitted and not yet waited for, at most.
-pub const MAX_IN_FLIGHT: usize = 2;
+/// Recordings submitted and not yet waited for, at most: a step is one, or two where masks come late.
+pub const MAX_IN_FLIGHT: usize = 4;
 
 pub trait Backend: Send {
     fn info(&self) -> &DeviceInfo;

@@ -284,7 +284,8 @@ impl SimBackend {
         Seen { hash, num_positions }
     }
 
-    /// What a recording's time depends on, read off its ops; all layers attend alike.
+    /// What a recording's time depends on, read off its ops; all layers attend alike. One that only samples is the end
+    /// of a pass whose rows have been counted.
     fn shape(&self, recording: &Recording) -> StepShape {
         let (mut num_tokens, mut num_logit_rows, mut seen) = (0, 0, StepShape::default());
         for op in &recording.ops {
@@ -298,7 +299,7 @@ impl SimBackend {
                         seen = seen.with_slice(slice[0][3], last[0] + last[1] - slice[0][0], 0);
                     }
                 }
-                Op::Sample(op) => num_logit_rows = op.logits.rows,
+                Op::AddNorm(AddNorm { rows: Some(rows), .. }) => num_logit_rows = rows.rows,
                 _ => {}
             }
         }
@@ -355,7 +356,10 @@ impl Backend for SimBackend {
         self.num_submitted += 1;
         let copied: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
         let copies_ns = (copied as f64 / 1e6 * self.options.ns_per_copied_megabyte) as u64;
-        let cost_ns = self.options.cost.predict_ns(&self.shape(recording)) + copies_ns;
+        let shape = self.shape(recording);
+        let only_samples = matches!(recording.ops.as_slice(), [Op::Sample(_)]);
+        let pass_ns = if only_samples { 0 } else { self.options.cost.predict_ns(&shape) };
+        let cost_ns = pass_ns + copies_ns;
         self.free_at_ns = self.free_at_ns.max(self.clock.now_ns()) + cost_ns;
         let begins =
             self.in_flight.back().and_then(|before| before.done_at).max(self.options.sleeps.then(Instant::now));

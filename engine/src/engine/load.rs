@@ -29,13 +29,13 @@ impl Engine {
 
     /// Tells those that got their first slot in the step that was submitted last.
     pub(super) fn tell_started(&mut self) {
-        if self.in_flight.back().is_none_or(|(_, step)| step.trace.admitted.is_empty()) {
+        if self.in_flight.back().is_none_or(|newest| newest.step.trace.admitted.is_empty()) {
             return;
         }
         self.turn_to(Phase::ReadBack);
         let now_ns = self.now_ns();
-        let (_, step) = self.in_flight.back_mut().expect("a step was submitted");
-        let admitted = std::mem::take(&mut step.trace.admitted);
+        let newest = self.in_flight.back_mut().expect("a step was submitted");
+        let admitted = std::mem::take(&mut newest.step.trace.admitted);
         for &(id, cached_tokens) in &admitted {
             let Some(client) = self.clients.get_mut(&id).filter(|client| client.started_ns.is_none()) else { continue };
             client.started_ns = Some(now_ns);
@@ -44,7 +44,7 @@ impl Engine {
                 self.abort(id);
             }
         }
-        self.in_flight.back_mut().expect("a step was submitted").1.trace.admitted = admitted;
+        self.in_flight.back_mut().expect("a step was submitted").step.trace.admitted = admitted;
         self.turn_to(Phase::Schedule);
     }
 

@@ -63,28 +63,34 @@ impl Engine {
         (snapshot, verdict)
     }
 
-    /// Takes in the time of a step that has ended.
-    pub(super) fn count(&mut self, step: &Step, ran: Range<Instant>) {
+    /// Takes in when the device was at a recording of a step that is being completed: its last, or a part before that.
+    pub(super) fn count_part(&mut self, step: &Step, submitted_at: Instant, ran: Range<Instant>, is_part: bool) {
         let begun = ran.start.max(self.device_free_at);
         let ended_at = ran.end.max(begun);
         self.device_free_at = ended_at;
-        let shape = step.batch.shape();
-        self.last_step = StepTime { shape, device_ns: (ended_at - begun).as_nanos() as u64 };
-        let has_company = self.neighbours.as_ref().is_some_and(|others| others.ended(step.company));
+        self.part_ns += (ended_at - begun).as_nanos() as u64;
         self.limits.ended(&EndedStep {
-            shape,
+            shape: step.batch.shape(),
             facts: step.facts,
-            submitted_ns: self.since_start(step.submitted_at),
+            submitted_ns: self.since_start(submitted_at),
             begun_ns: self.since_start(begun),
             ended_ns: self.since_start(ended_at),
-            has_company,
+            has_company: self.neighbours.as_ref().is_some_and(|others| others.had(step.company)),
+            is_part,
         });
+    }
+
+    /// Takes in what a step has cost, of which all parts have been counted.
+    pub(super) fn count(&mut self, step: &Step) {
+        let shape = step.batch.shape();
+        self.last_step = StepTime { shape, device_ns: std::mem::take(&mut self.part_ns) };
+        let has_company = self.neighbours.as_ref().is_some_and(|others| others.ended(step.company));
         // What it takes in company is no price of the device; before any is known it is better than nothing.
         let counts = !has_company || !self.cost.model().is_known();
         if counts && self.cost.observe(&shape, self.last_step.device_ns) {
             self.take_cost();
         }
-        self.stats.last_step_ms = (ended_at - begun).as_secs_f64() * 1e3;
+        self.stats.last_step_ms = self.last_step.device_ns as f64 / 1e6;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
         let num_prefill_tokens = step.trace.num_prefill_tokens();

@@ -25,7 +25,7 @@ impl Engine {
         let mut timed = Duration::ZERO;
         for nth in 0..=NUM_STEPS {
             let begun = self.backend.now();
-            record(&batch, |_| &request, &self.model, &mut self.packed, &mut self.recording);
+            record(&batch, |_| Some(&request), &self.model, &mut self.packed, &mut self.recording);
             let ticket = self.backend.submit(&self.recording)?;
             self.downloads.clear();
             self.backend.wait(ticket, &mut self.downloads)?;

@@ -58,6 +58,11 @@ impl Membership {
     /// Its oldest step, beside which `then` was seen, has ended; whether it ran in company.
     pub fn ended(&self, then: Company) -> bool {
         self.me.num_in_flight.fetch_sub(1, Ordering::AcqRel);
+        self.had(then)
+    }
+
+    /// Whether that step has run in company until now.
+    pub fn had(&self, then: Company) -> bool {
         let now = self.company();
         then.is_busy || now.is_busy || now.num_submitted > then.num_submitted
     }

@@ -3,7 +3,7 @@
 use crate::backend::{Backend, DeviceError};
 use crate::batch::attention::AttentionLimits;
 use crate::model::weights::{Linear, Part};
-use crate::model::{Choices, Inputs, Model, ModelConfig, StateLimits, alloc_f32, alloc_u32};
+use crate::model::{Choices, Inputs, Model, ModelConfig, SamplingInputs, StateLimits, alloc_f32, alloc_u32};
 use crate::op::{
     AddNorm, Attention, CHOSEN_WORDS, Embed, GatedAct, MAX_TOP, MatMul, Op, ResetCounts, RmsNorm, RopeKv, Sample,
     UpdateTable, slice_cols,
@@ -14,6 +14,13 @@ use crate::tensor::Tensor;
 impl Model {
     /// Appends the pass over `inputs` to `recording`. Returns where the choices will lie, if any row has logits.
     pub fn record(&self, inputs: &Inputs, recording: &mut Recording) -> Option<Choices> {
+        let num_rows = self.record_logits(inputs, recording)?;
+        assert_eq!(num_rows, inputs.sampling.rows.rows, "a sample row for each row of logits");
+        Some(self.record_choices(&inputs.sampling, recording))
+    }
+
+    /// The same up to the logits. Returns how many rows have them.
+    pub fn record_logits(&self, inputs: &Inputs, recording: &mut Recording) -> Option<u32> {
         let scratch = self.scratch.first_rows(inputs.ids.rows);
         if let Some(entries) = inputs.table_updates {
             recording.push(Op::UpdateTable(UpdateTable { entries, table: self.block_table }));
@@ -54,19 +61,25 @@ impl Model {
         self.add_norm(post_norm, self.weights.final_norm, Some(rows), last_normed, &scratch, recording);
         let weight = self.weights.output;
         recording.push(Op::MatMul(MatMul { x: last_normed, weight, bias: None, first_col: 0, out: logits }));
+        Some(rows.rows)
+    }
+
+    /// Appends the choice from the logits that the last pass left, one row for each of `inputs`.
+    pub fn record_choices(&self, inputs: &SamplingInputs, recording: &mut Recording) -> Choices {
+        let num_rows = inputs.rows.rows;
         let choices =
-            Choices { chosen: self.scratch.chosen.first_rows(rows.rows), top: self.scratch.top.first_rows(rows.rows) };
+            Choices { chosen: self.scratch.chosen.first_rows(num_rows), top: self.scratch.top.first_rows(num_rows) };
         recording.push(Op::Sample(Sample {
-            logits,
-            rows: inputs.sample_rows,
+            logits: self.scratch.logits.first_rows(num_rows),
+            rows: inputs.rows,
             extras: inputs.extras,
             counts: self.counts,
-            slices: self.scratch.slices.first_rows(rows.rows),
+            slices: self.scratch.slices.first_rows(num_rows),
             sampled: self.sampled,
             chosen: choices.chosen,
             top: choices.top,
         }));
-        Some(choices)
+        choices
     }
 
     fn record_attention(&self, layer: usize, inputs: &Inputs, scratch: &Scratch, recording: &mut Recording) {

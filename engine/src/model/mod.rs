@@ -111,8 +111,22 @@ pub struct Inputs {
     logit_rows: Option<Tensor>,
     /// Resets and known tokens.
     resets: Option<(Tensor, Tensor)>,
-    sample_rows: Tensor,
+    sampling: SamplingInputs,
+}
+
+/// What is asked of each logit row, as tensors of a recording's upload.
+#[derive(Clone, Copy)]
+pub struct SamplingInputs {
+    rows: Tensor,
     extras: Tensor,
+}
+
+impl SamplingInputs {
+    /// Appends that part of `batch` to the recording's upload.
+    pub fn upload(batch: &PackedBatch, recording: &mut Recording) -> SamplingInputs {
+        let rows = recording.upload(bytemuck::cast_slice(&batch.sample_rows), SAMPLE_ROW_WORDS);
+        SamplingInputs { rows, extras: recording.upload(&batch.extras, 1) }
+    }
 }
 
 /// An attention plan as tensors.
@@ -133,9 +147,8 @@ pub struct Choices {
 }
 
 impl Inputs {
-    /// Appends `batch` to the recording's upload.
+    /// Appends `batch` to the recording's upload. It may come without sample rows, for [`Model::record_logits`] alone.
     pub fn upload(batch: &PackedBatch, recording: &mut Recording) -> Inputs {
-        assert_eq!(batch.logit_rows.len(), batch.sample_rows.len(), "a sample row for each row of logits");
         let non_empty = |tensor: Tensor| (tensor.rows > 0).then_some(tensor);
         let plan = |plan: &AttentionPlan| AttentionInputs {
             items: recording.upload(&plan.items, ATTENTION_ITEM_WORDS),
@@ -152,8 +165,7 @@ impl Inputs {
             logit_rows: non_empty(recording.upload(&batch.logit_rows, 1)),
             resets: non_empty(recording.upload(&batch.resets, 4))
                 .map(|resets| (resets, recording.upload(&batch.known_tokens, 1))),
-            sample_rows: recording.upload(bytemuck::cast_slice(&batch.sample_rows), SAMPLE_ROW_WORDS),
-            extras: recording.upload(&batch.extras, 1),
+            sampling: SamplingInputs::upload(batch, recording),
         }
     }
 }

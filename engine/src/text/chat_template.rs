@@ -13,27 +13,56 @@
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Enumerator, Object, Value};
+use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
+use serde_json::{Map, Value as Json};
 
 use super::tokenizer::{Special, Tokenizer};
 use super::{TextError, python};
+use crate::deadline::{Lost, with_deadline};
 use crate::request::TokenId;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ChatMessage {
     pub role: String,
     pub content: String,
+    /// What else templates may find there: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`.
+    pub extra: Map<String, Json>,
+}
+
+impl ChatMessage {
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> ChatMessage {
+        ChatMessage { role: role.into(), content: content.into(), extra: Map::new() }
+    }
+}
+
+/// All that a template is given.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ChatInput<'a> {
+    pub messages: &'a [ChatMessage],
+    pub add_generation_prompt: bool,
+    /// Functions that may be called, as OpenAI writes them.
+    pub tools: Option<&'a [Json]>,
+    /// More variables of the template; what it has anyway is not theirs to change.
+    pub variables: Option<&'a Map<String, Json>>,
+}
+
+/// A chat as a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    pub ids: Vec<TokenId>,
+    /// What it says as text, its end included.
+    pub text: String,
 }
 
 #[derive(Debug)]
 pub struct ChatTemplate {
     env: Environment<'static>,
+    source: String,
     bos: String,
     eos: String,
     deadline: Duration,
@@ -44,6 +73,7 @@ pub struct ChatTemplate {
 type Rendering = Result<String, TextError>;
 
 const NAME: &str = "chat_template";
+const THREAD: &str = "chat-template";
 const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// The parser goes one level deeper with every `-` of a source; values may nest as deep as fuel allows. Only pages that
 /// are used cost memory.
@@ -68,9 +98,16 @@ impl ChatTemplate {
             return Err(TextError::Template(format!("its {} bytes are over {MAX_SOURCE_BYTES}", source.len())));
         }
         let source = source.to_string();
-        let env = with_deadline(DEADLINE, move || compile(source)).map_err(|lost| lost.sentence(DEADLINE))??;
+        let compiled = source.clone();
+        let env = with_deadline(THREAD, STACK_BYTES, DEADLINE, move || compile(compiled))
+            .map_err(|lost| sentence(&lost, DEADLINE))??;
         let (bos, eos) = (bos.to_string(), eos.to_string());
-        Ok(ChatTemplate { env, bos, eos, deadline: DEADLINE, late: Mutex::default() })
+        Ok(ChatTemplate { env, source, bos, eos, deadline: DEADLINE, late: Mutex::default() })
+    }
+
+    /// The template as it is written.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The ids of the whole prompt, a BOS token included where the template writes one.
@@ -80,30 +117,32 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<Vec<TokenId>, TextError> {
-        self.encode_at_most(tokenizer, messages, add_generation_prompt, usize::MAX)
+        let input = ChatInput { messages, add_generation_prompt, ..ChatInput::default() };
+        Ok(self.encode_at_most(tokenizer, &input, usize::MAX)?.ids)
     }
 
-    /// The same, refused before anything is tokenized where the prompt can only be more than `max_tokens` long.
+    /// The same with all that there may be, refused before anything is tokenized where the prompt can only be more than
+    /// `max_tokens` long.
     pub fn encode_at_most(
         &self,
         tokenizer: &Tokenizer,
-        messages: &[ChatMessage],
-        add_generation_prompt: bool,
+        input: &ChatInput,
         max_tokens: usize,
-    ) -> Result<Vec<TokenId>, TextError> {
+    ) -> Result<Prompt, TextError> {
         let mut stand_ins = StandIns::new();
-        let safe: Vec<_> = messages.iter().map(|message| stand_ins.replace_in(message, tokenizer)).collect();
-        let rendered = self.render(safe, add_generation_prompt)?;
-        let least_tokens = tokenizer.least_tokens(stand_ins.restore(&rendered).len());
+        let safe = Safe::new(input, &mut stand_ins, tokenizer);
+        let rendered = self.render(safe)?;
+        let text = stand_ins.restore(&rendered).into_owned();
+        let least_tokens = tokenizer.least_tokens(text.len());
         if least_tokens > max_tokens {
             return Err(TextError::TooLong { least_tokens });
         }
-        Ok(tokenizer.encode_restoring(&rendered, Special::Parse, |text| stand_ins.restore(text)))
+        let ids = tokenizer.encode_restoring(&rendered, Special::Parse, |text| stand_ins.restore(text));
+        Ok(Prompt { ids, text })
     }
 
-    fn render(&self, messages: Vec<ChatMessage>, add_generation_prompt: bool) -> Rendering {
-        let num_bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
-        let num_messages = messages.len() as u64;
+    fn render(&self, safe: Safe) -> Rendering {
+        let Safe { num_bytes, num_messages, add_generation_prompt, .. } = safe;
         let fuel = FUEL + num_messages * FUEL_PER_MESSAGE + (num_bytes * MAX_PASSES / 64) as u64;
         let max_bytes = MAX_OUTPUT_BYTES + num_bytes * MAX_PASSES;
         if self.is_at_work() {
@@ -113,10 +152,10 @@ impl ChatTemplate {
         env.set_fuel(Some(fuel));
         let (bos_token, eos_token) = (self.bos.clone(), self.eos.clone());
         let work = move || {
-            let messages: Value = messages.into_iter().map(Value::from_object).collect();
-            let (tools, documents) = (Value::from(()), Value::from(()));
-            let context =
-                minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
+            let Safe { messages, tools, variables, .. } = safe;
+            let documents = Value::from(());
+            let own = minijinja::context! { messages, add_generation_prompt, bos_token, eos_token, tools, documents };
+            let context = minijinja::context! { ..own, ..variables };
             let template = env.get_template(NAME).expect("`compile` added it");
             let mut output = Capped { bytes: Vec::new(), max_bytes };
             match template.render_captured_to(context, &mut output) {
@@ -124,8 +163,8 @@ impl ChatTemplate {
                 Err(error) => Err(reason(&error, fuel, max_bytes)),
             }
         };
-        with_deadline(self.deadline, work).unwrap_or_else(|lost| {
-            let sentence = lost.sentence(self.deadline);
+        with_deadline(THREAD, STACK_BYTES, self.deadline, work).unwrap_or_else(|lost| {
+            let sentence = sentence(&lost, self.deadline);
             if let Lost::Late(rendering) = lost {
                 self.late().push(rendering);
             }
@@ -158,49 +197,73 @@ fn compile(source: String) -> Result<Environment<'static>, TextError> {
     Ok(env)
 }
 
-/// Why a thread gave no result.
-enum Lost<T> {
-    /// Here it may still come.
-    Late(mpsc::Receiver<T>),
-    Failed(String),
+fn sentence<T>(lost: &Lost<T>, deadline: Duration) -> TextError {
+    match lost {
+        Lost::Late(_) => TextError::TemplateTime { deadline },
+        Lost::Failed(problem) => TextError::Template(problem.clone()),
+    }
 }
 
-impl<T> Lost<T> {
-    fn sentence(&self, deadline: Duration) -> TextError {
-        match self {
-            Lost::Late(_) => TextError::TemplateTime { deadline },
-            Lost::Failed(problem) => TextError::Template(problem.clone()),
+/// What a template is given, with stand-ins for all that must not be spelled.
+struct Safe {
+    messages: Value,
+    tools: Value,
+    variables: Value,
+    add_generation_prompt: bool,
+    num_messages: u64,
+    /// Of all texts.
+    num_bytes: usize,
+}
+
+impl Safe {
+    fn new(input: &ChatInput, stand_ins: &mut StandIns, tokenizer: &Tokenizer) -> Safe {
+        let ChatInput { messages, add_generation_prompt, tools, variables } = *input;
+        let mut num_bytes = 0;
+        let mut safe_fields = |fields: &Map<String, Json>, stand_ins: &mut StandIns| -> Map<String, Json> {
+            let safe = |(name, json): (&String, &Json)| {
+                num_bytes += name.len();
+                (name.clone(), stand_ins.json(json, tokenizer, &mut num_bytes))
+            };
+            fields.iter().map(safe).collect()
+        };
+        let variables = variables.map(|variables| safe_fields(variables, stand_ins));
+        let message = |ChatMessage { role, content, extra }: &ChatMessage| {
+            let mut fields = Map::new();
+            fields.insert("role".to_string(), Json::from(stand_ins.role(role, tokenizer)));
+            fields.insert("content".to_string(), Json::from(stand_ins.replace(content, tokenizer)));
+            fields.extend(safe_fields(extra, stand_ins));
+            fields
+        };
+        let safe: Vec<Map<String, Json>> = messages.iter().map(message).collect();
+        num_bytes += messages.iter().map(|message| message.role.len() + message.content.len()).sum::<usize>();
+        let tools: Option<Vec<Json>> =
+            tools.map(|tools| tools.iter().map(|tool| stand_ins.json(tool, tokenizer, &mut num_bytes)).collect());
+        Safe {
+            messages: safe.into_iter().map(Json::Object).map(template_value).collect(),
+            tools: tools.map_or_else(|| Value::from(()), |tools| template_value(Json::Array(tools))),
+            variables: template_value(Json::Object(variables.unwrap_or_default())),
+            add_generation_prompt,
+            num_messages: messages.len() as u64,
+            num_bytes,
         }
     }
 }
 
-/// Does `work` on a thread with a deep stack, and leaves that thread alone once the deadline is over.
-fn with_deadline<T: Send + 'static>(
-    deadline: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Lost<T>> {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let thread = thread::Builder::new().name("chat-template".to_string()).stack_size(STACK_BYTES);
-    // Nobody listens any more after the deadline.
-    let spawned = thread.spawn(move || drop(sender.send(work())));
-    spawned.map_err(|error| Lost::Failed(format!("no thread could be started for it: {error}")))?;
-    receiver.recv_timeout(deadline).map_err(|error| match error {
-        mpsc::RecvTimeoutError::Timeout => Lost::Late(receiver),
-        mpsc::RecvTimeoutError::Disconnected => Lost::Failed("the template engine failed on it".to_string()),
-    })
-}
-
-impl Object for ChatMessage {
-    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        match key.as_str()? {
-            "role" => Some(Value::from(self.role.as_str())),
-            "content" => Some(Value::from(self.content.as_str())),
-            _ => None,
+/// JSON as a template knows it, in the order that it is written in.
+fn template_value(json: Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(value) => Value::from(value),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(integer), _) => Value::from(integer),
+            (_, Some(integer)) => Value::from(integer),
+            _ => Value::from(number.as_f64().unwrap_or_default()),
+        },
+        Json::String(text) => Value::from(text),
+        Json::Array(items) => items.into_iter().map(template_value).collect(),
+        Json::Object(fields) => {
+            Value::from_pairs(fields.into_iter().map(|(name, value)| (name, template_value(value))))
         }
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Str(&["role", "content"])
     }
 }
 
@@ -268,16 +331,33 @@ impl StandIns {
         StandIns { tag: (0..4).map(|place| digit(random >> (place * DIGIT_BITS))).collect(), spellings: Vec::new() }
     }
 
-    fn replace_in(&mut self, message: &ChatMessage, tokenizer: &Tokenizer) -> ChatMessage {
-        let role = message.role.as_str();
-        let role = match role {
+    fn role(&mut self, role: &str, tokenizer: &Tokenizer) -> String {
+        match role {
             "" => String::new(),
             role if KNOWN_ROLES.contains(&role) => role.to_string(),
             // A template may write it into the middle of a spelling.
             role if tokenizer.special.is_within_special(role) => self.stand_in(role),
             role => self.replace(role, tokenizer),
-        };
-        ChatMessage { role, content: self.replace(&message.content, tokenizer) }
+        }
+    }
+
+    /// JSON with all its texts replaced, in the order that it is written in; `num_bytes` counts them.
+    fn json(&mut self, json: &Json, tokenizer: &Tokenizer, num_bytes: &mut usize) -> Json {
+        match json {
+            Json::String(text) => {
+                *num_bytes += text.len();
+                Json::from(self.replace(text, tokenizer))
+            }
+            Json::Array(items) => items.iter().map(|item| self.json(item, tokenizer, num_bytes)).collect(),
+            Json::Object(fields) => {
+                let safe = |(name, value): (&String, &Json)| {
+                    *num_bytes += name.len();
+                    (self.replace(name, tokenizer), self.json(value, tokenizer, num_bytes))
+                };
+                Json::Object(fields.iter().map(safe).collect())
+            }
+            plain => plain.clone(),
+        }
     }
 
     fn replace(&mut self, text: &str, tokenizer: &Tokenizer) -> String {
@@ -329,6 +409,7 @@ impl StandIns {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
     use std::time::Instant;
 
     use super::*;
@@ -364,7 +445,7 @@ mod tests {
     #[test]
     fn a_template_is_used_again_once_its_late_work_has_ended() {
         let template = trees("22 if messages else 1");
-        let message = ChatMessage { role: "user".to_string(), content: "x".to_string() };
+        let message = ChatMessage::new("user", "x");
         let error = template.encode(&tokenizer(), &[message], false).expect_err("no time");
         assert!(matches!(error, TextError::TemplateTime { .. }), "{error}");
         let start = Instant::now();

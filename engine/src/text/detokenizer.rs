@@ -62,6 +62,11 @@ impl Detokenizer {
         self.drop_written_prefix(text)
     }
 
+    /// A token as the vocabulary spells it, a control token too.
+    pub fn spelling(&self, id: TokenId) -> String {
+        self.tokenizer.token(id).unwrap_or_default().to_owned()
+    }
+
     /// What is left: U+FFFD for a character that never came whole.
     pub fn finish(&mut self) -> String {
         let rest = std::mem::take(&mut self.pending);

@@ -21,7 +21,7 @@ mod special_tokens;
 mod stop_strings;
 mod tokenizer;
 
-pub use chat_template::{ChatMessage, ChatTemplate};
+pub use chat_template::{ChatInput, ChatMessage, ChatTemplate, Prompt};
 pub use detokenizer::Detokenizer;
 pub use gguf_vocab::GgufVocab;
 pub use stop_strings::{Scan, StopStrings};

@@ -6,6 +6,7 @@ use fullbore_engine::text::{Detokenizer, Special};
 use serde_json::Value;
 
 use super::ServedModel;
+use super::constraint::Constraint;
 use super::fields::{Fields, wrong};
 use super::generation::Jobs;
 use super::sampling::{MAX_CHOICES, MAX_LOGPROBS, Prompt, Sampling, token_id};
@@ -21,13 +22,15 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
     // Nothing but the prompt's own log-probabilities is a use of its own.
     let sampling = Sampling::read(model, client, fields, if echo { 0 } else { 1 })?;
     let inputs = inputs(fields.get("prompt"))?;
+    let constraint = Constraint::read(fields)?;
     let places = sampling.reserve(model, inputs.len())?;
+    let grammar = constraint.map(|constraint| constraint.compile(model)).transpose()?;
     let prompt = |input: Input| {
         let ids = ids(model, &input)?;
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
         let max_tokens = sampling.max_tokens.unwrap_or_else(default);
         let echo = echo.then(|| text(model, &input, &ids));
-        Ok(Prompt { ids, max_tokens, logprobs, echo })
+        Ok(Prompt { ids, max_tokens, logprobs, echo, grammar: grammar.clone(), reply: None })
     };
     let prompts = inputs.into_iter().map(prompt).collect::<Result<_, ApiError>>()?;
     Ok(Jobs { jobs: sampling.jobs(id, prompts), places })
@@ -64,26 +67,32 @@ fn inputs<'a>(value: Option<&'a Value>) -> Result<Vec<Input<'a>>, ApiError> {
 fn ids(model: &ServedModel, input: &Input) -> Result<Vec<TokenId>, ApiError> {
     match input {
         Input::Ids(ids) => ids.iter().map(|id| token_id(model, "prompt", id)).collect(),
-        Input::Text(text) => {
-            model.check_text("prompt", text)?;
-            let tokenizer = &model.tokenizer;
-            let mut ids = tokenizer.encode(text, Special::Parse);
-            let bos = tokenizer.bos().filter(|bos| tokenizer.add_bos() && ids.first() != Some(bos));
-            ids.splice(0..0, bos);
-            Ok(ids)
-        }
+        Input::Text(text) => text_ids(model, "prompt", text, true),
     }
+}
+
+/// A prompt's text in field `param` as ids, after a BOS token where the model wants one.
+pub fn text_ids(model: &ServedModel, param: &str, text: &str, with_bos: bool) -> Result<Vec<TokenId>, ApiError> {
+    model.check_text(param, text)?;
+    let tokenizer = &model.tokenizer;
+    let mut ids = tokenizer.encode(text, Special::Parse);
+    let bos = tokenizer.bos().filter(|bos| with_bos && tokenizer.add_bos() && ids.first() != Some(bos));
+    ids.splice(0..0, bos);
+    Ok(ids)
 }
 
 /// What `echo` repeats.
 fn text(model: &ServedModel, input: &Input, ids: &[TokenId]) -> String {
     match input {
         Input::Text(text) => (*text).to_owned(),
-        Input::Ids(_) => {
-            let mut detokenizer = Detokenizer::new(model.tokenizer.clone()).with_special(true);
-            let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
-            text += &detokenizer.finish();
-            text
-        }
+        Input::Ids(_) => text_of(model, ids),
     }
+}
+
+/// The text of ids, control tokens spelled out.
+pub fn text_of(model: &ServedModel, ids: &[TokenId]) -> String {
+    let mut detokenizer = Detokenizer::new(model.tokenizer.clone()).with_special(true);
+    let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+    text += &detokenizer.finish();
+    text
 }

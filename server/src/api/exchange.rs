@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::fields::Fields;
 use super::generation::{Delta, Generation};
+use super::reply::CallPiece;
 use super::{Endpoint, ServedModel, logprobs, unix_seconds};
 use crate::http::error::ApiError;
 use crate::start::random;
@@ -125,11 +126,8 @@ impl Exchange {
             }
             Endpoint::Chat => {
                 match form {
-                    Form::Whole => {
-                        choice["message"] = json!({"role": "assistant", "content": delta.text, "refusal": null});
-                    }
-                    Form::Chunk if delta.text.is_empty() => choice["delta"] = json!({}),
-                    Form::Chunk => choice["delta"] = json!({"content": delta.text}),
+                    Form::Whole => choice["message"] = message(delta),
+                    Form::Chunk => choice["delta"] = said(delta),
                 }
                 choice["logprobs"] =
                     if self.logprobs { logprobs::chat(tokenizer, &delta.entries) } else { Value::Null };
@@ -144,6 +142,50 @@ impl Exchange {
         }
         choice
     }
+}
+
+/// A chat's whole answer.
+fn message(delta: &Delta) -> Value {
+    // An answer that only calls says nothing.
+    let content = (!delta.text.is_empty() || delta.calls.is_empty()).then_some(&delta.text);
+    let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+    if !delta.reasoning.is_empty() {
+        message["reasoning_content"] = json!(delta.reasoning);
+    }
+    if !delta.calls.is_empty() {
+        message["tool_calls"] = delta.calls.iter().map(|piece| call(piece, Form::Whole)).collect();
+    }
+    message
+}
+
+/// What a chunk adds to it.
+fn said(delta: &Delta) -> Value {
+    let mut said = json!({});
+    if !delta.reasoning.is_empty() {
+        said["reasoning_content"] = json!(delta.reasoning);
+    }
+    if !delta.text.is_empty() {
+        said["content"] = json!(delta.text);
+    }
+    if !delta.calls.is_empty() {
+        said["tool_calls"] = delta.calls.iter().map(|piece| call(piece, Form::Chunk)).collect();
+    }
+    said
+}
+
+fn call(piece: &CallPiece, form: Form) -> Value {
+    let mut call = match form {
+        Form::Whole => json!({}),
+        Form::Chunk => json!({"index": piece.index}),
+    };
+    call["function"] = json!({});
+    if let Some((id, name)) = &piece.begin {
+        call["id"] = json!(id);
+        call["type"] = json!("function");
+        call["function"]["name"] = json!(name);
+    }
+    call["function"]["arguments"] = json!(piece.arguments);
+    call
 }
 
 fn usage(generation: &Generation) -> Value {

@@ -12,25 +12,18 @@ use crate::http::error::ApiError;
 pub struct Fields<'a>(pub &'a Map<String, Value>);
 
 /// Fields of the API that change the answer and that we do not have: all but the value that changes nothing is refused.
-const UNSUPPORTED: [&str; 21] = [
+const UNSUPPORTED: [&str; 14] = [
     "audio",
     "best_of",
     "function_call",
     "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
+    "guided_whitespace_pattern",
     "include_stop_str_in_output",
-    "min_tokens",
     "prediction",
     "prompt_logprobs",
-    "response_format",
     "skip_special_tokens",
-    "structured_outputs",
+    "structural_tag",
     "suffix",
-    "tool_choice",
-    "tools",
     "truncate_prompt_tokens",
     "use_beam_search",
     "web_search_options",
@@ -97,11 +90,8 @@ pub fn wrong(name: &str, value: &Value, expected: impl Display) -> ApiError {
 
 fn changes_nothing(name: &str, value: &Value) -> bool {
     match name {
-        "min_tokens" => value.as_f64() == Some(0.0),
         "best_of" => value.as_f64() == Some(1.0),
         "skip_special_tokens" => *value == true,
-        "tool_choice" => *value == "none" || *value == "auto",
-        "response_format" => value["type"] == "text",
         _ => match value {
             Value::Bool(value) => !value,
             Value::String(text) => text.is_empty(),

@@ -13,6 +13,8 @@ use fullbore_engine::worker::{EngineHandle, Place};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::ServedModel;
+use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
+use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
 
 /// One choice to be made.
@@ -23,6 +25,8 @@ pub struct Job {
     pub stops: Vec<String>,
     /// Text to begin with: the prompt's.
     pub echo: Option<String>,
+    /// What there is in its text; `None` for text alone.
+    pub reply: Option<ReplyFormat>,
 }
 
 /// All choices of an HTTP request, and as many places for them.
@@ -36,11 +40,15 @@ pub struct Jobs {
 pub struct Delta {
     pub index: usize,
     pub text: String,
+    /// What it thought before it said that.
+    pub reasoning: String,
+    /// Functions that it calls.
+    pub calls: Vec<CallPiece>,
     pub token_ids: Vec<TokenId>,
     pub entries: Vec<Entry>,
     /// Only in a choice's first.
     pub prompt: Vec<TokenId>,
-    /// Only in its last: `stop` or `length`.
+    /// Only in its last: `stop`, `length` or `tool_calls`.
     pub finish_reason: Option<&'static str>,
 }
 
@@ -71,6 +79,10 @@ struct Choice {
     stop_ids: Vec<TokenId>,
     detokenizer: Detokenizer,
     stops: StopStrings,
+    /// What finds the parts of a text.
+    reply: Option<Reply>,
+    /// Control tokens that a reply's parts are found by.
+    marks: Vec<TokenId>,
     /// Characters detokenized so far.
     offset: usize,
     /// Taken by the first token or the end.
@@ -152,6 +164,10 @@ impl Generation {
 impl Choice {
     fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Event>) -> Choice {
         let detokenizer = Detokenizer::new(model.tokenizer.clone());
+        let reply = job.reply.clone().map(Reply::new);
+        let calls = reply.as_ref().and_then(Reply::calls);
+        let spellings = calls.map_or(&[][..], CallFormat::control_marks);
+        let marks = spellings.iter().filter_map(|spelling| model.tokenizer.special_id(spelling));
         Choice {
             nth: job.nth,
             receiver: Some(receiver),
@@ -160,6 +176,8 @@ impl Choice {
             num_tokens: 0,
             stop_ids: job.request.stop_ids.clone(),
             stops: StopStrings::new(job.stops.clone()),
+            reply,
+            marks: marks.filter(|id| model.tokenizer.is_special(*id)).collect(),
             offset: 0,
             start: Some(Start {
                 prompt: job.request.prompt.clone(),
@@ -206,9 +224,10 @@ impl Choice {
                 self.begin();
                 let rest = self.detokenizer.finish();
                 let scan = self.stops.push(&rest);
-                self.pending.text += &scan.text;
+                self.say(&scan.text);
                 if !scan.stopped {
-                    self.pending.text += &self.stops.finish();
+                    let held = self.stops.finish();
+                    self.say(&held);
                 }
                 let stopped = scan.stopped || reason == FinishReason::Stop;
                 Ok(Some(self.end(if stopped { "stop" } else { "length" })))
@@ -240,20 +259,47 @@ impl Choice {
         if logprobs.is_some() {
             self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
         }
-        // What ends a text is no part of it, even where it is an ordinary token.
-        let text = if self.stop_ids.contains(&id) { String::new() } else { self.detokenizer.push(id) };
+        let text = self.text_of(id);
         self.offset += text.chars().count();
         let scan = self.stops.push(&text);
-        self.pending.text += &scan.text;
+        self.say(&scan.text);
         if scan.stopped {
             return Some(self.end("stop"));
         }
-        (!self.pending.text.is_empty()).then(|| self.flush())
+        let Delta { text, reasoning, calls, .. } = &self.pending;
+        (!text.is_empty() || !reasoning.is_empty() || !calls.is_empty()).then(|| self.flush())
+    }
+
+    /// What ends a text is no part of it, even where it is an ordinary token.
+    fn text_of(&mut self, id: TokenId) -> String {
+        match id {
+            id if self.stop_ids.contains(&id) => String::new(),
+            id if self.marks.contains(&id) => self.detokenizer.finish() + &self.detokenizer.spelling(id),
+            id => self.detokenizer.push(id),
+        }
+    }
+
+    /// Takes text that is safe to send.
+    fn say(&mut self, text: &str) {
+        match &mut self.reply {
+            Some(reply) => {
+                let pieces = reply.push(text);
+                self.pending.take(pieces);
+            }
+            None => self.pending.text += text,
+        }
     }
 
     /// The last piece; the engine hears of it by the closed channel, if it does not know.
-    fn end(&mut self, finish_reason: &'static str) -> Delta {
+    fn end(&mut self, mut finish_reason: &'static str) -> Delta {
         self.receiver = None;
+        if let Some(reply) = &mut self.reply {
+            let pieces = reply.finish();
+            self.pending.take(pieces);
+            if finish_reason == "stop" {
+                finish_reason = reply.finish_reason();
+            }
+        }
         Delta { finish_reason: Some(finish_reason), ..self.flush() }
     }
 
@@ -266,11 +312,22 @@ impl Choice {
 impl Delta {
     /// This piece and the next as one.
     pub fn append(&mut self, next: Delta) {
-        self.text += &next.text;
+        self.take(Pieces { reasoning: next.reasoning, content: next.text, calls: next.calls });
         self.token_ids.extend(next.token_ids);
         self.entries.extend(next.entries);
         self.prompt.extend(next.prompt);
         self.finish_reason = next.finish_reason;
+    }
+
+    fn take(&mut self, pieces: Pieces) {
+        self.text += &pieces.content;
+        self.reasoning += &pieces.reasoning;
+        for piece in pieces.calls {
+            match self.calls.last_mut().filter(|last| last.index == piece.index) {
+                Some(last) => last.arguments += &piece.arguments,
+                None => self.calls.push(piece),
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fullbore_engine::bundle::SamplingDefaults;
+use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::MemoryTable;
 use fullbore_engine::request::{Share, TokenId};
 use fullbore_engine::text::{ChatTemplate, Tokenizer};
@@ -20,14 +21,19 @@ use crate::http::error::ApiError;
 
 mod chat;
 mod completions;
+mod constraint;
 mod exchange;
 mod fields;
 mod generation;
 pub mod limits;
 mod logprobs;
+mod messages;
 pub mod models;
+mod reply;
 mod sampling;
 mod tenancy;
+pub mod texts;
+mod tools;
 
 pub use exchange::Exchange;
 pub use generation::{Delta, Generation, Job, Jobs};
@@ -41,6 +47,7 @@ pub struct ServedModel {
     pub name: String,
     pub tokenizer: Arc<Tokenizer>,
     pub chat_template: Option<ChatTemplate>,
+    pub grammars: GrammarCompiler,
     /// Of the model's makers; a request's own values come first.
     pub defaults: SamplingDefaults,
     pub stop_ids: Vec<TokenId>,
@@ -91,11 +98,7 @@ pub fn prepare(
     client: &Client,
     body: &Value,
 ) -> Result<(Exchange, Jobs), ApiError> {
-    let object = body.as_object().ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))?;
-    let fields = Fields(object);
-    if let Some(asked) = fields.string("model")?.filter(|asked| *asked != model.name) {
-        return Err(ApiError::unknown_model(asked, &model.name));
-    }
+    let fields = fields_of(model, body)?;
     fields.refuse_unsupported()?;
     let exchange = Exchange::read(endpoint, model, &fields)?;
     let jobs = match endpoint {
@@ -103,6 +106,16 @@ pub fn prepare(
         Endpoint::Chat => chat::jobs(model, &exchange.id, client, &fields)?,
     };
     Ok((exchange, jobs))
+}
+
+/// The fields of a body that is for this model.
+fn fields_of<'a>(model: &ServedModel, body: &'a Value) -> Result<Fields<'a>, ApiError> {
+    let object = body.as_object().ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))?;
+    let fields = Fields(object);
+    match fields.string("model")?.filter(|asked| *asked != model.name) {
+        Some(asked) => Err(ApiError::unknown_model(asked, &model.name)),
+        None => Ok(fields),
+    }
 }
 
 pub fn unix_seconds() -> u64 {

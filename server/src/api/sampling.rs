@@ -3,12 +3,14 @@
 
 use std::sync::Arc;
 
+use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{self, MAX_LOGIT_BIASES, Request, SamplingParams, TokenId, token_mask};
 use fullbore_engine::worker::Place;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
 use super::generation::Job;
+use super::reply::ReplyFormat;
 use super::tenancy::Tenancy;
 use super::{ServedModel, fields};
 use crate::http::access::Client;
@@ -39,6 +41,10 @@ pub struct Prompt {
     pub logprobs: Option<u32>,
     /// The prompt's text, where it is to be repeated.
     pub echo: Option<String>,
+    /// What its texts follow.
+    pub grammar: Option<Grammar>,
+    /// What there is in its texts; `None` for text alone.
+    pub reply: Option<ReplyFormat>,
 }
 
 impl Sampling {
@@ -58,6 +64,9 @@ impl Sampling {
         // -1 is vLLM's way to say all.
         let top_k = fields.integer("top_k", -1..=i64::from(u32::MAX))?.map(|top_k| u32::try_from(top_k).unwrap_or(0));
         let defaults = &model.defaults;
+        let min_tokens = fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
+        let stop_ids = stop_ids(model, fields)?;
+        let allowed_tokens = allowed_tokens(model, fields)?;
         let params = SamplingParams {
             temperature: fields.number("temperature", 0.0..=2.0)?.or(defaults.temperature).unwrap_or(1.0),
             top_p,
@@ -71,14 +80,18 @@ impl Sampling {
                 .or(defaults.repetition_penalty)
                 .unwrap_or(1.0),
             logit_bias: logit_bias(model, fields)?,
-            allowed_tokens: allowed_tokens(model, fields)?,
+            early_tokens: (min_tokens > 0)
+                .then(|| early_tokens(model, allowed_tokens.as_deref(), &stop_ids))
+                .transpose()?,
+            min_tokens,
+            allowed_tokens,
         };
         Ok(Sampling {
             max_tokens: max_tokens.map(|max_tokens| max_tokens as u32),
             n: fields.integer("n", 1..=MAX_CHOICES as i64)?.map_or(1, |n| n as u32),
             params,
             stops: stops(fields)?,
-            stop_ids: stop_ids(model, fields)?,
+            stop_ids,
             tenancy: Tenancy::read(model, client, fields)?,
         })
     }
@@ -114,6 +127,7 @@ impl Sampling {
                 max_tokens: prompt.max_tokens,
                 stop_ids: self.stop_ids.clone(),
                 sampling: SamplingParams { seed, ..self.params.clone() },
+                grammar: prompt.grammar.clone(),
                 logprobs: prompt.logprobs,
                 prompt_logprobs: prompt.logprobs.filter(|_| wants_prompt),
                 cache_salt: self.tenancy.cache_salt,
@@ -121,7 +135,8 @@ impl Sampling {
                 share: self.tenancy.share,
                 priority: self.tenancy.priority,
             };
-            Job { request, nth, stops: self.stops.clone(), echo: prompt.echo.clone() }
+            let (echo, reply) = (prompt.echo.clone(), prompt.reply.clone());
+            Job { request, nth, stops: self.stops.clone(), echo, reply }
         };
         pairs.map(job).collect()
     }
@@ -194,6 +209,22 @@ fn allowed_tokens(model: &ServedModel, fields: &Fields) -> Result<Option<Arc<[u3
     let items = items.ok_or_else(|| wrong(NAME, value, "a list of at least one token id"))?;
     let ids = items.iter().map(|item| token_id(model, NAME, item)).collect::<Result<Vec<_>, _>>()?;
     Ok(Some(token_mask(ids, model.engine.vocab_size())))
+}
+
+/// What `min_tokens` leaves of the allowed tokens: none that ends the text.
+fn early_tokens(model: &ServedModel, allowed: Option<&[u32]>, stop_ids: &[TokenId]) -> Result<Arc<[u32]>, ApiError> {
+    let vocab_size = model.engine.vocab_size();
+    let mut mask = match allowed {
+        Some(allowed) => allowed.to_vec(),
+        None => token_mask((0..vocab_size).map(TokenId), vocab_size).to_vec(),
+    };
+    for id in stop_ids.iter().chain(&model.stop_ids) {
+        mask[id.0 as usize / 32] &= !(1 << (id.0 % 32));
+    }
+    match mask.iter().all(|word| *word == 0) {
+        true => Err(ApiError::invalid("min_tokens", "min_tokens leaves nothing of the allowed tokens; set it to 0")),
+        false => Ok(mask.into()),
+    }
 }
 
 /// One token id of a list in field `name`.

@@ -17,6 +17,7 @@ use super::accept::Limits;
 use super::access::Client;
 use super::error::{self, ApiError, json_response};
 use super::{App, health, metrics, page, stream};
+use crate::api::texts::{self, TextEndpoint};
 use crate::api::{self, Endpoint, Generation};
 
 pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone + Send + 'static {
@@ -43,27 +44,47 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     });
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
+    let texts = texts(with_app.clone());
     let generate = completions.or(chat).unify().and(warp::post()).and(with_app);
     let generate = generate
         .and(warp::ext::get())
         .and(warp::header::headers_cloned())
         .and(warp::body::stream())
         .then(generate_reply);
-    let api = models.or(limits).unify().or(generate).unify();
-    let rest = page
-        .or(script)
-        .unify()
-        .or(style)
-        .unify()
-        .or(live)
-        .unify()
-        .or(ready)
-        .unify()
-        .or(healthy)
-        .unify()
-        .or(metrics)
-        .unify();
+    let health = live.or(ready).unify().or(healthy).unify();
+    let api = models.or(limits).unify().or(generate).unify().or(texts).unify();
+    let rest = page.or(script).unify().or(style).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
+}
+
+/// What needs a model's tokenizer and none of its steps.
+fn texts(
+    with_app: impl Filter<Extract = (Arc<App>,), Error = Infallible> + Clone + Send + 'static,
+) -> impl Filter<Extract = (Response,), Error = warp::Rejection> + Clone + Send + 'static {
+    let tokenize = warp::path!("tokenize").map(|| TextEndpoint::Tokenize);
+    let detokenize = warp::path!("detokenize").map(|| TextEndpoint::Detokenize);
+    let template = warp::path!("apply-template").map(|| TextEndpoint::ApplyTemplate);
+    let endpoint = tokenize.or(detokenize).unify().or(template).unify().and(warp::post()).and(with_app);
+    endpoint.and(warp::header::headers_cloned()).and(warp::body::stream()).then(text_reply)
+}
+
+async fn text_reply<S, B>(endpoint: TextEndpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Response
+where
+    S: Stream<Item = Result<B, warp::Error>>,
+    B: Buf,
+{
+    let answered = async {
+        let body = read_body(&app.limits, &headers, None, body).await?;
+        check_media_type(&headers)?;
+        let model = app.serving()?.clone();
+        let answer = move || texts::answer(endpoint, &model, &parse(&body)?);
+        let answered = tokio::task::spawn_blocking(answer).await;
+        answered.map_err(|_| ApiError::internal("the server met a bug of its own"))?
+    };
+    match answered.await {
+        Ok(value) => json_response(&value),
+        Err(error) => error.response(),
+    }
 }
 
 async fn generate_reply<S, B>(

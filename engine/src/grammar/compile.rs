@@ -1,0 +1,251 @@
+//! From the source of a grammar to one that can be followed, for strangers' sources.
+//!
+//! Invariant: whoever asks has an answer: after [`DEADLINE`] at most to wait for others, and as long to compile. A
+//! compilation is bounded in size, nesting and work before and while it runs, and no more than [`MAX_COMPILATIONS`] run
+//! at a time, late ones included. An error is a sentence about the source, and nothing half compiled is ever given.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use llguidance::ParserFactory;
+use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
+use serde_json::{Value, json};
+
+use super::cache::Cache;
+use super::{Compiled, Grammar, GrammarSource, vocabulary};
+use crate::deadline::{Lost, with_deadline};
+use crate::request::TokenId;
+use crate::text::Tokenizer;
+
+/// For a grammar from its source to its first mask.
+const DEADLINE: Duration = Duration::from_secs(2);
+const MAX_COMPILATIONS: usize = 4;
+/// Only pages that are used cost memory.
+const STACK_BYTES: usize = 256 << 20;
+const MAX_SOURCE_BYTES: usize = 256 << 10;
+/// Levels of a schema's JSON.
+const MAX_SCHEMA_DEPTH: usize = 64;
+/// Brackets of all kinds within each other in a regex or a Lark grammar.
+const MAX_NESTING: usize = 200;
+/// White space between the tokens of JSON at most: a model that likes it does not write it for ever.
+const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrammarError {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("its {num_bytes} bytes are over {max_bytes}")]
+    TooLarge { num_bytes: usize, max_bytes: usize },
+    #[error("it is nested {depth} levels deep, and {max_depth} are taken")]
+    TooDeep { depth: usize, max_depth: usize },
+    #[error("it takes longer than {deadline:?} to compile; make it simpler")]
+    TooSlow { deadline: Duration },
+    /// No fault of this grammar.
+    #[error("too many grammars are being compiled; try again shortly")]
+    Busy,
+}
+
+type Compilation = Result<Grammar, GrammarError>;
+
+/// Compiles grammars for one tokenizer.
+pub struct GrammarCompiler(Arc<Shared>);
+
+struct Shared {
+    tokenizer: Arc<Tokenizer>,
+    stop_ids: Vec<TokenId>,
+    /// Of the model, which may have more than the tokenizer's.
+    vocab_size: u32,
+    /// Made for the first grammar.
+    factory: OnceLock<Result<ParserFactory, String>>,
+    cache: Mutex<Cache<Compilation>>,
+    num_running: Mutex<usize>,
+    one_ended: Condvar,
+}
+
+impl GrammarCompiler {
+    /// Texts end with one of `stop_ids`.
+    pub fn new(tokenizer: Arc<Tokenizer>, stop_ids: Vec<TokenId>, vocab_size: u32) -> GrammarCompiler {
+        GrammarCompiler(Arc::new(Shared {
+            tokenizer,
+            stop_ids,
+            vocab_size,
+            factory: OnceLock::new(),
+            cache: Mutex::default(),
+            num_running: Mutex::new(0),
+            one_ended: Condvar::new(),
+        }))
+    }
+
+    /// Blocks until the grammar is compiled, or known, or will not be in time.
+    pub fn compile(&self, source: &GrammarSource) -> Compilation {
+        check(source)?;
+        let key = key(source);
+        let slot = lock(&self.0.cache).slot(&key);
+        let made = slot.get_or_init(|| self.make(&key, source)).clone();
+        if let Err(GrammarError::Busy | GrammarError::TooSlow { .. }) = &made {
+            lock(&self.0.cache).forget(&key);
+        }
+        made
+    }
+
+    fn make(&self, key: &str, source: &GrammarSource) -> Compilation {
+        let begun = Instant::now();
+        // Once for the tokenizer, whatever it takes: no fault of this grammar.
+        let _ = self.0.factory();
+        let running = Running::begin(&self.0, begun + DEADLINE)?;
+        let (shared, source) = (self.0.clone(), source.clone());
+        let work = move || {
+            let _running = running;
+            shared.build(source)
+        };
+        match with_deadline("grammar", STACK_BYTES, DEADLINE, work) {
+            Ok(Ok((grammar, num_bytes))) => {
+                lock(&self.0.cache).measured(key, num_bytes);
+                Ok(grammar)
+            }
+            Ok(Err(error)) => Err(error),
+            Err(Lost::Late(_)) => Err(GrammarError::TooSlow { deadline: DEADLINE }),
+            Err(Lost::Failed(problem)) => Err(GrammarError::Invalid(problem)),
+        }
+    }
+}
+
+impl Shared {
+    fn factory(&self) -> &Result<ParserFactory, String> {
+        self.factory.get_or_init(|| {
+            let mut factory = vocabulary::factory(&self.tokenizer, &self.stop_ids)?;
+            factory.quiet();
+            let limits = factory.limits_mut();
+            // A mask of more work would hold up everybody's step.
+            limits.step_lexer_fuel = 100_000;
+            limits.max_lexer_states = 50_000;
+            limits.verbose_errors = false;
+            Ok(factory)
+        })
+    }
+
+    /// A grammar whose first mask is computed, and the bytes that it takes.
+    fn build(&self, source: GrammarSource) -> Result<(Grammar, usize), GrammarError> {
+        let invalid = |error: &dyn ToString| GrammarError::Invalid(first_line(&error.to_string()).to_owned());
+        let factory = self.factory().as_ref().map_err(|problem| invalid(problem))?;
+        let grammar = match source {
+            GrammarSource::JsonSchema(schema) => GrammarWithLexer::from_json_schema(with_json_options(schema)),
+            GrammarSource::Regex(regex) => GrammarWithLexer::from_regex(&regex),
+            GrammarSource::Lark(lark) => GrammarWithLexer::from_lark(lark),
+        };
+        let parser = factory.create_parser(TopLevelGrammar::from_grammar(grammar));
+        let mut parser = parser.map_err(|error| invalid(&error))?;
+        parser.start_without_prompt();
+        parser.compute_mask().map_err(|error| invalid(&error))?;
+        let num_bytes = parser.parser.lexer_stats().num_bytes;
+        let grammar =
+            Grammar(Arc::new(Compiled { fresh: llguidance::Matcher::new(Ok(parser)), vocab_size: self.vocab_size }));
+        let mut mask = vec![0; self.vocab_size.div_ceil(32) as usize];
+        grammar.matcher().mask(&mut mask).map_err(|error| invalid(&error))?;
+        Ok((grammar, num_bytes))
+    }
+}
+
+/// A schema with our own options for how its JSON is written, whatever it brought.
+pub(super) fn with_json_options(mut schema: Value) -> Value {
+    if let Some(fields) = schema.as_object_mut() {
+        fields.insert("x-guidance".to_owned(), json!({"whitespace_pattern": JSON_SPACE}));
+    }
+    schema
+}
+
+/// What llguidance says, without the state that it dumps.
+pub(super) fn first_line(problem: &str) -> &str {
+    let end = problem.find("\n<").unwrap_or(problem.len());
+    match problem[..end].trim() {
+        "NoExtensionBias" => NOTHING_FOLLOWS,
+        problem => problem,
+    }
+}
+
+pub(super) const NOTHING_FOLLOWS: &str = "no token of the model can follow";
+
+fn key(source: &GrammarSource) -> String {
+    match source {
+        GrammarSource::JsonSchema(schema) => format!("json {schema}"),
+        GrammarSource::Regex(regex) => format!("regex {regex}"),
+        GrammarSource::Lark(lark) => format!("lark {lark}"),
+    }
+}
+
+fn check(source: &GrammarSource) -> Result<(), GrammarError> {
+    let (num_bytes, depth, max_depth) = match source {
+        GrammarSource::JsonSchema(schema) => {
+            let depth = depth(schema);
+            // Before it is written, which nests too.
+            let num_bytes = if depth > MAX_SCHEMA_DEPTH { 0 } else { schema.to_string().len() };
+            (num_bytes, depth, MAX_SCHEMA_DEPTH)
+        }
+        GrammarSource::Regex(text) | GrammarSource::Lark(text) => (text.len(), nesting(text), MAX_NESTING),
+    };
+    match num_bytes > MAX_SOURCE_BYTES {
+        true => Err(GrammarError::TooLarge { num_bytes, max_bytes: MAX_SOURCE_BYTES }),
+        false if depth > max_depth => Err(GrammarError::TooDeep { depth, max_depth }),
+        false => Ok(()),
+    }
+}
+
+/// Levels of lists and objects.
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        Value::Object(fields) => 1 + fields.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+/// The most brackets that are open at once, those in strings and behind a backslash left out, and the longest run of
+/// signs that bind what follows.
+fn nesting(text: &str) -> usize {
+    let (mut open, mut most, mut run) = (0usize, 0, 0);
+    let mut in_string = false;
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        run = if matches!(byte, b'~' | b'!' | b'?' | b'*' | b'+') { run + 1 } else { 0 };
+        match byte {
+            b'\\' => drop(bytes.next()),
+            b'"' => in_string = !in_string,
+            b'\n' => in_string = false,
+            b'(' | b'[' | b'{' if !in_string => open += 1,
+            b')' | b']' | b'}' if !in_string => open = open.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(open).max(run);
+    }
+    most
+}
+
+/// One of the compilations that may run.
+struct Running(Arc<Shared>);
+
+impl Running {
+    fn begin(shared: &Arc<Shared>, until: Instant) -> Result<Running, GrammarError> {
+        let num_running = lock(&shared.num_running);
+        let left = until.saturating_duration_since(Instant::now());
+        let is_full = |num_running: &mut usize| *num_running >= MAX_COMPILATIONS;
+        let waited = shared.one_ended.wait_timeout_while(num_running, left, is_full);
+        let (mut num_running, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            return Err(GrammarError::Busy);
+        }
+        *num_running += 1;
+        Ok(Running(shared.clone()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        *lock(&self.0.num_running) -= 1;
+        self.0.one_ended.notify_one();
+    }
+}
+
+/// What is locked is whole after every write, so a panic elsewhere leaves it usable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,90 @@
+//! The messages of a chat, as requests write them. Invariant: what a template may meet in one is text, or a call of a
+//! function with its arguments as an object; what nobody knows is left out.
+
+use fullbore_engine::text::ChatMessage;
+use serde_json::{Map, Value, json};
+
+use super::fields::wrong;
+use crate::http::error::ApiError;
+
+pub fn read(value: Option<&Value>) -> Result<Vec<ChatMessage>, ApiError> {
+    const EXPECTED: &str = "a list of at least one {\"role\": ..., \"content\": ...}";
+    let Some(value) = value else {
+        return Err(ApiError::invalid("messages", format!("messages is missing; it must be {EXPECTED}")));
+    };
+    let items = value.as_array().filter(|items| !items.is_empty());
+    items.ok_or_else(|| wrong("messages", value, EXPECTED))?.iter().enumerate().map(message).collect()
+}
+
+fn message((index, value): (usize, &Value)) -> Result<ChatMessage, ApiError> {
+    let name = |field: &str| format!("messages[{index}]{field}");
+    let object = value.as_object().ok_or_else(|| wrong(&name(""), value, "an object with role and content"))?;
+    let role = object.get("role").unwrap_or(&Value::Null);
+    let role = role.as_str().ok_or_else(|| wrong(&name(".role"), role, "a string"))?;
+    let content = content(&name(".content"), object.get("content").unwrap_or(&Value::Null))?;
+    let mut extra = Map::new();
+    for field in ["name", "tool_call_id", "reasoning_content"] {
+        match object.get(field) {
+            None | Some(Value::Null) => {}
+            Some(text) if text.is_string() => drop(extra.insert(field.to_owned(), text.clone())),
+            Some(other) => return Err(wrong(&name(&format!(".{field}")), other, "a string")),
+        }
+    }
+    match object.get("tool_calls") {
+        None | Some(Value::Null) => {}
+        Some(Value::Array(calls)) if calls.is_empty() => {}
+        Some(Value::Array(calls)) => {
+            let call = |(nth, call)| tool_call(&name(&format!(".tool_calls[{nth}]")), call);
+            let calls = calls.iter().enumerate().map(call).collect::<Result<Vec<_>, _>>()?;
+            extra.insert("tool_calls".to_owned(), calls.into());
+        }
+        Some(other) => return Err(wrong(&name(".tool_calls"), other, "a list of calls")),
+    }
+    Ok(ChatMessage { role: role.to_owned(), content, extra })
+}
+
+fn content(name: &str, content: &Value) -> Result<String, ApiError> {
+    match content {
+        // An assistant that only called a tool says nothing.
+        Value::Null => Ok(String::new()),
+        Value::String(text) => Ok(text.clone()),
+        Value::Array(parts) => {
+            let part = |(nth, part)| text_of(part).ok_or_else(|| part_error(&format!("{name}[{nth}]"), part));
+            Ok(parts.iter().enumerate().map(part).collect::<Result<Vec<_>, _>>()?.join("\n"))
+        }
+        other => Err(wrong(name, other, "a string or a list of text parts")),
+    }
+}
+
+fn text_of(part: &Value) -> Option<&str> {
+    part.get("type").is_none_or(|kind| kind == "text").then(|| part.get("text")?.as_str()).flatten()
+}
+
+fn part_error(name: &str, part: &Value) -> ApiError {
+    match part.get("type").and_then(Value::as_str) {
+        Some(kind) if kind != "text" => {
+            ApiError::invalid(name, format!("{name} is of type {kind}; this server reads text only"))
+        }
+        _ => wrong(name, part, "{\"type\": \"text\", \"text\": ...}"),
+    }
+}
+
+/// A call as templates know it: its arguments are an object, where the API has them as text.
+fn tool_call(name: &str, call: &Value) -> Result<Value, ApiError> {
+    let function = &call["function"];
+    let refuse = || wrong(name, call, "{\"id\": ..., \"function\": {\"name\": ..., \"arguments\": ...}}");
+    let called = function["name"].as_str().ok_or_else(refuse)?;
+    let arguments = match &function["arguments"] {
+        Value::Null => json!({}),
+        Value::Object(fields) => Value::Object(fields.clone()),
+        Value::String(text) if text.trim().is_empty() => json!({}),
+        Value::String(text) => {
+            let parsed = serde_json::from_str::<Value>(text).ok().filter(Value::is_object);
+            let param = format!("{name}.function.arguments");
+            parsed.ok_or_else(|| wrong(&param, &function["arguments"], "an object, written as JSON"))?
+        }
+        _ => return Err(refuse()),
+    };
+    let id = call["id"].as_str().unwrap_or_default();
+    Ok(json!({"id": id, "type": "function", "function": {"name": called, "arguments": arguments}}))
+}

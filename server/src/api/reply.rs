@@ -1,0 +1,400 @@
+//! What an assistant's text is made of: a thought, what it says, and calls of functions.
+//!
+//! Invariant: the pieces do not depend on how the text was cut, and nothing of it is lost but marks and the white space
+//! around them: what begins like a mark and is none is said after all. Knows no tokens.
+
+use super::tools::calls::{CallEvent, CallScanner};
+use super::tools::format::{CallFormat, Marks, Thought};
+
+const OPEN_THOUGHT: &str = "<think>";
+const CLOSE_THOUGHT: &str = "</think>";
+/// What may stand before a call that is all of a text.
+const FENCES: [&str; 4] = ["<|python_tag|>", "```json", "```tool_code", "```tool_call"];
+
+/// What to look for in a text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ReplyFormat {
+    pub thought: Thought,
+    /// Where functions may be called.
+    pub calls: Option<CallFormat>,
+    /// Their names.
+    pub functions: Vec<String>,
+    /// Whether a text with calls ends as one without: the client chose the function itself.
+    pub ends_as_text: bool,
+}
+
+/// What more of a text says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pieces {
+    pub reasoning: String,
+    pub content: String,
+    pub calls: Vec<CallPiece>,
+}
+
+/// More of one call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CallPiece {
+    /// Among the calls of the text.
+    pub index: usize,
+    /// In the first piece of a call: an id, and the function's name.
+    pub begin: Option<(String, String)>,
+    pub arguments: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct Reply {
+    format: ReplyFormat,
+    state: State,
+    /// Not yet known to be what.
+    held: String,
+    num_calls: usize,
+    has_thought: bool,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    /// Nothing but white space has come.
+    Start,
+    Thought,
+    /// Nothing but white space has come after the thought, or instead of one.
+    Answer,
+    Content,
+    /// Before a call, or between calls.
+    Calls {
+        opened: bool,
+    },
+    Call(CallScanner),
+}
+
+impl Reply {
+    pub fn new(format: ReplyFormat) -> Reply {
+        let state = match format.thought {
+            Thought::Never => State::Answer,
+            Thought::Possible => State::Start,
+            Thought::Begun => State::Thought,
+        };
+        Reply { format, state, held: String::new(), num_calls: 0, has_thought: false }
+    }
+
+    /// Why a text that was not cut off has ended.
+    pub fn finish_reason(&self) -> &'static str {
+        match self.num_calls > 0 && !self.format.ends_as_text {
+            true => "tool_calls",
+            false => "stop",
+        }
+    }
+
+    /// The calls' format, if there may be any.
+    pub fn calls(&self) -> Option<CallFormat> {
+        self.format.calls
+    }
+
+    pub fn push(&mut self, text: &str) -> Pieces {
+        self.held.push_str(text);
+        let mut pieces = Pieces::default();
+        while self.step(&mut pieces, false) {}
+        pieces
+    }
+
+    /// What was held back, once no more text comes.
+    pub fn finish(&mut self) -> Pieces {
+        let mut pieces = Pieces::default();
+        while self.step(&mut pieces, true) {}
+        if let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) {
+            // A call that was cut off stays what it was; what never told its name is text.
+            if !scanner.has_begun() {
+                pieces.content += &scanner.into_raw();
+            }
+        }
+        pieces
+    }
+
+    /// Takes some of `held`; whether more of it may be taken.
+    fn step(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
+        match &mut self.state {
+            State::Start => self.start(is_end),
+            State::Thought => self.think(pieces, is_end),
+            State::Answer => self.answer(is_end),
+            State::Content => self.say(pieces, is_end),
+            State::Calls { .. } => self.between_calls(pieces, is_end),
+            State::Call(_) => self.call(pieces),
+        }
+    }
+
+    fn start(&mut self, is_end: bool) -> bool {
+        let text = self.held.trim_start();
+        if let Some(rest) = text.strip_prefix(OPEN_THOUGHT) {
+            self.held = rest.to_owned();
+            self.state = State::Thought;
+            return true;
+        }
+        let waits = !is_end && OPEN_THOUGHT.starts_with(text);
+        if !waits {
+            self.state = State::Answer;
+        }
+        !waits
+    }
+
+    fn think(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
+        let end = self.held.find(CLOSE_THOUGHT);
+        // White space at the ends of a thought is layout.
+        let known = end.unwrap_or_else(|| safe_len(&self.held, CLOSE_THOUGHT, is_end));
+        let thought = &self.held[..known];
+        let said = thought.trim_end().len();
+        let skipped = if self.has_thought { 0 } else { said - thought[..said].trim_start().len() };
+        if said > skipped {
+            self.has_thought = true;
+            pieces.reasoning += &thought[skipped..said];
+        }
+        match end {
+            Some(end) => {
+                self.held.drain(..end + CLOSE_THOUGHT.len());
+                self.state = State::Answer;
+                true
+            }
+            None => {
+                self.held.drain(..said);
+                false
+            }
+        }
+    }
+
+    fn answer(&mut self, is_end: bool) -> bool {
+        let text = self.held.trim_start();
+        if text.is_empty() {
+            // After a thought it is layout; a text may begin with it.
+            if self.format.thought == Thought::Never && self.format.calls.is_none() || is_end && !self.held.is_empty() {
+                self.state = State::Content;
+                return true;
+            }
+            return false;
+        }
+        let is_whole = self.format.calls.is_some_and(|format| format.marks().open.is_none());
+        if is_whole {
+            let fence = FENCES.iter().find(|fence| text.starts_with(**fence));
+            let rest = fence.map_or(text, |fence| text[fence.len()..].trim_start());
+            if rest.starts_with('{') {
+                self.held = rest.to_owned();
+                self.state = State::Call(CallScanner::default());
+                return true;
+            }
+            let may_be_fence = rest.is_empty() || FENCES.iter().any(|fence| fence.starts_with(text));
+            if may_be_fence && !is_end {
+                return false;
+            }
+        }
+        if self.format.thought != Thought::Never {
+            self.held = text.to_owned();
+        }
+        self.state = State::Content;
+        true
+    }
+
+    fn say(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
+        let open = self.format.calls.and_then(|format| format.marks().open);
+        let Some(open) = open else {
+            pieces.content += &std::mem::take(&mut self.held);
+            return false;
+        };
+        if let Some(at) = self.held.find(open) {
+            pieces.content += self.held[..at].trim_end();
+            self.held.drain(..at + open.len());
+            self.state = State::Calls { opened: true };
+            return true;
+        }
+        let known = safe_len(&self.held, open, is_end);
+        // White space before a mark belongs to it.
+        let said = if is_end { known } else { self.held[..known].trim_end().len() };
+        pieces.content.extend(self.held.drain(..said));
+        false
+    }
+
+    fn between_calls(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
+        let Some(format) = self.format.calls else { return false };
+        let Marks { open, close, .. } = format.marks();
+        let State::Calls { opened } = &mut self.state else { return false };
+        let is_layout = |c: char| c.is_whitespace() || matches!(c, ',' | ';' | '[' | ']' | '`');
+        let text = self.held.trim_start_matches(is_layout);
+        if text.starts_with('{') && (*opened || open.is_none() || format == CallFormat::Mistral) {
+            self.held = text.to_owned();
+            self.state = State::Call(CallScanner::default());
+            return true;
+        }
+        let marks = [open.unwrap_or_default(), close];
+        if let Some(mark) = marks.iter().find(|mark| !mark.is_empty() && text.starts_with(**mark)) {
+            *opened = open == Some(*mark);
+            self.held = text[mark.len()..].to_owned();
+            return true;
+        }
+        if text.is_empty() || marks.iter().any(|mark| mark.starts_with(text)) && !is_end {
+            if is_end {
+                self.held.clear();
+            }
+            return false;
+        }
+        // Text after calls, or behind a mark that none follows.
+        if self.num_calls == 0 {
+            pieces.content += open.unwrap_or_default();
+        }
+        self.held = if self.num_calls == 0 { self.held.clone() } else { text.to_owned() };
+        self.state = State::Content;
+        true
+    }
+
+    fn call(&mut self, pieces: &mut Pieces) -> bool {
+        let State::Call(scanner) = &mut self.state else { return false };
+        let functions = &self.format.functions;
+        let mut events = Vec::new();
+        let mut taken = 0;
+        let mut failed = false;
+        for c in self.held.chars() {
+            taken += c.len_utf8();
+            failed = scanner.push(c, |name| functions.iter().any(|known| known == name), &mut events).is_err();
+            if failed || scanner.is_closed() {
+                break;
+            }
+        }
+        self.held.drain(..taken);
+        let (has_begun, is_closed) = (scanner.has_begun(), scanner.is_closed());
+        events.into_iter().for_each(|event| self.take(event, pieces));
+        if failed {
+            let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) else { return false };
+            if !has_begun {
+                let open = self.format.calls.and_then(|format| format.marks().open);
+                pieces.content += open.unwrap_or_default();
+                pieces.content += &scanner.into_raw();
+            }
+            return true;
+        }
+        if is_closed {
+            self.state = State::Calls { opened: false };
+        }
+        is_closed
+    }
+
+    fn take(&mut self, event: CallEvent, pieces: &mut Pieces) {
+        let format = self.format.calls.unwrap_or(CallFormat::Generic);
+        match event {
+            CallEvent::Begin(name) => {
+                let begin = Some((format.new_id(), name));
+                pieces.calls.push(CallPiece { index: self.num_calls, begin, arguments: String::new() });
+                self.num_calls += 1;
+            }
+            CallEvent::Arguments(more) => {
+                let index = self.num_calls - 1;
+                match pieces.calls.last_mut().filter(|last| last.index == index) {
+                    Some(last) => last.arguments += &more,
+                    None => pieces.calls.push(CallPiece { index, begin: None, arguments: more }),
+                }
+            }
+            CallEvent::End => {}
+        }
+    }
+}
+
+/// How much of `text` no `mark` begins in; all of it at the end.
+fn safe_len(text: &str, mark: &str, is_end: bool) -> usize {
+    if is_end {
+        return text.len();
+    }
+    let starts = (text.len().saturating_sub(mark.len() - 1)..text.len()).filter(|at| text.is_char_boundary(*at));
+    starts.into_iter().find(|at| mark.starts_with(&text[*at..])).unwrap_or(text.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a text says: reasoning, content, and (name, arguments) of its calls.
+    type Said = (String, String, Vec<(String, String)>);
+
+    fn said(reply: &mut Reply, parts: &[&str]) -> Said {
+        let mut all: Vec<Pieces> = parts.iter().map(|part| reply.push(part)).collect();
+        all.push(reply.finish());
+        let mut said = Said::default();
+        for Pieces { reasoning, content, calls } in all {
+            said.0 += &reasoning;
+            said.1 += &content;
+            for CallPiece { index, begin, arguments } in calls {
+                if let Some((id, name)) = begin {
+                    assert!(index == said.2.len() && id.len() >= 9, "{index} {id}");
+                    said.2.push((name, String::new()));
+                }
+                said.2[index].1 += &arguments;
+            }
+        }
+        said
+    }
+
+    /// The same however it is cut.
+    fn parse(format: &ReplyFormat, text: &str) -> Said {
+        let whole = said(&mut Reply::new(format.clone()), &[text]);
+        let ends: Vec<usize> = text.char_indices().map(|(at, c)| at + c.len_utf8()).collect();
+        for &cut in &ends {
+            let (first, second) = text.split_at(cut);
+            assert_eq!(said(&mut Reply::new(format.clone()), &[first, second]), whole, "{first:?} {second:?}");
+        }
+        let letters: Vec<String> = text.chars().map(String::from).collect();
+        let letters: Vec<&str> = letters.iter().map(String::as_str).collect();
+        assert_eq!(said(&mut Reply::new(format.clone()), &letters), whole, "letter by letter: {text:?}");
+        whole
+    }
+
+    fn format(thought: Thought, calls: Option<CallFormat>) -> ReplyFormat {
+        ReplyFormat { thought, calls, functions: vec!["f".to_owned(), "g".to_owned()], ends_as_text: false }
+    }
+
+    fn expect(reasoning: &str, content: &str, calls: &[(&str, &str)]) -> Said {
+        let calls = calls.iter().map(|(name, arguments)| ((*name).to_owned(), (*arguments).to_owned()));
+        (reasoning.to_owned(), content.to_owned(), calls.collect())
+    }
+
+    #[test]
+    fn thoughts_are_told_from_what_is_said() {
+        let possible = format(Thought::Possible, None);
+        assert_eq!(parse(&possible, "<think>\nHm, é.\n\nSo.\n</think>\n\nYes."), expect("Hm, é.\n\nSo.", "Yes.", &[]));
+        assert_eq!(parse(&possible, "No <think>."), expect("", "No <think>.", &[]));
+        assert_eq!(parse(&possible, "<thi"), expect("", "<thi", &[]));
+        assert_eq!(parse(&possible, "<think>cut o"), expect("cut o", "", &[]));
+        let begun = format(Thought::Begun, None);
+        assert_eq!(parse(&begun, "Hm</thin</think>Yes </think>"), expect("Hm</thin", "Yes </think>", &[]));
+        let calls = format(Thought::Possible, Some(CallFormat::Hermes));
+        let text = "<think>a</think>\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+        assert_eq!(parse(&calls, text), expect("a", "", &[("f", "{}")]));
+    }
+
+    #[test]
+    fn marked_calls_are_told_from_what_is_said() {
+        let hermes = format(Thought::Never, Some(CallFormat::Hermes));
+        let two = "Let me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"<tool_call>\"}}\n</tool_call>\n\
+                   <tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>";
+        let both = [("f", "{\"a\": \"<tool_call>\"}"), ("g", "{}")];
+        assert_eq!(parse(&hermes, two), expect("", "Let me see.", &both));
+        let plain = "a <tool_cal l> b\n";
+        assert_eq!(parse(&hermes, plain), expect("", plain, &[]));
+        let unknown = "<tool_call>{\"name\": \"h\"}</tool_call>";
+        assert_eq!(parse(&hermes, unknown), expect("", unknown, &[]));
+        let not_json = "x<tool_call>yes</tool_call>";
+        assert_eq!(parse(&hermes, not_json), expect("", not_json, &[]));
+        let cut_off = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1";
+        assert_eq!(parse(&hermes, cut_off), expect("", "", &[("f", "{\"a\": 1")]));
+        let mistral = format(Thought::Never, Some(CallFormat::Mistral));
+        let two = "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": [1]}}, {\"name\": \"g\", \"arguments\": {}}]";
+        assert_eq!(parse(&mistral, two), expect("", "", &[("f", "{\"a\": [1]}"), ("g", "{}")]));
+    }
+
+    #[test]
+    fn calls_that_are_all_of_a_text_are_told_from_text() {
+        let llama = format(Thought::Never, Some(CallFormat::Llama3));
+        let call = "{\"name\": \"f\", \"parameters\": {\"a\": 1}}";
+        assert_eq!(parse(&llama, call), expect("", "", &[("f", "{\"a\": 1}")]));
+        assert_eq!(parse(&llama, &format!("<|python_tag|>{call}")), expect("", "", &[("f", "{\"a\": 1}")]));
+        let both = [("f", "{\"a\": 1}"), ("f", "{\"a\": 1}")];
+        assert_eq!(parse(&llama, &format!("{call}; {call}")), expect("", "", &both));
+        let gemma = format(Thought::Never, Some(CallFormat::Gemma));
+        assert_eq!(parse(&gemma, &format!("```json\n{call}\n```")), expect("", "", &[("f", "{\"a\": 1}")]));
+        for text in ["{\"age\": 3}", "{\"name\": \"Ada\"}", "It is {\"name\": \"f\"}", "```rust\nfn", "``", " "] {
+            assert_eq!(parse(&gemma, text), expect("", text, &[]), "{text}");
+        }
+    }
+}

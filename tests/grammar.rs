@@ -1,0 +1,363 @@
+//! Grammars: what compiles and what is refused in time, what a matcher lets through, and engines on the simulator whose
+//! requests follow one. Needs nothing.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex};
+use std::time::{Duration, Instant};
+
+use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+use fullbore_engine::bundle::Bundle;
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource, Progress};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId, token_mask};
+use fullbore_engine::text::{GgufVocab, Tokenizer};
+use serde_json::{Value, json};
+
+use crate::simulation::{VOCAB_SIZE, engine_on};
+
+static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Bundle::simulated().tokenizer);
+static COMPILER: LazyLock<GrammarCompiler> =
+    LazyLock::new(|| GrammarCompiler::new(TOKENIZER.clone(), vec![TokenId(2)], VOCAB_SIZE));
+
+/// Whoever asks waits no longer, on a machine that has other things to do.
+const IN_TIME: Duration = Duration::from_secs(6);
+
+pub fn regex(regex: &str) -> Grammar {
+    COMPILER.compile(&GrammarSource::Regex(regex.to_owned())).unwrap_or_else(|error| panic!("{regex}: {error}"))
+}
+
+/// For a model whose vocabulary has another size than its tokenizer's.
+pub fn regex_for(regex: &str, vocab_size: u32) -> Grammar {
+    let compiler = GrammarCompiler::new(TOKENIZER.clone(), vec![TokenId(2)], vocab_size);
+    compiler.compile(&GrammarSource::Regex(regex.to_owned())).unwrap_or_else(|error| panic!("{regex}: {error}"))
+}
+
+fn compile(source: GrammarSource) -> Result<Grammar, GrammarError> {
+    let begun = Instant::now();
+    let compiled = COMPILER.compile(&source);
+    assert!(begun.elapsed() < IN_TIME, "{:?} for {:.80?}", begun.elapsed(), source);
+    compiled
+}
+
+fn schema(schema: Value) -> Result<Grammar, GrammarError> {
+    compile(GrammarSource::JsonSchema(schema))
+}
+
+/// Whether the grammar takes `text`, byte by byte, and may end behind it.
+fn takes(grammar: &Grammar, text: &str) -> bool {
+    let mut matcher = grammar.matcher();
+    let mut mask = vec![0; VOCAB_SIZE.div_ceil(32) as usize];
+    for byte in text.bytes() {
+        let token = 4 + u32::from(byte);
+        if matcher.is_ended() || matcher.mask(&mut mask).is_err() || mask[token as usize / 32] >> (token % 32) & 1 == 0
+        {
+            return false;
+        }
+        matcher.advance(TokenId(token)).expect("a token of the mask");
+    }
+    matcher.is_ended() || matcher.mask(&mut mask).is_ok() && mask[0] >> 2 & 1 == 1
+}
+
+#[test]
+fn grammars_take_what_they_say_and_nothing_else() {
+    let person = json!({
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0}},
+        "required": ["name", "age"],
+        "additionalProperties": false,
+    });
+    let person = schema(person).expect("a schema");
+    let cases = [
+        (&person, r#"{"name": "Ada", "age": 36}"#, true),
+        (&person, "{\n  \"name\": \"Ada\",\n  \"age\": 36\n}", true),
+        (&person, r#"{"name": "Augusta", "age": 36}"#, false),
+        (&person, r#"{"name": "Ada"}"#, false),
+        (&person, r#"{"name": "Ada", "age": -1}"#, false),
+        (&person, r#"{"name": "Ada", "age": 36, "x": 1}"#, false),
+        (&person, r#"{"name": "Ada", "age": 36"#, false),
+        (&regex("[0-9]{3}-(ab|cd)"), "123-cd", true),
+        (&regex("[0-9]{3}-(ab|cd)"), "123-ce", false),
+        (&regex("é+"), "éé", true),
+        (&regex("a*"), "", true),
+    ];
+    for (grammar, text, wanted) in cases {
+        assert_eq!(takes(grammar, text), wanted, "{text}");
+    }
+    let lark = "start: greeting \" \" name\ngreeting: \"Hello\" | \"Bye\"\nname: /[A-Z][a-z]+/\n";
+    let lark = compile(GrammarSource::Lark(lark.to_owned())).expect("a grammar");
+    assert!(takes(&lark, "Bye Ada") && !takes(&lark, "Bye ada") && !takes(&lark, "Hello"));
+    // A schema may hold itself: this is a tree.
+    let tree = json!({
+        "$ref": "#/$defs/node",
+        "$defs": {"node": {
+            "type": "object",
+            "properties": {"left": {"$ref": "#/$defs/node"}, "value": {"type": "integer"}},
+            "required": ["value"],
+            "additionalProperties": false,
+        }},
+    });
+    let tree = schema(tree).expect("a schema");
+    assert!(takes(&tree, r#"{"left":{"left":{"value":1},"value":2},"value":3}"#));
+    assert!(!takes(&tree, r#"{"left":{"left":1}}"#));
+}
+
+#[test]
+fn white_space_in_json_has_an_end() {
+    let object = schema(json!({"type": "object"})).expect("a schema");
+    let with_space = |count: usize| format!("{{{}\"a\":1}}", " ".repeat(count));
+    assert!(takes(&object, &with_space(20)) && !takes(&object, &with_space(40)));
+    // Whatever the schema says of it.
+    let loose = schema(json!({"type": "object", "x-guidance": {"whitespace_pattern": " *"}})).expect("a schema");
+    assert!(!takes(&loose, &with_space(40)));
+}
+
+#[test]
+fn what_cannot_be_compiled_is_refused_with_a_sentence() {
+    let refused =
+        |source: GrammarSource| compile(source.clone()).map(|_| format!("{source:.200?}")).expect_err("a bad one");
+    let cases = [
+        (GrammarSource::Regex("a(".to_owned()), "regex"),
+        (GrammarSource::Regex("(?=a)b".to_owned()), "look"),
+        (GrammarSource::Lark("start: missing".to_owned()), "missing"),
+        (GrammarSource::Lark(String::new()), ""),
+        (GrammarSource::JsonSchema(json!({"type": "no such type"})), "no such type"),
+        (GrammarSource::JsonSchema(json!({"type": "object", "unevaluatedProperties": false})), "unevaluatedProperties"),
+        (GrammarSource::JsonSchema(json!({"$ref": "http://127.0.0.1/schema.json"})), ""),
+        (GrammarSource::JsonSchema(json!({"$ref": "#"})), ""),
+        (GrammarSource::JsonSchema(json!({"type": "string", "pattern": "("})), ""),
+        (GrammarSource::JsonSchema(json!({"enum": []})), ""),
+        (GrammarSource::JsonSchema(json!({"type": "integer", "minimum": 5, "maximum": 1})), ""),
+    ];
+    for (source, named) in cases {
+        let error = refused(source.clone());
+        let GrammarError::Invalid(sentence) = &error else { panic!("{source:?}: {error:?}") };
+        assert!(sentence.contains(named) && !sentence.is_empty(), "{source:?}: {sentence}");
+        assert!(!sentence.contains("<state>") && !sentence.contains("panic"), "{source:?}: {sentence}");
+    }
+}
+
+/// The shapes that have taken servers down.
+#[test]
+fn grammars_that_are_made_to_hurt_are_refused_in_time() {
+    let nested = |count: usize, open: &str, close: &str| format!("{}a{}", open.repeat(count), close.repeat(count));
+    let mut deep = json!({"type": "integer"});
+    for _ in 0..100 {
+        deep = json!({"type": "array", "items": deep});
+    }
+    let sources = [
+        GrammarSource::Regex(nested(60_000, "(", ")")),
+        GrammarSource::Regex(nested(60_000, "(?:", ")*")),
+        GrammarSource::Regex("(".repeat(60_000)),
+        GrammarSource::Regex("[".repeat(60_000)),
+        GrammarSource::Regex(format!("a{}", "?".repeat(60_000))),
+        GrammarSource::Lark(format!("start: {}", nested(60_000, "(", ")"))),
+        GrammarSource::Lark(format!("start: {}\"a\"", "~".repeat(60_000))),
+        GrammarSource::Lark(format!("start: {}", nested(60_000, "%lark { start: ", "}"))),
+        GrammarSource::Lark("start: start start | start".to_owned()),
+        GrammarSource::JsonSchema(deep),
+        GrammarSource::JsonSchema(json!({"enum": (0..60_000).collect::<Vec<_>>()})),
+        GrammarSource::JsonSchema(json!({"type": "string", "pattern": "(a*)*(b*)*".repeat(30_000)})),
+    ];
+    let taken: Vec<String> = sources
+        .iter()
+        .filter(|source| compile((*source).clone()).is_ok())
+        .map(|source| format!("{source:?}").chars().take(80).collect())
+        .collect();
+    assert_eq!(taken, [""; 0]);
+}
+
+/// What is large, or wild for engines that go back: each is refused in time, or followed.
+#[test]
+fn large_grammars_end_in_time_either_way() {
+    let properties: serde_json::Map<String, Value> =
+        (0..1000).map(|index| (format!("property{index}"), json!({"type": ["string", "null"]}))).collect();
+    let sources = [
+        GrammarSource::Regex("(a+)+$|(a|a)*b".to_owned()),
+        GrammarSource::Regex("((a{1,1000}){1,1000}){1,1000}".to_owned()),
+        GrammarSource::Regex("a".repeat(60_000)),
+        GrammarSource::Regex(format!("({})", "(a|aa)+".repeat(30_000))),
+        GrammarSource::Regex("(a|b)".repeat(10_000)),
+        GrammarSource::Regex(".{0,100000}x".to_owned()),
+        GrammarSource::JsonSchema(json!({"type": "object", "properties": properties})),
+        GrammarSource::JsonSchema(json!({"type": "array", "minItems": 100_000, "items": {"type": "integer"}})),
+        GrammarSource::JsonSchema(json!({"type": "string", "maxLength": 10_000_000})),
+        GrammarSource::Lark(format!("start: {}", "\"a\" \"b\" ".repeat(10_000))),
+    ];
+    for source in sources {
+        let Ok(grammar) = compile(source.clone()) else { continue };
+        // On a stack like the engine's.
+        let mut matcher = grammar.matcher();
+        let mut mask = vec![0; VOCAB_SIZE.div_ceil(32) as usize];
+        let begun = Instant::now();
+        for _ in 0..8 {
+            if matcher.is_ended() || matcher.mask(&mut mask).is_err() {
+                break;
+            }
+            let token = mask
+                .iter()
+                .enumerate()
+                .rev()
+                .find_map(|(word, bits)| (*bits != 0).then(|| word as u32 * 32 + 31 - bits.leading_zeros()));
+            let advanced = matcher.advance(TokenId(token.expect("a mask allows a token")));
+            if advanced != Ok(Progress::Goes) {
+                break;
+            }
+        }
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?} for {:.80?}", begun.elapsed(), source);
+    }
+}
+
+#[test]
+fn one_grammar_is_compiled_once_however_many_ask() {
+    // Some milliseconds' worth.
+    let source = GrammarSource::Regex("(ab|cd){1,200}[x-z]{0,300}once".to_owned());
+    let compiler = GrammarCompiler::new(TOKENIZER.clone(), vec![TokenId(2)], VOCAB_SIZE);
+    let timed = || {
+        let begun = Instant::now();
+        compiler.compile(&source).expect("a grammar");
+        begun.elapsed()
+    };
+    let first = timed();
+    let again = (0..8).map(|_| timed()).min().expect("eight");
+    assert!(again < first / 4, "first {first:?}, then {again:?}");
+}
+
+/// What a client was told.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Answer {
+    tokens: Vec<TokenId>,
+    reason: Option<FinishReason>,
+}
+
+impl Answer {
+    /// Without the token that ends it.
+    fn text(&self) -> String {
+        TOKENIZER.decode(&self.tokens)
+    }
+}
+
+struct Client(Arc<Mutex<Answer>>);
+
+impl Sink for Client {
+    fn event(&mut self, event: Event) -> Flow {
+        let mut answer = self.0.lock().expect("nobody panics");
+        match event {
+            Event::Token { id, .. } => answer.tokens.push(id),
+            Event::Finished { reason, .. } => answer.reason = Some(reason),
+            Event::Started { .. } | Event::Prompt(_) => {}
+        }
+        Flow::Continue
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+fn config() -> EngineConfig {
+    EngineConfig {
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        max_model_len: 128,
+        num_blocks: 64,
+        max_logit_rows: 8,
+        ..EngineConfig::default()
+    }
+}
+
+fn run(engine: &mut Engine, requests: &[Request]) -> Vec<Answer> {
+    let answers: Vec<Arc<Mutex<Answer>>> = requests.iter().map(|_| Arc::default()).collect();
+    for (request, answer) in requests.iter().zip(&answers) {
+        engine.add(request.clone(), Box::new(Client(answer.clone())));
+    }
+    while engine.step().expect("the simulator is never lost") {
+        engine.check();
+    }
+    answers.iter().map(|answer| answer.lock().expect("nobody panics").clone()).collect()
+}
+
+fn request(index: u32, grammar: Option<Grammar>) -> Request {
+    let sampling = SamplingParams { temperature: 1.0, seed: u64::from(index), ..SamplingParams::default() };
+    let stop_ids = vec![TokenId(2)];
+    Request { prompt: vec![TokenId(300 + index)], max_tokens: 60, stop_ids, sampling, grammar, ..Request::default() }
+}
+
+#[test]
+fn texts_follow_their_grammars_and_end_with_them() {
+    let object = json!({
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}},
+        "required": ["a", "b"],
+        "additionalProperties": false,
+    });
+    let object = schema(object).expect("a schema");
+    let (word, date) = (regex("[a-c]{2,20}"), regex("20[0-9]{2}-[01][0-9]"));
+    let mut engine = engine_on(SimBackend::new(SimOptions::default()), config());
+    let grammars = [&object, &word, &date];
+    let requests: Vec<Request> =
+        (0..30).map(|index| request(index, Some(grammars[index as usize % 3].clone()))).collect();
+    let answers = run(&mut engine, &requests);
+    let mut reasons: HashMap<bool, u32> = HashMap::new();
+    for (index, answer) in answers.iter().enumerate() {
+        let (text, reason) = (answer.text(), answer.reason.clone().expect("an end"));
+        if reason == FinishReason::Stop {
+            assert!(takes(grammars[index % 3], &text), "{text:?}");
+        } else {
+            assert_eq!((reason.clone(), answer.tokens.len()), (FinishReason::Length, 60), "{text:?}");
+        }
+        *reasons.entry(reason == FinishReason::Stop).or_default() += 1;
+    }
+    assert!(reasons[&true] >= 20, "{reasons:?}");
+    // Where nothing may follow, no token is spent to say so.
+    assert!(answers[2..].iter().step_by(3).all(|date| date.tokens.len() == 7), "{answers:?}");
+    let mut texts: Vec<String> = answers.iter().map(Answer::text).collect();
+    texts.sort_unstable();
+    texts.dedup();
+    assert!(texts.len() > 20, "{texts:?}");
+}
+
+#[test]
+fn a_grammar_without_a_token_to_go_on_ends_its_request_alone() {
+    let (tokens, token_types) = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("1", 1), ("2", 1)]
+        .map(|(token, kind)| (token.to_owned(), kind))
+        .into_iter()
+        .unzip();
+    let vocab = GgufVocab {
+        model: "llama".to_owned(),
+        scores: vec![0.0; 5],
+        unk: Some(0),
+        token_types,
+        tokens,
+        ..GgufVocab::default()
+    };
+    let digits = Arc::new(Tokenizer::from_vocab(vocab).expect("a vocabulary"));
+    let compiler = GrammarCompiler::new(digits, vec![TokenId(2)], VOCAB_SIZE);
+    let compile = |regex: &str| compiler.compile(&GrammarSource::Regex(regex.to_owned()));
+    let error = compile("[a-z]+").expect_err("no first token");
+    assert!(error.to_string().contains("no token"), "{error}");
+    let later = compile("12[a-z]").expect("two tokens can come");
+    let (bystander, follower) = (request(0, None), request(1, Some(later)));
+    let mut engine = engine_on(SimBackend::new(SimOptions::default()), config());
+    let answers = run(&mut engine, &[bystander.clone(), follower]);
+    let alone = run(&mut engine_on(SimBackend::new(SimOptions::default()), config()), &[bystander]);
+    assert_eq!(answers[0], alone[0]);
+    let Some(FinishReason::Error(sentence)) = &answers[1].reason else { panic!("{answers:?}") };
+    assert!(sentence.contains("grammar"), "{sentence}");
+    assert_eq!(answers[1].tokens, [3, 4].map(TokenId), "nothing was chosen without the grammar");
+}
+
+#[test]
+fn a_least_length_keeps_ends_away_and_a_grammar_comes_first() {
+    let all = || (0..VOCAB_SIZE).map(TokenId);
+    let early = token_mask(all().filter(|token| token.0 != 2), VOCAB_SIZE);
+    let with_least = |grammar: &str, min_tokens| {
+        let plain = request(3, Some(regex(grammar)));
+        let sampling = SamplingParams { min_tokens, early_tokens: Some(early.clone()), ..plain.sampling };
+        Request { sampling, ..plain }
+    };
+    let requests = [with_least("a*", 0), with_least("a*", 20), with_least("a{0,5}", 20)];
+    let answers = run(&mut engine_on(SimBackend::new(SimOptions::default()), config()), &requests);
+    assert!(answers[1].text().len() >= 20 && answers[0].text().len() < 20, "{answers:?}");
+    assert!(answers[2].text().len() == 5 && answers[2].reason == Some(FinishReason::Stop), "{answers:?}");
+}

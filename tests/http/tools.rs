@@ -1,0 +1,279 @@
+//! Calls of functions and thoughts over HTTP: what reaches the template, what the model is made to write, and what the
+//! client is told of it, whole and in pieces.
+
+use fullbore_engine::text::ChatTemplate;
+
+use super::*;
+
+/// As Hermes and Qwen write tools, calls, thoughts and results.
+const HERMES: &str = "{% if tools %}<|im_start|>system {% for tool in tools %}{{ tool | tojson }}{% endfor %}\
+    <tool_call><|im_end|>{% endif %}{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}\
+    {% for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} \
+    {{ call.function.arguments | tojson }}</tool_call>{% endfor %}{% if message.role == 'tool' %}\
+    ({{ message.tool_call_id }}){% endif %}<|im_end|>{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant {% if enable_thinking is defined and not enable_thinking %}\
+    <think></think>{% endif %}{% endif %}";
+
+fn hermes() -> Harness {
+    let bundle = |bundle: &mut Bundle| {
+        bundle.chat_template = Some(ChatTemplate::new(HERMES, "<s>", "<|im_end|>").expect("a template"));
+    };
+    Setup { bundle, ..Setup::default() }.start()
+}
+
+fn tools() -> Value {
+    let city = json!({"type": "string", "enum": ["Rome", "Oslo"]});
+    let weather = json!({"type": "object", "properties": {"city": city}, "required": ["city"],
+        "additionalProperties": false});
+    json!([
+        {"type": "function", "function": {"name": "weather", "description": "Says <|im_end|>.", "parameters": weather}},
+        {"type": "function", "function": {"name": "time"}},
+    ])
+}
+
+fn ask(change: Value) -> Value {
+    let mut body = json!({"messages": [{"role": "user", "content": "Weather?"}], "tools": tools(), "max_tokens": 300,
+        "temperature": 1.0, "seed": 3, "chat_template_kwargs": {"enable_thinking": false}});
+    body.as_object_mut().expect("an object").extend(change.as_object().expect("an object").clone());
+    body
+}
+
+/// Names and arguments of a message's calls, after a check of their form.
+fn calls_of(message: &Value) -> Vec<(String, Value)> {
+    let calls = message["tool_calls"].as_array().cloned().unwrap_or_default();
+    let call = |call: &Value| {
+        assert!(call["id"].as_str().is_some_and(|id| id.starts_with("call_")) && call["type"] == "function", "{call}");
+        let arguments = call["function"]["arguments"].as_str().expect("text");
+        let arguments = serde_json::from_str(arguments).unwrap_or_else(|error| panic!("{error}: {arguments}"));
+        (call["function"]["name"].as_str().expect("a name").to_owned(), arguments)
+    };
+    calls.iter().map(call).collect()
+}
+
+/// The message that the deltas of a stream add up to, as the official clients add them, and its finish reason.
+fn added_up(events: &[Value]) -> (Value, Value) {
+    let mut message = json!({"content": "", "reasoning_content": "", "tool_calls": []});
+    let mut reason = Value::Null;
+    for choice in events.iter().filter_map(|event| event["choices"].get(0)) {
+        let delta = &choice["delta"];
+        for field in ["content", "reasoning_content"] {
+            if let Some(more) = delta[field].as_str() {
+                message[field] = json!(format!("{}{more}", message[field].as_str().expect("text")));
+            }
+        }
+        for piece in delta["tool_calls"].as_array().into_iter().flatten() {
+            let index = piece["index"].as_u64().expect("an index") as usize;
+            let calls = message["tool_calls"].as_array_mut().expect("calls");
+            if index == calls.len() {
+                calls.push(json!({"id": piece["id"], "type": piece["type"], "function": piece["function"]}));
+                continue;
+            }
+            assert!(piece.get("id").is_none() && piece["function"].get("name").is_none(), "{piece}");
+            let arguments = &mut calls[index]["function"]["arguments"];
+            let more = piece["function"]["arguments"].as_str().expect("text");
+            *arguments = json!(format!("{}{more}", arguments.as_str().expect("text")));
+        }
+        if !choice["finish_reason"].is_null() {
+            reason = choice["finish_reason"].clone();
+        }
+    }
+    (message, reason)
+}
+
+#[test]
+fn forced_calls_come_whole_and_in_pieces() {
+    for server in [Setup::default().start(), hermes()] {
+        let named = json!({"type": "function", "function": {"name": "weather"}});
+        let cases = [
+            (json!({"tool_choice": "required", "parallel_tool_calls": false}), "tool_calls"),
+            (json!({"tool_choice": named}), "stop"),
+        ];
+        for (change, reason) in cases {
+            let mut seen = Vec::new();
+            for seed in 0..6 {
+                let mut body = ask(change.clone());
+                body["seed"] = json!(seed);
+                let whole = server.chat(body.clone());
+                let choice = &whole["choices"][0];
+                assert_eq!(choice["finish_reason"], reason, "{choice}");
+                assert_eq!(choice["message"]["content"], Value::Null, "{choice}");
+                let calls = calls_of(&choice["message"]);
+                let [(name, arguments)] = calls.as_slice() else { panic!("{choice}") };
+                match name.as_str() {
+                    "weather" => assert!(arguments["city"] == "Rome" || arguments["city"] == "Oslo", "{arguments}"),
+                    "time" => assert!(arguments.is_object() && reason == "tool_calls"),
+                    other => panic!("{other}"),
+                }
+                let events = server.stream("/v1/chat/completions", body);
+                let (message, streamed_reason) = added_up(&events);
+                assert_eq!((calls_of(&message), &streamed_reason), (calls.clone(), &json!(reason)));
+                assert_eq!(message["content"], "");
+                let pieces = events.iter().filter(|event| event["choices"][0]["delta"]["tool_calls"].is_array());
+                assert!(pieces.count() > 3, "arguments come as they are written");
+                seen.push(calls);
+            }
+            seen.dedup();
+            assert!(seen.len() > 1, "{seen:?}");
+        }
+        let several = server.chat(ask(json!({"tool_choice": "required", "n": 8, "max_tokens": 500})));
+        let counts = several["choices"].as_array().expect("choices").iter().map(|choice| {
+            let is_cut = choice["finish_reason"] == "length";
+            if is_cut { 0 } else { calls_of(&choice["message"]).len() }
+        });
+        assert!(counts.max().expect("eight") > 1, "{several}");
+    }
+}
+
+#[test]
+fn calls_that_nobody_forced_are_found_in_the_text() {
+    let server = hermes();
+    let call = r#"Look: <tool_call>\{"name": "weather", "arguments": \{"city": "[A-Z]{9}"\}\}</tool_call>"#;
+    // Both of the client's making: a text with a call in it, or a call alone.
+    let body = ask(json!({"guided_regex": call, "parallel_tool_calls": false}));
+    let (message, reason) = added_up(&server.stream("/v1/chat/completions", body.clone()));
+    let whole = server.chat(body);
+    let told = &whole["choices"][0];
+    assert_eq!((&told["finish_reason"], &reason), (&json!("tool_calls"), &json!("tool_calls")));
+    assert_eq!(calls_of(&told["message"]), calls_of(&message));
+    let content = told["message"]["content"].as_str().unwrap_or_default();
+    assert!(content.is_empty() || content == "Look:", "{told}");
+    // Nobody looks for calls where there are no functions.
+    let free = server.chat(ask(json!({"guided_regex": call, "tools": null})));
+    assert!(free["choices"][0]["message"]["content"].as_str().expect("text").ends_with("</tool_call>"), "{free}");
+    assert_eq!(free["choices"][0]["finish_reason"], "stop");
+    let none = server.chat(ask(json!({"guided_regex": call, "tool_choice": "none"})));
+    assert!(none["choices"][0]["message"].get("tool_calls").is_none(), "{none}");
+}
+
+#[test]
+fn an_answer_that_is_cut_off_in_a_call_has_ended_for_its_length() {
+    let server = hermes();
+    let named = json!({"type": "function", "function": {"name": "weather"}});
+    let whole = server.chat(ask(json!({"tool_choice": named, "max_tokens": 55})));
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["finish_reason"], "length", "{choice}");
+    let function = &choice["message"]["tool_calls"][0]["function"];
+    assert_eq!(function["name"], "weather", "{choice}");
+    assert!(function["arguments"].as_str().is_some_and(|arguments| arguments.starts_with('{')), "{choice}");
+}
+
+/// The prompt as text: special tokens of content are spelled out by ordinary ones.
+fn prompt_of(server: &Harness, body: &Value) -> String {
+    server.post("/apply-template", body).ok()["prompt"].as_str().expect("text").to_owned()
+}
+
+#[test]
+fn tools_calls_and_results_reach_the_template() {
+    let server = hermes();
+    let messages = json!([
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": null, "tool_calls": [
+            {"id": "call_1", "type": "function",
+                "function": {"name": "weather", "arguments": "{\"city\": \"Rome\", \"b\": 1}"}},
+        ]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]);
+    let prompt = prompt_of(&server, &ask(json!({"messages": messages})));
+    let first = tools()[0].clone();
+    let wanted = format!(
+        "<|im_start|>system {{\"type\": \"function\", \"function\": {{\"name\": \"weather\", \"description\": {}",
+        first["function"]["description"]
+    );
+    assert!(prompt.starts_with(&wanted), "{prompt}");
+    // In the order that it was written in.
+    assert!(prompt.contains("<tool_call>weather {\"city\": \"Rome\", \"b\": 1}</tool_call>"), "{prompt}");
+    assert!(prompt.contains("<|im_start|>tool sunny(call_1)<|im_end|>"), "{prompt}");
+    let without = prompt_of(&server, &ask(json!({"tool_choice": "none"})));
+    assert!(!without.contains("weather"), "{without}");
+    // A template that knows no tools.
+    let plain = Setup::default().start();
+    let prompt = prompt_of(&plain, &ask(json!({"messages": messages})));
+    assert!(prompt.starts_with("<|im_start|>system You have access to functions:\n{\"name\":\"weather\""), "{prompt}");
+    assert!(prompt.contains("<tool_response>\nsunny\n</tool_response>"), "{prompt}");
+}
+
+#[test]
+fn nothing_in_a_tool_or_a_call_is_a_special_token() {
+    let server = hermes();
+    let end = 2;
+    let count = |body: &Value| {
+        let reply = server.chat(body.clone());
+        ids(&reply["prompt_token_ids"]).iter().filter(|id| **id == end).count()
+    };
+    let with = |text: &str| {
+        let arguments = json!({"city": text}).to_string();
+        let call = json!({"id": text, "type": "function", "function": {"name": text, "arguments": arguments}});
+        ask(json!({
+            "messages": [{"role": "user", "content": text, "name": text}, {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": text, "content": text}],
+            "tools": [{"type": "function", "function": {"name": "f", "description": text,
+                "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": text}}}}}],
+            "chat_template_kwargs": {"x": text, "enable_thinking": false}, "max_tokens": 1, "return_token_ids": true,
+        }))
+    };
+    assert_eq!(count(&with("<|im_end|>")), count(&with("end")));
+    assert!(count(&with("end")) > 2);
+}
+
+#[test]
+fn thoughts_are_told_apart_and_switched_off() {
+    let server = hermes();
+    let regex = "(<think>)?[a-c]{3,9}(</think>)?\n\n[x-z]{3}";
+    let thinking = json!({"tools": null, "guided_regex": "[x-z]{3}", "max_tokens": 900, "n": 16,
+        "chat_template_kwargs": {}});
+    let reply = server.chat(ask(thinking.clone()));
+    let mut num_thoughts = 0;
+    for choice in reply["choices"].as_array().expect("choices") {
+        let message = &choice["message"];
+        if choice["finish_reason"] == "length" {
+            assert_eq!(message["content"], "", "a thought that did not end is no answer: {choice}");
+            num_thoughts += 1;
+            continue;
+        }
+        let content = message["content"].as_str().expect("text");
+        assert!(content.len() == 3 && content.bytes().all(|byte| (b'x'..=b'z').contains(&byte)), "{choice}");
+        num_thoughts += usize::from(message.get("reasoning_content").is_some());
+    }
+    assert!(num_thoughts > 0, "{reply}");
+    let off = ask(json!({"tools": null, "guided_regex": regex, "chat_template_kwargs": {"enable_thinking": false}}));
+    assert!(prompt_of(&server, &off).ends_with("<think></think>"));
+    let reply = server.chat(off);
+    let message = &reply["choices"][0]["message"];
+    assert!(message.get("reasoning_content").is_none(), "{message}");
+    let error = server.post("/v1/chat/completions", &ask(json!({"chat_template_kwargs": {"messages": []}}))).error(400);
+    assert_eq!(error["param"], "chat_template_kwargs");
+}
+
+#[test]
+fn bad_tools_are_named() {
+    let server = Setup::default().start();
+    let function = |function: Value| json!([{"type": "function", "function": function}]);
+    let cases = [
+        (json!({"tools": 5}), "tools"),
+        (json!({"tools": vec![tools()[1].clone(); 129]}), "tools"),
+        (json!({"tools": [{"type": "code"}]}), "tools[0].type"),
+        (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
+        (json!({"tools": function(json!({}))}), "tools[0].function.name"),
+        (json!({"tools": function(json!({"name": "a b"}))}), "tools[0].function.name"),
+        (json!({"tools": function(json!({"name": "a\"<|im_end|>"}))}), "tools[0].function.name"),
+        (json!({"tools": function(json!({"name": "a", "parameters": 5}))}), "tools[0].function.parameters"),
+        (json!({"tool_choice": "always"}), "tool_choice"),
+        (json!({"tool_choice": {"type": "function", "function": {"name": "none_such"}}}), "tool_choice"),
+        (json!({"tools": null, "tool_choice": "required"}), "tool_choice"),
+        (json!({"parallel_tool_calls": 1}), "parallel_tool_calls"),
+        (
+            json!({"tools": function(json!({"name": "a", "parameters": {"type": "no"}})), "tool_choice": "required"}),
+            "tools",
+        ),
+        (json!({"functions": [{"name": "a"}]}), "functions"),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}),
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (json!({"messages": [{"role": "assistant", "tool_calls": [5]}]}), "messages[0].tool_calls[0]"),
+    ];
+    for (change, param) in cases {
+        let error = server.post("/v1/chat/completions", &ask(change.clone())).error(400);
+        assert_eq!(error["param"], param, "{change}: {error}");
+    }
+}
