@@ -322,6 +322,10 @@ impl Backend for Counting {
         self.sim.wait(ticket, out)
     }
 
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.sim.reopen()
+    }
+
     fn now(&self) -> Instant {
         self.sim.now()
     }

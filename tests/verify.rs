@@ -158,6 +158,10 @@ impl Backend for Failing {
         self.cpu.wait(ticket, out)
     }
 
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.cpu.reopen()
+    }
+
     fn now(&self) -> Instant {
         self.cpu.now()
     }

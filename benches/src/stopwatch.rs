@@ -102,6 +102,10 @@ impl Backend for Stopwatch {
         Ok(ran)
     }
 
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.inner.reopen()
+    }
+
     fn now(&self) -> Instant {
         self.inner.now()
     }

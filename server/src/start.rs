@@ -216,6 +216,7 @@ fn load_engine(
         tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
     }
     let mut engine = Engine::new(config, model, backend, (random(), random()));
+    engine.set_checkpoint(checkpoint);
     engine.enable_swap().map_err(LoadError::from)?;
     // A simulated device has nothing to compile, and its steps say nothing unless a target is held against them.
     let has_target = matches!(config.latency, LatencyTarget::Milliseconds(_));

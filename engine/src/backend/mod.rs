@@ -58,6 +58,10 @@ pub trait Backend: Send {
     /// its clock.
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError>;
 
+    /// Opens the same device anew after it was lost: nothing is on it, and every id and ticket of before is void. After
+    /// an error it may be tried again, and nothing else.
+    fn reopen(&mut self) -> Result<(), DeviceError>;
+
     /// The time on this device's clock: the machine's own, but for a simulator, whose time is virtual.
     fn now(&self) -> Instant;
 }

@@ -381,6 +381,15 @@ impl Backend for SimBackend {
         Ok(done_at - Duration::from_nanos(oldest.cost_ns)..done_at)
     }
 
+    /// Its clock goes on.
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.buffers.clear();
+        self.weights.clear();
+        self.in_flight.clear();
+        self.free_at_ns = self.clock.now_ns();
+        Ok(())
+    }
+
     /// Real time where the device sleeps, for then host and device share it; else the clock's.
     fn now(&self) -> Instant {
         match self.options.sleeps {

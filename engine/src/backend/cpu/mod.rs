@@ -48,6 +48,7 @@ pub struct CpuOptions {
 }
 
 pub struct CpuBackend {
+    options: CpuOptions,
     info: DeviceInfo,
     pool: Arc<ThreadPool>,
     /// The worker holds it while it runs a recording.
@@ -94,7 +95,7 @@ impl CpuBackend {
             reason: format!("its thread cannot be started: {error}"),
         };
         let worker = Worker::spawn(run).map_err(no_thread)?;
-        Ok(CpuBackend { info, pool, memory, worker, num_submitted: 0, num_waited: 0 })
+        Ok(CpuBackend { options, info, pool, memory, worker, num_submitted: 0, num_waited: 0 })
     }
 }
 
@@ -221,6 +222,11 @@ impl Backend for CpuBackend {
         self.num_waited += 1;
         assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
         Ok(self.worker.wait(out))
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        *self = CpuBackend::new(self.options)?;
+        Ok(())
     }
 
     fn now(&self) -> Instant {

@@ -33,6 +33,10 @@ impl Buffers {
         &self.buffers[id.0 as usize]
     }
 
+    pub fn clear(&mut self) {
+        self.buffers.clear();
+    }
+
     pub fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
         let buffer = create(&self.device, label, size_bytes.max(4), usage)?;

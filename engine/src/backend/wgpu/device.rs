@@ -9,6 +9,7 @@ use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
 
 use super::MAX_WORKGROUPS;
 use super::encode::{MAX_BUFFERS, MAX_PARAMS};
+use super::kill_switch::KillSwitch;
 use crate::backend::{DeviceError, DeviceInfo};
 
 /// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
@@ -32,6 +33,8 @@ pub struct WgpuOptions {
     pub mask: Option<fn(&mut Limits)>,
     /// Spoils kernels, for tests of what finds them.
     pub faults: Vec<Fault>,
+    /// Takes the device away, for tests of what comes after.
+    pub kill_switch: KillSwitch,
 }
 
 /// A change to the text of one kernel on one tier.
@@ -221,6 +224,28 @@ fn choose(selector: &str) -> Result<(String, wgpu::Adapter), OpenError> {
     all.into_iter().next().ok_or_else(not_found)
 }
 
+/// Where it will be noted why the device was lost, once it is. What the driver fails at on its own is a loss too; what
+/// wgpu refuses is a bug of ours, unless it refuses work on a device that is gone.
+fn watch(device: &wgpu::Device) -> Arc<Mutex<Option<String>>> {
+    let lost: Arc<Mutex<Option<String>>> = Arc::default();
+    let (on_loss, on_error) = (lost.clone(), lost.clone());
+    let note = |lost: &Mutex<Option<String>>, reason: String| {
+        lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+    };
+    device.set_device_lost_callback(move |reason, message| {
+        let message = if message.is_empty() { format!("{reason:?}") } else { message };
+        note(&on_loss, message);
+    });
+    device.on_uncaptured_error(Arc::new(move |error| match error {
+        wgpu::Error::OutOfMemory { .. } | wgpu::Error::Internal { .. } => note(&on_error, error.to_string()),
+        wgpu::Error::Validation { .. } => {
+            let is_lost = on_error.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            assert!(is_lost, "{error}");
+        }
+    }));
+    lost
+}
+
 impl Device {
     pub fn open(options: &WgpuOptions) -> Result<Device, OpenError> {
         let (id, adapter) = choose(&options.selector)?;
@@ -256,15 +281,11 @@ impl Device {
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
         });
-        let refused =
-            |error: wgpu::RequestDeviceError| OpenError::Refused { device: id.clone(), reason: error.to_string() };
-        let (device, queue) = pollster::block_on(request).map_err(refused)?;
-        let lost = Arc::new(Mutex::new(None));
-        let note = lost.clone();
-        device.set_device_lost_callback(move |reason, message| {
-            let message = if message.is_empty() { format!("{reason:?}") } else { message };
-            note.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
-        });
+        let refused = |reason: String| OpenError::Refused { device: id.clone(), reason };
+        options.kill_switch.check().map_err(refused)?;
+        let (device, queue) = pollster::block_on(request).map_err(|error| refused(error.to_string()))?;
+        options.kill_switch.opened(&device);
+        let lost = watch(&device);
         let largest = info.max_buffer_bytes.min(MAX_SHARD_BYTES);
         let max_shard_bytes = options.max_binding_bytes.map_or(largest, |bytes| bytes.min(largest));
         let (checked, faults) = (options.checked, options.faults.clone());

@@ -20,6 +20,7 @@ mod budget;
 mod buffers;
 mod device;
 mod encode;
+mod kill_switch;
 pub mod packing;
 mod params;
 pub mod pipelines;
@@ -30,6 +31,7 @@ use buffers::{Buffers, Readback};
 use device::Device;
 pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
+pub use kill_switch::KillSwitch;
 use packing::Layout;
 use pipelines::{Kernel, Pipelines, uniform_layout};
 use stamps::Stamps;
@@ -40,6 +42,7 @@ const MAX_DISPATCHES: u64 = 8192;
 const MAX_WORKGROUPS: u32 = 65_535;
 
 pub struct WgpuBackend {
+    options: WgpuOptions,
     device: Device,
     buffers: Buffers,
     /// By weight id.
@@ -82,6 +85,7 @@ impl WgpuBackend {
         let refused =
             |error: DeviceError| OpenError::Refused { device: device.info.id.clone(), reason: error.to_string() };
         Ok(WgpuBackend {
+            options: options.clone(),
             uniforms: uniforms.map_err(refused)?,
             buffers: Buffers::new(&device),
             weights: Vec::new(),
@@ -95,6 +99,17 @@ impl WgpuBackend {
             dispatches: Vec::new(),
             device,
         })
+    }
+
+    /// Lets go of all that is on the device.
+    fn release(&mut self) {
+        self.in_flight.clear();
+        self.bind_groups.clear();
+        self.weights.clear();
+        self.buffers.clear();
+        self.pipelines.clear();
+        self.readbacks = std::array::from_fn(|_| Readback::new());
+        (self.uniforms, self.stamps) = (None, None);
     }
 
     /// Makes what the dispatches need and does not exist yet.
@@ -248,6 +263,20 @@ impl Backend for WgpuBackend {
         let ended = took.map_or(seen, |took| (begun + took).min(seen).max(begun));
         self.free_at = Some(ended);
         Ok(begun..ended)
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        // The new one needs the memory of the old one.
+        self.release();
+        self.device.device.destroy();
+        let DeviceInfo { id, name, .. } = self.device.info.clone();
+        let options = WgpuOptions { selector: id, tier: Some(self.device.tier), ..self.options.clone() };
+        let opened = WgpuBackend::open(&options).map_err(|error| self.device.lost(&error.to_string()))?;
+        if opened.device.info.name != name {
+            return Err(self.device.lost(&format!("{name} is gone, and {} is in its place", opened.device.info.name)));
+        }
+        *self = opened;
+        Ok(())
     }
 
     fn now(&self) -> Instant {

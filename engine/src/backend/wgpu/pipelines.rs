@@ -199,6 +199,10 @@ impl Pipelines {
         Ok(pipelines)
     }
 
+    pub fn clear(&mut self) {
+        self.pipelines.clear();
+    }
+
     /// One that is compiled.
     pub fn get(&self, kernel: Kernel) -> &Pipeline {
         &self.pipelines[&kernel]
