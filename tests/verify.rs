@@ -4,11 +4,15 @@ use std::ops::Range;
 use std::time::Instant;
 
 use fullbore::args::VerifyArgs;
+use fullbore::start::{Plan, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
-use fullbore_engine::backend::wgpu::{Fault, OpenError, Tier, WgpuBackend, WgpuOptions};
+use fullbore_engine::backend::wgpu::{Fault, Features, OpenError, Tier, WgpuBackend, WgpuOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::memory::capacity;
+use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, Weight, WeightFormat};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
@@ -95,6 +99,59 @@ fn an_adapter_below_the_minimum_is_refused_with_what_it_lacks() {
         WgpuOptions { tier: Some(Tier::Subgroup), mask: Some(|limits| limits.max_immediate_size = 32), ..base };
     let immediates = refuse(immediates);
     assert!(immediates.contains("64 bytes of immediates: it has 32"), "{immediates}");
+    let groups = refuse(WgpuOptions {
+        selector: device_ids()[0].clone(),
+        tier: Some(Tier::Base),
+        mask: Some(|limits| limits.max_bind_groups = 1),
+        ..WgpuOptions::default()
+    });
+    assert!(groups.contains("2 bind groups: it has 1"), "{groups}");
+}
+
+#[test]
+fn a_tier_is_refused_with_the_feature_that_it_lacks_and_none_is_chosen_that_would_be() {
+    for (without, name) in [(Features::SUBGROUP, "subgroups"), (Features::IMMEDIATES, "immediates")] {
+        let masked = WgpuOptions { selector: device_ids()[0].clone(), without, ..WgpuOptions::default() };
+        assert_eq!(WgpuBackend::open(&masked).expect("a plain device").info().tier, "base", "without {name}");
+        for tier in [Tier::Subgroup, Tier::Lavapipe] {
+            let sentence = WgpuBackend::open(&WgpuOptions { tier: Some(tier), ..masked.clone() });
+            let sentence = sentence.err().expect("too little").to_string();
+            let expected = format!("cannot run the {} tier, which needs {name}, which it does not have", tier.name());
+            assert!(sentence.contains(&expected), "{sentence}");
+        }
+    }
+}
+
+/// Loads a tiny model on a device with so much memory; an error is what the server would say.
+fn load_within(max_memory_bytes: u64, config: EngineConfig) -> Result<(), String> {
+    let selector = device_ids()[0].clone();
+    let options = WgpuOptions { selector, max_memory_bytes: Some(max_memory_bytes), ..WgpuOptions::default() };
+    let backend: Box<dyn Backend> = Box::new(WgpuBackend::open(&options).expect("a listed device opens"));
+    let bundle = Bundle::simulated();
+    let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
+    let memory = memory_table(&bundle.config, &config, weights);
+    let plan = Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None };
+    plan.load_engine().map(|_| ()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn too_little_memory_names_the_missing_bytes_and_a_flag_that_helps() {
+    let config = EngineConfig { max_num_seqs: 8, num_blocks: 4096, ..EngineConfig::default() };
+    let planned = memory_table(&Bundle::simulated().config, &config, 0);
+    let too_little = planned.total() - planned.kv / 10;
+    let sentence = load_within(too_little, config).expect_err("a tenth of the cache is too much");
+    for part in ["has no memory for ", "planned are missing; give --kv-memory ", " or less", "--max-model-len"] {
+        assert!(sentence.contains(part), "{sentence}");
+    }
+    let (_, advice) = sentence.split_once("--kv-memory ").expect("it was there");
+    let (mebibytes, _) = advice.split_once("MiB").expect("a number of MiB");
+    let budget = mebibytes.parse::<u64>().expect("a number") << 20;
+    let num_blocks = capacity::num_blocks(planned.kv_bytes_per_token, budget, config.block_size, 1).expect("some");
+    load_within(too_little, EngineConfig { num_blocks, ..config }).expect("what it says is enough");
+
+    let sentence = load_within(1 << 20, config).expect_err("there is no room for anything");
+    assert!(sentence.contains("missing; that is more than the KV cache takes: pack the "), "{sentence}");
+    assert!(sentence.contains("--quantize q8_0 or q4_0"), "{sentence}");
 }
 
 /// A cpu that has no memory for one buffer, and is unplugged before one recording; each counted from 0.
@@ -126,7 +183,7 @@ impl Backend for Failing {
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
         if is_over(&mut self.allocs_left) {
             let (device, what) = ("failing".to_owned(), label.to_owned());
-            return Err(DeviceError::OutOfMemory { device, what, needed_bytes: size_bytes });
+            return Err(DeviceError::OutOfMemory { device, what, needed_bytes: size_bytes, taken_bytes: 0 });
         }
         self.cpu.alloc(label, size_bytes)
     }

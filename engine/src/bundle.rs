@@ -136,6 +136,12 @@ impl Bundle {
         Some(Bundle { name, config, checkpoint, stop_ids: Vec::new(), ..Bundle::simulated() })
     }
 
+    /// Whether some of its matrices could be packed while they are loaded.
+    pub fn has_floats(&self) -> bool {
+        let formats = Weights::formats(&self.config, &self.checkpoint);
+        formats.iter().any(|format| [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16].contains(format))
+    }
+
     /// The same with float weights packed to `to`, one of [`quantize::TARGETS`], while they are loaded.
     pub fn quantized(self, to: WeightFormat) -> Result<Bundle, BundleError> {
         let before = Weights::file_bytes(&self.config, &self.checkpoint);

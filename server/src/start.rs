@@ -26,6 +26,8 @@ use crate::costs::SavedCosts;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
 
+mod remedy;
+
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]
@@ -47,11 +49,21 @@ pub enum StartError {
     #[error("--swap-memory of {} holds no block of the KV cache, which takes {}: give more, or 0 to swap nothing",
         human_bytes(*.asked), human_bytes(*.block))]
     SwapTooSmall { asked: u64, block: u64 },
+    #[error("{needed} of memory are needed, and {device} has {available}: {missing} are missing; {remedy}")]
+    BeyondMemory { needed: String, device: String, available: String, missing: String, remedy: String },
     #[error(
-        "{needed} of memory are needed, and {device} has {available}: lower --kv-memory (or --kv-blocks), \
-         --max-num-seqs or --max-num-batched-tokens, or choose a smaller model"
+        "{device} has no memory for {what}, which needs {needed}, beside the {taken} that are taken: at least {missing} \
+         of the {planned} planned are missing; {remedy}"
     )]
-    BeyondMemory { needed: String, device: String, available: String },
+    OutOfMemory {
+        device: String,
+        what: String,
+        needed: String,
+        taken: String,
+        missing: String,
+        planned: String,
+        remedy: String,
+    },
     #[error("{rows} rows of {width} numbers are too many for one buffer: lower {flag}")]
     TooWide { rows: u32, width: u32, flag: &'static str },
     #[error(transparent)]
@@ -156,11 +168,14 @@ impl Plan {
     /// Refuses what the device's memory, where that is known, cannot hold.
     pub fn check_memory(&self) -> Result<(), StartError> {
         let device = self.backend.info();
-        match device.memory_bytes.filter(|&available| available < self.memory.total()) {
+        let total = self.memory.total();
+        match device.memory_bytes.filter(|&available| available < total) {
             Some(available) => Err(StartError::BeyondMemory {
-                needed: human_bytes(self.memory.total()),
+                needed: human_bytes(total),
                 device: device.id.clone(),
                 available: human_bytes(available),
+                missing: human_bytes(total - available),
+                remedy: remedy::remedy(&self.memory, total - available, self.bundle.has_floats()),
             }),
             None => Ok(()),
         }
@@ -169,9 +184,11 @@ impl Plan {
     /// Loads the weights and starts the engine's thread.
     pub fn load(self) -> Result<ServedModel, StartError> {
         self.check_memory()?;
+        let has_floats = self.bundle.has_floats();
         let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, total_bytes, .. } = self.bundle;
         let neighbours = devices::share(self.backend.info(), &self.name);
-        let mut engine = load_engine(config, checkpoint, total_bytes, self.backend, self.config)?;
+        let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config);
+        let mut engine = loaded.map_err(|error| remedy::out_of_memory(error, &self.memory, has_floats))?;
         if let Some(neighbours) = neighbours {
             engine.set_neighbours(neighbours);
         }
@@ -195,8 +212,10 @@ impl Plan {
     /// Loads the weights, for a command that drives the engine itself.
     pub fn load_engine(self) -> Result<Engine, StartError> {
         self.check_memory()?;
+        let has_floats = self.bundle.has_floats();
         let Bundle { config, checkpoint, total_bytes, .. } = self.bundle;
-        load_engine(config, checkpoint, total_bytes, self.backend, self.config)
+        let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config);
+        loaded.map_err(|error| remedy::out_of_memory(error, &self.memory, has_floats))
     }
 }
 

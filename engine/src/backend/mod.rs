@@ -111,8 +111,10 @@ pub struct DeviceInfo {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    #[error("device {device} is out of memory: {what} needs {needed_bytes} bytes")]
-    OutOfMemory { device: String, what: String, needed_bytes: u64 },
+    #[error(
+        "device {device} is out of memory: {what} needs {needed_bytes} bytes more, and {taken_bytes} are taken already"
+    )]
+    OutOfMemory { device: String, what: String, needed_bytes: u64, taken_bytes: u64 },
     #[error("{what} needs {needed_bytes} bytes in one piece, and device {device} takes pieces of {max_bytes} at most")]
     BufferTooLarge { device: String, what: String, needed_bytes: u64, max_bytes: u64 },
     #[error("device {device} was lost: {reason}")]

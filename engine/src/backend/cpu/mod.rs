@@ -177,6 +177,7 @@ impl Backend for CpuBackend {
             device: self.info.id.clone(),
             what: label.to_owned(),
             needed_bytes: size_bytes,
+            taken_bytes: lock(&self.memory).buffers.iter().map(|words| words.len() as u64 * 4).sum(),
         };
         let num_words = usize::try_from(size_bytes.div_ceil(4)).map_err(|_| out_of_memory())?;
         if self.info.memory_bytes.is_some_and(|memory_bytes| size_bytes > memory_bytes) {

@@ -127,6 +127,9 @@ pub(super) fn create(
         let (device, what) = (device.info.id.clone(), label.to_owned());
         return Err(DeviceError::BufferTooLarge { device, what, needed_bytes: size_bytes, max_bytes });
     }
+    if !device.take(size_bytes) {
+        return Err(device.out_of_memory(label, size_bytes));
+    }
     let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let descriptor = wgpu::BufferDescriptor { label: Some(label), size: size_bytes, usage, mapped_at_creation: false };
     let buffer = device.device.create_buffer(&descriptor);

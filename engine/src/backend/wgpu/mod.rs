@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use fullbore_shaders::TILE;
 pub use fullbore_shaders::Tier;
+pub use wgpu::Features;
 use wgpu::{BindGroup, BufferUsages, PollType};
 
 use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
