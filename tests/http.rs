@@ -13,9 +13,9 @@ use fullbore::api::ServedModel;
 use fullbore::costs::SavedCosts;
 use fullbore::http::accept::Limits;
 use fullbore::serve::Server;
-use fullbore::start::{self, Plan};
+use fullbore::start::{self, Plan, StartTimes};
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::cost::profile::{DeviceProfile, ProfiledDevice, ProfiledLimits, ProfiledModel};
@@ -121,6 +121,10 @@ impl Backend for Gated {
         Ok(if matches!(pace, Pace::Each(_)) { begun..Instant::now() } else { ran })
     }
 
+    fn settle(&mut self) -> LoadTimes {
+        self.sim.settle()
+    }
+
     fn reopen(&mut self) -> Result<(), DeviceError> {
         match self.gate.pace() {
             Pace::Lost => Err(DeviceError::Lost { device: "sim".to_owned(), reason: "still unplugged".to_owned() }),
@@ -202,7 +206,7 @@ impl Setup {
         let backend = Box::new(Gated { sim: SimBackend::new(self.sim), gate });
         let costs = |folder: &PathBuf| SavedCosts::new(folder, backend.info(), &bundle.name, &config, &memory);
         let costs = self.costs.as_ref().map(costs);
-        Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs }
+        Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs, times: StartTimes::default() }
     }
 }
 

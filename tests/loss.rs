@@ -6,7 +6,7 @@ use std::io::Read;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fullbore::start::{self, Plan};
+use fullbore::start::{self, Plan, StartTimes};
 use fullbore_engine::backend::wgpu::{KillSwitch, WgpuBackend, WgpuOptions};
 use fullbore_engine::backend::{Backend, DeviceError};
 use fullbore_engine::bundle::Bundle;
@@ -177,15 +177,19 @@ fn serving(id: &str) -> (Harness, KillSwitch) {
         ..EngineConfig::default()
     };
     let memory = start::memory_table(&bundle.config, &config, 0);
-    let plan = Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None };
+    let plan =
+        Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
     (Harness::serving(plan.load().expect("a small model loads")), kill_switch)
+}
+
+fn body(prompt: &str, max_tokens: u32) -> Value {
+    json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
 }
 
 #[test]
 fn a_server_whose_device_is_destroyed_says_so_and_serves_again() {
     for id in device_ids() {
         let (server, kill_switch) = serving(&id);
-        let body = |prompt: &str, max_tokens: u32| json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true});
         let complete = |prompt: &str| server.complete(body(prompt, 12))["choices"][0]["text"].clone();
         let prompts = ["once upon a time", "the quick brown fox", "once upon a time there was"];
         let before: Vec<Value> = prompts.iter().map(|prompt| complete(prompt)).collect();

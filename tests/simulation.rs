@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::CopyDirection::{ToDevice, ToHost};
 use fullbore_engine::batch::{BlockCopy, Slice};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
@@ -481,6 +481,10 @@ impl Backend for Breakable {
             out.fill(0xff);
         }
         Ok(ran)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.sim.settle()
     }
 
     fn reopen(&mut self) -> Result<(), DeviceError> {

@@ -1,14 +1,15 @@
 //! What finds a device that computes wrongly, gives out or is too small. Needs Vulkan drivers: fails without one.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use fullbore::args::VerifyArgs;
-use fullbore::start::{Plan, memory_table};
+use fullbore::start::{Plan, StartTimes, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{Fault, Features, OpenError, Tier, WgpuBackend, WgpuOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::memory::capacity;
@@ -17,7 +18,7 @@ use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, Weight, WeightFormat};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
-use fullbore_engine::verify::{self as engine_verify, Case, Check, device, every_case};
+use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
 
 use crate::ops::device_ids;
 
@@ -130,7 +131,8 @@ fn load_within(max_memory_bytes: u64, config: EngineConfig) -> Result<(), String
     let bundle = Bundle::simulated();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
     let memory = memory_table(&bundle.config, &config, weights);
-    let plan = Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None };
+    let plan =
+        Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
     plan.load_engine().map(|_| ()).map_err(|error| error.to_string())
 }
 
@@ -152,6 +154,56 @@ fn too_little_memory_names_the_missing_bytes_and_a_flag_that_helps() {
     let sentence = load_within(1 << 20, config).expect_err("there is no room for anything");
     assert!(sentence.contains("missing; that is more than the KV cache takes: pack the "), "{sentence}");
     assert!(sentence.contains("--quantize q8_0 or q4_0"), "{sentence}");
+}
+
+/// What a device makes of a case, with a cache of pipelines in `folder`; and the files that are there then.
+fn run_cached(selector: &str, folder: &Path, case: &Case) -> (Vec<Output>, Vec<PathBuf>) {
+    let cache_folder = Some(folder.to_owned());
+    let options = WgpuOptions { selector: selector.to_owned(), cache_folder, ..WgpuOptions::default() };
+    let backend = WgpuBackend::open(&options).expect("a listed device opens");
+    let mut device = device::Device::new(Box::new(backend)).expect("a few bytes");
+    let outputs = case.run(&mut device).expect("the device is there");
+    let times = device.backend().settle();
+    assert!(times.num_pipelines > 0 && !times.pipelines.is_zero(), "{times:?}");
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("a file").path()).collect();
+    files.sort();
+    (outputs, files)
+}
+
+#[test]
+fn a_pipeline_cache_is_kept_and_a_damaged_or_foreign_one_is_ignored_and_replaced() {
+    let folder = std::env::temp_dir().join(format!("fullbore-pipelines-{}", std::process::id()));
+    let case = rms_norm(3, 100);
+    let ids = device_ids();
+    let (expected, files) = run_cached(&ids[0], &folder, &case);
+    let [file] = &files[..] else { panic!("one file: {files:?}") };
+    let whole = std::fs::read(file).expect("it was written");
+    assert!(whole.len() > 100, "{} bytes", whole.len());
+    let mut spoiled = vec![
+        ("whole", whole.clone()),
+        ("empty", Vec::new()),
+        ("half", whole[..whole.len() / 2].to_vec()),
+        ("a byte short", whole[..whole.len() - 1].to_vec()),
+        ("noise", (0..whole.len()).map(|i| (i * 7919 % 251) as u8).collect()),
+    ];
+    let mut flipped = whole.clone();
+    *flipped.last_mut().expect("bytes") ^= 1;
+    spoiled.push(("a bit flipped", flipped));
+    if let Some(other) = ids.get(1) {
+        let (_, files) = run_cached(other, &folder, &case);
+        let foreign = files.iter().find(|other| *other != file).expect("a file of its own");
+        spoiled.push(("another driver's", std::fs::read(foreign).expect("it was written")));
+        std::fs::remove_file(foreign).expect("it is there");
+    }
+    for (what, bytes) in spoiled {
+        std::fs::write(file, bytes).expect("a file");
+        let (outputs, files) = run_cached(&ids[0], &folder, &case);
+        assert_eq!(format!("{outputs:?}"), format!("{expected:?}"), "{what}");
+        assert_eq!(&files[..], std::slice::from_ref(file), "{what}: nothing lies beside it");
+        assert_eq!(std::fs::read(file).expect("it is there").len(), whole.len(), "{what}: it was replaced");
+    }
+    std::fs::remove_dir_all(&folder).expect("it is there");
 }
 
 /// A cpu that has no memory for one buffer, and is unplugged before one recording; each counted from 0.
@@ -213,6 +265,10 @@ impl Backend for Failing {
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         self.cpu.wait(ticket, out)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.cpu.settle()
     }
 
     fn reopen(&mut self) -> Result<(), DeviceError> {

@@ -21,7 +21,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::format::FormatError;
 use crate::recording::{BufferCopy, Recording};
@@ -58,6 +58,9 @@ pub trait Backend: Send {
     /// its clock.
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError>;
 
+    /// Keeps what makes the next start faster, and says what loading took since this was asked last.
+    fn settle(&mut self) -> LoadTimes;
+
     /// Opens the same device anew after it was lost: nothing is on it, and every id and ticket of before is void. After
     /// an error it may be tried again, and nothing else.
     fn reopen(&mut self) -> Result<(), DeviceError>;
@@ -86,6 +89,19 @@ pub struct WeightSpec {
     pub rows: u32,
     pub cols: u32,
     pub format: WeightFormat,
+}
+
+/// What the host was at while a model was loaded. Each is a sum over the time that was spent on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadTimes {
+    /// Waiting for rows of the file.
+    pub read: Duration,
+    pub pack: Duration,
+    /// Handing them to the device.
+    pub upload: Duration,
+    /// Making pipelines of kernels.
+    pub pipelines: Duration,
+    pub num_pipelines: u32,
 }
 
 /// Rows of a weight in the file's own layout, `format.row_bytes(cols)` bytes each.

@@ -1,13 +1,13 @@
 //! Before the first request, and again after a loss: what a copy of a block takes, and a token of one sequence alone,
 //! which compiles pipelines.
 //!
-//! Invariant: nothing of it is seen later. It passes by the cache, the counters and the fitted prices, and what it leaves
-//! in slot 0 and in blocks of the device is written again before it is read.
+//! Invariant: nothing of it is seen later. It passes by the cache, the counters and the fitted prices, and what it
+//! leaves in slot 0 and in blocks of the device is written again before it is read.
 
 use std::time::Duration;
 
 use super::{Engine, record};
-use crate::backend::DeviceError;
+use crate::backend::{DeviceError, LoadTimes};
 use crate::batch::{Batch, BlockCopy, CopyDirection, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::request::{Request, TokenId};
 
@@ -46,6 +46,11 @@ impl Engine {
         }
         self.scheduler.enable_swap(num_host_blocks, least.as_nanos() as u64 / u64::from(2 * num_blocks));
         Ok(())
+    }
+
+    /// Lets the device keep what makes the next start faster, and says what loading took since this was asked last.
+    pub fn settle(&mut self) -> LoadTimes {
+        self.backend.settle()
     }
 
     /// What one decode step of one sequence takes on this device, at its best. While nothing is on it.

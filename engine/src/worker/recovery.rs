@@ -68,8 +68,8 @@ impl Worker {
             }
         }
         Err(format!(
-            "{error}; {MAX_ATTEMPTS} attempts to make it anew did not bring it back for long, and the last one ended so: \
-             {last}; see what its driver logs, and restart the server"
+            "{error}; {MAX_ATTEMPTS} attempts to make it anew did not bring it back for long, and the last one ended \
+             so: {last}; see what its driver logs, and restart the server"
         ))
     }
 

@@ -10,7 +10,8 @@ pub fn remedy(memory: &MemoryTable, missing: u64, has_floats: bool) -> String {
     let least_kv = memory.kv / u64::from(memory.num_blocks.max(1));
     match memory.kv.checked_sub(missing).filter(|&left| left >= least_kv) {
         Some(left) => format!(
-            "give --kv-memory {} or less (it is {} now), which --max-model-len has to fit, or a lower --memory-fraction",
+            "give --kv-memory {} or less (it is {} now), which --max-model-len has to fit, or a lower \
+             --memory-fraction",
             whole_mebibytes(left),
             human_bytes(memory.kv)
         ),

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::{
-    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
 };
 use crate::op::Op;
 use crate::recording::Recording;
@@ -223,6 +223,11 @@ impl Backend for CpuBackend {
         self.num_waited += 1;
         assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
         Ok(self.worker.wait(out))
+    }
+
+    /// It compiles nothing, and does not tell reading from packing.
+    fn settle(&mut self) -> LoadTimes {
+        LoadTimes::default()
     }
 
     fn reopen(&mut self) -> Result<(), DeviceError> {

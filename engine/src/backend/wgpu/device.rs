@@ -2,6 +2,7 @@
 //!
 //! Invariant: a device is chosen by the selector alone, never replaced by another one; software Vulkan only by name.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -34,6 +35,8 @@ pub struct WgpuOptions {
     pub mask: Option<fn(&mut Limits)>,
     /// Spoils kernels, for tests of what finds them.
     pub faults: Vec<Fault>,
+    /// Where compiled pipelines are kept between runs; `None` keeps none.
+    pub cache_folder: Option<PathBuf>,
     /// Memory that the device has for us, where it shall have no more; for tests.
     pub max_memory_bytes: Option<u64>,
     /// Features that it shall not have, for tests.
@@ -289,7 +292,7 @@ impl Device {
         let needed = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
         // Where they are there: blocks of the KV cache can be swapped to the host, and steps are timed.
         let stamps = if features.contains(STAMP_FEATURES) { STAMP_FEATURES } else { Features::empty() };
-        let features = needed | stamps | features & Features::MAPPABLE_PRIMARY_BUFFERS;
+        let features = needed | stamps | features & (Features::MAPPABLE_PRIMARY_BUFFERS | Features::PIPELINE_CACHE);
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("fullbore"),
             required_features: features,
