@@ -15,9 +15,9 @@ use fullbore::http::accept::Limits;
 use fullbore::http::access::Access;
 use fullbore::http::tls::Tls;
 use fullbore::serve::{Entrance, Server};
-use fullbore::start::{self, Plan};
+use fullbore::start::{self, Plan, StartTimes};
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::cost::profile::{DeviceProfile, ProfiledDevice, ProfiledLimits, ProfiledModel};
@@ -126,6 +126,17 @@ impl Backend for Gated {
         Ok(if matches!(pace, Pace::Each(_)) { begun..Instant::now() } else { ran })
     }
 
+    fn settle(&mut self) -> LoadTimes {
+        self.sim.settle()
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        match self.gate.pace() {
+            Pace::Lost => Err(DeviceError::Lost { device: "sim".to_owned(), reason: "still unplugged".to_owned() }),
+            _ => self.sim.reopen(),
+        }
+    }
+
     fn now(&self) -> Instant {
         Instant::now()
     }
@@ -206,7 +217,7 @@ impl Setup {
         let backend = Box::new(Gated { sim: SimBackend::new(self.sim), gate });
         let costs = |folder: &PathBuf| SavedCosts::new(folder, backend.info(), &bundle.name, &config, &memory);
         let costs = self.costs.as_ref().map(costs);
-        Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs }
+        Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs, times: StartTimes::default() }
     }
 }
 
@@ -231,7 +242,7 @@ impl Harness {
         stream
     }
 
-    fn send(&self, raw: impl AsRef<[u8]>) -> TcpStream {
+    pub fn send(&self, raw: impl AsRef<[u8]>) -> TcpStream {
         let mut stream = self.connect();
         stream.write_all(raw.as_ref()).expect("the server reads");
         stream
@@ -267,13 +278,13 @@ impl Harness {
     }
 
     /// The value of a metric without labels, or with the labels given in its name.
-    fn metric(&self, name: &str) -> f64 {
+    pub fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").text();
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("no {name} in:\n{text}")).parse().expect("a number")
     }
 
-    fn wait_for(&self, what: &str, ready: impl Fn(&Harness) -> bool) {
+    pub fn wait_for(&self, what: &str, ready: impl Fn(&Harness) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !ready(self) {
             assert!(Instant::now() < deadline, "{what} has not come");
@@ -293,13 +304,13 @@ impl Drop for Harness {
 
 #[derive(Debug)]
 pub struct Reply {
-    status: u16,
-    head: String,
+    pub status: u16,
+    pub head: String,
     body: Vec<u8>,
 }
 
 impl Reply {
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         String::from_utf8(self.body.clone()).expect("UTF-8")
     }
 
@@ -325,7 +336,7 @@ impl Reply {
     }
 }
 
-fn post(path: &str, body: &[u8]) -> Vec<u8> {
+pub fn post(path: &str, body: &[u8]) -> Vec<u8> {
     let head = format!(
         "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
          content-length: {}\r\n\r\n",
@@ -335,7 +346,7 @@ fn post(path: &str, body: &[u8]) -> Vec<u8> {
 }
 
 /// Reads until the server closes.
-fn read_reply(mut stream: TcpStream) -> Reply {
+pub fn read_reply(mut stream: TcpStream) -> Reply {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
         Ok(_) => {}
@@ -1659,14 +1670,30 @@ fn a_lost_device_is_told_to_everyone() {
     assert!(before.iter().all(|event| event["choices"][0]["finish_reason"].is_null()));
     let error = read_reply(whole).error(503);
     assert!(error["message"].as_str().expect("text").contains("unplugged"), "{error}");
+    // Until it is given up, it may come back.
+    let gives_up = |server: &Harness| server.get("/health/ready").text().contains("the engine has stopped");
+    server.wait_for("the last attempt", gives_up);
     let after = server.post("/v1/completions", &json!({"prompt": "x"}));
     // No waiting helps.
     assert!(!after.head.contains("retry-after"), "{}", after.head);
     let after = after.error(503);
-    assert!(after["message"].as_str().expect("text").contains("unplugged"), "{after}");
+    let sentence = after["message"].as_str().expect("text");
+    let parts = ["unplugged; 6 attempts to make it anew did not", "still unplugged", "restart the server"];
+    assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
     assert!(server.get("/health/ready").error(503)["message"].as_str().expect("text").contains("unplugged"));
     assert_eq!(server.get("/health/live").status, 200);
     server.wait_for("the blocks", |server| server.metric("fullbore_kv_blocks{state=\"used\"}") == 0.0);
+}
+
+/// Ends by itself once the engine is told to, also between two attempts.
+#[test]
+fn a_server_whose_device_is_lost_can_be_ended() {
+    let mut server = Setup { pace: Pace::Lost, ..Setup::default() }.start();
+    server.post("/v1/completions", &json!({"prompt": "x"})).error(503);
+    let running = server.server.take().expect("running");
+    let begin = Instant::now();
+    server.runtime.block_on(running.shutdown(Duration::from_secs(1)));
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
 }
 
 #[test]

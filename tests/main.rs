@@ -18,6 +18,8 @@ mod grammar;
 mod http;
 /// Needs nothing: what holds a simulated device back, provoked and named.
 mod limits;
+/// Needs Vulkan drivers: a device that is destroyed while it works, and comes back or does not.
+mod loss;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
 /// Needs nothing: forecasts and fair shares on `sim`, in virtual time.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::CopyDirection::{ToDevice, ToHost};
 use fullbore_engine::batch::{BlockCopy, Slice};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
@@ -68,6 +68,20 @@ fn requests_with_grammars_get_what_they_get_alone_and_disturb_nobody() {
     assert!(rare.iter().all(|count| *count > 10), "{seen:?}");
 }
 
+/// Between any two steps, and between the plan of one and its submission, the device may be gone: then those that it
+/// worked for fail, and everybody else gets what it gets alone, on a device on which nothing is left.
+#[test]
+fn a_lost_device_takes_nothing_along_but_what_it_was_at() {
+    let mut seen = Seen::default();
+    for seed in 0..600 {
+        let workload = Workload { loses: Some(seed), ..Workload::random(seed) };
+        let result = catch_unwind(AssertUnwindSafe(|| workload.run(&mut |_, _| {}, &mut seen)));
+        let difference = result.unwrap_or_else(|_| panic!("seed {seed} broke an invariant"));
+        assert_eq!(difference, None, "seed {seed}");
+    }
+    assert!(seen.losses > 600 && seen.lost > 600 && seen.kept > 300 && seen.kept_swapped > 20, "{seen:?}");
+}
+
 /// A workload is worth little if it never takes the rare branches.
 #[derive(Debug, Default)]
 struct Seen {
@@ -78,6 +92,11 @@ struct Seen {
     failures: u64,
     /// Requests that failed of a step that brought nothing finite.
     breaks: u64,
+    /// Devices, the requests that failed with them, and those that kept their places; of these some swapped.
+    losses: u64,
+    lost: u64,
+    kept: u64,
+    kept_swapped: u64,
 }
 
 impl Seen {
@@ -239,6 +258,8 @@ struct Workload {
     ns_per_copied_megabyte: f64,
     /// Whether the first step in flight beside whose run somebody is preempted brings nothing that is finite.
     breaks: bool,
+    /// Whether the device is lost now and then: by this seed.
+    loses: Option<u64>,
     requests: Vec<PlannedRequest>,
 }
 
@@ -268,7 +289,7 @@ impl Workload {
         });
         let requests = requests.collect();
         let ns_per_copied_megabyte = if random.one_in(3) { 1e12 } else { 1.0 };
-        Workload { config, ns_per_copied_megabyte, breaks: random.one_in(2), requests }
+        Workload { config, ns_per_copied_megabyte, breaks: random.one_in(2), loses: None, requests }
     }
 
     /// As `for_bugs`, with so little memory that sequences are swapped, and no prefix cache to find them in.
@@ -307,7 +328,7 @@ impl Workload {
             PlannedRequest { request, arrival: random.between(0, 12), leaves_at: None, max_events: usize::MAX }
         });
         let requests = requests.collect();
-        Workload { config, ns_per_copied_megabyte: 1.0, breaks: false, requests }
+        Workload { config, ns_per_copied_megabyte: 1.0, breaks: false, loses: None, requests }
     }
 
     /// Runs it all, with a chance to change each planned step, and returns the first difference to running alone.
@@ -320,6 +341,8 @@ impl Workload {
         let broken = Arc::new(AtomicBool::new(false));
         let mut engine = engine_on(Breakable { sim: SimBackend::new(options), broken: broken.clone() }, self.config);
         let mut may_break = self.breaks;
+        let mut chance = self.loses.map(Random::new);
+        let mut loses = || chance.as_mut().is_some_and(|chance| chance.one_in(24));
         engine.enable_swap().expect("the simulator is never lost");
         engine.set_cost(CostModel::line(3e6, 2e5, Prices::default()));
         let mut clients: Vec<Option<Client>> = self.requests.iter().map(|_| None).collect();
@@ -336,7 +359,8 @@ impl Workload {
                 }
             }
             let had_work = !engine.is_idle();
-            while engine.has_room() {
+            let mut is_lost = loses();
+            while engine.has_room() && !is_lost {
                 let num_preemptions = engine.stats().num_preemptions;
                 let planned = engine.plan();
                 if may_break && engine.num_in_flight() > 0 && engine.stats().num_preemptions > num_preemptions {
@@ -351,7 +375,16 @@ impl Workload {
                 assert!(num_tokens <= self.config.max_num_batched_tokens);
                 assert!(engine.batch_mut().num_logit_rows() <= self.config.max_logit_rows);
                 change(&mut engine, step);
+                is_lost = loses();
+                if is_lost {
+                    break;
+                }
                 engine.submit().expect("the simulator is never lost");
+            }
+            if is_lost || loses() {
+                broken.store(false, Ordering::Relaxed);
+                lose(&mut engine, seen);
+                continue;
             }
             assert!(engine.num_in_flight() > 0 || engine.is_idle(), "there is work, and nothing runs");
             if engine.num_in_flight() > 0 {
@@ -379,11 +412,27 @@ impl Workload {
         pairs.enumerate().find_map(|(index, (planned, client))| {
             let alone = alone(&planned.request);
             // One that fails alone too may have broken before it came to that.
-            let broke = self.breaks && client.failed() && client.events().len() < alone.len();
+            let broke = self.breaks && client.failed() && client.events().len() < alone.len() || client.is_lost();
             let difference = client.difference(&alone, broke)?;
             Some(format!("request {index}: {difference}"))
         })
     }
+}
+
+/// Loses the device of an engine and makes it anew.
+fn lose(engine: &mut Engine, seen: &mut Seen) {
+    let before = engine.stats().clone();
+    engine.lose_device("unplugged");
+    engine.check();
+    let after = engine.stats().clone();
+    assert_eq!(after.blocks.free, after.blocks.total, "blocks of what is gone");
+    assert_eq!((after.num_running, after.num_swapped_blocks, engine.num_in_flight()), (0, 0, 0));
+    engine.recover().expect("the simulator can be opened again");
+    engine.check();
+    seen.losses += 1;
+    seen.lost += after.num_failed - before.num_failed;
+    seen.kept += u64::from(after.num_waiting);
+    seen.kept_swapped += u64::from(before.num_swapped_blocks > 0 && after.num_preempted > 0);
 }
 
 impl Workload {
@@ -451,6 +500,14 @@ impl Backend for Breakable {
             out.fill(0xff);
         }
         Ok(ran)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.sim.settle()
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.sim.reopen()
     }
 
     fn now(&self) -> Instant {
@@ -552,7 +609,9 @@ pub fn engine_on(backend: impl Backend + 'static, config: EngineConfig) -> Engin
     let model_config = ModelConfig { windows: vec![None, Some(24)], ..ModelConfig::tiny(VOCAB_SIZE, 2) };
     let limits = config.state_limits();
     let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
-    Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2))
+    let mut engine = Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2));
+    engine.set_checkpoint(checkpoint);
+    engine
 }
 
 /// All events of a request that has an engine for itself, with room to spare and one chunk for its prompt.
@@ -601,6 +660,10 @@ impl Client {
         has_failed(&self.events())
     }
 
+    fn is_lost(&self) -> bool {
+        self.events().last().is_some_and(is_loss)
+    }
+
     /// What differs from `expected`; a client that left early has a beginning of it, and so has one that `broke`, with
     /// an end of its own.
     fn difference(&self, expected: &[Event], broke: bool) -> Option<String> {
@@ -617,6 +680,10 @@ impl Client {
         let (event, expected) = pairs.into_iter().find(differs)?;
         Some(format!("{event:.200?}, and alone {expected:.200?}"))
     }
+}
+
+fn is_loss(event: &Event) -> bool {
+    matches!(event, Event::Finished { reason: FinishReason::DeviceLost(_), .. })
 }
 
 fn has_failed(events: &[Event]) -> bool {
@@ -639,7 +706,9 @@ impl Sink for Client {
         let mut events = self.events.lock().expect("no client panics");
         let ended = matches!(events.last(), Some(Event::Finished { .. }));
         let starts = matches!(event, Event::Started { .. });
-        assert_eq!(starts, events.is_empty(), "it starts once, before all else");
+        // Unless the device is lost before its first step has been handed over.
+        let is_lost = is_loss(&event);
+        assert!(starts == events.is_empty() || is_lost, "it starts once, before all else");
         assert!(!ended, "an event after the last");
         assert!(events.len() <= self.max_events, "an event after Stop");
         events.push(event);

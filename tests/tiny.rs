@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::PackedBatch;
 use fullbore_engine::batch::attention::AttentionPlan;
 use fullbore_engine::bundle::Bundle;
@@ -320,6 +320,14 @@ impl Backend for Counting {
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         self.sim.wait(ticket, out)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.sim.settle()
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.sim.reopen()
     }
 
     fn now(&self) -> Instant {

@@ -1,19 +1,24 @@
 //! What finds a device that computes wrongly, gives out or is too small. Needs Vulkan drivers: fails without one.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use fullbore::args::VerifyArgs;
+use fullbore::start::{Plan, StartTimes, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
-use fullbore_engine::backend::wgpu::{Fault, OpenError, Tier, WgpuBackend, WgpuOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::wgpu::{Fault, Features, OpenError, Tier, WgpuBackend, WgpuOptions};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::memory::capacity;
+use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, Weight, WeightFormat};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
-use fullbore_engine::verify::{self as engine_verify, Case, Check, device, every_case};
+use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
 
 use crate::ops::device_ids;
 
@@ -95,6 +100,110 @@ fn an_adapter_below_the_minimum_is_refused_with_what_it_lacks() {
         WgpuOptions { tier: Some(Tier::Subgroup), mask: Some(|limits| limits.max_immediate_size = 32), ..base };
     let immediates = refuse(immediates);
     assert!(immediates.contains("64 bytes of immediates: it has 32"), "{immediates}");
+    let groups = refuse(WgpuOptions {
+        selector: device_ids()[0].clone(),
+        tier: Some(Tier::Base),
+        mask: Some(|limits| limits.max_bind_groups = 1),
+        ..WgpuOptions::default()
+    });
+    assert!(groups.contains("2 bind groups: it has 1"), "{groups}");
+}
+
+#[test]
+fn a_tier_is_refused_with_the_feature_that_it_lacks_and_none_is_chosen_that_would_be() {
+    for (without, name) in [(Features::SUBGROUP, "subgroups"), (Features::IMMEDIATES, "immediates")] {
+        let masked = WgpuOptions { selector: device_ids()[0].clone(), without, ..WgpuOptions::default() };
+        assert_eq!(WgpuBackend::open(&masked).expect("a plain device").info().tier, "base", "without {name}");
+        for tier in [Tier::Subgroup, Tier::Lavapipe] {
+            let sentence = WgpuBackend::open(&WgpuOptions { tier: Some(tier), ..masked.clone() });
+            let sentence = sentence.err().expect("too little").to_string();
+            let expected = format!("cannot run the {} tier, which needs {name}, which it does not have", tier.name());
+            assert!(sentence.contains(&expected), "{sentence}");
+        }
+    }
+}
+
+/// Loads a tiny model on a device with so much memory; an error is what the server would say.
+fn load_within(max_memory_bytes: u64, config: EngineConfig) -> Result<(), String> {
+    let selector = device_ids()[0].clone();
+    let options = WgpuOptions { selector, max_memory_bytes: Some(max_memory_bytes), ..WgpuOptions::default() };
+    let backend: Box<dyn Backend> = Box::new(WgpuBackend::open(&options).expect("a listed device opens"));
+    let bundle = Bundle::simulated();
+    let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
+    let memory = memory_table(&bundle.config, &config, weights);
+    let plan =
+        Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
+    plan.load_engine().map(|_| ()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn too_little_memory_names_the_missing_bytes_and_a_flag_that_helps() {
+    let config = EngineConfig { max_num_seqs: 8, num_blocks: 4096, ..EngineConfig::default() };
+    let planned = memory_table(&Bundle::simulated().config, &config, 0);
+    let too_little = planned.total() - planned.kv / 10;
+    let sentence = load_within(too_little, config).expect_err("a tenth of the cache is too much");
+    for part in ["has no memory for ", "planned are missing; give --kv-memory ", " or less", "--max-model-len"] {
+        assert!(sentence.contains(part), "{sentence}");
+    }
+    let (_, advice) = sentence.split_once("--kv-memory ").expect("it was there");
+    let (mebibytes, _) = advice.split_once("MiB").expect("a number of MiB");
+    let budget = mebibytes.parse::<u64>().expect("a number") << 20;
+    let num_blocks = capacity::num_blocks(planned.kv_bytes_per_token, budget, config.block_size, 1).expect("some");
+    load_within(too_little, EngineConfig { num_blocks, ..config }).expect("what it says is enough");
+
+    let sentence = load_within(1 << 20, config).expect_err("there is no room for anything");
+    assert!(sentence.contains("missing; that is more than the KV cache takes: pack the "), "{sentence}");
+    assert!(sentence.contains("--quantize q8_0 or q4_0"), "{sentence}");
+}
+
+/// What a device makes of a case, with a cache of pipelines in `folder`; and the files that are there then.
+fn run_cached(selector: &str, folder: &Path, case: &Case) -> (Vec<Output>, Vec<PathBuf>) {
+    let cache_folder = Some(folder.to_owned());
+    let options = WgpuOptions { selector: selector.to_owned(), cache_folder, ..WgpuOptions::default() };
+    let backend = WgpuBackend::open(&options).expect("a listed device opens");
+    let mut device = device::Device::new(Box::new(backend)).expect("a few bytes");
+    let outputs = case.run(&mut device).expect("the device is there");
+    let times = device.backend().settle();
+    assert!(times.num_pipelines > 0 && !times.pipelines.is_zero(), "{times:?}");
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("a file").path()).collect();
+    files.sort();
+    (outputs, files)
+}
+
+#[test]
+fn a_pipeline_cache_is_kept_and_a_damaged_or_foreign_one_is_ignored_and_replaced() {
+    let folder = std::env::temp_dir().join(format!("fullbore-pipelines-{}", std::process::id()));
+    let case = rms_norm(3, 100);
+    let ids = device_ids();
+    let (expected, files) = run_cached(&ids[0], &folder, &case);
+    let [file] = &files[..] else { panic!("one file: {files:?}") };
+    let whole = std::fs::read(file).expect("it was written");
+    assert!(whole.len() > 100, "{} bytes", whole.len());
+    let mut spoiled = vec![
+        ("whole", whole.clone()),
+        ("empty", Vec::new()),
+        ("half", whole[..whole.len() / 2].to_vec()),
+        ("a byte short", whole[..whole.len() - 1].to_vec()),
+        ("noise", (0..whole.len()).map(|i| (i * 7919 % 251) as u8).collect()),
+    ];
+    let mut flipped = whole.clone();
+    *flipped.last_mut().expect("bytes") ^= 1;
+    spoiled.push(("a bit flipped", flipped));
+    if let Some(other) = ids.get(1) {
+        let (_, files) = run_cached(other, &folder, &case);
+        let foreign = files.iter().find(|other| *other != file).expect("a file of its own");
+        spoiled.push(("another driver's", std::fs::read(foreign).expect("it was written")));
+        std::fs::remove_file(foreign).expect("it is there");
+    }
+    for (what, bytes) in spoiled {
+        std::fs::write(file, bytes).expect("a file");
+        let (outputs, files) = run_cached(&ids[0], &folder, &case);
+        assert_eq!(format!("{outputs:?}"), format!("{expected:?}"), "{what}");
+        assert_eq!(&files[..], std::slice::from_ref(file), "{what}: nothing lies beside it");
+        assert_eq!(std::fs::read(file).expect("it is there").len(), whole.len(), "{what}: it was replaced");
+    }
+    std::fs::remove_dir_all(&folder).expect("it is there");
 }
 
 /// A cpu that has no memory for one buffer, and is unplugged before one recording; each counted from 0.
@@ -126,7 +235,7 @@ impl Backend for Failing {
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
         if is_over(&mut self.allocs_left) {
             let (device, what) = ("failing".to_owned(), label.to_owned());
-            return Err(DeviceError::OutOfMemory { device, what, needed_bytes: size_bytes });
+            return Err(DeviceError::OutOfMemory { device, what, needed_bytes: size_bytes, taken_bytes: 0 });
         }
         self.cpu.alloc(label, size_bytes)
     }
@@ -156,6 +265,14 @@ impl Backend for Failing {
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         self.cpu.wait(ticket, out)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.cpu.settle()
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.cpu.reopen()
     }
 
     fn now(&self) -> Instant {

@@ -75,7 +75,7 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
                 trace.last = Some(at);
                 trace.ids.push(id.0);
             }
-            Event::Finished { reason: FinishReason::Error(reason), .. } => {
+            Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
                 return Err(BenchError::Failed { index, reason });
             }
             Event::Finished { usage, .. } => {

@@ -301,7 +301,7 @@ impl Sink for Client {
                 self.num_tokens += 1;
                 heard.last_token = now;
             }
-            Event::Finished { reason: FinishReason::Error(reason), .. } => {
+            Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
                 heard.failed = Some(PlayError::Failed { row: self.row, reason });
             }
             Event::Finished { usage, .. } => {

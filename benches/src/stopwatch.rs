@@ -8,7 +8,7 @@ use std::ops::{Range, Sub};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, Weight};
 
@@ -100,6 +100,14 @@ impl Backend for Stopwatch {
         reading.inside += elapsed;
         reading.busy += ran.end - ran.start;
         Ok(ran)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.inner.settle()
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.inner.reopen()
     }
 
     fn now(&self) -> Instant {

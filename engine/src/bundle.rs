@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -29,6 +30,8 @@ pub struct Bundle {
     pub stop_ids: Vec<TokenId>,
     /// Of all weights, in the file's formats.
     pub total_bytes: u64,
+    /// What it took to read the tokenizer.
+    pub tokenizer_took: Duration,
 }
 
 /// What the model's makers recommend, where they say so.
@@ -123,6 +126,7 @@ impl Bundle {
             defaults: SamplingDefaults::default(),
             stop_ids: vec![TokenId(2)],
             total_bytes: 0,
+            tokenizer_took: Duration::ZERO,
         }
     }
 
@@ -134,6 +138,12 @@ impl Bundle {
         let name = format!("{shape}-random-{}", format.name());
         // Nothing ends an answer before its length.
         Some(Bundle { name, config, checkpoint, stop_ids: Vec::new(), ..Bundle::simulated() })
+    }
+
+    /// Whether some of its matrices could be packed while they are loaded.
+    pub fn has_floats(&self) -> bool {
+        let formats = Weights::formats(&self.config, &self.checkpoint);
+        formats.iter().any(|format| [WeightFormat::F32, WeightFormat::F16, WeightFormat::BF16].contains(format))
     }
 
     /// The same with float weights packed to `to`, one of [`quantize::TARGETS`], while they are loaded.
@@ -149,7 +159,9 @@ impl Bundle {
 
     fn from_gguf(file: Gguf) -> Result<Bundle, BundleError> {
         let config = ModelConfig::from_gguf(&file)?;
+        let begun = Instant::now();
         let tokenizer = Tokenizer::from_gguf(&file)?;
+        let tokenizer_took = begun.elapsed();
         let special = |id: Option<TokenId>| id.and_then(|id| tokenizer.token(id)).unwrap_or("").to_owned();
         let (bos, eos) = (special(tokenizer.bos()), special(tokenizer.eos()));
         let template = file.str("tokenizer.chat_template")?;
@@ -176,6 +188,7 @@ impl Bundle {
             chat_template,
             defaults,
             stop_ids,
+            tokenizer_took,
         })
     }
 
@@ -184,7 +197,9 @@ impl Bundle {
         if dir.config_json()["tie_word_embeddings"] == false && dir.tensor("lm_head.weight").is_none() {
             return Err(BundleError::NoOutput(dir.path().to_owned()));
         }
+        let begun = Instant::now();
         let tokenizer = Tokenizer::from_json(&dir.tokenizer_json()?)?;
+        let tokenizer_took = begun.elapsed();
         let null = Value::Null;
         let tokenizer_config = dir.tokenizer_config_json().unwrap_or(&null);
         let generation = dir.generation_config_json().unwrap_or(&null);
@@ -211,6 +226,7 @@ impl Bundle {
             chat_template,
             defaults,
             stop_ids,
+            tokenizer_took,
         })
     }
 

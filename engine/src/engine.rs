@@ -8,12 +8,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustc_hash::FxHashMap;
 
 use crate::backend::{Backend, DeviceError};
-use crate::batch::{Batch, BlockCopy, CopyDirection, PackedBatch, SequenceId};
+use crate::batch::{Batch, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
 use crate::cost::{CostFit, CostModel, StepShape};
 use crate::forecast::Meter;
@@ -21,7 +21,7 @@ use crate::grammar::{Grammar, Matcher};
 use crate::limits::neighbours::Membership;
 use crate::limits::{self, Limits, Phase, StepFacts};
 use crate::memory::{BlockCounts, KvCache};
-use crate::model::Model;
+use crate::model::{Checkpoint, Model};
 use crate::recording::Recording;
 use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Usage};
 use crate::sampling;
@@ -30,6 +30,7 @@ use crate::sequence::Sequence;
 
 mod load;
 mod masks;
+mod recovery;
 mod step;
 mod times;
 mod warm_up;
@@ -42,6 +43,10 @@ pub struct Engine {
     cache: KvCache,
     model: Model,
     backend: Box<dyn Backend>,
+    /// Where its weights come from again, if the device is lost.
+    checkpoint: Option<Checkpoint>,
+    /// It was lost, and is not there again.
+    is_device_lost: bool,
     /// By numbers of our own: nobody outside can make them collide.
     clients: FxHashMap<SequenceId, Client>,
     next_id: u64,
@@ -120,14 +125,13 @@ pub struct EngineStats {
     pub num_stopped: u64,
     pub num_length: u64,
     pub num_failed: u64,
+    /// Times that the device was lost.
+    pub num_device_losses: u64,
     pub last_step_ms: f64,
     pub total_step_ms: f64,
     /// Where the device's time went.
     pub limits: limits::Snapshot,
 }
-
-/// Blocks that are copied there and back to see what a copy takes.
-const MEASURED_BLOCKS: u32 = 8;
 
 impl Engine {
     /// `config` has been checked; `model` was loaded with the same limits, on `backend`. `hash_key` is a fresh random
@@ -144,6 +148,8 @@ impl Engine {
             cache,
             model,
             backend,
+            checkpoint: None,
+            is_device_lost: false,
             clients: FxHashMap::default(),
             next_id: 0,
             planned: Step::new(&config),
@@ -167,34 +173,6 @@ impl Engine {
             created_at: now,
             stats: EngineStats::default(),
         }
-    }
-
-    /// Measures what it takes to copy blocks to the host and back, and has preempted sequences leave there from now on
-    /// where that is cheaper than to compute them again. Before the first request: it writes blocks.
-    pub fn enable_swap(&mut self) -> Result<(), DeviceError> {
-        let num_host_blocks = self.model.num_host_blocks();
-        let num_blocks = num_host_blocks.min(self.config.num_blocks).min(MEASURED_BLOCKS);
-        if num_blocks == 0 {
-            return Ok(());
-        }
-        assert!(self.is_idle() && self.clients.is_empty(), "blocks are in use");
-        let copy = |direction, block| BlockCopy { direction, device_block: block, host_block: block };
-        let there = (0..num_blocks).map(|block| copy(CopyDirection::ToHost, block));
-        let back = (0..num_blocks).map(|block| copy(CopyDirection::ToDevice, block));
-        let copies: Vec<BlockCopy> = there.chain(back).collect();
-        let mut least = Duration::MAX;
-        // The first touches memory that nothing has touched before.
-        for _ in 0..3 {
-            self.recording.clear();
-            self.model.record_copies(&copies, &mut self.recording);
-            let begun = self.backend.now();
-            let ticket = self.backend.submit(&self.recording)?;
-            self.downloads.clear();
-            self.backend.wait(ticket, &mut self.downloads)?;
-            least = least.min(self.backend.now() - begun);
-        }
-        self.scheduler.enable_swap(num_host_blocks, least.as_nanos() as u64 / u64::from(2 * num_blocks));
-        Ok(())
     }
 
     pub fn config(&self) -> &EngineConfig {
@@ -347,21 +325,35 @@ impl Engine {
         let InFlight { mut step, forward, choices } = self.in_flight.pop_front().expect("a step was submitted");
         self.turn_to(Phase::ReadBack);
         self.downloads.clear();
-        for (submitted, is_part) in [(forward, true), (choices, false)] {
-            let Some(Submitted { ticket, at }) = submitted else { continue };
-            let ran = self.backend.wait(ticket, &mut self.downloads)?;
-            self.count_part(&step, at, ran, is_part);
+        if let Err(error) = self.read_back(&step, forward, choices) {
+            self.drop_step(step);
+            return Err(error);
         }
         self.count(&step);
         self.choose(&step);
         // Before anything else, for the device may be waiting for it.
-        self.submit_choices()?;
+        let submitted = self.submit_choices();
         self.turn_to(Phase::ReadBack);
         self.publish(&mut step);
         self.spare.push(step);
         self.turn_from_step();
         self.update_counts();
         self.update_sums();
+        submitted
+    }
+
+    /// Waits for the parts of a step, and takes their results.
+    fn read_back(
+        &mut self,
+        step: &Step,
+        forward: Option<Submitted>,
+        choices: Option<Submitted>,
+    ) -> Result<(), DeviceError> {
+        for (submitted, is_part) in [(forward, true), (choices, false)] {
+            let Some(Submitted { ticket, at }) = submitted else { continue };
+            let ran = self.backend.wait(ticket, &mut self.downloads)?;
+            self.count_part(step, at, ran, is_part);
+        }
         Ok(())
     }
 
@@ -468,7 +460,9 @@ impl Engine {
         let (count, word) = match &reason {
             FinishReason::Stop => (&mut self.stats.num_stopped, "stop"),
             FinishReason::Length => (&mut self.stats.num_length, "length"),
-            FinishReason::Error(sentence) => (&mut self.stats.num_failed, sentence.as_str()),
+            FinishReason::Error(sentence) | FinishReason::DeviceLost(sentence) => {
+                (&mut self.stats.num_failed, sentence.as_str())
+            }
         };
         *count += 1;
         self.count_end(&client);

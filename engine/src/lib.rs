@@ -11,8 +11,8 @@
 //!   knows a request.
 //! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long.
 //! - What a text must follow is a [`grammar`], compiled before its request comes in.
-//! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it. What it sees
-//!   of a device's time goes to [`limits`], which says what holds the device back.
+//! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it, and makes a
+//!   device that was lost anew. What it sees of a device's time goes to [`limits`], which says what holds it back.
 //! - [`verify`] holds a backend against the plain cpu, op by op: from the command line, before a model is loaded, and
 //!   in the tests.
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
@@ -42,6 +42,7 @@
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
 //! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
+//! - When the device is lost, nothing that was computed on it is pointed at any more: no table, no prefix, no host block.
 //! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a
 //!   step is O(rows), and takes no memory (the bench `step` asserts it).
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.

@@ -198,6 +198,15 @@ impl Limits {
         self.context += (attended - self.context) / CONTEXT_PACE;
     }
 
+    /// The device is gone, and with it the steps that it had. What they had run of is not known.
+    pub fn lost(&mut self, now_ns: u64) {
+        if std::mem::take(&mut self.num_in_flight) == 0 {
+            self.settle_idle(now_ns);
+        }
+        self.settle_as(Cause::DeviceLost, now_ns);
+        self.turn_to(Phase::DeviceLost, now_ns);
+    }
+
     pub fn snapshot(&self) -> Snapshot {
         let step_ns = self.cost.predict_ns(&StepShape::decode(self.knee, self.context as u32));
         let knee = Knee { batch: self.knee, step_ns };

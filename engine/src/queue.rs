@@ -83,6 +83,10 @@ impl Queue {
         self.tenants.iter().flat_map(|tenant| &tenant.waiting)
     }
 
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.tenants.iter_mut().flat_map(|tenant| &mut tenant.waiting)
+    }
+
     /// Tenants that have sequences, waiting or running.
     pub fn num_tenants(&self) -> u32 {
         self.by_id.len() as u32
@@ -133,7 +137,7 @@ impl Queue {
     }
 
     pub fn get_mut(&mut self, id: SequenceId) -> Option<&mut Sequence> {
-        self.tenants.iter_mut().flat_map(|tenant| &mut tenant.waiting).find(|sequence| sequence.id == id)
+        self.iter_mut().find(|sequence| sequence.id == id)
     }
 
     /// Ends a waiting sequence.

@@ -170,8 +170,10 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the model's context was reached.
     Length,
-    /// This request alone failed; the sentence says how.
+    /// This request alone failed, or the engine has ended; the sentence says how.
     Error(String),
+    /// The device was lost while it worked for this request; the same may succeed on the one that comes after it.
+    DeviceLost(String),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

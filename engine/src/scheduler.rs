@@ -26,6 +26,7 @@ use crate::sequence::Sequence;
 
 mod admission;
 mod budget;
+mod loss;
 mod pace;
 mod preemption;
 mod swap;

@@ -2,8 +2,9 @@
 //!
 //! Invariant: requests and events are the only traffic; one hop in per request, one hop out per token. Nothing blocks
 //! but [`EngineHandle::shutdown`]: a request has a place in the backlog before it is handed in, so the inbox has room
-//! for it, and a full backlog is an answer that says when to come again. When the device is lost the thread ends, every
-//! client is told, and the handle says why from then on.
+//! for it, and a full backlog is an answer that says when to come again. When the device is lost, whoever it was
+//! working for is told, and it is made anew; where that fails the thread ends, every client is told, and the handle says
+//! why from then on.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -19,6 +20,10 @@ use crate::forecast::{Load, TooLate};
 use crate::limits::neighbours::Membership;
 use crate::limits::verdict::{Setting, Verdict};
 use crate::request::{Event, Flow, Request, Share, Sink};
+
+mod recovery;
+
+use recovery::Attempts;
 
 /// A running engine; clones share it.
 #[derive(Clone)]
@@ -85,6 +90,8 @@ struct State {
     host: Duration,
     busy: bool,
     last_progress: Instant,
+    /// While the device is made anew: why, and how far it is.
+    recovering: Option<String>,
     stopped: Option<String>,
 }
 
@@ -100,6 +107,7 @@ impl EngineHandle {
             host: Duration::ZERO,
             busy: false,
             last_progress: Instant::now(),
+            recovering: None,
             stopped: None,
         };
         let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
@@ -119,6 +127,7 @@ impl EngineHandle {
             shared: shared.clone(),
             loaded_at: Instant::now(),
             stepping: Duration::ZERO,
+            attempts: Attempts::default(),
         };
         let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run());
         *lock(&shared.thread) = Some(thread.expect("the system can start one more thread"));
@@ -241,6 +250,11 @@ impl EngineHandle {
     pub fn stalled_for(&self) -> Duration {
         let state = lock(&self.shared.state);
         if state.busy { state.last_progress.elapsed() } else { Duration::ZERO }
+    }
+
+    /// Why nothing is computed now, while a device that was lost is made anew.
+    pub fn recovering(&self) -> Option<String> {
+        lock(&self.shared.state).recovering.clone()
     }
 
     /// Why the engine has ended, if it has.
@@ -370,6 +384,7 @@ struct Worker {
     loaded_at: Instant,
     /// Spent in steps, waits for the device included.
     stepping: Duration,
+    attempts: Attempts,
 }
 
 /// Says that the engine has stopped even when its thread unwinds: a panic is our bug, and nobody may wait for it.
@@ -394,7 +409,11 @@ impl Worker {
             let begun = Instant::now();
             match self.engine.step() {
                 Ok(_) => self.publish(begun),
-                Err(error) => break error.to_string(),
+                Err(error) => {
+                    if let Err(reason) = self.recover(&error) {
+                        break reason;
+                    }
+                }
             }
         };
         if reason != ENDED {

@@ -7,6 +7,8 @@ use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, wgpu as adapter
 use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::memory::capacity::human_bytes;
 
+use crate::fetch;
+
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceChoiceError {
     #[error("there is no device {wanted}; there is {known}")]
@@ -81,7 +83,9 @@ fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
 }
 
 fn gpu(selector: &str, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, adapters::OpenError> {
-    let options = adapters::WgpuOptions { selector: selector.to_owned(), tier, ..adapters::WgpuOptions::default() };
+    let cache_folder = fetch::cache_folder().ok().map(|folder| folder.join("pipelines"));
+    let selector = selector.to_owned();
+    let options = adapters::WgpuOptions { selector, tier, cache_folder, ..adapters::WgpuOptions::default() };
     Ok(Box::new(adapters::WgpuBackend::open(&options)?))
 }
 

@@ -182,7 +182,7 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     let load = tokio::task::spawn_blocking(move || {
         let plan = start::plan(&engine_args, name.as_deref())?;
         eprintln!("{}", plan.memory);
-        plan.load()
+        plan.load().inspect(|model| eprintln!("{}", model.times))
     });
     tokio::select! {
         loaded = load => server.set_model(ServedModel { shares, ..loaded.map_err(|_| ServeError::LoaderDied)?? }),

@@ -27,6 +27,12 @@ use crate::costs::SavedCosts;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
 
+mod remedy;
+mod times;
+
+use times::Parts;
+pub use times::StartTimes;
+
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]
@@ -48,11 +54,21 @@ pub enum StartError {
     #[error("--swap-memory of {} holds no block of the KV cache, which takes {}: give more, or 0 to swap nothing",
         human_bytes(*.asked), human_bytes(*.block))]
     SwapTooSmall { asked: u64, block: u64 },
+    #[error("{needed} of memory are needed, and {device} has {available}: {missing} are missing; {remedy}")]
+    BeyondMemory { needed: String, device: String, available: String, missing: String, remedy: String },
     #[error(
-        "{needed} of memory are needed, and {device} has {available}: lower --kv-memory (or --kv-blocks), \
-         --max-num-seqs or --max-num-batched-tokens, or choose a smaller model"
+        "{device} has no memory for {what}, which needs {needed}, beside the {taken} that are taken: at least \
+         {missing} of the {planned} planned are missing; {remedy}"
     )]
-    BeyondMemory { needed: String, device: String, available: String },
+    OutOfMemory {
+        device: String,
+        what: String,
+        needed: String,
+        taken: String,
+        missing: String,
+        planned: String,
+        remedy: String,
+    },
     #[error("{rows} rows of {width} numbers are too many for one buffer: lower {flag}")]
     TooWide { rows: u32, width: u32, flag: &'static str },
     #[error(transparent)]
@@ -72,11 +88,14 @@ pub struct Plan {
     pub memory: MemoryTable,
     /// Where prices of steps are kept, if they are.
     pub costs: Option<SavedCosts>,
+    pub times: StartTimes,
 }
 
 /// Opens model and device and fits the engine into memory.
 pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartError> {
-    let backend = devices::open(&args.model.device)?;
+    let mut times = StartTimes::default();
+    let mut backend = devices::open(&args.model.device)?;
+    times.end("device", &Parts::of(backend.settle()));
     let device = backend.info();
     tracing::info!(device = device.id, name = device.name, driver = device.driver, tier = device.tier, "device chosen");
     let bundle = match &args.model.shape {
@@ -88,7 +107,9 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
         Some(to) => bundle.quantized(to)?,
         None => bundle,
     };
-    let backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
+    times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
+    let mut backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
+    times.end("verify", &Parts::of(backend.settle()));
     let device = backend.info();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
     let measured = args.kv_blocks.is_none() && args.kv_memory.is_none();
@@ -102,7 +123,7 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     let keeps = !args.no_saved_costs && device.id != "sim";
     let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
     let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
-    Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory, costs })
+    Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory, costs, times })
 }
 
 /// `backend`, or a plainer one of the same device, on which the model's kernels have been tried. A simulator has none.
@@ -157,11 +178,14 @@ impl Plan {
     /// Refuses what the device's memory, where that is known, cannot hold.
     pub fn check_memory(&self) -> Result<(), StartError> {
         let device = self.backend.info();
-        match device.memory_bytes.filter(|&available| available < self.memory.total()) {
+        let total = self.memory.total();
+        match device.memory_bytes.filter(|&available| available < total) {
             Some(available) => Err(StartError::BeyondMemory {
-                needed: human_bytes(self.memory.total()),
+                needed: human_bytes(total),
                 device: device.id.clone(),
                 available: human_bytes(available),
+                missing: human_bytes(total - available),
+                remedy: remedy::remedy(&self.memory, total - available, self.bundle.has_floats()),
             }),
             None => Ok(()),
         }
@@ -170,9 +194,12 @@ impl Plan {
     /// Loads the weights and starts the engine's thread.
     pub fn load(self) -> Result<ServedModel, StartError> {
         self.check_memory()?;
+        let has_floats = self.bundle.has_floats();
         let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, total_bytes, .. } = self.bundle;
         let neighbours = devices::share(self.backend.info(), &self.name);
-        let mut engine = load_engine(config, checkpoint, total_bytes, self.backend, self.config)?;
+        let mut times = self.times;
+        let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config, &mut times);
+        let mut engine = loaded.map_err(|error| remedy::out_of_memory(error, &self.memory, has_floats))?;
         if let Some(neighbours) = neighbours {
             engine.set_neighbours(neighbours);
         }
@@ -190,6 +217,7 @@ impl Plan {
             memory: self.memory,
             shares: HashMap::new(),
             costs: self.costs,
+            times,
             loaded_at: unix_seconds(),
             engine: EngineHandle::spawn(engine),
         })
@@ -198,8 +226,11 @@ impl Plan {
     /// Loads the weights, for a command that drives the engine itself.
     pub fn load_engine(self) -> Result<Engine, StartError> {
         self.check_memory()?;
+        let has_floats = self.bundle.has_floats();
         let Bundle { config, checkpoint, total_bytes, .. } = self.bundle;
-        load_engine(config, checkpoint, total_bytes, self.backend, self.config)
+        let mut times = self.times;
+        let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config, &mut times);
+        loaded.map_err(|error| remedy::out_of_memory(error, &self.memory, has_floats))
     }
 }
 
@@ -210,15 +241,18 @@ fn load_engine(
     total_bytes: u64,
     mut backend: Box<dyn Backend>,
     config: EngineConfig,
+    times: &mut StartTimes,
 ) -> Result<Engine, StartError> {
     let bar = ProgressBar::new(total_bytes).with_style(bar_style()).with_message("loading");
     let mut progress = |read_bytes: u64| bar.set_position(read_bytes);
     let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut progress)?;
     bar.finish_and_clear();
+    times.end("weights", &Parts::of(backend.settle()));
     if model.num_host_blocks() < config.num_host_blocks {
         tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
     }
     let mut engine = Engine::new(config, model, backend, (random(), random()));
+    engine.set_checkpoint(checkpoint);
     engine.enable_swap().map_err(LoadError::from)?;
     // A simulated device has nothing to compile, and its steps say nothing unless a target is held against them.
     let has_target = matches!(config.latency, LatencyTarget::Milliseconds(_));
@@ -227,6 +261,7 @@ fn load_engine(
         tracing::info!(step_ms = step.as_secs_f64() * 1e3, "one sequence alone");
         config.check_target(step.as_nanos() as u64)?;
     }
+    times.end("warm-up", &Parts::of(engine.settle()));
     Ok(engine)
 }
 

@@ -21,7 +21,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::format::FormatError;
 use crate::recording::{BufferCopy, Recording};
@@ -58,6 +58,13 @@ pub trait Backend: Send {
     /// its clock.
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError>;
 
+    /// Keeps what makes the next start faster, and says what loading took since this was asked last.
+    fn settle(&mut self) -> LoadTimes;
+
+    /// Opens the same device anew after it was lost: nothing is on it, and every id and ticket of before is void. After
+    /// an error it may be tried again, and nothing else.
+    fn reopen(&mut self) -> Result<(), DeviceError>;
+
     /// The time on this device's clock: the machine's own, but for a simulator, whose time is virtual.
     fn now(&self) -> Instant;
 }
@@ -84,6 +91,19 @@ pub struct WeightSpec {
     pub format: WeightFormat,
 }
 
+/// What the host was at while a model was loaded. Each is a sum over the time that was spent on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadTimes {
+    /// Waiting for rows of the file.
+    pub read: Duration,
+    pub pack: Duration,
+    /// Handing them to the device.
+    pub upload: Duration,
+    /// Making pipelines of kernels.
+    pub pipelines: Duration,
+    pub num_pipelines: u32,
+}
+
 /// Rows of a weight in the file's own layout, `format.row_bytes(cols)` bytes each.
 pub trait RowSource {
     /// Fills `out`, a whole number of rows, with the rows that come next.
@@ -107,8 +127,10 @@ pub struct DeviceInfo {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    #[error("device {device} is out of memory: {what} needs {needed_bytes} bytes")]
-    OutOfMemory { device: String, what: String, needed_bytes: u64 },
+    #[error(
+        "device {device} is out of memory: {what} needs {needed_bytes} bytes more, and {taken_bytes} are taken already"
+    )]
+    OutOfMemory { device: String, what: String, needed_bytes: u64, taken_bytes: u64 },
     #[error("{what} needs {needed_bytes} bytes in one piece, and device {device} takes pieces of {max_bytes} at most")]
     BufferTooLarge { device: String, what: String, needed_bytes: u64, max_bytes: u64 },
     #[error("device {device} was lost: {reason}")]

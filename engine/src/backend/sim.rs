@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::backend::{
-    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
 };
 use crate::cost::{CostModel, StepShape};
 use crate::op::{
@@ -383,6 +383,19 @@ impl Backend for SimBackend {
         out.extend_from_slice(&oldest.downloads);
         let done_at = oldest.done_at.unwrap_or(self.started_at + Duration::from_nanos(oldest.done_at_ns));
         Ok(done_at - Duration::from_nanos(oldest.cost_ns)..done_at)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        LoadTimes::default()
+    }
+
+    /// Its clock goes on.
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.buffers.clear();
+        self.weights.clear();
+        self.in_flight.clear();
+        self.free_at_ns = self.clock.now_ns();
+        Ok(())
     }
 
     /// Real time where the device sleeps, for then host and device share it; else the clock's.

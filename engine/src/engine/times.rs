@@ -105,6 +105,7 @@ impl Engine {
 
     /// The host is at `phase` from now on.
     pub(super) fn turn_to(&mut self, phase: Phase) {
+        let phase = if self.is_device_lost { Phase::DeviceLost } else { phase };
         self.limits.turn_to(phase, self.since_start(self.backend.now()));
     }
 

@@ -3,7 +3,7 @@
 
 use crate::scheduler::Held;
 
-pub const NUM_CAUSES: usize = 13;
+pub const NUM_CAUSES: usize = 14;
 
 /// What a nanosecond of a device is charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub enum Cause {
     ReadBack,
     /// Another engine on the same device.
     Neighbour,
+    /// There is no device: it was lost, and is made anew.
+    DeviceLost,
 }
 
 impl Cause {
@@ -45,6 +47,7 @@ impl Cause {
         Cause::Upload,
         Cause::ReadBack,
         Cause::Neighbour,
+        Cause::DeviceLost,
     ];
     /// The device was idle, and there was work.
     pub const HOST: [Cause; 4] = [Cause::Schedule, Cause::Record, Cause::Upload, Cause::ReadBack];
@@ -65,6 +68,7 @@ impl Cause {
             Cause::Upload => "host_upload",
             Cause::ReadBack => "host_read_back",
             Cause::Neighbour => "neighbour",
+            Cause::DeviceLost => "device_lost",
         }
     }
 }
@@ -92,6 +96,7 @@ pub enum Phase {
     Record,
     Upload,
     ReadBack,
+    DeviceLost,
 }
 
 impl Phase {
@@ -103,6 +108,7 @@ impl Phase {
             Phase::Record => Cause::Record,
             Phase::Upload => Cause::Upload,
             Phase::ReadBack => Cause::ReadBack,
+            Phase::DeviceLost => Cause::DeviceLost,
         }
     }
 }

@@ -46,6 +46,7 @@ impl Verdict {
             Cause::TenantCap => words.tenant_cap(),
             Cause::Schedule | Cause::Record | Cause::Upload | Cause::ReadBack => words.host(&share),
             Cause::Neighbour => neighbour(&share, neighbours),
+            Cause::DeviceLost => device_lost(&share),
         };
         Verdict { cause, sentence }
     }
@@ -226,6 +227,13 @@ fn neighbour(share: &str, names: &[String]) -> String {
     format!(
         "neighbour: {share} of the time went to another engine on this device ({names}), by which steps took longer \
          than they do alone; give each a device of its own"
+    )
+}
+
+fn device_lost(share: &str) -> String {
+    format!(
+        "device lost: for {share} of the time there was none, because its driver gave it up and it had to be made \
+         anew; update the driver, and see its log (dmesg) for the reason"
     )
 }
 

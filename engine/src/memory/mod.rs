@@ -216,6 +216,18 @@ impl KvCache {
         }
     }
 
+    /// Makes nothing findable, when all that was computed is gone; nobody holds a table.
+    pub fn forget_all(&mut self) {
+        assert_eq!(self.counts().referenced, 0, "somebody holds blocks of what is gone");
+        let Some(prefixes) = &mut self.prefixes else { return };
+        let blocks: Vec<BlockId> = prefixes.blocks().collect();
+        for block in blocks {
+            prefixes.forget(block);
+        }
+        self.num_cached = 0;
+        self.version += 1;
+    }
+
     /// Whether a block called `hash` is findable, or somebody is about to compute it.
     pub fn is_known(&self, hash: BlockHash) -> bool {
         let is_known = |prefixes: &PrefixCache| prefixes.named(hash).is_some() || prefixes.is_promised(hash);

@@ -146,17 +146,17 @@ impl Generation {
             let index = (self.turn + look) % num_choices;
             if let Poll::Ready(delta) = self.choices[index].poll_delta(context) {
                 self.turn = index + 1;
-                return Poll::Ready(Some(delta.map_err(|sentence| self.error(sentence))));
+                return Poll::Ready(Some(delta.map_err(|error| self.error(error))));
             }
         }
         let ended = self.choices.iter().all(|choice| choice.receiver.is_none());
         if ended { Poll::Ready(None) } else { Poll::Pending }
     }
 
-    fn error(&self, sentence: String) -> ApiError {
+    fn error(&self, error: ApiError) -> ApiError {
         match self.engine.stopped() {
             Some(reason) => ApiError::unavailable(&format!("the engine has stopped: {reason}")),
-            None => ApiError::internal(sentence),
+            None => error,
         }
     }
 }
@@ -192,10 +192,10 @@ impl Choice {
     }
 
     /// Ready with the next piece; pending while there is none, and for good once the choice has ended.
-    fn poll_delta(&mut self, context: &mut Context<'_>) -> Poll<Result<Delta, String>> {
+    fn poll_delta(&mut self, context: &mut Context<'_>) -> Poll<Result<Delta, ApiError>> {
         while let Some(receiver) = &mut self.receiver {
             let Poll::Ready(event) = receiver.poll_recv(context) else { break };
-            let Some(event) = event else { return Poll::Ready(Err("the engine ended".to_owned())) };
+            let Some(event) = event else { return Poll::Ready(Err(ApiError::internal("the engine ended"))) };
             if let Some(delta) = self.take(event).transpose() {
                 return Poll::Ready(delta);
             }
@@ -203,7 +203,7 @@ impl Choice {
         Poll::Pending
     }
 
-    fn take(&mut self, event: Event) -> Result<Option<Delta>, String> {
+    fn take(&mut self, event: Event) -> Result<Option<Delta>, ApiError> {
         match event {
             Event::Started { cached_tokens } => {
                 self.cached_tokens = cached_tokens;
@@ -219,7 +219,8 @@ impl Choice {
                 self.begin();
                 Ok(self.take_token(id, logprobs))
             }
-            Event::Finished { reason: FinishReason::Error(sentence), .. } => Err(sentence),
+            Event::Finished { reason: FinishReason::Error(sentence), .. } => Err(ApiError::internal(sentence)),
+            Event::Finished { reason: FinishReason::DeviceLost(sentence), .. } => Err(ApiError::not_yet(&sentence)),
             Event::Finished { reason, .. } => {
                 self.begin();
                 let rest = self.detokenizer.finish();

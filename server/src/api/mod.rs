@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::costs::SavedCosts;
 use crate::http::access::Client;
 use crate::http::error::ApiError;
+use crate::start::StartTimes;
 
 mod chat;
 mod completions;
@@ -55,6 +56,8 @@ pub struct ServedModel {
     /// Of tenants that have other shares than most, by name.
     pub shares: HashMap<String, Share>,
     pub costs: Option<SavedCosts>,
+    /// What the start took.
+    pub times: StartTimes,
     /// Unix seconds.
     pub loaded_at: u64,
     pub engine: EngineHandle,

@@ -119,7 +119,7 @@ fn engine_registry(model: &ServedModel) -> Registry {
     registry
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 7] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
     [
         ("fullbore_steps_total", "Steps done.", stats.num_steps),
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
@@ -127,6 +127,7 @@ fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 7] {
         ("fullbore_prompt_tokens_total", "Prompt tokens of sequences that have ended.", stats.prompt_tokens),
         ("fullbore_prefix_cache_hit_tokens_total", "Those that the prefix cache had.", stats.cached_tokens),
         ("fullbore_preemptions_total", "Sequences sent back to wait for others.", stats.num_preemptions),
+        ("fullbore_device_losses_total", "Times that the device was lost and made anew.", stats.num_device_losses),
         ("fullbore_swaps_total", "Those of them whose KV went to the host's memory.", stats.num_swaps),
     ]
 }

@@ -81,7 +81,11 @@ impl App {
         }
         let model = self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))?;
         match model.engine.stopped() {
-            Some(reason) => Err(ApiError::unavailable(&format!("the engine has stopped: {reason}"))),
+            Some(reason) => return Err(ApiError::unavailable(&format!("the engine has stopped: {reason}"))),
+            None => {}
+        }
+        match model.engine.recovering() {
+            Some(reason) => Err(ApiError::not_yet(&reason)),
             None => Ok(model),
         }
     }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::{
-    Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
 };
 use crate::op::Op;
 use crate::recording::Recording;
@@ -48,6 +48,7 @@ pub struct CpuOptions {
 }
 
 pub struct CpuBackend {
+    options: CpuOptions,
     info: DeviceInfo,
     pool: Arc<ThreadPool>,
     /// The worker holds it while it runs a recording.
@@ -94,7 +95,7 @@ impl CpuBackend {
             reason: format!("its thread cannot be started: {error}"),
         };
         let worker = Worker::spawn(run).map_err(no_thread)?;
-        Ok(CpuBackend { info, pool, memory, worker, num_submitted: 0, num_waited: 0 })
+        Ok(CpuBackend { options, info, pool, memory, worker, num_submitted: 0, num_waited: 0 })
     }
 }
 
@@ -176,6 +177,7 @@ impl Backend for CpuBackend {
             device: self.info.id.clone(),
             what: label.to_owned(),
             needed_bytes: size_bytes,
+            taken_bytes: lock(&self.memory).buffers.iter().map(|words| words.len() as u64 * 4).sum(),
         };
         let num_words = usize::try_from(size_bytes.div_ceil(4)).map_err(|_| out_of_memory())?;
         if self.info.memory_bytes.is_some_and(|memory_bytes| size_bytes > memory_bytes) {
@@ -221,6 +223,16 @@ impl Backend for CpuBackend {
         self.num_waited += 1;
         assert_eq!(self.num_waited, ticket.0, "tickets are waited for in order");
         Ok(self.worker.wait(out))
+    }
+
+    /// It compiles nothing, and does not tell reading from packing.
+    fn settle(&mut self) -> LoadTimes {
+        LoadTimes::default()
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        *self = CpuBackend::new(self.options)?;
+        Ok(())
     }
 
     fn now(&self) -> Instant {

@@ -4,6 +4,7 @@
 //! more than any before it. Buffers start zeroed (wgpu's guarantee).
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use fullbore_shaders::TILE;
 use rayon::prelude::*;
@@ -13,7 +14,7 @@ use super::device::Device;
 use super::encode::{Shard, rows_per_shard};
 use super::packing::{Layout, pack_tile};
 use super::stamps::STAMPS_BYTES;
-use crate::backend::{DeviceError, LoadError, RowSource, WeightSpec};
+use crate::backend::{DeviceError, LoadError, LoadTimes, RowSource, WeightSpec};
 use crate::tensor::{BufferId, Tensor};
 
 /// Bytes of a weight on their way to the device at one time, about.
@@ -22,15 +23,21 @@ const LOAD_BYTES: u64 = 8 << 20;
 pub(super) struct Buffers {
     device: Device,
     buffers: Vec<wgpu::Buffer>,
+    /// Of loading, but for pipelines.
+    pub times: LoadTimes,
 }
 
 impl Buffers {
     pub fn new(device: &Device) -> Buffers {
-        Buffers { device: device.clone(), buffers: Vec::new() }
+        Buffers { device: device.clone(), buffers: Vec::new(), times: LoadTimes::default() }
     }
 
     pub fn get(&self, id: BufferId) -> &wgpu::Buffer {
         &self.buffers[id.0 as usize]
+    }
+
+    pub fn clear(&mut self) {
+        self.buffers.clear();
     }
 
     pub fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
@@ -88,13 +95,19 @@ impl Buffers {
             let rows = rows_at_once.min(num_rows - first);
             let mut bytes = vec![0; (u64::from(rows) * row_bytes) as usize];
             let read = |source| LoadError::Read { name: spec.name.clone(), source };
+            let begun = Instant::now();
             source.read_rows(&mut bytes).map_err(read)?;
+            let has_read = Instant::now();
             let mut words = vec![0u32; (u64::from(rows.div_ceil(TILE)) * tile_words) as usize];
             let tiles = words.par_chunks_mut(tile_words as usize);
             tiles
                 .zip(bytes.par_chunks(row_bytes as usize * TILE as usize))
                 .for_each(|(words, rows)| pack_tile(spec.format, spec.cols, rows, words));
+            let has_packed = Instant::now();
             self.write(buffer, offset_bytes, bytemuck::cast_slice(&words))?;
+            self.times.read += has_read - begun;
+            self.times.pack += has_packed - has_read;
+            self.times.upload += has_packed.elapsed();
             offset_bytes += words.len() as u64 * 4;
         }
         Ok(())
@@ -122,6 +135,9 @@ pub(super) fn create(
     if size_bytes > max_bytes {
         let (device, what) = (device.info.id.clone(), label.to_owned());
         return Err(DeviceError::BufferTooLarge { device, what, needed_bytes: size_bytes, max_bytes });
+    }
+    if !device.take(size_bytes) {
+        return Err(device.out_of_memory(label, size_bytes));
     }
     let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let descriptor = wgpu::BufferDescriptor { label: Some(label), size: size_bytes, usage, mapped_at_creation: false };

@@ -2,6 +2,8 @@
 //!
 //! Invariant: a device is chosen by the selector alone, never replaced by another one; software Vulkan only by name.
 
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fullbore_shaders::{MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
@@ -9,6 +11,7 @@ use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
 
 use super::MAX_WORKGROUPS;
 use super::encode::{MAX_BUFFERS, MAX_PARAMS};
+use super::kill_switch::KillSwitch;
 use crate::backend::{DeviceError, DeviceInfo};
 
 /// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
@@ -32,6 +35,14 @@ pub struct WgpuOptions {
     pub mask: Option<fn(&mut Limits)>,
     /// Spoils kernels, for tests of what finds them.
     pub faults: Vec<Fault>,
+    /// Where compiled pipelines are kept between runs; `None` keeps none.
+    pub cache_folder: Option<PathBuf>,
+    /// Memory that the device has for us, where it shall have no more; for tests.
+    pub max_memory_bytes: Option<u64>,
+    /// Features that it shall not have, for tests.
+    pub without: Features,
+    /// Takes the device away, for tests of what comes after.
+    pub kill_switch: KillSwitch,
 }
 
 /// A change to the text of one kernel on one tier.
@@ -64,8 +75,8 @@ pub fn mask_to_webgpu(limits: &mut Limits) {
 pub enum OpenError {
     #[error("no device answers to {selector:?}; there is {found}")]
     NotFound { selector: String, found: String },
-    #[error("device {device} cannot run the {tier} tier, which needs {needs}")]
-    Tier { device: String, tier: &'static str, needs: &'static str },
+    #[error("device {device} cannot run the {tier} tier, which needs {needs}; leave the tier to it, or choose base")]
+    Tier { device: String, tier: &'static str, needs: String },
     #[error(
         "device {device} is below what the {tier} tier needs, {needed} {what}: it has {available}; choose another \
          one, or --device cpu"
@@ -85,6 +96,9 @@ pub(super) struct Device {
     pub checked: bool,
     pub faults: Vec<Fault>,
     pub max_shard_bytes: u64,
+    max_memory_bytes: u64,
+    /// By buffers; of a device that is open nothing is given back.
+    taken_bytes: Arc<AtomicU64>,
     /// Why the device was lost, once it was.
     lost: Arc<Mutex<Option<String>>>,
 }
@@ -93,7 +107,10 @@ pub(super) struct Device {
 pub fn devices() -> Vec<DeviceInfo> {
     adapters(MemoryBudgetThresholds::default())
         .iter()
-        .map(|(id, adapter)| describe(id, adapter, natural_tier(adapter), &adapter.limits()))
+        .map(|(id, adapter)| {
+            let tier = natural_tier(adapter.features(), &adapter.get_info());
+            describe(id, adapter, tier, &adapter.limits())
+        })
         .collect()
 }
 
@@ -146,34 +163,47 @@ pub(super) fn host_memory_bytes() -> Option<u64> {
 }
 
 /// Whether every subgroup lies inside one row of 32 invocations, and has 8 lanes to hand values round.
-fn has_subgroups(adapter: &wgpu::Adapter) -> bool {
-    let info = adapter.get_info();
-    adapter.features().contains(Features::SUBGROUP | Features::IMMEDIATES)
-        && info.subgroup_min_size >= 8
-        && info.subgroup_max_size <= 32
+fn has_fitting_subgroups(info: &wgpu::AdapterInfo) -> bool {
+    info.subgroup_min_size >= 8 && info.subgroup_max_size <= 32
 }
 
-fn has_subgroups_of_8(adapter: &wgpu::Adapter) -> bool {
-    has_subgroups(adapter) && adapter.get_info().subgroup_max_size == 8
-}
-
-fn natural_tier(adapter: &wgpu::Adapter) -> Tier {
-    match adapter.get_info().device_type {
-        wgpu::DeviceType::Cpu if has_subgroups_of_8(adapter) => Tier::Lavapipe,
-        _ if has_subgroups(adapter) => Tier::Subgroup,
-        _ => Tier::Base,
+/// The first that an adapter with these features lacks of what a tier needs, in words.
+fn missing_feature(tier: Tier, features: Features, info: &wgpu::AdapterInfo) -> Option<String> {
+    if tier == Tier::Base {
+        return None;
     }
+    for (feature, name) in [(Features::IMMEDIATES, "immediates"), (Features::SUBGROUP, "subgroups")] {
+        if !features.contains(feature) {
+            return Some(format!("{name}, which it does not have"));
+        }
+    }
+    let (least, most) = (info.subgroup_min_size, info.subgroup_max_size);
+    if !has_fitting_subgroups(info) {
+        return Some(format!("subgroups of 8 to 32 lanes: it has {least} to {most}"));
+    }
+    (tier == Tier::Lavapipe && most != 8).then(|| format!("subgroups of 8 lanes: it has {least} to {most}"))
+}
+
+fn natural_tier(features: Features, info: &wgpu::AdapterInfo) -> Tier {
+    let is_software = info.device_type == wgpu::DeviceType::Cpu;
+    let mut tiers = [Tier::Lavapipe, Tier::Subgroup].into_iter().skip(usize::from(!is_software));
+    tiers.find(|&tier| missing_feature(tier, features, info).is_none()).unwrap_or(Tier::Base)
 }
 
 /// What a tier needs of an adapter's limits and does not have, the first of it: its name, what is needed and what is
 /// there. The largest kernels of every tier need the same.
 fn lacking(tier: Tier, limits: &Limits) -> Option<(&'static str, u64, u64)> {
-    let scalars = match tier {
-        Tier::Base => ("uniform buffers with an offset", 1, limits.max_dynamic_uniform_buffers_per_pipeline_layout),
-        Tier::Subgroup | Tier::Lavapipe => ("bytes of immediates", MAX_PARAMS as u32 * 4, limits.max_immediate_size),
+    let (groups, scalars) = match tier {
+        Tier::Base => {
+            (2, ("uniform buffers with an offset", 1, limits.max_dynamic_uniform_buffers_per_pipeline_layout))
+        }
+        Tier::Subgroup | Tier::Lavapipe => {
+            (1, ("bytes of immediates", MAX_PARAMS as u32 * 4, limits.max_immediate_size))
+        }
     };
     let counts = [
         scalars,
+        ("bind groups", groups, limits.max_bind_groups),
         ("storage buffers in a shader", MAX_BUFFERS as u32, limits.max_storage_buffers_per_shader_stage),
         ("invocations in a workgroup", MAX_GROUP_LANES, limits.max_compute_invocations_per_workgroup),
         ("invocations in a row of a workgroup", MAX_GROUP_LANES, limits.max_compute_workgroup_size_x),
@@ -221,21 +251,39 @@ fn choose(selector: &str) -> Result<(String, wgpu::Adapter), OpenError> {
     all.into_iter().next().ok_or_else(not_found)
 }
 
+/// Where it will be noted why the device was lost, once it is. What the driver fails at on its own is a loss too; what
+/// wgpu refuses is a bug of ours, unless it refuses work on a device that is gone.
+fn watch(device: &wgpu::Device) -> Arc<Mutex<Option<String>>> {
+    let lost: Arc<Mutex<Option<String>>> = Arc::default();
+    let (on_loss, on_error) = (lost.clone(), lost.clone());
+    let note = |lost: &Mutex<Option<String>>, reason: String| {
+        lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+    };
+    device.set_device_lost_callback(move |reason, message| {
+        let message = if message.is_empty() { format!("{reason:?}") } else { message };
+        note(&on_loss, message);
+    });
+    device.on_uncaptured_error(Arc::new(move |error| match error {
+        wgpu::Error::OutOfMemory { .. } | wgpu::Error::Internal { .. } => note(&on_error, error.to_string()),
+        wgpu::Error::Validation { .. } => {
+            let is_lost = on_error.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            assert!(is_lost, "{error}");
+        }
+    }));
+    lost
+}
+
 impl Device {
     pub fn open(options: &WgpuOptions) -> Result<Device, OpenError> {
         let (id, adapter) = choose(&options.selector)?;
-        let tier = options.tier.unwrap_or_else(|| natural_tier(&adapter));
-        let (fits, needs) = match tier {
-            Tier::Base => (true, "nothing"),
-            Tier::Subgroup => (has_subgroups(&adapter), "immediates and subgroups of 8 to 32 lanes"),
-            Tier::Lavapipe => (has_subgroups_of_8(&adapter), "immediates and subgroups of 8 lanes"),
-        };
+        let (features, adapter_info) = (adapter.features() - options.without, adapter.get_info());
+        let tier = options.tier.unwrap_or_else(|| natural_tier(features, &adapter_info));
         let mut limits = adapter.limits();
         if let Some(mask) = options.mask {
             mask(&mut limits);
         }
         let info = describe(&id, &adapter, tier, &limits);
-        if !fits {
+        if let Some(needs) = missing_feature(tier, features, &adapter_info) {
             return Err(OpenError::Tier { device: info.id, tier: tier.name(), needs });
         }
         if let Some((what, needed, available)) = lacking(tier, &limits) {
@@ -243,9 +291,8 @@ impl Device {
         }
         let needed = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
         // Where they are there: blocks of the KV cache can be swapped to the host, and steps are timed.
-        let has_stamps = adapter.features().contains(STAMP_FEATURES);
-        let stamps = if has_stamps { STAMP_FEATURES } else { Features::empty() };
-        let features = needed | stamps | adapter.features() & Features::MAPPABLE_PRIMARY_BUFFERS;
+        let stamps = if features.contains(STAMP_FEATURES) { STAMP_FEATURES } else { Features::empty() };
+        let features = needed | stamps | features & (Features::MAPPABLE_PRIMARY_BUFFERS | Features::PIPELINE_CACHE);
         let request = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("fullbore"),
             required_features: features,
@@ -256,19 +303,26 @@ impl Device {
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
         });
-        let refused =
-            |error: wgpu::RequestDeviceError| OpenError::Refused { device: id.clone(), reason: error.to_string() };
-        let (device, queue) = pollster::block_on(request).map_err(refused)?;
-        let lost = Arc::new(Mutex::new(None));
-        let note = lost.clone();
-        device.set_device_lost_callback(move |reason, message| {
-            let message = if message.is_empty() { format!("{reason:?}") } else { message };
-            note.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
-        });
+        let refused = |reason: String| OpenError::Refused { device: id.clone(), reason };
+        options.kill_switch.check().map_err(refused)?;
+        let (device, queue) = pollster::block_on(request).map_err(|error| refused(error.to_string()))?;
+        options.kill_switch.opened(&device);
+        let lost = watch(&device);
         let largest = info.max_buffer_bytes.min(MAX_SHARD_BYTES);
         let max_shard_bytes = options.max_binding_bytes.map_or(largest, |bytes| bytes.min(largest));
         let (checked, faults) = (options.checked, options.faults.clone());
-        Ok(Device { device, queue, info, tier, checked, faults, max_shard_bytes, lost })
+        Ok(Device {
+            device,
+            queue,
+            info,
+            tier,
+            checked,
+            faults,
+            max_shard_bytes,
+            max_memory_bytes: options.max_memory_bytes.unwrap_or(u64::MAX),
+            taken_bytes: Arc::default(),
+            lost,
+        })
     }
 
     /// An error if the device is gone.
@@ -288,7 +342,17 @@ impl Device {
         DeviceError::Kernel { device: self.info.id.clone(), kernel: kernel.to_owned(), reason: reason.to_owned() }
     }
 
+    /// Notes that a buffer takes so many bytes, unless that is more than a test lets the device have.
+    pub fn take(&self, size_bytes: u64) -> bool {
+        let fits = self.taken_bytes.load(Ordering::Relaxed).saturating_add(size_bytes) <= self.max_memory_bytes;
+        if fits {
+            self.taken_bytes.fetch_add(size_bytes, Ordering::Relaxed);
+        }
+        fits
+    }
+
     pub fn out_of_memory(&self, what: &str, needed_bytes: u64) -> DeviceError {
-        DeviceError::OutOfMemory { device: self.info.id.clone(), what: what.to_owned(), needed_bytes }
+        let (device, what) = (self.info.id.clone(), what.to_owned());
+        DeviceError::OutOfMemory { device, what, needed_bytes, taken_bytes: self.taken_bytes.load(Ordering::Relaxed) }
     }
 }

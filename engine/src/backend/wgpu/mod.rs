@@ -10,9 +10,12 @@ use std::time::Instant;
 
 use fullbore_shaders::TILE;
 pub use fullbore_shaders::Tier;
+pub use wgpu::Features;
 use wgpu::{BindGroup, BufferUsages, PollType};
 
-use crate::backend::{Backend, DeviceError, DeviceInfo, LoadError, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec};
+use crate::backend::{
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
+};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightId};
 
@@ -20,8 +23,10 @@ mod budget;
 mod buffers;
 mod device;
 mod encode;
+mod kill_switch;
 pub mod packing;
 mod params;
+mod pipeline_cache;
 pub mod pipelines;
 mod stamps;
 
@@ -30,7 +35,9 @@ use buffers::{Buffers, Readback};
 use device::Device;
 pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
+pub use kill_switch::KillSwitch;
 use packing::Layout;
+use pipeline_cache::PipelineCache;
 use pipelines::{Kernel, Pipelines, uniform_layout};
 use stamps::Stamps;
 
@@ -40,6 +47,7 @@ const MAX_DISPATCHES: u64 = 8192;
 const MAX_WORKGROUPS: u32 = 65_535;
 
 pub struct WgpuBackend {
+    options: WgpuOptions,
     device: Device,
     buffers: Buffers,
     /// By weight id.
@@ -79,13 +87,15 @@ impl WgpuBackend {
         let device = Device::open(options)?;
         let layout = (device.tier == Tier::Base).then(|| uniform_layout(&device.device));
         let uniforms = layout.as_ref().map(|layout| Uniforms::new(&device, layout)).transpose();
+        let cache = options.cache_folder.as_ref().and_then(|folder| PipelineCache::open(&device.device, folder));
         let refused =
             |error: DeviceError| OpenError::Refused { device: device.info.id.clone(), reason: error.to_string() };
         Ok(WgpuBackend {
+            options: options.clone(),
             uniforms: uniforms.map_err(refused)?,
             buffers: Buffers::new(&device),
             weights: Vec::new(),
-            pipelines: Pipelines::new(&device, layout).map_err(refused)?,
+            pipelines: Pipelines::new(&device, layout, cache).map_err(refused)?,
             bind_groups: HashMap::new(),
             readbacks: std::array::from_fn(|_| Readback::new()),
             stamps: Stamps::new(&device).map_err(refused)?,
@@ -97,14 +107,25 @@ impl WgpuBackend {
         })
     }
 
+    /// Lets go of all that is on the device.
+    fn release(&mut self) {
+        self.in_flight.clear();
+        self.bind_groups.clear();
+        self.weights.clear();
+        self.buffers.clear();
+        self.pipelines.clear();
+        self.readbacks = std::array::from_fn(|_| Readback::new());
+        (self.uniforms, self.stamps) = (None, None);
+    }
+
     /// Makes what the dispatches need and does not exist yet.
     fn prepare(&mut self) -> Result<(), DeviceError> {
+        self.pipelines.compile_all(self.dispatches.iter().map(|dispatch| dispatch.kernel))?;
         for dispatch in &self.dispatches {
             let key = (dispatch.kernel, dispatch.buffers);
             if self.bind_groups.contains_key(&key) {
                 continue;
             }
-            self.pipelines.compile(dispatch.kernel)?;
             let pipeline = self.pipelines.get(dispatch.kernel);
             let entries: Vec<_> = (0..pipeline.num_buffers)
                 .map(|binding| wgpu::BindGroupEntry {
@@ -134,6 +155,13 @@ impl WgpuBackend {
             let x = dispatch.workgroups.min(MAX_WORKGROUPS);
             pass.dispatch_workgroups(x, dispatch.workgroups.div_ceil(x), 1);
         }
+    }
+}
+
+/// Pipelines of rare shapes are made while it serves.
+impl Drop for WgpuBackend {
+    fn drop(&mut self) {
+        self.pipelines.keep();
     }
 }
 
@@ -184,9 +212,7 @@ impl Backend for WgpuBackend {
     }
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        for kernel in Kernel::of_format(spec.format, self.device.tier) {
-            self.pipelines.compile(kernel)?;
-        }
+        self.pipelines.compile_all(Kernel::of_format(spec.format, self.device.tier))?;
         self.weights.push(self.buffers.load(spec, source)?);
         let id = WeightId(self.weights.len() as u32 - 1);
         Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
@@ -248,6 +274,27 @@ impl Backend for WgpuBackend {
         let ended = took.map_or(seen, |took| (begun + took).min(seen).max(begun));
         self.free_at = Some(ended);
         Ok(begun..ended)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        self.pipelines.keep();
+        let mut times = std::mem::take(&mut self.buffers.times);
+        (times.pipelines, times.num_pipelines) = self.pipelines.take_times();
+        times
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        // The new one needs the memory of the old one.
+        self.release();
+        self.device.device.destroy();
+        let DeviceInfo { id, name, .. } = self.device.info.clone();
+        let options = WgpuOptions { selector: id, tier: Some(self.device.tier), ..self.options.clone() };
+        let opened = WgpuBackend::open(&options).map_err(|error| self.device.lost(&error.to_string()))?;
+        if opened.device.info.name != name {
+            return Err(self.device.lost(&format!("{name} is gone, and {} is in its place", opened.device.info.name)));
+        }
+        *self = opened;
+        Ok(())
     }
 
     fn now(&self) -> Instant {

@@ -1,15 +1,19 @@
 //! Kernels as pipelines: compiled at load, looked up in a step.
 //!
 //! Invariant: one pipeline for each kernel variant of the device's tier. Kernels that depend on a model's shape are
-//! compiled when the shape is first met, and so is what no model has. The only `unsafe` of this backend is here.
+//! compiled when the shape is first met, and so is what no model has. The `unsafe` of this backend is here and in
+//! `pipeline_cache`.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use fullbore_shaders::{Access, Constants, MatMulVariant, Tier, compose, reflect};
+use rayon::prelude::*;
 use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
 
 use super::device::Device;
 use super::packing::Layout;
+use super::pipeline_cache::PipelineCache;
 use crate::backend::DeviceError;
 use crate::op::{ATTENTION_CUT, ATTENTION_ROWS, ATTENTION_TILE};
 use crate::tensor::{KV_GROUP, KvType, WeightFormat};
@@ -190,13 +194,36 @@ pub(super) struct Pipelines {
     pipelines: HashMap<Kernel, Pipeline>,
     /// Of group 1, the parameters; on tiers without immediates.
     uniform: Option<BindGroupLayout>,
+    cache: Option<PipelineCache>,
+    /// What making them took since that was asked last, and how many they were.
+    times: (Duration, u32),
 }
 
 impl Pipelines {
-    pub fn new(device: &Device, uniform: Option<BindGroupLayout>) -> Result<Pipelines, DeviceError> {
-        let mut pipelines = Pipelines { device: device.clone(), pipelines: HashMap::new(), uniform };
-        Kernel::GENERAL.into_iter().try_for_each(|kernel| pipelines.compile(kernel))?;
+    pub fn new(
+        device: &Device,
+        uniform: Option<BindGroupLayout>,
+        cache: Option<PipelineCache>,
+    ) -> Result<Pipelines, DeviceError> {
+        let (device, pipelines, times) = (device.clone(), HashMap::new(), (Duration::ZERO, 0));
+        let mut pipelines = Pipelines { device, pipelines, uniform, cache, times };
+        pipelines.compile_all(Kernel::GENERAL)?;
         Ok(pipelines)
+    }
+
+    /// Writes what was compiled to disk.
+    pub fn keep(&self) {
+        if let Some(cache) = &self.cache {
+            cache.keep();
+        }
+    }
+
+    pub fn take_times(&mut self) -> (Duration, u32) {
+        std::mem::take(&mut self.times)
+    }
+
+    pub fn clear(&mut self) {
+        self.pipelines.clear();
     }
 
     /// One that is compiled.
@@ -204,10 +231,27 @@ impl Pipelines {
         &self.pipelines[&kernel]
     }
 
-    pub fn compile(&mut self, kernel: Kernel) -> Result<(), DeviceError> {
-        if self.pipelines.contains_key(&kernel) {
+    /// Makes those that are not there yet, on all threads.
+    pub fn compile_all(&mut self, kernels: impl IntoIterator<Item = Kernel>) -> Result<(), DeviceError> {
+        let mut missing: Vec<Kernel> = Vec::new();
+        for kernel in kernels {
+            if !self.pipelines.contains_key(&kernel) && !missing.contains(&kernel) {
+                missing.push(kernel);
+            }
+        }
+        if missing.is_empty() {
             return Ok(());
         }
+        let begun = Instant::now();
+        let built = missing.par_iter().map(|&kernel| Ok((kernel, self.build(kernel)?)));
+        let built: Vec<(Kernel, Pipeline)> = built.collect::<Result<_, DeviceError>>()?;
+        self.times.0 += begun.elapsed();
+        self.times.1 += built.len() as u32;
+        self.pipelines.extend(built);
+        Ok(())
+    }
+
+    fn build(&self, kernel: Kernel) -> Result<Pipeline, DeviceError> {
         let tier = self.device.tier;
         let (name, constants) = kernel.source(tier);
         let text = compose(name, &constants).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
@@ -234,14 +278,13 @@ impl Pipelines {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache: self.cache.as_ref().map(PipelineCache::for_one_more),
         });
         if let Some(error) = pollster::block_on(scope.pop()) {
             return Err(self.device.unbuilt(name, &error.to_string()));
         }
         let num_buffers = reflection.storage.len();
-        self.pipelines.insert(kernel, Pipeline { pipeline, storage, num_buffers });
-        Ok(())
+        Ok(Pipeline { pipeline, storage, num_buffers })
     }
 
     #[allow(unsafe_code)]

@@ -1,0 +1,125 @@
+//! A device that was lost, made anew by the thread that drives the engine.
+//!
+//! Whoever the device was working for is told at once; who only waits keeps waiting, and so does what is handed in
+//! meanwhile. Invariant: attempts are counted over losses that follow one another, so that a device that is lost again
+//! and again is given up like one that does not come back.
+
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+use super::{ENDED, Worker, lock};
+use crate::backend::DeviceError;
+
+/// Attempts to make a device anew, before the engine ends.
+pub const MAX_ATTEMPTS: u32 = 6;
+/// Before the second attempt, and doubled before each one after it: a driver that resets a GPU takes seconds.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// A device that has served for so long has come back.
+const PROVEN: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Default)]
+pub(super) struct Attempts {
+    num: u32,
+    /// When the device was there again.
+    recovered_at: Option<Instant>,
+}
+
+impl Attempts {
+    /// The number of the next attempt, and the pause before it; `None` where there is none left.
+    fn next(&mut self, now: Instant) -> Option<(u32, Duration)> {
+        if self.recovered_at.take().is_some_and(|at| now.saturating_duration_since(at) >= PROVEN) {
+            self.num = 0;
+        }
+        let before = self.num;
+        self.num += 1;
+        let pause = before.checked_sub(1).map_or(Duration::ZERO, |doublings| FIRST_PAUSE * (1 << doublings));
+        (before < MAX_ATTEMPTS).then_some((self.num, pause))
+    }
+}
+
+impl Worker {
+    /// Tells those that the device was working for, and makes it anew. The error says why the engine has to end.
+    pub(super) fn recover(&mut self, error: &DeviceError) -> Result<(), String> {
+        if !matches!(error, DeviceError::Lost { .. }) || !self.engine.can_recover() {
+            return Err(error.to_string());
+        }
+        tracing::error!(%error, "the device is made anew");
+        let begun = Instant::now();
+        lock(&self.shared.state).recovering = Some(format!("{error}; it is being made anew"));
+        self.engine.lose_device(&format!("{error}; it is being made anew, so try again shortly"));
+        self.publish(begun);
+        let mut last = error.to_string();
+        while let Some((attempt, pause)) = self.attempts.next(Instant::now()) {
+            self.pause(pause)?;
+            let now = format!("{error}; it is being made anew (attempt {attempt} of {MAX_ATTEMPTS})");
+            lock(&self.shared.state).recovering = Some(now);
+            match self.engine.recover() {
+                Ok(()) => {
+                    self.attempts.recovered_at = Some(Instant::now());
+                    tracing::info!(attempt, took_ms = begun.elapsed().as_secs_f64() * 1e3, "the device is there again");
+                    self.publish(Instant::now());
+                    lock(&self.shared.state).recovering = None;
+                    return Ok(());
+                }
+                Err(error) => {
+                    tracing::warn!(attempt, %error, "the device could not be made anew");
+                    last = error.to_string();
+                }
+            }
+        }
+        Err(format!(
+            "{error}; {MAX_ATTEMPTS} attempts to make it anew did not bring it back for long, and the last one ended \
+             so: {last}; see what its driver logs, and restart the server"
+        ))
+    }
+
+    /// Takes requests in for so long; an error if the engine is to end.
+    fn pause(&mut self, pause: Duration) -> Result<(), String> {
+        let until = Instant::now() + pause;
+        loop {
+            match self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(message) => {
+                    if !self.take(message) {
+                        return Err(ENDED.to_owned());
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => return Ok(()),
+                Err(RecvTimeoutError::Disconnected) => return Err(ENDED.to_owned()),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pauses of as many attempts as are left.
+    fn pauses(attempts: &mut Attempts, now: Instant) -> Vec<u64> {
+        std::iter::from_fn(|| attempts.next(now)).map(|(_, pause)| pause.as_millis() as u64).collect()
+    }
+
+    #[test]
+    fn pauses_double_and_attempts_end() {
+        let now = Instant::now();
+        let mut attempts = Attempts::default();
+        assert_eq!(pauses(&mut attempts, now), [0, 250, 500, 1000, 2000, 4000]);
+        assert_eq!(attempts.next(now), None);
+    }
+
+    #[test]
+    fn a_device_that_is_lost_again_and_again_is_given_up_and_one_that_served_is_not() {
+        let begun = Instant::now();
+        let lose = |attempts: &mut Attempts, after: Duration| {
+            let next = attempts.next(begun + after);
+            attempts.recovered_at = next.map(|_| begun);
+            next.map(|(number, _)| number)
+        };
+        let mut attempts = Attempts::default();
+        let soon: Vec<Option<u32>> = (0..7).map(|_| lose(&mut attempts, PROVEN / 2)).collect();
+        assert_eq!(soon, [Some(1), Some(2), Some(3), Some(4), Some(5), Some(6), None]);
+        let mut attempts = Attempts::default();
+        let late: Vec<Option<u32>> = (0..7).map(|_| lose(&mut attempts, PROVEN)).collect();
+        assert_eq!(late, [Some(1); 7]);
+    }
+}

@@ -1,0 +1,245 @@
+//! A device that is destroyed while it works: who is told, who keeps waiting, and the same tokens on the one that comes
+//! after it. Needs Vulkan drivers: fails without one. `simulation` and `http` hold the same without one.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use fullbore::start::{self, Plan, StartTimes};
+use fullbore_engine::backend::wgpu::{KillSwitch, WgpuBackend, WgpuOptions};
+use fullbore_engine::backend::{Backend, DeviceError};
+use fullbore_engine::bundle::Bundle;
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId};
+use fullbore_engine::tensor::WeightFormat;
+use serde_json::{Value, json};
+
+use crate::http::{Harness, post, read_reply};
+use crate::ops::device_ids;
+
+/// A device by its id, and what takes it away.
+fn open(selector: &str) -> (Box<dyn Backend>, KillSwitch) {
+    let kill_switch = KillSwitch::default();
+    let (selector, switch) = (selector.to_owned(), kill_switch.clone());
+    let options = WgpuOptions { selector, checked: true, kill_switch: switch, ..WgpuOptions::default() };
+    (Box::new(WgpuBackend::open(&options).expect("a listed device opens")), kill_switch)
+}
+
+/// Tokens, and why there are no more.
+type Answer = (Vec<TokenId>, Option<FinishReason>);
+
+#[derive(Clone, Default)]
+struct Client(Arc<Mutex<Answer>>);
+
+impl Client {
+    fn answer(&self) -> Answer {
+        self.0.lock().expect("nobody panics").clone()
+    }
+}
+
+impl Sink for Client {
+    fn event(&mut self, event: Event) -> Flow {
+        let mut answer = self.0.lock().expect("nobody panics");
+        match event {
+            Event::Token { id, .. } => answer.0.push(id),
+            Event::Finished { reason, .. } => answer.1 = Some(reason),
+            Event::Started { .. } | Event::Prompt(_) => {}
+        }
+        Flow::Continue
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+/// Requests of which half begin alike, so that they share blocks.
+fn requests() -> Vec<Request> {
+    let request = |index: u32| {
+        let shared = (0..40).map(|i| TokenId(3 + i * 5 % 200));
+        let own = (0..20).map(|i| TokenId((17 * index + 3 * i) % 256));
+        let prompt = if index % 2 == 0 { shared.chain(own).collect() } else { own.collect() };
+        Request { prompt, max_tokens: 24, ..Request::default() }
+    };
+    (0..8).map(request).collect()
+}
+
+fn add_all(engine: &mut Engine, requests: impl IntoIterator<Item = Request>) -> Vec<Client> {
+    let add = |request: Request| {
+        let client = Client::default();
+        engine.add(request, Box::new(client.clone()));
+        client
+    };
+    requests.into_iter().map(add).collect()
+}
+
+fn engine_on(mut backend: Box<dyn Backend>) -> Engine {
+    let config = EngineConfig {
+        max_num_seqs: 3,
+        max_num_batched_tokens: 32,
+        max_model_len: 96,
+        block_size: 16,
+        num_blocks: 24,
+        num_host_blocks: 4,
+        max_logit_rows: 3,
+        ..EngineConfig::default()
+    };
+    config.check().expect("a valid config");
+    let mut checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q4_0 };
+    let limits = config.state_limits();
+    let model = Model::load(ModelConfig::tiny(256, 2), limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
+    engine.set_checkpoint(checkpoint);
+    engine.enable_swap().expect("the device is there");
+    engine
+}
+
+fn run(engine: &mut Engine) {
+    while engine.step().expect("the device is there") {
+        engine.check();
+    }
+}
+
+#[test]
+fn a_destroyed_device_comes_back_with_its_weights_and_nothing_else() {
+    for id in device_ids() {
+        let (backend, kill_switch) = open(&id);
+        let mut engine = engine_on(backend);
+        let expected: Vec<Answer> = {
+            let clients = add_all(&mut engine, requests());
+            run(&mut engine);
+            clients.iter().map(Client::answer).collect()
+        };
+        assert!(engine.stats().cached_tokens > 0, "{id}: nothing was shared");
+        let clients = add_all(&mut engine, requests());
+        for _ in 0..6 {
+            engine.step().expect("the device is there");
+        }
+        while engine.has_room() {
+            assert!(engine.begin().expect("the device is there"));
+        }
+        assert_eq!(engine.num_in_flight(), 2);
+        kill_switch.destroy();
+        // What was handed over may still be done; nothing else is.
+        let error = (0..4).find_map(|_| engine.step().err()).expect("the device is gone");
+        assert!(matches!(error, DeviceError::Lost { .. }), "{error}");
+        let begun: Vec<bool> = clients.iter().map(|client| !client.answer().0.is_empty()).collect();
+        engine.lose_device(&error.to_string());
+        engine.check();
+        let blocks = engine.stats().blocks;
+        assert_eq!((blocks.free, blocks.cached, blocks.referenced), (blocks.total, 0, 0), "{id}");
+
+        kill_switch.refuse(1);
+        let refused = engine.recover().expect_err("a test does not let it be").to_string();
+        assert!(refused.starts_with(&format!("device {id} was lost: ")), "{refused}");
+        engine.recover().expect("it can be opened again");
+        assert_eq!(kill_switch.num_opened(), 2);
+        engine.check();
+        let mut num_failed = 0;
+        run(&mut engine);
+        for (index, (client, expected)) in clients.iter().zip(&expected).enumerate() {
+            let (tokens, reason) = client.answer();
+            match reason {
+                Some(FinishReason::DeviceLost(sentence)) => {
+                    num_failed += 1;
+                    assert_eq!(sentence, error.to_string());
+                    assert_eq!(tokens, expected.0[..tokens.len()], "{id}: request {index} before the loss");
+                }
+                _ => {
+                    assert!(!begun[index], "{id}: request {index} had begun");
+                    assert_eq!(&(tokens, reason), expected, "{id}: request {index}, which waited");
+                }
+            }
+        }
+        assert!((1..=3).contains(&num_failed), "{id}: {num_failed} failed, and 3 ran");
+        let again = add_all(&mut engine, requests());
+        run(&mut engine);
+        let again: Vec<Answer> = again.iter().map(Client::answer).collect();
+        assert_eq!(again, expected, "{id}: after the loss");
+        let blocks = engine.stats().blocks;
+        assert_eq!(blocks.free + blocks.cached, blocks.total, "{id}");
+    }
+}
+
+fn serving(id: &str) -> (Harness, KillSwitch) {
+    let (backend, kill_switch) = open(id);
+    let bundle = Bundle::simulated();
+    let config = EngineConfig {
+        max_num_seqs: 2,
+        max_num_batched_tokens: 64,
+        max_model_len: 1024,
+        block_size: 16,
+        num_blocks: 256,
+        max_logit_rows: 2,
+        ..EngineConfig::default()
+    };
+    let memory = start::memory_table(&bundle.config, &config, 0);
+    let plan =
+        Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
+    (Harness::serving(plan.load().expect("a small model loads")), kill_switch)
+}
+
+fn body(prompt: &str, max_tokens: u32) -> Value {
+    json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
+}
+
+#[test]
+fn a_server_whose_device_is_destroyed_says_so_and_serves_again() {
+    for id in device_ids() {
+        let (server, kill_switch) = serving(&id);
+        let complete = |prompt: &str| server.complete(body(prompt, 12))["choices"][0]["text"].clone();
+        let prompts = ["once upon a time", "the quick brown fox", "once upon a time there was"];
+        let before: Vec<Value> = prompts.iter().map(|prompt| complete(prompt)).collect();
+
+        let long = |stream: bool| {
+            let mut body = body("a long answer", 900);
+            body["stream"] = json!(stream);
+            server.send(post("/v1/completions", body.to_string().as_bytes()))
+        };
+        let (mut streamed, whole) = (long(true), long(false));
+        let mut beginning = vec![0; 600];
+        streamed.read_exact(&mut beginning).expect("a beginning");
+        server.wait_for("both to run", |server| server.metric("fullbore_requests_running") == 2.0);
+        let waiting = server.send(post("/v1/completions", body(prompts[1], 12).to_string().as_bytes()));
+        server.wait_for("one to wait", |server| server.metric("fullbore_requests_waiting") == 1.0);
+        // Three attempts are in vain: 0.75 s without a device, at least.
+        kill_switch.refuse(3);
+        let destroyed_at = Instant::now();
+        kill_switch.destroy();
+        streamed.read_to_end(&mut beginning).expect("an orderly end");
+        let told = read_reply(whole);
+        assert!(told.head.contains("retry-after"), "{}", told.head);
+        let told = told.error(503);
+        let took = destroyed_at.elapsed();
+        assert!(took < Duration::from_secs(1), "{id}: clients were told after {took:?}");
+        let text = String::from_utf8_lossy(&beginning).into_owned();
+        for text in [&text, told["message"].as_str().expect("text")] {
+            assert!(text.contains(&format!("device {id} was lost: ")) && text.contains("try again shortly"), "{text}");
+        }
+
+        let ready = server.get("/health/ready");
+        assert!(ready.head.contains("retry-after"), "{}", ready.head);
+        let sentence = ready.error(503)["message"].to_string();
+        assert!(sentence.contains("was lost") && sentence.contains("being made anew"), "{sentence}");
+        assert_eq!(server.get("/health/live").status, 200);
+        server.post("/v1/completions", &body("x", 1)).error(503);
+
+        server.wait_for("the device", |server| server.get("/health/ready").status == 200);
+        assert_eq!(read_reply(waiting).ok()["choices"][0]["text"], before[1], "{id}: what waited");
+        let after: Vec<Value> = prompts.iter().map(|prompt| complete(prompt)).collect();
+        assert_eq!(after, before, "{id}");
+        assert_eq!(kill_switch.num_opened(), 2);
+        assert_eq!(server.metric("fullbore_device_losses_total"), 1.0);
+        let lost = server.metric("fullbore_device_seconds_total{cause=\"device_lost\"}");
+        assert!(lost > 0.7, "{id}: {lost} s without a device");
+        let states = ["free", "cached", "used"];
+        let blocks: HashMap<&str, f64> = states
+            .map(|state| (state, server.metric(&format!("fullbore_kv_blocks{{state=\"{state}\"}}"))))
+            .into_iter()
+            .collect();
+        assert_eq!((blocks["used"], blocks["free"] + blocks["cached"]), (0.0, 256.0));
+    }
+}
