@@ -557,6 +557,25 @@ fn a_chat_streams_role_text_reason_and_usage() {
 }
 
 #[test]
+fn a_stream_with_nothing_to_say_says_so() {
+    let limits = Limits { keep_alive: Duration::from_millis(20), ..Limits::default() };
+    let server = Setup { limits, pace: Pace::Stalled, ..Setup::default() }.start();
+    let body = json!({"prompt": "x", "max_tokens": 3, "ignore_eos": true, "stream": true}).to_string();
+    let mut stream = server.send(post("/v1/completions", body.as_bytes()));
+    let (mut bytes, mut part) = (Vec::new(), [0; 512]);
+    while String::from_utf8_lossy(&bytes).matches(": keep-alive\n\n").count() < 3 {
+        let length = stream.read(&mut part).expect("comments");
+        assert!(length > 0, "closed after {}", String::from_utf8_lossy(&bytes));
+        bytes.extend_from_slice(&part[..length]);
+    }
+    server.gate.set(Pace::Free);
+    stream.read_to_end(&mut bytes).expect("the rest");
+    let body = parse_reply(&bytes).body;
+    let events: Vec<u8> = String::from_utf8(body).expect("text").replace(": keep-alive\n\n", "").into_bytes();
+    assert_eq!(self::events(&events, true).last().expect("events")["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
 fn sixteen_streams_equal_each_alone() {
     let server = Setup::default().start();
     let alone: Vec<_> = (0..16).map(|index| greedy(&server, prompt(index), 40)).collect();
@@ -1718,14 +1737,35 @@ fn metrics_count_what_happened() {
     let reply = server.get("/metrics");
     assert!(reply.head.contains("content-type: text/plain"), "{}", reply.head);
     let text = reply.text();
-    assert!(text.lines().all(|line| line.starts_with('#') || line.starts_with("fullbore_")), "{text}");
+    let known = ["#", "fullbore_", "vllm:"];
+    assert!(text.lines().all(|line| known.iter().any(|start| line.starts_with(start))), "{text}");
     // A client may have its answer before the engine has told of the step.
     server.wait_for("20 tokens", |server| server.metric("fullbore_tokens_generated_total") == 20.0);
     assert_eq!(server.metric("fullbore_requests_finished_total{reason=\"length\"}"), 2.0);
     assert_eq!(server.metric("fullbore_requests_running"), 0.0);
     assert_eq!(server.metric("fullbore_requests_waiting"), 0.0);
     assert_eq!(server.metric("fullbore_http_responses_total{status=\"404\"}"), 1.0);
-    assert_eq!(server.metric("fullbore_request_duration_seconds_count"), 2.0);
+    let of_model = |name: &str| server.metric(&format!("vllm:{name}{{engine=\"0\",model_name=\"sim-model\"}}"));
+    for (name, count) in [
+        ("time_to_first_token_seconds_count", 2.0),
+        ("inter_token_latency_seconds_count", 18.0),
+        ("e2e_request_latency_seconds_count", 2.0),
+        ("request_queue_time_seconds_count", 2.0),
+        ("request_prefill_time_seconds_count", 2.0),
+        ("request_decode_time_seconds_count", 2.0),
+        ("request_generation_tokens_sum", 20.0),
+        ("generation_tokens_total", 20.0),
+        ("num_requests_running", 0.0),
+        ("num_requests_waiting", 0.0),
+        ("kv_cache_usage_perc", 0.0),
+    ] {
+        assert_eq!(of_model(name), count, "{name}");
+    }
+    let parts = ["request_queue_time", "request_prefill_time", "request_decode_time"];
+    let parts: f64 = parts.iter().map(|part| of_model(&format!("{part}_seconds_sum"))).sum();
+    let whole = of_model("e2e_request_latency_seconds_sum");
+    assert!((parts - whole).abs() < 1e-6, "{parts} of {whole}");
+    assert!(of_model("prefix_cache_hits_total") > 0.0);
     assert!(server.metric("fullbore_steps_total") >= 20.0);
     assert!(server.metric("fullbore_prefix_cache_hit_tokens_total") > 0.0);
     let blocks =

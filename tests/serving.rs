@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use fullbore::api::{self, Endpoint, Generation, ServedModel};
 use fullbore::args::{EngineArgs, ModelArgs};
@@ -181,7 +182,7 @@ mod damaged {
         ];
         for (endpoint, body) in bodies {
             let Ok((exchange, jobs)) = api::prepare(endpoint, &model, &Client::default(), &body) else { continue };
-            let Ok(generation) = Generation::submit(&model, jobs) else { continue };
+            let Ok(generation) = Generation::submit(&model, jobs, Instant::now()) else { continue };
             let _ = runtime.block_on(exchange.collect(&model, generation));
         }
         assert_eq!(model.engine.stopped(), None, "the engine met a bug of its own");

@@ -44,7 +44,7 @@ async fn answer(model: &ServedModel, args: &RunArgs) -> Result<(), RunError> {
     let endpoint = if raw { Endpoint::Completions } else { Endpoint::Chat };
     let (_, jobs) = api::prepare(endpoint, model, &Client::default(), &body).map_err(refused)?;
     let start = Instant::now();
-    let mut generation = Generation::submit(model, jobs).map_err(refused)?;
+    let mut generation = Generation::submit(model, jobs, Instant::now()).map_err(refused)?;
     let mut first = None;
     let mut out = io::stdout().lock();
     while let Some(delta) = generation.next().await {

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use fullbore_engine::backend::{Backend, DeviceError, LoadError};
@@ -26,6 +27,7 @@ use crate::args::EngineArgs;
 use crate::costs::SavedCosts;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
+use crate::http::metrics::RequestMetrics;
 
 mod remedy;
 mod times;
@@ -208,6 +210,7 @@ impl Plan {
         }
         let grammars = GrammarCompiler::new(tokenizer.clone(), stop_ids.clone(), engine.model().config.vocab_size);
         Ok(ServedModel {
+            metrics: Arc::new(RequestMetrics::new(&self.name)),
             name: self.name,
             grammars,
             tokenizer,

@@ -6,6 +6,7 @@
 
 use std::future::poll_fn;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs, Usage};
 use fullbore_engine::text::{Detokenizer, StopStrings};
@@ -16,6 +17,7 @@ use super::ServedModel;
 use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
 use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
+use crate::http::metrics::Observer;
 
 /// One choice to be made.
 pub struct Job {
@@ -101,8 +103,8 @@ struct Start {
 }
 
 impl Generation {
-    /// Hands all jobs to the engine, or none.
-    pub fn submit(model: &ServedModel, Jobs { jobs, places }: Jobs) -> Result<Generation, ApiError> {
+    /// Hands all jobs to the engine, or none; their times count from `arrived` on.
+    pub fn submit(model: &ServedModel, Jobs { jobs, places }: Jobs, arrived: Instant) -> Result<Generation, ApiError> {
         let mut choices = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
         for (index, job) in jobs.into_iter().enumerate() {
@@ -110,7 +112,8 @@ impl Generation {
             model.engine.config().fits(&job.request, model.engine.vocab_size())?;
             let (sender, receiver) = channel(job.request.max_tokens as usize + 3);
             choices.push(Choice::new(model, index, &job, receiver));
-            requests.push((job.request, Box::new(ChannelSink(sender)) as Box<dyn Sink>));
+            let sink = ChannelSink { sender, observer: Observer::new(model.metrics.clone(), arrived) };
+            requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
         }
         model.engine.submit(places, requests)?;
         Ok(Generation { engine: model.engine.clone(), choices, turn: 0 })
@@ -332,17 +335,21 @@ impl Delta {
     }
 }
 
-struct ChannelSink(Sender<Event>);
+struct ChannelSink {
+    sender: Sender<Event>,
+    observer: Observer,
+}
 
 impl Sink for ChannelSink {
     fn event(&mut self, event: Event) -> Flow {
-        match self.0.try_send(event) {
+        self.observer.event(&event);
+        match self.sender.try_send(event) {
             Ok(()) => Flow::Continue,
             Err(_) => Flow::Stop,
         }
     }
 
     fn is_closed(&self) -> bool {
-        self.0.is_closed()
+        self.sender.is_closed()
     }
 }

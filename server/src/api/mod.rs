@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::costs::SavedCosts;
 use crate::http::access::Client;
 use crate::http::error::ApiError;
+use crate::http::metrics::RequestMetrics;
 use crate::start::StartTimes;
 
 mod chat;
@@ -55,6 +56,7 @@ pub struct ServedModel {
     pub memory: MemoryTable,
     /// Of tenants that have other shares than most, by name.
     pub shares: HashMap<String, Share>,
+    pub metrics: Arc<RequestMetrics>,
     pub costs: Option<SavedCosts>,
     /// What the start took.
     pub times: StartTimes,

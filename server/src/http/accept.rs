@@ -46,6 +46,8 @@ pub struct Limits {
     /// For the client to take some of what is being written.
     pub write_timeout: Duration,
     pub max_body_bytes: u64,
+    /// A stream with nothing to say says so this often, so that nobody between takes it for dead.
+    pub keep_alive: Duration,
     /// The engine counts as stalled when work has waited this long for a step.
     pub max_stall: Duration,
 }
@@ -59,6 +61,7 @@ impl Default for Limits {
             body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(60),
             max_body_bytes: 8 << 20,
+            keep_alive: Duration::from_secs(15),
             max_stall: Duration::from_secs(30),
         }
     }

@@ -1,15 +1,11 @@
-//! `/metrics` in Prometheus' text format. Invariant: the engine's numbers are read when asked for and kept nowhere
-//! else; only what the engine cannot know (HTTP answers and times as clients see them) is counted here.
-
-use std::time::Duration;
+//! `/metrics` in Prometheus' text format: vLLM's names where it has one for a thing, then ours. Invariant: the engine's
+//! numbers are read when asked for and kept nowhere else; only what the engine cannot know (HTTP answers, and times from
+//! the arrival of a body on) is counted here.
 
 use fullbore_engine::engine::EngineStats;
 use fullbore_engine::limits::Cause;
 use prometheus::core::Collector;
-use prometheus::{
-    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry,
-    TextEncoder,
-};
+use prometheus::{CounterVec, Encoder, Gauge, GaugeVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
 use warp::http::StatusCode;
 use warp::http::header::{CONTENT_TYPE, HeaderValue};
 use warp::reply::Response;
@@ -17,29 +13,23 @@ use warp::reply::Response;
 use super::App;
 use crate::api::ServedModel;
 
+mod requests;
+mod vllm;
+
+pub use requests::{Observer, RequestMetrics};
+
 pub struct HttpMetrics {
     registry: Registry,
     responses: IntCounterVec,
     refused_connections: IntCounter,
-    first_token: Histogram,
-    duration: Histogram,
 }
-
-/// Seconds: from a token of a small model to a long answer of a large one.
-const BUCKETS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
 
 impl Default for HttpMetrics {
     fn default() -> HttpMetrics {
         let registry = Registry::new();
-        let histogram = |name, help| {
-            let options = HistogramOpts::new(name, help).buckets(BUCKETS.to_vec());
-            register(&registry, Histogram::with_opts(options))
-        };
         let responses = Opts::new("fullbore_http_responses_total", "HTTP responses by status.");
         let refused = "Connections refused because too many were open.";
         HttpMetrics {
-            first_token: histogram("fullbore_time_to_first_token_seconds", "From a request's body to its first token."),
-            duration: histogram("fullbore_request_duration_seconds", "From a request's body to its last token."),
             responses: register(&registry, IntCounterVec::new(responses, &["status"])),
             refused_connections: register(&registry, IntCounter::new("fullbore_connections_refused_total", refused)),
             registry,
@@ -55,19 +45,13 @@ impl HttpMetrics {
     pub fn count_refused_connection(&self) {
         self.refused_connections.inc();
     }
-
-    pub fn observe_first_token(&self, since: Duration) {
-        self.first_token.observe(since.as_secs_f64());
-    }
-
-    pub fn observe_end(&self, since: Duration) {
-        self.duration.observe(since.as_secs_f64());
-    }
 }
 
 pub fn metrics(app: &App) -> Response {
     let mut families = app.metrics.registry.gather();
     if let Some(model) = app.model() {
+        families.extend(vllm::registry(model).gather());
+        families.extend(model.metrics.registry.gather());
         families.extend(engine_registry(model).gather());
     }
     let mut text = Vec::new();

@@ -128,12 +128,11 @@ where
         tokio::task::spawn_blocking(prepare).await
     };
     let (exchange, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
-    let generation = Generation::submit(&model, jobs).map_err(|error| error.of_endpoint(endpoint))?;
+    let generation = Generation::submit(&model, jobs, arrived).map_err(|error| error.of_endpoint(endpoint))?;
     match exchange.stream {
-        true => Ok(stream::response(app, model, exchange, generation, arrived)),
+        true => Ok(stream::response(app.limits.keep_alive, model, exchange, generation)),
         false => {
             let value = exchange.collect(&model, generation).await?;
-            app.metrics.observe_end(arrived.elapsed());
             Ok(json_response(&value))
         }
     }

@@ -1,45 +1,48 @@
 //! Answers as server-sent events, by a body of our own.
 //!
 //! Invariant: each frame is `data: {...}` and an empty line; the last is `data: [DONE]`, except after an error, which
-//! is the last event itself. Dropping the body drops the generation's receivers, and so frees its blocks.
+//! is the last event itself. While there is nothing to say, comments say that somebody is there. Dropping the body drops
+//! the generation's receivers, and so frees its blocks.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
 use serde_json::Value;
+use tokio::time::{Instant, Sleep, sleep};
 use warp::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use warp::reply::{self, Reply, Response};
 
-use super::App;
 use crate::api::{Exchange, Generation, ServedModel};
 
 struct EventStream {
-    app: Arc<App>,
     model: Arc<ServedModel>,
     exchange: Exchange,
     generation: Generation,
-    arrived: Instant,
     /// Events made and not yet sent.
     frames: VecDeque<Bytes>,
-    has_token: bool,
+    /// When to say that there is nothing to say, and how long after the last word.
+    silence: Pin<Box<Sleep>>,
+    keep_alive: Duration,
     ended: bool,
 }
 
-pub fn response(
-    app: Arc<App>,
-    model: Arc<ServedModel>,
-    exchange: Exchange,
-    generation: Generation,
-    arrived: Instant,
-) -> Response {
+pub fn response(keep_alive: Duration, model: Arc<ServedModel>, exchange: Exchange, generation: Generation) -> Response {
     let frames = exchange.first_chunks(&generation).iter().map(frame).collect();
-    let stream = EventStream { app, model, exchange, generation, arrived, frames, has_token: false, ended: false };
+    let stream = EventStream {
+        model,
+        exchange,
+        generation,
+        frames,
+        silence: Box::pin(sleep(keep_alive)),
+        keep_alive,
+        ended: false,
+    };
     let mut response = reply::stream(stream).into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -53,16 +56,19 @@ impl Stream for EventStream {
         let this = &mut *self;
         loop {
             if let Some(frame) = this.frames.pop_front() {
+                this.silence.as_mut().reset(Instant::now() + this.keep_alive);
                 return Poll::Ready(Some(Ok(frame)));
             }
             if this.ended {
                 return Poll::Ready(None);
             }
-            match ready!(this.generation.poll_next(context)) {
+            let Poll::Ready(next) = this.generation.poll_next(context) else {
+                ready!(this.silence.as_mut().poll(context));
+                this.frames.push_back(Bytes::from_static(b": keep-alive\n\n"));
+                continue;
+            };
+            match next {
                 Some(Ok(delta)) => {
-                    if !std::mem::replace(&mut this.has_token, true) {
-                        this.app.metrics.observe_first_token(this.arrived.elapsed());
-                    }
                     this.frames.push_back(frame(&this.exchange.chunk(&this.model, &delta)));
                 }
                 Some(Err(error)) => {
@@ -70,7 +76,6 @@ impl Stream for EventStream {
                     this.ended = true;
                 }
                 None => {
-                    this.app.metrics.observe_end(this.arrived.elapsed());
                     this.frames.extend(this.exchange.usage_chunk(&this.generation).iter().map(frame));
                     this.frames.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
                     this.ended = true;
