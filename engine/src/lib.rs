@@ -42,7 +42,8 @@
 //! - Out of KV blocks is an ordinary branch of the scheduler. What can never fit is refused before it is queued.
 //! - All device memory is allocated at start. A step creates no buffer.
 //! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
-//! - When the device is lost, nothing that was computed on it is pointed at any more: no table, no prefix, no host block.
+//! - When the device is lost, nothing that was computed on it is pointed at any more: no table, no prefix, no block of
+//!   the host.
 //! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a
 //!   step is O(rows), and takes no memory (the bench `step` asserts it).
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.

@@ -3,8 +3,8 @@
 //! Invariant: requests and events are the only traffic; one hop in per request, one hop out per token. Nothing blocks
 //! but [`EngineHandle::shutdown`]: a request has a place in the backlog before it is handed in, so the inbox has room
 //! for it, and a full backlog is an answer that says when to come again. When the device is lost, whoever it was
-//! working for is told, and it is made anew; where that fails the thread ends, every client is told, and the handle says
-//! why from then on.
+//! working for is told, and it is made anew; where that fails the thread ends, every client is told, and the handle
+//! says why from then on.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

@@ -1,7 +1,7 @@
 //! After the device was lost: who is told, who keeps waiting, and everything again on the device made anew.
 //!
-//! Invariant: between [`Engine::lose_device`] and an [`Engine::recover`] that succeeds nothing points at the device, and
-//! no step is planned. What it costs on the device is known as before: it is the same one.
+//! Invariant: between [`Engine::lose_device`] and an [`Engine::recover`] that succeeds nothing points at the device,
+//! and no step is planned. What it costs on the device is known as before: it is the same one.
 
 use super::Engine;
 use super::step::{InFlight, Step};
