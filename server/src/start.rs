@@ -56,21 +56,13 @@ pub enum StartError {
     #[error("--swap-memory of {} holds no block of the KV cache, which takes {}: give more, or 0 to swap nothing",
         human_bytes(*.asked), human_bytes(*.block))]
     SwapTooSmall { asked: u64, block: u64 },
-    #[error("{needed} of memory are needed, and {device} has {available}: {missing} are missing; {remedy}")]
-    BeyondMemory { needed: String, device: String, available: String, missing: String, remedy: String },
-    #[error(
-        "{device} has no memory for {what}, which needs {needed}, beside the {taken} that are taken: at least \
-         {missing} of the {planned} planned are missing; {remedy}"
-    )]
-    OutOfMemory {
-        device: String,
-        what: String,
-        needed: String,
-        taken: String,
-        missing: String,
-        planned: String,
-        remedy: String,
-    },
+    #[error("{} of memory are needed, and {device} has {}: {} are missing; {remedy}",
+        human_bytes(*.needed), human_bytes(*.available), human_bytes(.needed - .available))]
+    BeyondMemory { needed: u64, device: String, available: u64, remedy: String },
+    #[error("{device} has no memory for {what}, which needs {}, beside the {} that are taken: at least {} of the {} \
+        planned are missing; {remedy}",
+        human_bytes(*.needed), human_bytes(*.taken), human_bytes(*.missing), human_bytes(*.planned))]
+    OutOfMemory { device: String, what: String, needed: u64, taken: u64, missing: u64, planned: u64, remedy: String },
     #[error("{rows} rows of {width} numbers are too many for one buffer: lower {flag}")]
     TooWide { rows: u32, width: u32, flag: &'static str },
     #[error(transparent)]
@@ -183,10 +175,9 @@ impl Plan {
         let total = self.memory.total();
         match device.memory_bytes.filter(|&available| available < total) {
             Some(available) => Err(StartError::BeyondMemory {
-                needed: human_bytes(total),
+                needed: total,
                 device: device.id.clone(),
-                available: human_bytes(available),
-                missing: human_bytes(total - available),
+                available,
                 remedy: remedy::remedy(&self.memory, total - available, self.bundle.has_floats()),
             }),
             None => Ok(()),

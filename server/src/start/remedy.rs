@@ -38,10 +38,10 @@ pub fn out_of_memory(error: StartError, memory: &MemoryTable, has_floats: bool) 
             StartError::OutOfMemory {
                 device,
                 what,
-                needed: human_bytes(needed_bytes),
-                taken: human_bytes(taken_bytes),
-                missing: human_bytes(missing),
-                planned: human_bytes(memory.total()),
+                needed: needed_bytes,
+                taken: taken_bytes,
+                missing,
+                planned: memory.total(),
                 remedy: remedy(memory, missing, has_floats),
             }
         }
