@@ -60,7 +60,7 @@ fn requests() -> Vec<Request> {
     let request = |index: u32| {
         let shared = (0..40).map(|i| TokenId(3 + i * 5 % 200));
         let own = (0..20).map(|i| TokenId((17 * index + 3 * i) % 256));
-        let prompt = if index % 2 == 0 { shared.chain(own).collect() } else { own.collect() };
+        let prompt = if index.is_multiple_of(2) { shared.chain(own).collect() } else { own.collect() };
         Request { prompt, max_tokens: 24, ..Request::default() }
     };
     (0..8).map(request).collect()

@@ -454,7 +454,12 @@ mod tests {
         for _ in 0..20_000 {
             now += random(60) * MS + random(1000);
             limits.turn_to(phases[random(5) as usize], now);
-            if in_flight.len() < 2 && random(2) == 0 {
+            if random(1000) == 0 {
+                in_flight.clear();
+                limits.lost(now);
+                free_at = now;
+                check(&limits, limits.settled_ns);
+            } else if in_flight.len() < 2 && random(2) == 0 {
                 limits.submitted();
                 let ended: u64 = free_at.max(now) + random(90) * MS;
                 free_at = ended;

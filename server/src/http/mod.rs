@@ -80,9 +80,8 @@ impl App {
             return Err(ApiError::not_yet("the server is shutting down; ask another, or come again"));
         }
         let model = self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))?;
-        match model.engine.stopped() {
-            Some(reason) => return Err(ApiError::unavailable(&format!("the engine has stopped: {reason}"))),
-            None => {}
+        if let Some(reason) = model.engine.stopped() {
+            return Err(ApiError::unavailable(&format!("the engine has stopped: {reason}")));
         }
         match model.engine.recovering() {
             Some(reason) => Err(ApiError::not_yet(&reason)),
