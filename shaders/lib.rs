@@ -12,9 +12,11 @@
 //! ```
 
 mod compose;
+mod mat_mul;
 mod reflect;
 
 pub use compose::{ComposeError, compose};
+pub use mat_mul::{MatMulChoice, MatMulVariant};
 pub use reflect::{Access, Member, ReflectError, Reflection, members, reflect, validate};
 
 /// What a kernel is composed with; a later entry hides an earlier one of the same name.
@@ -48,17 +50,6 @@ impl Tier {
         match self {
             Tier::Base => None,
             Tier::Subgroup | Tier::Lavapipe => Some(Tier::Base),
-        }
-    }
-
-    /// Which matmul kernel takes how many rows, ascending.
-    ///
-    /// The first line that is not below the rows that are left takes them all; where there is none, the last line takes
-    /// as many as fill its workgroups, and the table is asked again about the rest.
-    pub const fn mat_mul_choices(self) -> &'static [MatMulChoice] {
-        match self {
-            Tier::Base | Tier::Subgroup => GPU_MAT_MUL,
-            Tier::Lavapipe => LAVAPIPE_MAT_MUL,
         }
     }
 
@@ -103,96 +94,6 @@ impl Tier {
 /// Invocations of a workgroup at most, and bytes of its memory: WebGPU's guarantee, which every tier keeps to.
 pub const MAX_GROUP_LANES: u32 = 256;
 pub const MAX_GROUP_BYTES: u32 = 16 << 10;
-/// How a matmul kernel divides its work. All variants of a tier add in the same order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MatMulVariant {
-    /// `mat_mul.wgsl`: rows of a workgroup, and columns of a lane; eight lanes split K.
-    Split { rows: u32, columns: u32 },
-    /// `mat_mul_tile.wgsl`: both operands go through workgroup memory.
-    Tile,
-    /// `mat_mul_subgroup.wgsl`: rows of a subgroup of 8.
-    Subgroup { rows: u32 },
-}
-
-/// A line of a tier's table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MatMulChoice {
-    /// Rows that it takes, at most.
-    pub max_rows: u32,
-    pub variant: MatMulVariant,
-}
-
-const fn split(max_rows: u32, rows: u32, columns: u32) -> MatMulChoice {
-    MatMulChoice { max_rows, variant: MatMulVariant::Split { rows, columns } }
-}
-
-const fn subgroup(max_rows: u32, rows: u32) -> MatMulChoice {
-    MatMulChoice { max_rows, variant: MatMulVariant::Subgroup { rows } }
-}
-
-/// Up to 8 rows a weight's bytes are what counts, and one column a lane gives most workgroups. From 9 on an activation
-/// that is read from workgroup memory serves two columns; four rows of 16 at a time are left out where there are none.
-const GPU_MAT_MUL: &[MatMulChoice] = &[
-    split(1, 1, 1),
-    split(4, 4, 1),
-    split(8, 8, 1),
-    split(64, 16, 2),
-    MatMulChoice { max_rows: u32::MAX, variant: MatMulVariant::Tile },
-];
-
-/// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them.
-const LAVAPIPE_MAT_MUL: &[MatMulChoice] = &[subgroup(1, 1), subgroup(4, 4), subgroup(8, 8), subgroup(u32::MAX, 8)];
-
-impl MatMulVariant {
-    pub const fn kernel(self) -> &'static str {
-        match self {
-            MatMulVariant::Split { .. } => "mat_mul",
-            MatMulVariant::Tile => "mat_mul_tile",
-            MatMulVariant::Subgroup { .. } => "mat_mul_subgroup",
-        }
-    }
-
-    /// Rows of a workgroup.
-    pub const fn rows(self) -> u32 {
-        match self {
-            MatMulVariant::Split { rows, .. } | MatMulVariant::Subgroup { rows } => rows,
-            MatMulVariant::Tile => 64,
-        }
-    }
-
-    /// Columns of a workgroup.
-    pub const fn columns(self) -> u32 {
-        match self {
-            MatMulVariant::Split { columns, .. } => columns * TILE,
-            MatMulVariant::Tile => 128,
-            MatMulVariant::Subgroup { .. } => TILE,
-        }
-    }
-
-    pub fn constants(self) -> Constants {
-        match self {
-            MatMulVariant::Split { rows, columns } => {
-                // Rounds of 8 units that are staged together, so that few rows meet few barriers.
-                let rounds = (8 / rows).max(1);
-                let group_rows = rows.min(4);
-                let stage_k = 256 * rounds;
-                vec![
-                    ("ROWS", rows),
-                    ("COLUMNS", columns),
-                    ("GROUP_ROWS", group_rows),
-                    ("GROUPS", rows / group_rows),
-                    ("ROUNDS", rounds),
-                    ("STAGE_K", stage_k),
-                    ("MEMORY", (rows * stage_k / 4).max(256 * rows / group_rows)),
-                    // Quarters of a unit in one go: with one row, so that more loads are in flight.
-                    ("PARTS", if rows == 1 { 4 } else { 1 }),
-                ]
-            }
-            MatMulVariant::Tile => vec![],
-            MatMulVariant::Subgroup { rows } => vec![("ROWS", rows)],
-        }
-    }
-}
 
 /// Columns of a packed weight that lie together.
 pub const TILE: u32 = 32;

@@ -100,7 +100,11 @@ fn main(
 #if GROUP_ROWS == 4
     memory[({{G}}u * 8u + own_split) * 32u + lane] =
         vec4(sum_{{G}}_0_{{C}}, sum_{{G}}_1_{{C}}, sum_{{G}}_2_{{C}}, sum_{{G}}_3_{{C}});
-#else
+#endif
+#if GROUP_ROWS == 2
+    memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, sum_0_1_{{C}}, 0.0, 0.0);
+#endif
+#if GROUP_ROWS == 1
     memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, 0.0, 0.0, 0.0);
 #endif
 #endfor

@@ -24,6 +24,10 @@ impl Device {
         Device(verify::twin().expect("threads can be started"))
     }
 
+    pub fn backend(&mut self) -> &mut dyn Backend {
+        self.0.backend()
+    }
+
     pub fn tier(&mut self) -> String {
         self.0.backend().info().tier.clone()
     }

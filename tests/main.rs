@@ -50,5 +50,7 @@ mod tidy;
 mod tiny;
 /// Needs `spirv-val`: every shader variant as SPIR-V, MSL and HLSL.
 mod translate;
+/// Needs Vulkan drivers: tables of matmul kernels, kept and taken at a start.
+mod tuning;
 /// Needs Vulkan drivers: what finds a device that computes wrongly, gives out or is too small.
 mod verify;

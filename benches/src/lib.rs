@@ -1,7 +1,7 @@
 //! Fullbore's benchmarks: workloads, the run that measures one, and the statistics of what came out.
 //!
 //! Invariant: a workload is a pure function of its seed. Nothing here knows HTTP or opens a device: an engine is driven
-//! as the server drives it, through its handle or step by step; only `ops` records ops itself.
+//! as the server drives it, through its handle or step by step; only `ops` and `tune` record ops themselves.
 
 pub mod offline;
 pub mod ops;
@@ -12,4 +12,5 @@ pub mod simulate;
 pub mod statistics;
 pub mod stopwatch;
 pub mod trace;
+pub mod tune;
 pub mod workload;

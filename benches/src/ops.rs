@@ -15,7 +15,7 @@ use crate::statistics::median;
 
 mod cases;
 mod peaks;
-mod rig;
+pub(crate) mod rig;
 mod shapes;
 mod table;
 

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::recording::Recording;
-use fullbore_engine::tensor::{BufferId, Weight};
+use fullbore_engine::tensor::{BufferId, Weight, WeightFormat};
+use fullbore_engine::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 /// What a [`Stopwatch`] shows; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -108,6 +109,18 @@ impl Backend for Stopwatch {
 
     fn reopen(&mut self) -> Result<(), DeviceError> {
         self.inner.reopen()
+    }
+
+    fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
+        self.inner.mat_mul_kernels(format)
+    }
+
+    fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
+        self.inner.mat_mul_table(shape)
+    }
+
+    fn set_mat_mul_table(&mut self, shape: MatMulShape, table: &[MatMulLine]) -> Result<(), String> {
+        self.inner.set_mat_mul_table(shape, table)
     }
 
     fn now(&self) -> Instant {

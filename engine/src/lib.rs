@@ -80,5 +80,6 @@ pub mod scheduler;
 pub mod sequence;
 pub mod tensor;
 pub mod text;
+pub mod tuning;
 pub mod verify;
 pub mod worker;

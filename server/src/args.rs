@@ -35,6 +35,8 @@ pub enum Command {
     Devices,
     /// Run every op in every variant on a device and hold it against the plain cpu: a table; fails if one is wrong.
     Verify(VerifyArgs),
+    /// Try the matmul kernels that a model could use on a device, and keep the fastest for later starts.
+    Tune(TuneArgs),
     /// Put a model into the cache folder and print its path.
     Fetch {
         /// smollm2, gemma3-270m, a Hugging Face repository (owner/name or owner/name:file), or a path.
@@ -150,6 +152,9 @@ pub struct EngineArgs {
     /// Learn what steps take on this device anew, and keep nothing of it in the cache folder.
     #[arg(long)]
     pub no_saved_costs: bool,
+    /// Do not use what `fullbore tune` has found on this device.
+    #[arg(long)]
+    pub no_tuning: bool,
     /// Do not try the model's kernels on this device before loading.
     #[arg(long)]
     pub no_verify: bool,
@@ -191,6 +196,15 @@ pub struct VerifyArgs {
     /// One op alone, such as mat_mul.
     #[arg(long)]
     pub only: Option<String>,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TuneArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Measure for about so many seconds; everything that may suit is tried at least three times.
+    #[arg(long, default_value_t = 60)]
+    pub seconds: u64,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -418,6 +432,7 @@ impl EngineArgs {
             max_queued_tokens: None,
             max_queue_ms: None,
             no_saved_costs: false,
+            no_tuning: false,
             no_verify: false,
         }
     }

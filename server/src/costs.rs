@@ -4,7 +4,6 @@
 //! anything else is ignored with a warning, and prices are learned anew. A file appears whole or not at all. Nothing
 //! here measures.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +14,8 @@ use fullbore_engine::cost::CostModel;
 use fullbore_engine::cost::profile::{DeviceProfile, ProfiledDevice, ProfiledLimits, ProfiledModel};
 use fullbore_engine::memory::capacity::{MemoryTable, human_bytes};
 use fullbore_engine::worker::EngineHandle;
-use sha2::{Digest, Sha256};
+
+use crate::files;
 
 /// Steps of a run that are worth keeping, at least: fewer say less than what a file has.
 const LEAST_STEPS: u64 = 64;
@@ -54,10 +54,8 @@ impl SavedCosts {
             num_blocks: config.num_blocks,
             num_host_blocks: config.num_host_blocks,
         };
-        let key = [&device.name, &device.driver, &model.name, config.kv_type.name()].join("\n");
-        let digest = Sha256::digest(key.as_bytes());
-        let file: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        SavedCosts { path: folder.join(file + ".json"), device, model, limits }
+        let file = files::name_of(&[&device.name, &device.driver, &model.name, config.kv_type.name()]);
+        SavedCosts { path: folder.join(file), device, model, limits }
     }
 
     pub fn path(&self) -> &Path {
@@ -111,16 +109,7 @@ impl SavedCosts {
             cost,
             points: Vec::new(),
         };
-        if let Some(folder) = self.path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let part = self.path.with_extension(format!("{}.part", std::process::id()));
-        let written = fs::write(&part, profile.to_json()).and_then(|()| fs::rename(&part, &self.path));
-        if written.is_err() {
-            // What was written of it is of no use; it may not even be there.
-            let _ = fs::remove_file(&part);
-        }
-        written
+        files::write_whole(&self.path, &profile.to_json())
     }
 
     fn describes(&self, found: &DeviceProfile) -> bool {
@@ -132,6 +121,8 @@ impl SavedCosts {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::start::memory_table;
     use fullbore_engine::bundle::Bundle;

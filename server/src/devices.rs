@@ -49,13 +49,22 @@ pub fn open_at(wanted: &str, tier: Option<adapters::Tier>) -> Result<Box<dyn Bac
     }
 }
 
+/// A device of this id once more, with kernels of the tier that goes by this name.
+pub fn open_as(id: &str, tier: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+    open_at(id, tier_of(tier))
+}
+
+fn tier_of(name: &str) -> Option<adapters::Tier> {
+    adapters::Tier::ALL.into_iter().find(|tier| tier.name() == name)
+}
+
 /// The same device with plainer kernels, where it has some.
 pub fn plainer(device: &DeviceInfo) -> Option<Result<Box<dyn Backend>, DeviceChoiceError>> {
     if device.tier == "avx2" {
         let plain = CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() });
         return Some(plain.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(DeviceChoiceError::Cpu));
     }
-    let tier = adapters::Tier::ALL.into_iter().find(|tier| tier.name() == device.tier)?.plainer()?;
+    let tier = tier_of(&device.tier)?.plainer()?;
     Some(gpu(&device.id, Some(tier)).map_err(DeviceChoiceError::Gpu))
 }
 

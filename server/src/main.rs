@@ -6,14 +6,14 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
-use fullbore::{bench, devices, fetch, run, serve, simulate, verify};
+use fullbore::{bench, devices, fetch, run, serve, simulate, tune, verify};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let quiet =
-        matches!(args.command, Command::Run(_) | Command::Simulate(_) | Command::Bench { .. } | Command::Verify(_));
-    let level = if quiet { "warn" } else { "info,wgpu=warn,naga=warn" };
+    let talks = matches!(args.command, Command::Serve(_) | Command::Devices | Command::Fetch { .. });
+    // Numbers mean little to who does not know which kernels gave them.
+    let level = if !talks { "warn,fullbore::tuning=info" } else { "info,wgpu=warn,naga=warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
@@ -32,6 +32,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Run(args) => run::run(&args)?,
         Command::Devices => print!("{}", devices::table(&devices::all()?)),
         Command::Verify(args) => verify::verify(&args)?,
+        Command::Tune(args) => tune::run(&args)?,
         Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
         Command::Simulate(args) => simulate::simulate(&args)?,
         Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,

@@ -23,11 +23,12 @@ use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::api::{ServedModel, unix_seconds};
-use crate::args::EngineArgs;
+use crate::args::{EngineArgs, ModelArgs};
 use crate::costs::SavedCosts;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
 use crate::http::metrics::RequestMetrics;
+use crate::tuning;
 
 mod remedy;
 mod times;
@@ -92,17 +93,14 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     times.end("device", &Parts::of(backend.settle()));
     let device = backend.info();
     tracing::info!(device = device.id, name = device.name, driver = device.driver, tier = device.tier, "device chosen");
-    let bundle = match &args.model.shape {
-        Some(shape) => Bundle::random(&shape.model, shape.format).expect("the command line knows the same shapes"),
-        None if device.id == "sim" => Bundle::simulated(),
-        None => Bundle::open(&fetch::fetch(&args.model.model)?)?,
-    };
-    let bundle = match args.model.quantize {
-        Some(to) => bundle.quantized(to)?,
-        None => bundle,
-    };
+    let bundle = open_bundle(&args.model, &device.id)?;
     times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
-    let mut backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
+    let backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
+    let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
+    let mut backend = match tuning::folder() {
+        Ok(folder) if !args.no_tuning => tuning::tuned(backend, &folder, &shapes, !args.no_verify)?,
+        _ => backend,
+    };
     times.end("verify", &Parts::of(backend.settle()));
     let device = backend.info();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
@@ -118,6 +116,19 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
     let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
     Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory, costs, times })
+}
+
+/// The model that `args` ask for, for a device of this id.
+pub fn open_bundle(args: &ModelArgs, device: &str) -> Result<Bundle, StartError> {
+    let bundle = match &args.shape {
+        Some(shape) => Bundle::random(&shape.model, shape.format).expect("the command line knows the same shapes"),
+        None if device == "sim" => Bundle::simulated(),
+        None => Bundle::open(&fetch::fetch(&args.model)?)?,
+    };
+    Ok(match args.quantize {
+        Some(to) => bundle.quantized(to)?,
+        None => bundle,
+    })
 }
 
 /// `backend`, or a plainer one of the same device, on which the model's kernels have been tried. A simulator has none.
@@ -371,7 +382,6 @@ fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_by
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::args::ModelArgs;
 
     const WEIGHTS: u64 = 100 << 20;
 

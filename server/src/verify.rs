@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo};
-use fullbore_engine::verify::{self, Case, Check, every_case};
+use fullbore_engine::verify::{self, Case, Check, every_case, every_mat_mul_kernel};
 
 use crate::args::VerifyArgs;
 use crate::devices::{self, DeviceChoiceError};
@@ -31,7 +31,13 @@ pub enum VerifyError {
 }
 
 pub fn verify(args: &VerifyArgs) -> Result<(), VerifyError> {
+    let backend = devices::open_at(&args.device, args.tier)?;
+    let info = backend.info().clone();
+    if info.id == "sim" {
+        return Err(VerifyError::Simulator);
+    }
     let mut cases = every_case();
+    cases.extend(every_mat_mul_kernel(backend.as_ref()));
     if let Some(only) = &args.only {
         let mut known: Vec<&str> = cases.iter().map(|case| case.op).collect();
         known.sort_unstable();
@@ -40,11 +46,6 @@ pub fn verify(args: &VerifyArgs) -> Result<(), VerifyError> {
             return Err(VerifyError::Unknown { only: only.clone(), known: known.join(", ") });
         }
         cases.retain(|case| case.op == *only);
-    }
-    let backend = devices::open_at(&args.device, args.tier)?;
-    let info = backend.info().clone();
-    if info.id == "sim" {
-        return Err(VerifyError::Simulator);
     }
     let mut opened = Some(backend);
     let lost = |error: DeviceChoiceError| DeviceError::Lost { device: info.id.clone(), reason: error.to_string() };

@@ -1,13 +1,12 @@
 //! Which ops are measured: each with its tensors on the device, and what it must read, write and compute.
 
-use fullbore_engine::backend::{DeviceError, LoadError, WeightSpec};
+use fullbore_engine::backend::{DeviceError, WeightSpec};
 use fullbore_engine::batch::attention::QueryRows;
-use fullbore_engine::memory::capacity::human_bytes;
 use fullbore_engine::op::{
     ATTENTION_CUT, Activation, Attention, CHOSEN_WORDS, GatedAct, MAX_TOP, MatMul, Op, RmsNorm, SAMPLE_ROW_WORDS,
     Sample, SampleRow, slice_cols,
 };
-use fullbore_engine::tensor::{KvTensor, KvType, Tensor, Weight};
+use fullbore_engine::tensor::{KvTensor, KvType, Tensor};
 use fullbore_engine::verify::attention::Planned;
 
 use super::rig::Rig;
@@ -30,10 +29,6 @@ pub struct Case {
 
 /// Rows of the ops that take one a sequence, at most.
 const MAX_SEQUENCES: u32 = 64;
-/// Copies of a weight at most.
-const MAX_COPIES: u64 = 64;
-/// Share of the device's memory that weights may take.
-const MEMORY_SHARE: f64 = 0.7;
 const BLOCK_SIZE: u32 = 32;
 
 impl Case {
@@ -59,7 +54,7 @@ pub fn load(rig: &mut Rig, options: &OpsOptions) -> Result<(Vec<Case>, Vec<Strin
     let widest = (2 * shape.ffn_dim).max(shape.dim).max(q_dim);
     let widest = (most * widest).max(most.min(MAX_SEQUENCES) * shape.vocab_size);
     let (x, out) = (rig.random(1, widest)?, rig.zeros(1, widest)?);
-    let mut loader = Loader { rig, options, x, out, cases: Vec::new(), skipped: Vec::new(), loaded_bytes: 0 };
+    let mut loader = Loader { rig, options, x, out, cases: Vec::new(), skipped: Vec::new() };
     loader.mat_muls()?;
     loader.elements()?;
     loader.sequences("attention", Loader::attention)?;
@@ -75,7 +70,6 @@ struct Loader<'a, 'b> {
     out: Tensor,
     cases: Vec<Case>,
     skipped: Vec<String>,
-    loaded_bytes: u64,
 }
 
 /// `rows` x `cols` at the begin of `tensor`.
@@ -100,7 +94,7 @@ impl Loader<'_, '_> {
             }
             let format = self.options.format;
             let spec = WeightSpec { name: name.clone(), rows: n, cols: k, format };
-            let weights = match self.weights(&spec)? {
+            let weights = match self.rig.cold_weights(&spec, self.options.cold_bytes)? {
                 Ok(weights) => weights,
                 Err(reason) => {
                     self.skipped.push(format!("{name}: {reason}"));
@@ -119,36 +113,6 @@ impl Loader<'_, '_> {
             }
         }
         Ok(())
-    }
-
-    /// As many equal weights as no cache holds; or why there is none.
-    fn weights(&mut self, spec: &WeightSpec) -> Result<Result<Vec<Weight>, String>, OpsError> {
-        if !spec.format.has_whole_blocks(spec.cols) {
-            let (cols, format) = (spec.cols, spec.format);
-            return Ok(Err(format!(
-                "rows of {cols} do not fill blocks of {} of {}",
-                format.block_len(),
-                format.name()
-            )));
-        }
-        let size_bytes = self.rig.backend.weight_bytes(spec).max(1);
-        let memory_bytes = self.rig.backend.info().memory_bytes;
-        let free_bytes = memory_bytes.map_or(u64::MAX, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
-        let fits = |loaded: u64| loaded.saturating_add(size_bytes) <= free_bytes;
-        let mut weights = Vec::new();
-        for copy in 0..self.options.cold_bytes.div_ceil(size_bytes).clamp(1, MAX_COPIES) {
-            if !fits(self.loaded_bytes) {
-                break;
-            }
-            match self.rig.weight(spec, copy) {
-                Ok(weight) => weights.push(weight),
-                Err(LoadError::Device(DeviceError::OutOfMemory { .. })) => break,
-                Err(error) => return Err(error.into()),
-            }
-            self.loaded_bytes += size_bytes;
-        }
-        let reason = || format!("{} do not fit the device's memory", human_bytes(size_bytes));
-        Ok(if weights.is_empty() { Err(reason()) } else { Ok(weights) })
     }
 
     fn elements(&mut self) -> Result<(), OpsError> {

@@ -5,6 +5,7 @@
 use std::time::Instant;
 
 use fullbore_engine::backend::{Backend, DeviceError, LoadError, WeightSpec};
+use fullbore_engine::memory::capacity::human_bytes;
 use fullbore_engine::model::Checkpoint;
 use fullbore_engine::op::Op;
 use fullbore_engine::recording::{BufferCopy, Recording};
@@ -17,10 +18,16 @@ use crate::workload::SplitMix64;
 const RECORDING_NS: f64 = 2e7;
 /// Ops of a recording at most.
 const MAX_REPEATS: usize = 1000;
+/// Copies of a weight at most.
+const MAX_COPIES: u64 = 64;
+/// Share of the device's memory that weights may take.
+const MEMORY_SHARE: f64 = 0.7;
 
 pub struct Rig<'a> {
     pub backend: &'a mut dyn Backend,
     recording: Recording,
+    /// By weights.
+    loaded_bytes: u64,
 }
 
 /// What a recording took: the device by its own account, and the host to hand it over.
@@ -33,7 +40,7 @@ pub struct Took {
 impl Rig<'_> {
     pub fn new(backend: &mut dyn Backend) -> Result<Rig<'_>, DeviceError> {
         let upload = backend.alloc("upload", 4)?;
-        Ok(Rig { backend, recording: Recording::new(upload) })
+        Ok(Rig { backend, recording: Recording::new(upload), loaded_bytes: 0 })
     }
 
     /// A tensor of values between -1 and 1.
@@ -59,7 +66,41 @@ impl Rig<'_> {
         Ok(tensor)
     }
 
-    pub fn weight(&mut self, spec: &WeightSpec, seed: u64) -> Result<Weight, LoadError> {
+    /// As many equal weights as are `cold_bytes`, so that no cache holds them when their turn comes again; or why there
+    /// is none.
+    pub fn cold_weights(
+        &mut self,
+        spec: &WeightSpec,
+        cold_bytes: u64,
+    ) -> Result<Result<Vec<Weight>, String>, OpsError> {
+        if !spec.format.has_whole_blocks(spec.cols) {
+            let (cols, format) = (spec.cols, spec.format);
+            return Ok(Err(format!(
+                "rows of {cols} do not fill blocks of {} of {}",
+                format.block_len(),
+                format.name()
+            )));
+        }
+        let size_bytes = self.backend.weight_bytes(spec).max(1);
+        let memory_bytes = self.backend.info().memory_bytes;
+        let free_bytes = memory_bytes.map_or(u64::MAX, |bytes| (bytes as f64 * MEMORY_SHARE) as u64);
+        let mut weights = Vec::new();
+        for copy in 0..cold_bytes.div_ceil(size_bytes).clamp(1, MAX_COPIES) {
+            if self.loaded_bytes.saturating_add(size_bytes) > free_bytes {
+                break;
+            }
+            match self.weight(spec, copy) {
+                Ok(weight) => weights.push(weight),
+                Err(LoadError::Device(DeviceError::OutOfMemory { .. })) => break,
+                Err(error) => return Err(error.into()),
+            }
+            self.loaded_bytes += size_bytes;
+        }
+        let reason = || format!("{} do not fit the device's memory", human_bytes(size_bytes));
+        Ok(if weights.is_empty() { Err(reason()) } else { Ok(weights) })
+    }
+
+    fn weight(&mut self, spec: &WeightSpec, seed: u64) -> Result<Weight, LoadError> {
         let checkpoint = Checkpoint::Random { seed, format: spec.format };
         let (_, mut rows) = checkpoint.open(&spec.name, spec.rows, spec.cols)?;
         self.backend.load_weight(spec, rows.as_mut())

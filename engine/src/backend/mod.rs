@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use crate::format::FormatError;
 use crate::recording::{BufferCopy, Recording};
 use crate::tensor::{BufferId, Weight, WeightFormat};
+use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 pub mod cpu;
 pub mod sim;
@@ -64,6 +65,27 @@ pub trait Backend: Send {
     /// Opens the same device anew after it was lost: nothing is on it, and every id and ticket of before is void. After
     /// an error it may be tried again, and nothing else.
     fn reopen(&mut self) -> Result<(), DeviceError>;
+
+    /// The kernels among which a table for weights of `format` may choose; none where there is no choice. All give the
+    /// same bits.
+    fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
+        let _ = format;
+        Vec::new()
+    }
+
+    /// The table in use.
+    fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
+        let _ = shape;
+        Vec::new()
+    }
+
+    /// Chooses the kernels for weights of `shape` from the next submission on, also after the device was lost; no line
+    /// at all brings back what the device would choose by itself. Given before such a weight is loaded, no request
+    /// waits for a kernel to be compiled. An error says what is wrong with the table, and nothing has changed.
+    fn set_mat_mul_table(&mut self, shape: MatMulShape, table: &[MatMulLine]) -> Result<(), String> {
+        let _ = (shape, table);
+        Ok(())
+    }
 
     /// The time on this device's clock: the machine's own, but for a simulator, whose time is virtual.
     fn now(&self) -> Instant;
@@ -119,6 +141,8 @@ pub struct DeviceInfo {
     pub driver: String,
     /// Kernel tier in use: `base`, `subgroup`, `lavapipe`, `avx2`, `plain`.
     pub tier: String,
+    /// What the tier's kernels are written like; empty where no choice among them is ever kept.
+    pub kernels: String,
     /// Memory the device has for us, where it can be asked.
     pub memory_bytes: Option<u64>,
     /// The largest buffer that an op may bind whole. Weights are sharded below this by the backend itself.

@@ -11,6 +11,7 @@ use crate::model::checkpoint::ENDS;
 use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
 use crate::tensor::{Tensor, Weight, WeightFormat};
+use crate::tuning::MatMulShape;
 
 /// A model's weights on a device, in the order of use.
 pub struct Weights {
@@ -92,24 +93,39 @@ fn stacked(specs: &[WeightSpec]) -> WeightSpec {
 }
 
 impl Weights {
-    /// Bytes that the weights would take on `backend`, without loading them.
-    pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
+    /// Every matrix as it is handed to a backend, in the order of loading.
+    fn specs(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<WeightSpec> {
         let spec = |(name, rows, cols): (String, u32, u32)| {
             let format = checkpoint.format(&name)?;
             Some(WeightSpec { name, rows, cols, format })
         };
         let of_layer = |layer: u32| {
-            let bytes = matrices(config).map(|matrices| {
+            matrices(config).into_iter().flat_map(move |matrices| {
                 let names = matrices.names(layer).map(|(name, rows)| (name, rows, matrices.cols));
                 let specs: Vec<WeightSpec> = names.filter_map(spec).collect();
                 let groups = specs.chunk_by(|one, next| one.format == next.format);
-                groups.map(|group| backend.weight_bytes(&stacked(group))).sum::<u64>()
-            });
-            bytes.iter().sum::<u64>()
+                groups.map(stacked).collect::<Vec<WeightSpec>>()
+            })
         };
         let ends = ENDS.map(|name| (name.to_owned(), config.vocab_size, config.dim)).into_iter().filter_map(spec);
-        let ends: u64 = ends.map(|spec| backend.weight_bytes(&spec)).sum();
-        (0..config.num_layers).map(of_layer).sum::<u64>() + ends
+        (0..config.num_layers).flat_map(of_layer).chain(ends).collect()
+    }
+
+    /// Bytes that the weights would take on `backend`, without loading them.
+    pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
+        Self::specs(config, checkpoint).iter().map(|spec| backend.weight_bytes(spec)).sum()
+    }
+
+    /// Each shape of a matrix that is multiplied by, once.
+    pub fn mat_mul_shapes(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<MatMulShape> {
+        let mut shapes = Vec::new();
+        for WeightSpec { format, rows, cols, .. } in Self::specs(config, checkpoint) {
+            let shape = MatMulShape { format, rows, cols };
+            if !shapes.contains(&shape) {
+                shapes.push(shape);
+            }
+        }
+        shapes
     }
 
     /// Bytes that loading reads of matrices, as they are handed to a backend.

@@ -4,6 +4,7 @@ use super::random::Random;
 use super::{Case, Output};
 use crate::op::{MatMul, Op};
 use crate::tensor::WeightFormat;
+use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 /// With a bias where M is odd.
 pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
@@ -16,6 +17,23 @@ pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
         let out = device.unwritten(m, n)?;
         let words = device.run(&[Op::MatMul(MatMul { x, weight, bias, first_col: 0, out })], &[out])?;
         Ok(Output::f32(words, 1e-5))
+    })
+}
+
+/// By one kernel alone, on rows that fill a workgroup of it and begin another.
+pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
+    let (m, n, k) = (kernel.rows + 1, 70, 512);
+    let (variant, table) = (format!("{}, {}", format.name(), kernel.name), MatMulLine::only(&kernel.name));
+    Case::new("mat_mul", &variant, format!("M {m} N {n} K {k}"), move |device| {
+        let random = &mut Random::new(3);
+        let weight = device.weight(format, n, k, 4)?;
+        let (x, out) = (device.random(m, k, random)?, device.unwritten(m, n)?);
+        let shape = MatMulShape::of(weight);
+        let before = device.backend().mat_mul_table(shape);
+        device.backend().set_mat_mul_table(shape, &table).expect("a kernel that the device has named");
+        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]);
+        device.backend().set_mat_mul_table(shape, &before).expect("the table that was there");
+        Ok(Output::f32(words?, 1e-5))
     })
 }
 

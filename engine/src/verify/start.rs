@@ -67,7 +67,7 @@ pub fn first_right<E: std::error::Error + 'static>(
 ) -> Opened<StartCheckError<E>> {
     loop {
         let info = backend.info().clone();
-        let what = match first_failure(cases, backend).map_err(StartCheckError::Twin)? {
+        let what = match tried(cases, backend).map_err(StartCheckError::Twin)? {
             Ok(backend) => return Ok(backend),
             Err(what) => what,
         };
@@ -80,7 +80,7 @@ pub fn first_right<E: std::error::Error + 'static>(
 }
 
 /// The backend again, or the first check that it does not pass, in words. The outer error is the twin's.
-fn first_failure(cases: &[Case], backend: Box<dyn Backend>) -> Result<Result<Box<dyn Backend>, String>, DeviceError> {
+pub fn tried(cases: &[Case], backend: Box<dyn Backend>) -> Result<Result<Box<dyn Backend>, String>, DeviceError> {
     let mut twin = twin()?;
     let mut device = match Device::new(backend) {
         Ok(device) => device,

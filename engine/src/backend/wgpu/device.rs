@@ -12,6 +12,7 @@ use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
 use super::MAX_WORKGROUPS;
 use super::encode::{MAX_BUFFERS, MAX_PARAMS};
 use super::kill_switch::KillSwitch;
+use super::pipeline_cache;
 use crate::backend::{DeviceError, DeviceInfo};
 
 /// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
@@ -149,6 +150,7 @@ fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> D
         name: info.name,
         driver: format!("{} {}; {}", info.driver, info.driver_info, features.join(", ")),
         tier: tier.name().to_owned(),
+        kernels: pipeline_cache::kernels(),
         memory_bytes: (info.device_type == wgpu::DeviceType::Cpu).then(host_memory_bytes).flatten(),
         max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
     }

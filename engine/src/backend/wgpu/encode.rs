@@ -5,6 +5,7 @@
 use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, MatMulVariant, TILE, Tier};
 
+use super::mat_mul_tables::MatMulTables;
 use super::packing::UNIT;
 use super::params::*;
 use super::pipelines::{AttentionVariant, Kernel};
@@ -13,6 +14,7 @@ use crate::op::{
     MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
 use crate::tensor::{BufferId, Weight};
+use crate::tuning::MatMulShape;
 
 /// Buffers of a kernel at most, which is WebGPU's guarantee too.
 pub const MAX_BUFFERS: usize = 8;
@@ -40,6 +42,7 @@ pub struct Dispatch {
 /// Where dispatches go, and what they are made of besides the op.
 pub struct Encoder<'a> {
     pub tier: Tier,
+    pub mat_muls: &'a MatMulTables,
     /// By weight id.
     pub weights: &'a [Vec<Shard>],
     pub out: &'a mut Vec<Dispatch>,
@@ -128,17 +131,15 @@ impl Encoder<'_> {
         self.push(Kernel::RmsNorm, &buffers, &params, op.x.rows);
     }
 
-    /// By the tier's table.
+    /// By the table of the weight's shape.
     fn mat_mul(&mut self, op: &MatMul) {
-        let choices = self.tier.mat_mul_choices();
+        let choices = self.mat_muls.of(MatMulShape::of(op.weight));
         let mut first_row = 0;
         while first_row < op.x.rows {
             let left = op.x.rows - first_row;
             let choice = choices.iter().find(|choice| choice.max_rows >= left);
             let choice = choice.expect("the last line takes any number");
-            let rows = choice.variant.rows();
-            let taken = if choice.max_rows == u32::MAX { left / rows * rows } else { left };
-            assert!(taken > 0, "{choice:?} takes nothing of {left} rows");
+            let taken = choice.takes(left);
             self.mat_mul_rows(op, choice.variant, first_row, first_row + taken);
             first_row += taken;
         }

@@ -17,13 +17,15 @@ use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
 };
 use crate::recording::Recording;
-use crate::tensor::{BufferId, Weight, WeightId};
+use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
+use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 mod budget;
 mod buffers;
 mod device;
 mod encode;
 mod kill_switch;
+mod mat_mul_tables;
 pub mod packing;
 mod params;
 mod pipeline_cache;
@@ -36,6 +38,7 @@ use device::Device;
 pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
 pub use kill_switch::KillSwitch;
+use mat_mul_tables::MatMulTables;
 use packing::Layout;
 use pipeline_cache::PipelineCache;
 use pipelines::{Kernel, Pipelines, uniform_layout};
@@ -52,6 +55,7 @@ pub struct WgpuBackend {
     buffers: Buffers,
     /// By weight id.
     weights: Vec<Vec<Shard>>,
+    mat_muls: MatMulTables,
     pipelines: Pipelines,
     bind_groups: HashMap<(Kernel, [BufferId; MAX_BUFFERS]), BindGroup>,
     /// Where parameters lie on tiers without immediates.
@@ -95,6 +99,7 @@ impl WgpuBackend {
             uniforms: uniforms.map_err(refused)?,
             buffers: Buffers::new(&device),
             weights: Vec::new(),
+            mat_muls: MatMulTables::new(device.tier),
             pipelines: Pipelines::new(&device, layout, cache).map_err(refused)?,
             bind_groups: HashMap::new(),
             readbacks: std::array::from_fn(|_| Readback::new()),
@@ -212,10 +217,13 @@ impl Backend for WgpuBackend {
     }
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.pipelines.compile_all(Kernel::of_format(spec.format, self.device.tier))?;
+        let id = WeightId(self.weights.len() as u32);
+        let weight = Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format };
+        let choices = self.mat_muls.of(MatMulShape::of(weight));
+        let mat_muls = choices.iter().map(|choice| Kernel::MatMul(spec.format, choice.variant));
+        self.pipelines.compile_all(mat_muls.chain([Kernel::Embed(spec.format)]))?;
         self.weights.push(self.buffers.load(spec, source)?);
-        let id = WeightId(self.weights.len() as u32 - 1);
-        Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
+        Ok(weight)
     }
 
     fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
@@ -230,7 +238,8 @@ impl Backend for WgpuBackend {
             self.device.queue.write_buffer(upload, 0, bytemuck::cast_slice(&recording.upload));
         }
         self.dispatches.clear();
-        let mut ops = Encoder { tier: self.device.tier, weights: &self.weights, out: &mut self.dispatches };
+        let (tier, mat_muls) = (self.device.tier, &self.mat_muls);
+        let mut ops = Encoder { tier, mat_muls, weights: &self.weights, out: &mut self.dispatches };
         recording.ops.iter().for_each(|op| ops.op(op));
         if let Some(uniforms) = &mut self.uniforms {
             uniforms.write(&self.device.queue, &self.dispatches);
@@ -289,12 +298,25 @@ impl Backend for WgpuBackend {
         self.device.device.destroy();
         let DeviceInfo { id, name, .. } = self.device.info.clone();
         let options = WgpuOptions { selector: id, tier: Some(self.device.tier), ..self.options.clone() };
-        let opened = WgpuBackend::open(&options).map_err(|error| self.device.lost(&error.to_string()))?;
+        let mut opened = WgpuBackend::open(&options).map_err(|error| self.device.lost(&error.to_string()))?;
         if opened.device.info.name != name {
             return Err(self.device.lost(&format!("{name} is gone, and {} is in its place", opened.device.info.name)));
         }
+        opened.mat_muls = std::mem::replace(&mut self.mat_muls, MatMulTables::new(opened.device.tier));
         *self = opened;
         Ok(())
+    }
+
+    fn mat_mul_kernels(&self, _format: WeightFormat) -> Vec<MatMulKernel> {
+        self.mat_muls.kernels()
+    }
+
+    fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
+        self.mat_muls.lines(shape)
+    }
+
+    fn set_mat_mul_table(&mut self, shape: MatMulShape, table: &[MatMulLine]) -> Result<(), String> {
+        self.mat_muls.set(shape, table)
     }
 
     fn now(&self) -> Instant {

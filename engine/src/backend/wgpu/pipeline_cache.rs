@@ -39,8 +39,7 @@ impl PipelineCache {
             wgpu::util::pipeline_cache_key(&info).filter(|_| device.features().contains(Features::PIPELINE_CACHE))?;
         let adapter = format!("{}\n{} {}", info.name, info.driver, info.driver_info);
         let path = folder.join(format!("{key}_{:016x}.bin", hash([adapter.as_bytes()]) as u64));
-        let kernels = hash(FILES.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]));
-        let identity = format!("{adapter}\n{key}\nfullbore {} {kernels:032x}", env!("CARGO_PKG_VERSION"));
+        let identity = format!("{adapter}\n{key}\n{}", kernels());
         let data = match read(&path, &identity) {
             Ok(data) => data,
             Err(problem) => {
@@ -124,6 +123,12 @@ fn write(path: &Path, identity: &str, data: &[u8]) -> io::Result<()> {
         let _ = fs::remove_file(&part);
     }
     written
+}
+
+/// A name for all kernels as they are written now.
+pub(super) fn kernels() -> String {
+    let texts = hash(FILES.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]));
+    format!("fullbore {} {texts:032x}", env!("CARGO_PKG_VERSION"))
 }
 
 /// The same in every run and on every machine.

@@ -102,8 +102,8 @@ impl Kernel {
     ];
 
     /// Those that read weights of `format`.
-    pub fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let mat_muls = tier.mat_mul_choices().iter().map(move |choice| Kernel::MatMul(format, choice.variant));
+    fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
+        let mat_muls = tier.mat_mul_variants().iter().map(move |variant| Kernel::MatMul(format, *variant));
         mat_muls.chain([Kernel::Embed(format)])
     }
 

@@ -1,0 +1,116 @@
+//! Which matmul kernel takes how many rows of which weight: the tier's own table, or one that was set for a shape.
+//!
+//! Invariant: a table ends, and names kernels of its tier alone.
+
+use std::collections::HashMap;
+
+use fullbore_shaders::{MatMulChoice, MatMulVariant, Tier};
+
+use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
+
+pub(super) struct MatMulTables {
+    tier: Tier,
+    set: HashMap<MatMulShape, Vec<MatMulChoice>>,
+}
+
+impl MatMulTables {
+    pub fn new(tier: Tier) -> MatMulTables {
+        MatMulTables { tier, set: HashMap::new() }
+    }
+
+    pub fn of(&self, shape: MatMulShape) -> &[MatMulChoice] {
+        self.set.get(&shape).map_or(self.tier.mat_mul_choices(), Vec::as_slice)
+    }
+
+    /// What a table may name.
+    pub fn kernels(&self) -> Vec<MatMulKernel> {
+        let kernel = |variant: &MatMulVariant| MatMulKernel { name: variant.name(), rows: variant.rows() };
+        self.tier.mat_mul_variants().iter().map(kernel).collect()
+    }
+
+    pub fn lines(&self, shape: MatMulShape) -> Vec<MatMulLine> {
+        let line = |choice: &MatMulChoice| MatMulLine {
+            max_rows: (choice.max_rows != u32::MAX).then_some(choice.max_rows),
+            kernel: choice.variant.name(),
+            fills: choice.fills,
+        };
+        self.of(shape).iter().map(line).collect()
+    }
+
+    /// An empty table brings back the tier's own.
+    pub fn set(&mut self, shape: MatMulShape, table: &[MatMulLine]) -> Result<(), String> {
+        if table.is_empty() {
+            self.set.remove(&shape);
+            return Ok(());
+        }
+        let choices = table.iter().map(|line| self.choice(line)).collect::<Result<Vec<MatMulChoice>, String>>()?;
+        let ascends = choices.windows(2).all(|pair| pair[0].max_rows < pair[1].max_rows);
+        if !ascends || choices[0].max_rows == 0 || choices.last().is_none_or(|last| last.max_rows != u32::MAX) {
+            return Err("its lines do not ascend to one without a bound".to_owned());
+        }
+        self.set.insert(shape, choices);
+        Ok(())
+    }
+
+    fn choice(&self, line: &MatMulLine) -> Result<MatMulChoice, String> {
+        let mut variants = self.tier.mat_mul_variants().iter().copied();
+        let found = variants.find(|variant| variant.name() == line.kernel);
+        let variant = found.ok_or_else(|| format!("the {} tier has no kernel {}", self.tier.name(), line.kernel))?;
+        Ok(MatMulChoice { max_rows: line.max_rows.unwrap_or(u32::MAX), variant, fills: line.fills })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::WeightFormat;
+
+    const SHAPE: MatMulShape = MatMulShape { format: WeightFormat::Q4_0, rows: 64, cols: 64 };
+
+    #[test]
+    fn a_tiers_own_table_can_be_written_and_set() {
+        for tier in Tier::ALL {
+            let mut tables = MatMulTables::new(tier);
+            let lines = tables.lines(SHAPE);
+            tables.set(SHAPE, &lines).expect("its own kernels");
+            assert_eq!(tables.of(SHAPE), tier.mat_mul_choices());
+            for kernel in tables.kernels() {
+                tables.set(SHAPE, &MatMulLine::only(&kernel.name)).expect("its own kernel");
+                assert_eq!(tables.of(SHAPE)[0].variant.rows(), kernel.rows);
+            }
+            tables.set(SHAPE, &[]).expect("nothing to be wrong");
+            assert_eq!(tables.of(SHAPE), tier.mat_mul_choices());
+        }
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_is_refused_and_changes_nothing() {
+        let mut tables = MatMulTables::new(Tier::Base);
+        let line = |max_rows, kernel: &str| MatMulLine { max_rows, kernel: kernel.to_owned(), fills: true };
+        let problem = |tables: &mut MatMulTables, table: &[MatMulLine]| tables.set(SHAPE, table).expect_err("no table");
+        let unknown = problem(&mut tables, &[line(None, "split 5x32")]);
+        assert_eq!(unknown, "the base tier has no kernel split 5x32");
+        let tile = || line(None, "tile 64x128");
+        for table in [
+            vec![line(Some(4), "split 4x32")],
+            vec![line(Some(0), "split 4x32"), tile()],
+            vec![line(Some(4), "split 4x32"), line(Some(4), "split 8x32"), tile()],
+            vec![tile(), tile()],
+        ] {
+            assert!(problem(&mut tables, &table).contains("ascend"), "{table:?}");
+        }
+        assert_eq!(tables.of(SHAPE), Tier::Base.mat_mul_choices());
+    }
+
+    #[test]
+    fn any_table_takes_every_row_once() {
+        for tier in Tier::ALL {
+            for variant in tier.mat_mul_variants() {
+                for (left, fills) in (1..=200).flat_map(|left| [(left, false), (left, true)]) {
+                    let taken = MatMulChoice { max_rows: u32::MAX, variant: *variant, fills }.takes(left);
+                    assert!((1..=left).contains(&taken), "{variant:?} takes {taken} of {left}");
+                }
+            }
+        }
+    }
+}

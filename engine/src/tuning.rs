@@ -1,0 +1,49 @@
+//! Which of a device's matmul kernels takes how many rows of activations: plain data, found by measuring and kept
+//! between runs.
+//!
+//! Invariant: kernels are known by their names alone; what a name means is their backend's affair.
+
+use serde::{Deserialize, Serialize};
+
+use crate::tensor::{Weight, WeightFormat};
+
+/// What decides how fast a kernel multiplies by a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MatMulShape {
+    pub format: WeightFormat,
+    /// N and K.
+    pub rows: u32,
+    pub cols: u32,
+}
+
+impl MatMulShape {
+    pub fn of(weight: Weight) -> MatMulShape {
+        MatMulShape { format: weight.format, rows: weight.rows, cols: weight.cols }
+    }
+}
+
+/// A kernel that could multiply by weights of some format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatMulKernel {
+    pub name: String,
+    /// Rows of activations that a workgroup computes.
+    pub rows: u32,
+}
+
+/// A line of a table, which ascends and ends with a line without a bound. The first line whose `max_rows` is not below
+/// the rows that are left takes some, and the table is asked again about the rest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MatMulLine {
+    pub max_rows: Option<u32>,
+    pub kernel: String,
+    /// Whether it takes only as many rows as fill its workgroups, if they fill one; else it takes all.
+    pub fills: bool,
+}
+
+impl MatMulLine {
+    /// A table of one line.
+    pub fn only(kernel: &str) -> [MatMulLine; 1] {
+        [MatMulLine { max_rows: None, kernel: kernel.to_owned(), fills: false }]
+    }
+}

@@ -1,0 +1,91 @@
+//! `fullbore tune`: tries the matmul kernels that a model could use on a device, and keeps the fastest for later
+//! starts.
+//!
+//! Invariant: a kernel that computes wrongly is named and never chosen. Nothing is kept of a run that fails.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fullbore_bench::ops::OpsError;
+use fullbore_bench::tune::{TuneOptions, TunedShape, tune};
+use fullbore_engine::backend::{Backend, DeviceError};
+use fullbore_engine::model::Weights;
+use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::verify::device::Device;
+use fullbore_engine::verify::mat_mul::by_kernel;
+use fullbore_engine::verify::{Check, twin};
+
+use crate::args::TuneArgs;
+use crate::devices::{self, DeviceChoiceError};
+use crate::fetch::FetchError;
+use crate::start::{self, StartError};
+use crate::tuning::{self, SavedTuning};
+
+#[derive(Debug, thiserror::Error)]
+pub enum TuneError {
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Device(#[from] DeviceChoiceError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error(transparent)]
+    Lost(#[from] DeviceError),
+    #[error(transparent)]
+    Ops(#[from] OpsError),
+    #[error("{device} has one way to multiply: there is nothing to tune; choose a GPU with --device")]
+    NoChoice { device: String },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+}
+
+/// More than the caches of a GPU hold.
+const COLD_BYTES: u64 = 64 << 20;
+
+pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
+    let backend = devices::open(&args.model.device)?;
+    let no_choice = || TuneError::NoChoice { device: backend.info().id.clone() };
+    let saved = SavedTuning::new(&tuning::folder()?, backend.info()).ok_or_else(no_choice)?;
+    let bundle = start::open_bundle(&args.model, &backend.info().id)?;
+    let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
+    println!("{}, {}, {}, tier {}", backend.info().id, backend.info().name, backend.info().driver, backend.info().tier);
+    let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
+    let (mut backend, wrong) = try_kernels(backend, &formats)?;
+    let wrong_of = |format| wrong.iter().filter(|(of, _)| *of == format).map(|(_, name)| name.clone()).collect();
+    let options = TuneOptions {
+        wrong: shapes.iter().map(|shape| wrong_of(shape.format)).collect(),
+        shapes,
+        time: Duration::from_secs(args.seconds),
+        cold_bytes: COLD_BYTES,
+    };
+    let tuned = tune(backend.as_mut(), &options, &mut |shape| print!("{shape}"))?;
+    let tables = tuned.into_iter().map(|TunedShape { shape, lines, .. }| (shape, lines)).collect();
+    let write = |source| TuneError::Write { path: saved.path().to_owned(), source };
+    saved.keep(&tables).map_err(write)?;
+    println!("{} shapes are tuned; the next start uses {}", tables.len(), saved.path().display());
+    Ok(())
+}
+
+/// Kernels by what they compute wrongly.
+type Wrong = Vec<(WeightFormat, String)>;
+
+/// Holds every kernel against the plain cpu. The backend again, and what is not to be chosen.
+fn try_kernels(backend: Box<dyn Backend>, formats: &[WeightFormat]) -> Result<(Box<dyn Backend>, Wrong), TuneError> {
+    let (mut device, mut twin, mut wrong) = (Device::new(backend)?, twin()?, Wrong::new());
+    for &format in formats {
+        for kernel in device.backend().mat_mul_kernels(format) {
+            let case = by_kernel(format, &kernel);
+            let outputs = case.run(&mut device);
+            if let Err(error @ DeviceError::Lost { .. }) = outputs {
+                return Err(error.into());
+            }
+            let checks = case.check(&outputs, &case.run(&mut twin)?);
+            if let Some(Check { failure: Some(failure), .. }) = checks.iter().find(|check| check.failure.is_some()) {
+                println!("{} is wrong on {} and is left out: {failure}", kernel.name, format.name());
+                wrong.push((format, kernel.name));
+            }
+        }
+    }
+    Ok((device.into_backend(), wrong))
+}

@@ -1,0 +1,242 @@
+//! Which matmul kernels are fastest on a device, kept in the cache folder from `fullbore tune` to the next starts.
+//!
+//! Invariant: a file is read only if it is whole and of this adapter, this driver and these kernels; any other is
+//! ignored with a warning, and the device's own choice stays. Nothing here measures.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use fullbore_engine::backend::{Backend, DeviceInfo};
+use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::tuning::{MatMulLine, MatMulShape};
+use fullbore_engine::verify::Case;
+use fullbore_engine::verify::mat_mul::by_kernel;
+use fullbore_engine::verify::start::tried;
+use serde::{Deserialize, Serialize};
+
+use crate::fetch::{self, FetchError};
+use crate::start::StartError;
+use crate::{devices, files};
+
+/// Where all devices have their files.
+pub fn folder() -> Result<PathBuf, FetchError> {
+    Ok(fetch::cache_folder()?.join("tuning"))
+}
+
+/// The file of one device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SavedTuning {
+    path: PathBuf,
+    device: TunedDevice,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TunedDevice {
+    name: String,
+    driver: String,
+    tier: String,
+    kernels: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    device: TunedDevice,
+    mat_muls: Vec<Entry>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    format: String,
+    n: u32,
+    k: u32,
+    table: Vec<MatMulLine>,
+}
+
+/// A table for each shape that was tuned.
+pub type Tables = Vec<(MatMulShape, Vec<MatMulLine>)>;
+
+impl SavedTuning {
+    /// In `folder`; `None` for a device that has no choice of kernels.
+    pub fn new(folder: &Path, device: &DeviceInfo) -> Option<SavedTuning> {
+        let DeviceInfo { name, driver, tier, kernels, .. } = device.clone();
+        if kernels.is_empty() {
+            return None;
+        }
+        // Other kernels replace the file of those before them.
+        let path = folder.join(files::name_of(&[&name, &driver, &tier]));
+        Some(SavedTuning { path, device: TunedDevice { name, driver, tier, kernels } })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What was tuned before; nothing if there is no file, or one of no use.
+    pub fn read(&self) -> Tables {
+        match self.parse() {
+            Ok(tables) => tables,
+            Err(problem) => {
+                let path = self.path.display();
+                tracing::warn!(%path, problem, "this tuning is of no use: `fullbore tune` makes a new one");
+                Tables::new()
+            }
+        }
+    }
+
+    fn parse(&self) -> Result<Tables, String> {
+        let text = match fs::read_to_string(&self.path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Tables::new()),
+            Err(error) => return Err(error.to_string()),
+        };
+        let file: File = serde_json::from_str(&text).map_err(|error| format!("it is damaged: {error}"))?;
+        if file.device != self.device {
+            return Err("it is of another device or driver, or of other kernels".to_owned());
+        }
+        let table = |entry: Entry| {
+            let format = WeightFormat::from_name(&entry.format);
+            let format = format.ok_or_else(|| format!("it has weights of {}", entry.format))?;
+            Ok((MatMulShape { format, rows: entry.n, cols: entry.k }, entry.table))
+        };
+        file.mat_muls.into_iter().map(table).collect()
+    }
+
+    /// Keeps `tables`, beside those of other shapes that are there.
+    pub fn keep(&self, tables: &Tables) -> io::Result<()> {
+        let is_new = |shape: &MatMulShape| tables.iter().any(|(new, _)| new == shape);
+        let mut all = self.read();
+        all.retain(|(shape, _)| !is_new(shape));
+        all.extend(tables.iter().cloned());
+        let entry = |(shape, table): (MatMulShape, Vec<MatMulLine>)| {
+            let MatMulShape { format, rows, cols } = shape;
+            Entry { format: format.name().to_owned(), n: rows, k: cols, table }
+        };
+        let file = File { device: self.device.clone(), mat_muls: all.into_iter().map(entry).collect() };
+        files::write_whole(&self.path, &(serde_json::json!(file).to_string() + "\n"))
+    }
+}
+
+/// `backend` with what is kept for it in `folder`, if that fits the `shapes` of weights that will be loaded; and if
+/// `verifies`, only where the kernels in it compute what the plain cpu does.
+pub fn tuned(
+    mut backend: Box<dyn Backend>,
+    folder: &Path,
+    shapes: &[MatMulShape],
+    verifies: bool,
+) -> Result<Box<dyn Backend>, StartError> {
+    let Some(saved) = SavedTuning::new(folder, backend.info()) else { return Ok(backend) };
+    let mut tables = saved.read();
+    tables.retain(|(shape, table)| shapes.contains(shape) && is_accepted(backend.as_mut(), *shape, table));
+    if tables.is_empty() {
+        return Ok(backend);
+    }
+    let path = saved.path().display();
+    if verifies {
+        let (id, tier) = (backend.info().id.clone(), backend.info().tier.clone());
+        match tried(&cases(backend.as_ref(), &tables), backend)? {
+            Ok(right) => backend = right,
+            Err(what) => {
+                tracing::warn!(%path, what, "a tuned kernel computes wrongly: going on as if nothing were tuned");
+                return Ok(devices::open_as(&id, &tier)?);
+            }
+        }
+    }
+    let (num_tuned, num_shapes) = (tables.len(), shapes.len());
+    tracing::info!(%path, "matmul kernels as tuned for {num_tuned} of {num_shapes} shapes of weights");
+    Ok(backend)
+}
+
+/// Hands `backend` a table; one that names what the backend does not have is passed over with a warning.
+fn is_accepted(backend: &mut dyn Backend, shape: MatMulShape, table: &[MatMulLine]) -> bool {
+    let result = backend.set_mat_mul_table(shape, table);
+    if let Err(problem) = &result {
+        tracing::warn!(?shape, problem, "a tuned table is of no use: run `fullbore tune` again");
+    }
+    result.is_ok()
+}
+
+/// Every kernel of `tables`, once for each format of weights.
+fn cases(backend: &dyn Backend, tables: &Tables) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for format in WeightFormat::ALL {
+        let of_format = tables.iter().filter(|(shape, _)| shape.format == format);
+        let named: HashSet<&str> =
+            of_format.flat_map(|(_, table)| table.iter().map(|line| line.kernel.as_str())).collect();
+        let kernels = backend.mat_mul_kernels(format);
+        let named = kernels.iter().filter(|kernel| named.contains(kernel.name.as_str()));
+        cases.extend(named.map(|kernel| by_kernel(format, kernel)));
+    }
+    cases
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of this test's own, removed at its end.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Folder {
+            Folder(std::env::temp_dir().join(format!("fullbore-tuning-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn saved(folder: &Folder, driver: &str, kernels: &str) -> SavedTuning {
+        let [name, driver, tier, kernels] = ["a gpu", driver, "subgroup", kernels].map(str::to_owned);
+        let device = DeviceInfo { name, driver, tier, kernels, ..DeviceInfo::default() };
+        SavedTuning::new(&folder.0, &device).expect("it has kernels")
+    }
+
+    fn table(rows: u32, kernel: &str) -> (MatMulShape, Vec<MatMulLine>) {
+        let shape = MatMulShape { format: WeightFormat::Q4K, rows, cols: 512 };
+        (shape, MatMulLine::only(kernel).to_vec())
+    }
+
+    #[test]
+    fn what_was_kept_is_read_again_by_the_same_device_alone() {
+        let folder = Folder::new("again");
+        let one = saved(&folder, "1", "a");
+        assert!(one.read().is_empty());
+        one.keep(&vec![table(64, "split 4x32"), table(96, "tile 64x128")]).expect("a folder to write to");
+        one.keep(&vec![table(64, "split 8x32")]).expect("a folder to write to");
+        assert_eq!(one.read(), [table(96, "tile 64x128"), table(64, "split 8x32")]);
+        assert!(saved(&folder, "2", "a").read().is_empty(), "another driver");
+        assert!(saved(&folder, "1", "b").read().is_empty(), "other kernels");
+        saved(&folder, "1", "b").keep(&vec![table(32, "split 1x32")]).expect("it is replaced");
+        assert_eq!(saved(&folder, "1", "b").read(), [table(32, "split 1x32")]);
+        assert_eq!(fs::read_dir(&folder.0).expect("the folder").count(), 1);
+    }
+
+    #[test]
+    fn a_damaged_file_is_ignored_and_replaced() {
+        let folder = Folder::new("damaged");
+        let one = saved(&folder, "1", "a");
+        one.keep(&vec![table(64, "split 4x32")]).expect("a folder to write to");
+        let whole = fs::read(one.path()).expect("it was written");
+        for length in 0..whole.len() - 1 {
+            fs::write(one.path(), &whole[..length]).expect("a file");
+            assert!(one.read().is_empty(), "{length} bytes of it");
+        }
+        fs::write(one.path(), [0xff; 64]).expect("a file");
+        assert!(one.read().is_empty(), "no text");
+        one.keep(&vec![table(64, "split 4x32")]).expect("it is replaced");
+        assert_eq!(fs::read(one.path()).expect("it was written"), whole);
+    }
+
+    #[test]
+    fn a_device_without_a_choice_has_no_file() {
+        assert_eq!(SavedTuning::new(Path::new("x"), &DeviceInfo::default()), None);
+    }
+}
