@@ -30,7 +30,10 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 mod access;
+mod anthropic;
 mod limits;
+mod parameters;
+mod responses;
 mod structured;
 mod tools;
 
@@ -883,7 +886,7 @@ fn bad_fields_are_named() {
         (json!({"prompt": vec!["a"; 129]}), "prompt"),
         (json!({"prompt": vec!["a"; 100], "n": 2}), "n"),
         (json!({"prompt": long}), "prompt"),
-        (json!({"best_of": 4}), "best_of"),
+        (json!({"best_of": "x"}), "best_of"),
         (json!({"presence_penalty": 2.5}), "presence_penalty"),
         (json!({"presence_penalty": "much"}), "presence_penalty"),
         (json!({"frequency_penalty": -2.1}), "frequency_penalty"),

@@ -181,9 +181,9 @@ mod damaged {
             (Endpoint::Chat, json!({"messages": [{"role": "user", "content": "hi <s>"}], "max_tokens": 3})),
         ];
         for (endpoint, body) in bodies {
-            let Ok((exchange, jobs)) = api::prepare(endpoint, &model, &Client::default(), &body) else { continue };
+            let Ok((mut answer, jobs)) = api::prepare(endpoint, &model, &Client::default(), &body) else { continue };
             let Ok(generation) = Generation::submit(&model, jobs, Instant::now()) else { continue };
-            let _ = runtime.block_on(exchange.collect(&model, generation));
+            let _ = runtime.block_on(api::collect(&mut *answer, &model, generation));
         }
         assert_eq!(model.engine.stopped(), None, "the engine met a bug of its own");
         model.engine.shutdown();

@@ -8,7 +8,7 @@ pub struct StopStrings {
     needles: Vec<Needle>,
     /// The end of the text so far that some needle has matched.
     held: String,
-    stopped: bool,
+    found: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl StopStrings {
 
     /// Takes the next text. After a stop there is no more to send.
     pub fn push(&mut self, text: &str) -> Scan {
-        if self.stopped {
+        if self.found.is_some() {
             return Scan { text: String::new(), stopped: true };
         }
         let scanned = self.held.len();
@@ -65,16 +65,21 @@ impl StopStrings {
         for at in scanned..self.held.len() {
             let byte = self.held.as_bytes()[at];
             self.needles.iter_mut().for_each(|needle| needle.advance(byte));
-            let found = self.needles.iter().filter(|needle| needle.is_found()).map(|needle| needle.bytes.len()).max();
-            if let Some(length) = found {
-                self.held.truncate(at + 1 - length);
-                self.stopped = true;
+            let found = self.needles.iter().filter(|needle| needle.is_found()).max_by_key(|needle| needle.bytes.len());
+            if let Some(needle) = found {
+                self.held.truncate(at + 1 - needle.bytes.len());
+                self.found = Some(String::from_utf8_lossy(&needle.bytes).into_owned());
                 return Scan { text: std::mem::take(&mut self.held), stopped: true };
             }
         }
         let num_held = self.needles.iter().map(|needle| needle.matched).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - num_held);
         Scan { text: std::mem::replace(&mut self.held, rest), stopped: false }
+    }
+
+    /// The stop string that ended the text.
+    pub fn found(&self) -> Option<&str> {
+        self.found.as_deref()
     }
 
     /// What was held back, once no more text comes.

@@ -5,11 +5,11 @@ use fullbore_engine::request::TokenId;
 use fullbore_engine::text::{Detokenizer, Special};
 use serde_json::Value;
 
-use super::ServedModel;
 use super::constraint::Constraint;
 use super::fields::{Fields, wrong};
-use super::generation::Jobs;
+use super::generation::{Echo, Jobs};
 use super::sampling::{MAX_CHOICES, MAX_LOGPROBS, Prompt, Sampling, token_id};
+use super::{ServedModel, openai};
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 
@@ -17,10 +17,16 @@ use crate::http::error::ApiError;
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
 pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> Result<Jobs, ApiError> {
+    fields.refuse(&openai::UNSUPPORTED)?;
     let echo = fields.bool("echo")?.unwrap_or(false);
     let logprobs = fields.integer("logprobs", 0..=MAX_LOGPROBS)?.map(|logprobs| logprobs as u32);
+    let prompt_logprobs = openai::prompt_logprobs(fields)?;
     // Nothing but the prompt's own log-probabilities is a use of its own.
-    let sampling = Sampling::read(model, client, fields, if echo { 0 } else { 1 })?;
+    let least_tokens = if echo || prompt_logprobs.is_some() { 0 } else { 1 };
+    let mut own = openai::own(fields, least_tokens)?;
+    let best_of = best_of(fields)?;
+    own.n = best_of.map_or(own.n, |(_, best_of)| best_of);
+    let sampling = Sampling::read(model, client, fields, own)?;
     let inputs = inputs(fields.get("prompt"))?;
     let constraint = Constraint::read(fields)?;
     let places = sampling.reserve(model, inputs.len())?;
@@ -29,11 +35,26 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         let ids = ids(model, &input)?;
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
         let max_tokens = sampling.max_tokens.unwrap_or_else(default);
-        let echo = echo.then(|| text(model, &input, &ids));
-        Ok(Prompt { ids, max_tokens, logprobs, echo, grammar: grammar.clone(), reply: None })
+        let echo = echo.then(|| Echo { text: text(model, &input, &ids), logprobs });
+        // The best are found by it.
+        let logprobs = logprobs.or(best_of.map(|_| 0));
+        Ok(Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo, grammar: grammar.clone(), reply: None })
     };
     let prompts = inputs.into_iter().map(prompt).collect::<Result<_, ApiError>>()?;
     Ok(Jobs { jobs: sampling.jobs(id, prompts), places })
+}
+
+/// How many choices are told of how many that are made, where more are made.
+pub fn best_of(fields: &Fields) -> Result<Option<(u32, u32)>, ApiError> {
+    const NAME: &str = "best_of";
+    let n = openai::own(fields, 0)?.n;
+    let best_of = fields.integer(NAME, i64::from(n)..=MAX_CHOICES as i64)?.map(|best_of| best_of as u32);
+    match best_of.filter(|best_of| *best_of > n) {
+        Some(_) if fields.bool("stream")? == Some(true) => {
+            Err(ApiError::invalid(NAME, "best_of is not for streams: which is the best is known at the end"))
+        }
+        best_of => Ok(best_of.map(|best_of| (n, best_of))),
+    }
 }
 
 enum Input<'a> {

@@ -43,6 +43,18 @@ impl Constraint {
         }
     }
 
+    /// Some object or other.
+    pub fn any_json(param: &str) -> Constraint {
+        Constraint { param: param.to_owned(), source: GrammarSource::JsonSchema(json!({"type": "object"})) }
+    }
+
+    /// A schema in the field `param`.
+    pub fn json_schema(param: &str, schema: Option<&Value>) -> Result<Constraint, ApiError> {
+        let missing = || ApiError::invalid(param, format!("{param} needs a schema: {{\"schema\": ...}}"));
+        let schema = object_of(&format!("{param}.schema"), schema.ok_or_else(missing)?)?;
+        Ok(Constraint { param: param.to_owned(), source: GrammarSource::JsonSchema(schema) })
+    }
+
     pub fn compile(&self, model: &ServedModel) -> Result<Grammar, ApiError> {
         let Constraint { param, source } = self;
         model.grammars.compile(source).map_err(|error| match error {
@@ -56,23 +68,16 @@ impl Constraint {
 fn response_format(fields: &Fields) -> Result<Option<Constraint>, ApiError> {
     const NAME: &str = "response_format";
     let Some(format) = fields.object(NAME)? else { return Ok(None) };
-    let constraint = |param: &str, schema: Value| {
-        Ok(Some(Constraint { param: param.to_owned(), source: GrammarSource::JsonSchema(schema) }))
-    };
     match format.string("type")? {
         Some("text") => Ok(None),
         // llama.cpp takes a schema here too.
         Some("json_object") => match format.get("schema") {
-            None => constraint(NAME, json!({"type": "object"})),
-            Some(schema) => constraint("response_format.schema", object_of("response_format.schema", schema)?),
+            None => Ok(Some(Constraint::any_json(NAME))),
+            schema => Constraint::json_schema(NAME, schema).map(Some),
         },
         Some("json_schema") => {
-            const PARAM: &str = "response_format.json_schema";
-            let asked = format.object("json_schema")?;
-            let schema = asked.and_then(|asked| asked.get("schema"));
-            let missing =
-                || ApiError::invalid(PARAM, format!("{PARAM} needs a schema: {{\"name\": ..., \"schema\": ...}}"));
-            constraint(PARAM, object_of("response_format.json_schema.schema", schema.ok_or_else(missing)?)?)
+            let schema = format.object("json_schema")?.and_then(|asked| asked.get("schema"));
+            Constraint::json_schema("response_format.json_schema", schema).map(Some)
         }
         _ => {
             let found = fields.get(NAME).unwrap_or(&Value::Null);

@@ -4,30 +4,12 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::http::error::ApiError;
 
 #[derive(Clone, Copy)]
 pub struct Fields<'a>(pub &'a Map<String, Value>);
-
-/// Fields of the API that change the answer and that we do not have: all but the value that changes nothing is refused.
-const UNSUPPORTED: [&str; 14] = [
-    "audio",
-    "best_of",
-    "function_call",
-    "functions",
-    "guided_whitespace_pattern",
-    "include_stop_str_in_output",
-    "prediction",
-    "prompt_logprobs",
-    "skip_special_tokens",
-    "structural_tag",
-    "suffix",
-    "truncate_prompt_tokens",
-    "use_beam_search",
-    "web_search_options",
-];
 
 impl<'a> Fields<'a> {
     pub fn get(&self, name: &str) -> Option<&'a Value> {
@@ -67,15 +49,19 @@ impl<'a> Fields<'a> {
         convert(value).map(Some).ok_or_else(|| wrong(name, value, expected))
     }
 
-    pub fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        for name in UNSUPPORTED {
-            if self.get(name).is_some_and(|value| !changes_nothing(name, value)) {
-                let message = format!("{name} is not supported by this server; leave it out");
-                return Err(ApiError::invalid(name, message));
-            }
+    /// Refuses those of `names` that are there: they would change the answer, and we do not have them. What changes
+    /// nothing is taken.
+    pub fn refuse(&self, names: &[&str]) -> Result<(), ApiError> {
+        let asked = |name: &&&str| self.get(name).is_some_and(|value| !changes_nothing(name, value));
+        match names.iter().find(asked) {
+            Some(name) => Err(unsupported(name)),
+            None => Ok(()),
         }
-        Ok(())
     }
+}
+
+pub fn unsupported(name: &str) -> ApiError {
+    ApiError::invalid(name, format!("{name} is not supported by this server; leave it out"))
 }
 
 /// `name` is `value`, but must be `expected`.
@@ -91,7 +77,11 @@ pub fn wrong(name: &str, value: &Value, expected: impl Display) -> ApiError {
 fn changes_nothing(name: &str, value: &Value) -> bool {
     match name {
         "best_of" => value.as_f64() == Some(1.0),
+        "top_logprobs" => value.as_f64() == Some(0.0),
         "skip_special_tokens" => *value == true,
+        "modalities" => *value == json!(["text"]),
+        "truncation" => *value == "disabled",
+        "verbosity" => *value == "medium",
         _ => match value {
             Value::Bool(value) => !value,
             Value::String(text) => text.is_empty(),

@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs, Usage};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs};
 use fullbore_engine::text::{Detokenizer, StopStrings};
 use fullbore_engine::worker::{EngineHandle, Place};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
@@ -25,10 +25,19 @@ pub struct Job {
     /// Which of its prompt's choices it is.
     pub nth: u32,
     pub stops: Vec<String>,
-    /// Text to begin with: the prompt's.
-    pub echo: Option<String>,
+    pub echo: Option<Echo>,
+    /// Of the prompt's tokens, so many of the most likely ones are told.
+    pub prompt_logprobs: Option<u32>,
     /// What there is in its text; `None` for text alone.
     pub reply: Option<ReplyFormat>,
+}
+
+/// What a text begins with: its prompt.
+#[derive(Clone, Debug)]
+pub struct Echo {
+    pub text: String,
+    /// Whether its tokens have entries like those that follow, with so many alternatives.
+    pub logprobs: Option<u32>,
 }
 
 /// All choices of an HTTP request, and as many places for them.
@@ -38,7 +47,7 @@ pub struct Jobs {
 }
 
 /// What has come to a choice since the last.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Delta {
     pub index: usize,
     pub text: String,
@@ -50,12 +59,27 @@ pub struct Delta {
     pub entries: Vec<Entry>,
     /// Only in a choice's first.
     pub prompt: Vec<TokenId>,
+    /// Where they were asked for, only in its first: of every token of the prompt but the first.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
     /// Only in its last: `stop`, `length` or `tool_calls`.
     pub finish_reason: Option<&'static str>,
+    /// The stop string that ended it.
+    pub stop: Option<String>,
+}
+
+/// What choices have read and written; a prompt counts once however many choices it has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt_tokens: u32,
+    /// Of those, what the prefix cache had.
+    pub cached_tokens: u32,
+    pub completion_tokens: u32,
+    /// Of those, what was thought.
+    pub reasoning_tokens: u32,
 }
 
 /// A token where log-probabilities were asked for; a prompt's first token has none.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Entry {
     pub id: TokenId,
     /// Characters of the choice's text before it.
@@ -78,6 +102,7 @@ struct Choice {
     /// Of those, what the prefix cache had.
     cached_tokens: u32,
     num_tokens: u32,
+    num_thought_tokens: u32,
     stop_ids: Vec<TokenId>,
     detokenizer: Detokenizer,
     stops: StopStrings,
@@ -97,8 +122,9 @@ struct Start {
     prompt: Vec<TokenId>,
     /// For the offsets of the prompt's own tokens.
     detokenizer: Detokenizer,
-    echo: Option<String>,
-    wants_entries: bool,
+    echo: Option<Echo>,
+    /// How many alternatives are told of each token, where that was asked for.
+    prompt_logprobs: Option<u32>,
     logprobs: Vec<TokenLogprobs>,
 }
 
@@ -128,13 +154,14 @@ impl Generation {
         self.choices.first().and_then(|choice| choice.start.as_ref()).map_or(&[], |start| &start.prompt)
     }
 
-    /// What was read and written until now; a prompt counts once however many choices it has.
+    /// Until now.
     pub fn usage(&self) -> Usage {
         let first_choices = || self.choices.iter().filter(|choice| choice.nth == 0);
         Usage {
             prompt_tokens: first_choices().map(|choice| choice.num_prompt_tokens).sum(),
             completion_tokens: self.choices.iter().map(|choice| choice.num_tokens).sum(),
             cached_tokens: first_choices().map(|choice| choice.cached_tokens).sum(),
+            reasoning_tokens: self.choices.iter().map(|choice| choice.num_thought_tokens).sum(),
         }
     }
 
@@ -177,6 +204,7 @@ impl Choice {
             num_prompt_tokens: job.request.prompt.len() as u32,
             cached_tokens: 0,
             num_tokens: 0,
+            num_thought_tokens: 0,
             stop_ids: job.request.stop_ids.clone(),
             stops: StopStrings::new(job.stops.clone()),
             reply,
@@ -186,7 +214,7 @@ impl Choice {
                 prompt: job.request.prompt.clone(),
                 detokenizer: detokenizer.clone().with_special(true),
                 echo: job.echo.clone(),
-                wants_entries: job.request.prompt_logprobs.is_some(),
+                prompt_logprobs: job.prompt_logprobs,
                 logprobs: Vec::new(),
             }),
             detokenizer,
@@ -242,8 +270,11 @@ impl Choice {
     /// Puts what belongs before the first token.
     fn begin(&mut self) {
         let Some(mut start) = self.start.take() else { return };
-        if start.wants_entries {
-            let mut logprobs = start.logprobs.into_iter();
+        if let Some(num_top) = start.prompt_logprobs {
+            self.pending.prompt_logprobs = start.logprobs.iter().map(|logprobs| with_top(logprobs, num_top)).collect();
+        }
+        if let Some(num_top) = start.echo.as_ref().and_then(|echo| echo.logprobs) {
+            let mut logprobs = start.logprobs.iter().map(|logprobs| with_top(logprobs, num_top));
             for (index, &id) in start.prompt.iter().enumerate() {
                 let logprobs = if index == 0 { None } else { logprobs.next() };
                 self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
@@ -251,8 +282,8 @@ impl Choice {
             }
         }
         if let Some(echo) = start.echo {
-            self.offset = echo.chars().count();
-            self.pending.text = echo;
+            self.offset = echo.text.chars().count();
+            self.pending.text = echo.text;
         }
         self.pending.prompt = start.prompt;
     }
@@ -266,12 +297,18 @@ impl Choice {
         let text = self.text_of(id);
         self.offset += text.chars().count();
         let scan = self.stops.push(&text);
+        let has_thought = self.is_thinking();
         self.say(&scan.text);
+        self.num_thought_tokens += u32::from(has_thought || self.is_thinking());
         if scan.stopped {
             return Some(self.end("stop"));
         }
         let Delta { text, reasoning, calls, .. } = &self.pending;
         (!text.is_empty() || !reasoning.is_empty() || !calls.is_empty()).then(|| self.flush())
+    }
+
+    fn is_thinking(&self) -> bool {
+        self.reply.as_ref().is_some_and(Reply::is_thinking)
     }
 
     /// What ends a text is no part of it, even where it is an ordinary token.
@@ -304,7 +341,8 @@ impl Choice {
                 finish_reason = reply.finish_reason();
             }
         }
-        Delta { finish_reason: Some(finish_reason), ..self.flush() }
+        let stop = self.stops.found().map(str::to_owned);
+        Delta { finish_reason: Some(finish_reason), stop, ..self.flush() }
     }
 
     fn flush(&mut self) -> Delta {
@@ -320,7 +358,9 @@ impl Delta {
         self.token_ids.extend(next.token_ids);
         self.entries.extend(next.entries);
         self.prompt.extend(next.prompt);
+        self.prompt_logprobs.extend(next.prompt_logprobs);
         self.finish_reason = next.finish_reason;
+        self.stop = next.stop;
     }
 
     fn take(&mut self, pieces: Pieces) {
@@ -333,6 +373,12 @@ impl Delta {
             }
         }
     }
+}
+
+/// The same with fewer alternatives.
+fn with_top(logprobs: &TokenLogprobs, num_top: u32) -> TokenLogprobs {
+    let top = logprobs.top.iter().take(num_top as usize).copied().collect();
+    TokenLogprobs { top, ..*logprobs }
 }
 
 struct ChannelSink {

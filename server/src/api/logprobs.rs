@@ -42,6 +42,20 @@ pub fn completion(tokenizer: &Tokenizer, entries: &[Entry]) -> Value {
     })
 }
 
+/// vLLM's list of a prompt's tokens, of which the first has none: by id, the token itself and the most likely ones.
+pub fn prompt(tokenizer: &Tokenizer, prompt: &[TokenLogprobs]) -> Value {
+    let token = |id: TokenId, logprob: f32, rank: u32| {
+        let text = String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned();
+        (id.to_string(), json!({"logprob": logprob, "rank": rank, "decoded_token": text}))
+    };
+    let entry = |logprobs: &TokenLogprobs| {
+        let own = token(logprobs.id, logprobs.logprob, logprobs.rank);
+        let top = logprobs.top.iter().zip(1..).map(|(&(id, logprob), rank)| token(id, logprob, rank));
+        Value::Object(std::iter::once(own).chain(top).collect())
+    };
+    std::iter::once(Value::Null).chain(prompt.iter().map(entry)).collect()
+}
+
 fn spelling(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap_or_else(|error| {
         let digits: String = error.as_bytes().iter().map(|byte| format!("\\x{byte:02x}")).collect();

@@ -74,17 +74,22 @@ fn tool_call(name: &str, call: &Value) -> Result<Value, ApiError> {
     let function = &call["function"];
     let refuse = || wrong(name, call, "{\"id\": ..., \"function\": {\"name\": ..., \"arguments\": ...}}");
     let called = function["name"].as_str().ok_or_else(refuse)?;
-    let arguments = match &function["arguments"] {
-        Value::Null => json!({}),
-        Value::Object(fields) => Value::Object(fields.clone()),
-        Value::String(text) if text.trim().is_empty() => json!({}),
-        Value::String(text) => {
-            let parsed = serde_json::from_str::<Value>(text).ok().filter(Value::is_object);
-            let param = format!("{name}.function.arguments");
-            parsed.ok_or_else(|| wrong(&param, &function["arguments"], "an object, written as JSON"))?
-        }
-        _ => return Err(refuse()),
-    };
+    let arguments = arguments(&format!("{name}.function.arguments"), &function["arguments"])?;
     let id = call["id"].as_str().unwrap_or_default();
     Ok(json!({"id": id, "type": "function", "function": {"name": called, "arguments": arguments}}))
+}
+
+/// Arguments in the field `param`: an object, mostly written as text.
+pub fn arguments(param: &str, arguments: &Value) -> Result<Value, ApiError> {
+    const EXPECTED: &str = "an object, written as JSON";
+    match arguments {
+        Value::Null => Ok(json!({})),
+        Value::Object(fields) => Ok(Value::Object(fields.clone())),
+        Value::String(text) if text.trim().is_empty() => Ok(json!({})),
+        Value::String(text) => {
+            let parsed = serde_json::from_str::<Value>(text).ok().filter(Value::is_object);
+            parsed.ok_or_else(|| wrong(param, arguments, EXPECTED))
+        }
+        _ => Err(wrong(param, arguments, EXPECTED)),
+    }
 }

@@ -1,4 +1,8 @@
-//! OpenAI's API without its transport: a JSON body becomes requests, events become JSON.
+//! The API without its transport: a JSON body becomes requests, events become JSON.
+//!
+//! A dialect is a module that reads a body and is an [`Answer`]: [`completions`] and [`chat_completions`], whose
+//! answers are [`openai`]'s, [`responses`], and [`anthropic`]. What they read becomes the same [`chat`], [`sampling`]
+//! and [`constraint`].
 //!
 //! Invariant: a whole answer is the sum of the chunks of the same answer streamed; both come from [`Delta`]s. Text is
 //! made and read here, outside the engine thread. Knows no socket.
@@ -19,29 +23,37 @@ use crate::costs::SavedCosts;
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 use crate::http::metrics::RequestMetrics;
-use crate::start::StartTimes;
+use crate::start::{StartTimes, random};
 
+mod answer;
+mod anthropic;
 mod chat;
+mod chat_completions;
 mod completions;
 mod constraint;
-mod exchange;
 mod fields;
 mod generation;
 pub mod limits;
 mod logprobs;
 mod messages;
 pub mod models;
+mod openai;
+mod parts;
 mod reply;
+mod responses;
 mod sampling;
 mod tenancy;
 pub mod texts;
 mod tools;
 
-pub use exchange::Exchange;
+pub use answer::{Answer, Event, collect};
 pub use generation::{Delta, Generation, Job, Jobs};
 pub use tenancy::parse_share;
 
+use anthropic::MessageAnswer;
 use fields::Fields;
+use openai::OpenAiAnswer;
+use responses::ResponseAnswer;
 
 /// A loaded model with its engine, and all that text needs.
 pub struct ServedModel {
@@ -84,6 +96,19 @@ impl ServedModel {
 pub enum Endpoint {
     Completions,
     Chat,
+    Responses,
+    Messages,
+}
+
+impl Endpoint {
+    /// The field that a prompt comes in.
+    pub fn prompt_param(self) -> &'static str {
+        match self {
+            Endpoint::Completions => "prompt",
+            Endpoint::Chat | Endpoint::Messages => "messages",
+            Endpoint::Responses => "input",
+        }
+    }
 }
 
 impl ServedModel {
@@ -102,15 +127,31 @@ pub fn prepare(
     model: &ServedModel,
     client: &Client,
     body: &Value,
-) -> Result<(Exchange, Jobs), ApiError> {
+) -> Result<(Box<dyn Answer>, Jobs), ApiError> {
     let fields = fields_of(model, body)?;
-    fields.refuse_unsupported()?;
-    let exchange = Exchange::read(endpoint, model, &fields)?;
-    let jobs = match endpoint {
-        Endpoint::Completions => completions::jobs(model, &exchange.id, client, &fields)?,
-        Endpoint::Chat => chat::jobs(model, &exchange.id, client, &fields)?,
-    };
-    Ok((exchange, jobs))
+    let id = |prefix: &str| format!("{prefix}{:016x}", random());
+    match endpoint {
+        Endpoint::Completions => {
+            let id = id("cmpl-");
+            let answer = OpenAiAnswer::read(endpoint, &id, model, &fields)?;
+            Ok((Box::new(answer), completions::jobs(model, &id, client, &fields)?))
+        }
+        Endpoint::Chat => {
+            let id = id("chatcmpl-");
+            let answer = OpenAiAnswer::read(endpoint, &id, model, &fields)?;
+            Ok((Box::new(answer), chat_completions::jobs(model, &id, client, &fields)?))
+        }
+        Endpoint::Responses => {
+            let id = id("resp_");
+            let answer = ResponseAnswer::read(&id, model, &fields)?;
+            Ok((Box::new(answer), responses::jobs(model, &id, client, &fields)?))
+        }
+        Endpoint::Messages => {
+            let id = id("msg_");
+            let answer = MessageAnswer::read(&id, model, &fields)?;
+            Ok((Box::new(answer), anthropic::jobs(model, &id, client, &fields)?))
+        }
+    }
 }
 
 /// The fields of a body that is for this model.

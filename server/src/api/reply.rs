@@ -84,6 +84,11 @@ impl Reply {
         }
     }
 
+    /// Whether what comes now belongs to a thought.
+    pub fn is_thinking(&self) -> bool {
+        matches!(self.state, State::Thought)
+    }
+
     /// The calls' format, if there may be any.
     pub fn calls(&self) -> Option<CallFormat> {
         self.format.calls

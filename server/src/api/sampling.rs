@@ -1,4 +1,4 @@
-//! What completions and chats ask of the engine in the same words. Invariant: a request made here is within the ranges
+//! What all dialects ask of the engine in the same words. Invariant: a request made here is within the ranges
 //! that `request.rs` states; that it fits the model's context is the engine's to say.
 
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use fullbore_engine::worker::Place;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
-use super::generation::Job;
+use super::generation::{Echo, Job};
 use super::reply::ReplyFormat;
 use super::tenancy::Tenancy;
 use super::{ServedModel, fields};
@@ -24,7 +24,17 @@ pub const MAX_LOGPROBS: i64 = request::MAX_LOGPROBS as i64;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
 
-/// The fields that both endpoints have.
+/// What not all dialects have, or call the same.
+#[derive(Clone, Debug, Default)]
+pub struct Own<'a> {
+    pub max_tokens: Option<u32>,
+    /// Choices of each prompt; 0 is 1.
+    pub n: u32,
+    pub stops: Vec<String>,
+    pub user: Option<&'a str>,
+}
+
+/// How tokens are chosen, and whom for.
 pub struct Sampling {
     pub max_tokens: Option<u32>,
     n: u32,
@@ -39,8 +49,10 @@ pub struct Prompt {
     pub ids: Vec<TokenId>,
     pub max_tokens: u32,
     pub logprobs: Option<u32>,
-    /// The prompt's text, where it is to be repeated.
-    pub echo: Option<String>,
+    /// Alternatives of each of its own tokens, where those are asked for.
+    pub prompt_logprobs: Option<u32>,
+    /// Where it is to be repeated.
+    pub echo: Option<Echo>,
     /// What its texts follow.
     pub grammar: Option<Grammar>,
     /// What there is in its texts; `None` for text alone.
@@ -48,15 +60,7 @@ pub struct Prompt {
 }
 
 impl Sampling {
-    /// `least_tokens` is the smallest `max_tokens` that makes sense.
-    pub fn read(
-        model: &ServedModel,
-        client: &Client,
-        fields: &Fields,
-        least_tokens: u32,
-    ) -> Result<Sampling, ApiError> {
-        let limit = |name| fields.integer(name, i64::from(least_tokens)..=i64::from(u32::MAX));
-        let max_tokens = limit("max_completion_tokens")?.or(limit("max_tokens")?);
+    pub fn read(model: &ServedModel, client: &Client, fields: &Fields, own: Own) -> Result<Sampling, ApiError> {
         let top_p = fields.number("top_p", 0.0..=1.0)?.or(model.defaults.top_p).unwrap_or(1.0);
         if top_p <= 0.0 {
             return Err(ApiError::invalid("top_p", "top_p is 0; it must be above 0 and at most 1"));
@@ -87,12 +91,12 @@ impl Sampling {
             allowed_tokens,
         };
         Ok(Sampling {
-            max_tokens: max_tokens.map(|max_tokens| max_tokens as u32),
-            n: fields.integer("n", 1..=MAX_CHOICES as i64)?.map_or(1, |n| n as u32),
+            max_tokens: own.max_tokens,
+            n: own.n.max(1),
             params,
-            stops: stops(fields)?,
+            stops: own.stops,
             stop_ids,
-            tenancy: Tenancy::read(model, client, fields)?,
+            tenancy: Tenancy::read(model, client, fields, own.user)?,
         })
     }
 
@@ -120,7 +124,7 @@ impl Sampling {
         let pairs = prompts.iter().flat_map(|prompt| (0..self.n).map(move |nth| (prompt, nth)));
         let job = |(prompt, nth): (&Prompt, u32)| {
             let seed = self.params.seed.wrapping_add(u64::from(nth));
-            let wants_prompt = prompt.echo.is_some();
+            let echoed = prompt.echo.as_ref().and_then(|echo| echo.logprobs);
             let request = Request {
                 id: id.to_owned(),
                 prompt: prompt.ids.clone(),
@@ -129,14 +133,15 @@ impl Sampling {
                 sampling: SamplingParams { seed, ..self.params.clone() },
                 grammar: prompt.grammar.clone(),
                 logprobs: prompt.logprobs,
-                prompt_logprobs: prompt.logprobs.filter(|_| wants_prompt),
+                prompt_logprobs: prompt.prompt_logprobs.max(echoed),
                 cache_salt: self.tenancy.cache_salt,
                 tenant: self.tenancy.tenant,
                 share: self.tenancy.share,
                 priority: self.tenancy.priority,
             };
-            let (echo, reply) = (prompt.echo.clone(), prompt.reply.clone());
-            Job { request, nth, stops: self.stops.clone(), echo, reply }
+            let Prompt { echo, prompt_logprobs, reply, .. } = prompt;
+            let (echo, reply) = (echo.clone(), reply.clone());
+            Job { request, nth, stops: self.stops.clone(), echo, prompt_logprobs: *prompt_logprobs, reply }
         };
         pairs.map(job).collect()
     }
@@ -149,10 +154,17 @@ fn seed(fields: &Fields) -> Result<u64, ApiError> {
     seed.ok_or_else(|| wrong("seed", value, "an integer of 64 bits"))
 }
 
-fn stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
-    let Some(value) = fields.get("stop") else { return Ok(Vec::new()) };
+/// Of field `name`, from `least_tokens` on.
+pub fn max_tokens(fields: &Fields, name: &str, least_tokens: u32) -> Result<Option<u32>, ApiError> {
+    let asked = fields.integer(name, i64::from(least_tokens)..=i64::from(u32::MAX))?;
+    Ok(asked.map(|max_tokens| max_tokens as u32))
+}
+
+/// Stop strings in field `name`.
+pub fn stops(fields: &Fields, name: &str) -> Result<Vec<String>, ApiError> {
+    let Some(value) = fields.get(name) else { return Ok(Vec::new()) };
     let expected = || format!("a string, or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_BYTES} bytes each");
-    let refuse = || wrong("stop", value, expected());
+    let refuse = || wrong(name, value, expected());
     let texts = match value {
         Value::String(_) => std::slice::from_ref(value),
         Value::Array(items) if items.len() <= MAX_STOPS => items.as_slice(),

@@ -21,8 +21,12 @@ pub struct Tenancy {
 impl Tenancy {
     /// The tenant is who has the API key, else `user`. `priority`, lower being earlier, and `cache_salt` are vLLM's.
     /// Who has a key shares prefixes with that key alone.
-    pub fn read(model: &ServedModel, client: &Client, fields: &Fields) -> Result<Tenancy, ApiError> {
-        let user = fields.string("user")?;
+    pub fn read(
+        model: &ServedModel,
+        client: &Client,
+        fields: &Fields,
+        user: Option<&str>,
+    ) -> Result<Tenancy, ApiError> {
         let priority = fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.unwrap_or(0);
         let salt = fields.string("cache_salt")?;
         let key = client.name.as_deref();

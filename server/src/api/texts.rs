@@ -1,12 +1,13 @@
 //! Text and token ids without a model's step: `/tokenize` and `/detokenize` as vLLM has them, `/apply-template` as
-//! llama.cpp does. Invariant: what a prompt is here it is for the endpoints that generate.
+//! llama.cpp does, `/v1/messages/count_tokens` as Anthropic does. Invariant: what a prompt is here it is for the
+//! endpoints that generate.
 
 use serde_json::{Value, json};
 
-use super::chat::Chat;
+use super::chat_completions::chat;
 use super::fields::{Fields, wrong};
 use super::sampling::token_id;
-use super::{ServedModel, completions, fields_of};
+use super::{ServedModel, anthropic, completions, fields_of};
 use crate::http::error::ApiError;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,7 @@ pub enum TextEndpoint {
     Tokenize,
     Detokenize,
     ApplyTemplate,
+    CountTokens,
 }
 
 /// Tokens of one detokenized text at most, in contexts of the model.
@@ -24,10 +26,8 @@ pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Resu
     match endpoint {
         TextEndpoint::Tokenize => tokenize(model, &fields),
         TextEndpoint::Detokenize => detokenize(model, &fields),
-        TextEndpoint::ApplyTemplate => {
-            let (chat, template) = Chat::read(model, &fields)?;
-            Ok(json!({"prompt": chat.render(model, template)?.text}))
-        }
+        TextEndpoint::CountTokens => anthropic::count_tokens(model, &fields),
+        TextEndpoint::ApplyTemplate => Ok(json!({"prompt": chat(&fields)?.render(model)?.text})),
     }
 }
 
@@ -38,10 +38,7 @@ fn tokenize(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
             let with_bos = fields.bool("add_special_tokens")?.unwrap_or(true);
             completions::text_ids(model, "prompt", prompt, with_bos)?
         }
-        None if fields.get("messages").is_some() => {
-            let (chat, template) = Chat::read(model, fields)?;
-            chat.render(model, template)?.ids
-        }
+        None if fields.get("messages").is_some() => chat(fields)?.render(model)?.ids,
         None => return Err(ApiError::invalid("prompt", "prompt is missing; it must be a text, or messages a chat")),
     };
     let tokens: Vec<u32> = ids.iter().map(|id| id.0).collect();

@@ -44,17 +44,18 @@ pub enum ToolChoice {
 }
 
 impl Tools {
+    /// As chats have them.
     pub fn read(fields: &Fields) -> Result<Tools, ApiError> {
-        let functions = match fields.get("tools") {
-            None => Vec::new(),
+        let functions = read_tools(fields, Function::read)?;
+        let choice = match fields.get("tool_choice") {
             Some(value) => {
-                let expected = || format!("a list of at most {MAX_TOOLS} functions");
-                let tools = value.as_array().filter(|tools| tools.len() <= MAX_TOOLS);
-                let tools = tools.ok_or_else(|| wrong("tools", value, expected()))?;
-                tools.iter().enumerate().map(Function::read).collect::<Result<Vec<_>, _>>()?
+                let named = value["function"]["name"].as_str().filter(|_| value["type"] == "function");
+                let expected = "none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
+                let word = value.as_str().or(named.and(Some("named")));
+                ToolChoice::read(word, named, &functions)?.ok_or_else(|| wrong("tool_choice", value, expected))?
             }
+            None => ToolChoice::usual(&functions),
         };
-        let choice = tool_choice(fields, &functions)?;
         let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
         Ok(Tools { functions, choice, parallel })
     }
@@ -78,30 +79,52 @@ impl Tools {
     }
 }
 
+/// The list in `tools`, each read with its name.
+pub fn read_tools(
+    fields: &Fields,
+    read: impl Fn(&str, &Value) -> Result<Function, ApiError>,
+) -> Result<Vec<Function>, ApiError> {
+    let Some(value) = fields.get("tools") else { return Ok(Vec::new()) };
+    let expected = || format!("a list of at most {MAX_TOOLS} functions");
+    let tools = value.as_array().filter(|tools| tools.len() <= MAX_TOOLS);
+    let tools = tools.ok_or_else(|| wrong("tools", value, expected()))?;
+    tools.iter().enumerate().map(|(index, tool)| read(&format!("tools[{index}]"), tool)).collect()
+}
+
 impl Function {
-    fn read((index, tool): (usize, &Value)) -> Result<Function, ApiError> {
-        let at = format!("tools[{index}]");
+    fn read(at: &str, tool: &Value) -> Result<Function, ApiError> {
         let kind = tool.get("type").unwrap_or(&Value::Null);
         if *kind != "function" {
             return Err(wrong(&format!("{at}.type"), kind, "\"function\"; this server has no other tools"));
         }
-        let function = tool.get("function").unwrap_or(&Value::Null);
-        let object = function.as_object();
-        let fields = Fields(object.ok_or_else(|| wrong(&format!("{at}.function"), function, "an object with a name"))?);
+        let function = Function::new(&format!("{at}.function"), tool.get("function"), "parameters", false)?;
+        Ok(Function { tool: tool.clone(), ..function })
+    }
+
+    /// From an object with a name, the field `schema` being of its arguments.
+    pub fn new(at: &str, function: Option<&Value>, schema: &str, strict: bool) -> Result<Function, ApiError> {
+        let function = function.unwrap_or(&Value::Null);
+        let fields = Fields(function.as_object().ok_or_else(|| wrong(at, function, "an object with a name"))?);
         let name = fields.get("name").unwrap_or(&Value::Null);
         let expected = || format!("1 to {MAX_NAME_BYTES} letters, digits, dots, - and _");
-        let refuse = || wrong(&format!("{at}.function.name"), name, expected());
-        let parameters = match fields.get("parameters") {
+        let refuse = || wrong(&format!("{at}.name"), name, expected());
+        let name = name.as_str().filter(|name| is_name(name)).ok_or_else(refuse)?;
+        let parameters = match fields.get(schema) {
             // It has none.
             None => json!({"type": "object", "properties": {}, "additionalProperties": false}),
-            Some(schema) if schema.is_object() => schema.clone(),
-            Some(other) => return Err(wrong(&format!("{at}.function.parameters"), other, "a JSON schema: an object")),
+            Some(parameters) if parameters.is_object() => parameters.clone(),
+            Some(other) => return Err(wrong(&format!("{at}.{schema}"), other, "a JSON schema: an object")),
         };
+        let mut told = json!({"name": name});
+        if let Some(description) = fields.string("description")? {
+            told["description"] = description.into();
+        }
+        told["parameters"] = parameters.clone();
         Ok(Function {
-            name: name.as_str().filter(|name| is_name(name)).ok_or_else(refuse)?.to_owned(),
+            name: name.to_owned(),
             parameters,
-            strict: fields.bool("strict")?.unwrap_or(false),
-            tool: tool.clone(),
+            strict: fields.bool("strict")?.unwrap_or(strict),
+            tool: json!({"type": "function", "function": told}),
         })
     }
 }
@@ -111,27 +134,35 @@ pub fn is_name(name: &str) -> bool {
     (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(is_letter)
 }
 
-fn tool_choice(fields: &Fields, functions: &[Function]) -> Result<ToolChoice, ApiError> {
-    const NAME: &str = "tool_choice";
-    let Some(value) = fields.get(NAME) else {
-        return Ok(if functions.is_empty() { ToolChoice::None } else { ToolChoice::Auto });
-    };
-    let choice = match value.as_str() {
-        Some("none") => return Ok(ToolChoice::None),
-        Some("auto") if functions.is_empty() => return Ok(ToolChoice::None),
-        Some("auto") => ToolChoice::Auto,
-        Some("required") => ToolChoice::Required,
-        _ => {
-            let named = value["function"]["name"].as_str().filter(|_| value["type"] == "function");
-            let expected = "none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
-            let name = named.ok_or_else(|| wrong(NAME, value, expected))?;
-            let found = functions.iter().position(|function| function.name == name);
-            let unknown = || ApiError::invalid(NAME, format!("tool_choice names {name:.80}, which is not among tools"));
-            ToolChoice::Named(found.ok_or_else(unknown)?)
+impl ToolChoice {
+    /// Where nobody says.
+    pub fn usual(functions: &[Function]) -> ToolChoice {
+        if functions.is_empty() { ToolChoice::None } else { ToolChoice::Auto }
+    }
+
+    /// From `none`, `auto`, `required` or `named`; `None` if it is no such word.
+    pub fn read(
+        word: Option<&str>,
+        name: Option<&str>,
+        functions: &[Function],
+    ) -> Result<Option<ToolChoice>, ApiError> {
+        const NAME: &str = "tool_choice";
+        let choice = match word {
+            Some("none") => return Ok(Some(ToolChoice::None)),
+            Some("auto") => return Ok(Some(ToolChoice::usual(functions))),
+            Some("required") => ToolChoice::Required,
+            Some("named") => {
+                let Some(name) = name else { return Ok(None) };
+                let found = functions.iter().position(|function| function.name == name);
+                let unknown =
+                    || ApiError::invalid(NAME, format!("tool_choice names {name:.80}, which is not among tools"));
+                ToolChoice::Named(found.ok_or_else(unknown)?)
+            }
+            _ => return Ok(None),
+        };
+        match functions.is_empty() {
+            true => Err(ApiError::invalid(NAME, "tool_choice needs tools, and there are none")),
+            false => Ok(Some(choice)),
         }
-    };
-    match functions.is_empty() {
-        true => Err(ApiError::invalid(NAME, "tool_choice needs tools, and there are none")),
-        false => Ok(choice),
     }
 }

@@ -207,12 +207,13 @@ where
     let origin = app.access.allowed_origin(&request);
     let mut response = match (app.access.preflight(&request), app.access.admit(&request)) {
         (Some(response), _) => response,
-        (None, Err(error)) => error.response(),
+        (None, Err(error)) => error.response(request.uri().path()),
         (None, Ok(client)) => {
             request.extensions_mut().insert(client);
+            let path = request.uri().path().to_owned();
             let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
             // The panic's message is in the log already.
-            answered.unwrap_or_else(|_| Ok(ApiError::internal("the server met a bug of its own").response()))?
+            answered.unwrap_or_else(|_| Ok(ApiError::internal("the server met a bug of its own").response(&path)))?
         }
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));

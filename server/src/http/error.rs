@@ -1,4 +1,5 @@
-//! Errors as OpenAI's API has them: `{"error": {"message", "type", "param", "code"}}`.
+//! Errors as OpenAI's API has them: `{"error": {"message", "type", "param", "code"}}`, and on Anthropic's paths as that
+//! has them: `{"type": "error", "error": {"type", "message"}}`.
 //!
 //! Invariant: every failure that a client sees comes from here, and its sentence names the thing.
 
@@ -25,6 +26,9 @@ pub struct ApiError {
     /// Seconds after which the same may succeed; `None` where no waiting helps.
     pub retry_after: Option<u64>,
 }
+
+/// Where errors are Anthropic's.
+const MESSAGES_PATH: &str = "/v1/messages";
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> ApiError {
@@ -115,10 +119,10 @@ impl ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("internal_error")
     }
 
-    /// The engine knows prompts only; where a chat's is at fault, its field is called messages.
+    /// The engine knows prompts only; the field that has one is called as the endpoint calls it.
     pub fn of_endpoint(self, endpoint: Endpoint) -> ApiError {
-        match (endpoint, self.param.as_deref()) {
-            (Endpoint::Chat, Some("prompt")) => ApiError { param: Some("messages".to_owned()), ..self },
+        match self.param.as_deref() {
+            Some("prompt") => ApiError { param: Some(endpoint.prompt_param().to_owned()), ..self },
             _ => self,
         }
     }
@@ -135,8 +139,25 @@ impl ApiError {
         json!({"error": {"message": self.message, "type": self.kind(), "param": self.param, "code": self.code}})
     }
 
-    pub fn response(&self) -> Response {
-        let mut response = json_response(&self.json());
+    pub fn anthropic_json(&self) -> Value {
+        let kind = match self.status {
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::FORBIDDEN => "permission_error",
+            StatusCode::NOT_FOUND => "not_found_error",
+            StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::SERVICE_UNAVAILABLE => "overloaded_error",
+            status if status.is_server_error() => "api_error",
+            _ => "invalid_request_error",
+        };
+        json!({"type": "error", "error": {"type": kind, "message": self.message}})
+    }
+
+    /// As a client of this path expects it.
+    pub fn response(&self, path: &str) -> Response {
+        let is_anthropic =
+            path.strip_prefix(MESSAGES_PATH).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        let mut response = json_response(&if is_anthropic { self.anthropic_json() } else { self.json() });
         *response.status_mut() = self.status;
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -204,5 +225,5 @@ pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
         tracing::error!(?rejection, "a rejection without an answer");
         ApiError::internal("the server met an error of its own")
     };
-    Ok(error.response())
+    Ok(error.response(""))
 }

@@ -21,5 +21,5 @@ pub fn ready(app: &App) -> Response {
             false => Ok(json_response(&json!({"status": "ok", "model": model.name}))),
         }
     });
-    answer.unwrap_or_else(|error| error.response())
+    answer.unwrap_or_else(|error| error.response(""))
 }

@@ -1,4 +1,4 @@
-//! The table of routes. Invariant: every answer, also to what no route takes, has OpenAI's shape.
+//! The table of routes. Invariant: every answer, also to what no route takes, has the shape of its path's dialect.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
 use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use warp::path::FullPath;
 use warp::reply::{Reply, Response};
 
 use super::accept::Limits;
@@ -35,18 +36,23 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let models = warp::path!("v1" / "models").and(warp::get()).and(with_app.clone());
     let models = models.map(|app: Arc<App>| match app.serving() {
         Ok(model) => json_response(&api::models::list(model)),
-        Err(error) => error.response(),
+        Err(error) => error.response(""),
     });
     let limits = warp::path!("v1" / "limits").and(warp::get()).and(with_app.clone());
     let limits = limits.map(|app: Arc<App>| match app.serving() {
         Ok(model) => json_response(&api::limits::report(model)),
-        Err(error) => error.response(),
+        Err(error) => error.response(""),
     });
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
     let texts = texts(with_app.clone());
-    let generate = completions.or(chat).unify().and(warp::post()).and(with_app);
+    let responses = warp::path!("v1" / "responses").map(|| Endpoint::Responses);
+    let messages = warp::path!("v1" / "messages").map(|| Endpoint::Messages);
+    let generate = completions.or(chat).unify().or(responses).unify().or(messages).unify();
     let generate = generate
+        .and(warp::post())
+        .and(with_app)
+        .and(warp::path::full())
         .and(warp::ext::get())
         .and(warp::header::headers_cloned())
         .and(warp::body::stream())
@@ -64,11 +70,19 @@ fn texts(
     let tokenize = warp::path!("tokenize").map(|| TextEndpoint::Tokenize);
     let detokenize = warp::path!("detokenize").map(|| TextEndpoint::Detokenize);
     let template = warp::path!("apply-template").map(|| TextEndpoint::ApplyTemplate);
-    let endpoint = tokenize.or(detokenize).unify().or(template).unify().and(warp::post()).and(with_app);
+    let count = warp::path!("v1" / "messages" / "count_tokens").map(|| TextEndpoint::CountTokens);
+    let endpoint = tokenize.or(detokenize).unify().or(template).unify().or(count).unify();
+    let endpoint = endpoint.and(warp::post()).and(with_app).and(warp::path::full());
     endpoint.and(warp::header::headers_cloned()).and(warp::body::stream()).then(text_reply)
 }
 
-async fn text_reply<S, B>(endpoint: TextEndpoint, app: Arc<App>, headers: HeaderMap, body: S) -> Response
+async fn text_reply<S, B>(
+    endpoint: TextEndpoint,
+    app: Arc<App>,
+    path: FullPath,
+    headers: HeaderMap,
+    body: S,
+) -> Response
 where
     S: Stream<Item = Result<B, warp::Error>>,
     B: Buf,
@@ -83,13 +97,14 @@ where
     };
     match answered.await {
         Ok(value) => json_response(&value),
-        Err(error) => error.response(),
+        Err(error) => error.response(path.as_str()),
     }
 }
 
 async fn generate_reply<S, B>(
     endpoint: Endpoint,
     app: Arc<App>,
+    path: FullPath,
     client: Client,
     headers: HeaderMap,
     body: S,
@@ -100,7 +115,7 @@ where
 {
     match generate(endpoint, app, client, headers, body).await {
         Ok(response) => response,
-        Err(error) => error.response(),
+        Err(error) => error.response(path.as_str()),
     }
 }
 
@@ -127,14 +142,11 @@ where
         let prepare = move || api::prepare(endpoint, &model, &client, &parse(&body)?);
         tokio::task::spawn_blocking(prepare).await
     };
-    let (exchange, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
+    let (mut answer, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
     let generation = Generation::submit(&model, jobs, arrived).map_err(|error| error.of_endpoint(endpoint))?;
-    match exchange.stream {
-        true => Ok(stream::response(app.limits.keep_alive, model, exchange, generation)),
-        false => {
-            let value = exchange.collect(&model, generation).await?;
-            Ok(json_response(&value))
-        }
+    match answer.is_streamed() {
+        true => Ok(stream::response(app.limits.keep_alive, model, answer, generation)),
+        false => Ok(json_response(&api::collect(&mut *answer, &model, generation).await?)),
     }
 }
 

@@ -1,8 +1,7 @@
 //! Answers as server-sent events, by a body of our own.
 //!
-//! Invariant: each frame is `data: {...}` and an empty line; the last is `data: [DONE]`, except after an error, which
-//! is the last event itself. While there is nothing to say, comments say that somebody is there. Dropping the body drops
-//! the generation's receivers, and so frees its blocks.
+//! Invariant: nothing follows an error. While there is nothing to say, the stream says that somebody is there. Dropping
+//! the body drops the generation's receivers, and so frees its blocks.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -13,16 +12,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
-use serde_json::Value;
 use tokio::time::{Instant, Sleep, sleep};
 use warp::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use warp::reply::{self, Reply, Response};
 
-use crate::api::{Exchange, Generation, ServedModel};
+use crate::api::{Answer, Event, Generation, ServedModel};
 
 struct EventStream {
     model: Arc<ServedModel>,
-    exchange: Exchange,
+    answer: Box<dyn Answer>,
     generation: Generation,
     /// Events made and not yet sent.
     frames: VecDeque<Bytes>,
@@ -32,11 +30,16 @@ struct EventStream {
     ended: bool,
 }
 
-pub fn response(keep_alive: Duration, model: Arc<ServedModel>, exchange: Exchange, generation: Generation) -> Response {
-    let frames = exchange.first_chunks(&generation).iter().map(frame).collect();
+pub fn response(
+    keep_alive: Duration,
+    model: Arc<ServedModel>,
+    mut answer: Box<dyn Answer>,
+    generation: Generation,
+) -> Response {
+    let frames = answer.begin(&generation).iter().map(Event::frame).collect();
     let stream = EventStream {
         model,
-        exchange,
+        answer,
         generation,
         frames,
         silence: Box::pin(sleep(keep_alive)),
@@ -64,28 +67,17 @@ impl Stream for EventStream {
             }
             let Poll::Ready(next) = this.generation.poll_next(context) else {
                 ready!(this.silence.as_mut().poll(context));
-                this.frames.push_back(Bytes::from_static(b": keep-alive\n\n"));
+                this.frames.push_back(this.answer.keep_alive());
                 continue;
             };
-            match next {
-                Some(Ok(delta)) => {
-                    this.frames.push_back(frame(&this.exchange.chunk(&this.model, &delta)));
-                }
-                Some(Err(error)) => {
-                    this.frames.push_back(frame(&error.json()));
-                    this.ended = true;
-                }
-                None => {
-                    this.frames.extend(this.exchange.usage_chunk(&this.generation).iter().map(frame));
-                    this.frames.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
-                    this.ended = true;
-                }
-            }
+            let usage = this.generation.usage();
+            this.ended = !matches!(next, Some(Ok(_)));
+            let events = match next {
+                Some(Ok(delta)) => this.answer.more(&this.model, delta, usage),
+                Some(Err(error)) => this.answer.fail(&error, usage),
+                None => this.answer.end(usage),
+            };
+            this.frames.extend(events.iter().map(Event::frame));
         }
     }
-}
-
-/// JSON as serde writes it has no line breaks, so one `data:` line holds it.
-fn frame(value: &Value) -> Bytes {
-    Bytes::from(format!("data: {value}\n\n"))
 }

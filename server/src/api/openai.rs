@@ -1,0 +1,302 @@
+//! `/v1/completions` and `/v1/chat/completions` as OpenAI has them, with what vLLM adds: what both read the same way,
+//! and the JSON around their choices, whole or in chunks.
+//!
+//! Invariant: a whole choice is made by the same function as a chunk's, from all its deltas appended.
+
+use fullbore_engine::request::TokenLogprobs;
+use serde_json::{Value, json};
+
+use super::answer::{Answer, Event};
+use super::fields::Fields;
+use super::generation::{Delta, Entry, Generation, Usage};
+use super::reply::CallPiece;
+use super::sampling::{self, MAX_CHOICES, MAX_LOGPROBS, Own};
+use super::{Endpoint, ServedModel, logprobs, unix_seconds};
+use crate::http::error::ApiError;
+
+/// Fields that change the answer and that we do not have: OpenAI's, vLLM's, and what other servers take a grammar by.
+pub const UNSUPPORTED: [&str; 23] = [
+    "audio",
+    "bad_words",
+    "chat_template",
+    "continue_final_message",
+    "documents",
+    "ebnf",
+    "function_call",
+    "functions",
+    "grammar",
+    "guided_whitespace_pattern",
+    "include_stop_str_in_output",
+    "json_schema",
+    "modalities",
+    "prediction",
+    "prompt_embeds",
+    "regex",
+    "skip_special_tokens",
+    "structural_tag",
+    "suffix",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "verbosity",
+    "web_search_options",
+];
+
+/// What both call the same; `least_tokens` is the smallest `max_tokens` that makes sense.
+pub fn own<'a>(fields: &Fields<'a>, least_tokens: u32) -> Result<Own<'a>, ApiError> {
+    let limit = |name| sampling::max_tokens(fields, name, least_tokens);
+    Ok(Own {
+        max_tokens: limit("max_completion_tokens")?.or(limit("max_tokens")?),
+        n: fields.integer("n", 1..=MAX_CHOICES as i64)?.map_or(1, |n| n as u32),
+        stops: sampling::stops(fields, "stop")?,
+        user: fields.string("user")?,
+    })
+}
+
+/// vLLM's. As there, not of a stream.
+pub fn prompt_logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    const NAME: &str = "prompt_logprobs";
+    let asked = fields.integer(NAME, 0..=MAX_LOGPROBS)?;
+    match asked.is_some() && fields.bool("stream")? == Some(true) {
+        true => Err(ApiError::invalid(NAME, "prompt_logprobs is not for streams; leave out stream, or it")),
+        false => Ok(asked.map(|asked| asked as u32)),
+    }
+}
+
+pub struct OpenAiAnswer {
+    endpoint: Endpoint,
+    id: String,
+    created: u64,
+    model: String,
+    stream: bool,
+    include_usage: bool,
+    /// In every chunk, as far as it has come.
+    continuous_usage: bool,
+    return_token_ids: bool,
+    logprobs: bool,
+    /// Choices of each prompt that are told, the best ones first, of so many that are made.
+    best: Option<(u32, u32)>,
+}
+
+#[derive(Clone, Copy)]
+enum Form {
+    Whole,
+    Chunk,
+}
+
+impl OpenAiAnswer {
+    pub fn read(endpoint: Endpoint, id: &str, model: &ServedModel, fields: &Fields) -> Result<OpenAiAnswer, ApiError> {
+        let options = fields.object("stream_options")?;
+        let option = |name| -> Result<bool, ApiError> {
+            Ok(options.map(|options| options.bool(name)).transpose()?.flatten().unwrap_or(false))
+        };
+        let include_usage = option("include_usage")?;
+        let best = match endpoint {
+            Endpoint::Completions => super::completions::best_of(fields)?,
+            _ => None,
+        };
+        Ok(OpenAiAnswer {
+            endpoint,
+            id: id.to_owned(),
+            created: unix_seconds(),
+            model: model.name.clone(),
+            stream: fields.bool("stream")?.unwrap_or(false),
+            include_usage,
+            // As in vLLM, not without the other.
+            continuous_usage: option("continuous_usage_stats")? && include_usage,
+            return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            logprobs: fields.get("logprobs").is_some_and(|logprobs| *logprobs != false),
+            best,
+        })
+    }
+
+    fn chunk(&self, choices: Vec<Value>, usage: Usage) -> Value {
+        let mut chunk = self.envelope(Form::Chunk, choices);
+        if self.include_usage {
+            chunk["usage"] = if self.continuous_usage { self.usage(usage) } else { Value::Null };
+        }
+        chunk
+    }
+
+    fn envelope(&self, form: Form, choices: Vec<Value>) -> Value {
+        let object = match (self.endpoint, form) {
+            (Endpoint::Completions, _) => "text_completion",
+            (_, Form::Whole) => "chat.completion",
+            (_, Form::Chunk) => "chat.completion.chunk",
+        };
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        })
+    }
+
+    fn usage(&self, usage: Usage) -> Value {
+        let mut value = json!({
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        });
+        if self.endpoint == Endpoint::Chat {
+            value["completion_tokens_details"] = json!({"reasoning_tokens": usage.reasoning_tokens});
+        }
+        value
+    }
+
+    fn choice(&self, model: &ServedModel, delta: &Delta, form: Form) -> Value {
+        let tokenizer = &model.tokenizer;
+        let mut choice = json!({"index": delta.index});
+        match self.endpoint {
+            Endpoint::Completions => {
+                choice["text"] = json!(delta.text);
+                choice["logprobs"] =
+                    if self.logprobs { logprobs::completion(tokenizer, &delta.entries) } else { Value::Null };
+            }
+            _ => {
+                match form {
+                    Form::Whole => choice["message"] = message(delta),
+                    Form::Chunk => choice["delta"] = said(delta),
+                }
+                choice["logprobs"] =
+                    if self.logprobs { logprobs::chat(tokenizer, &delta.entries) } else { Value::Null };
+            }
+        }
+        choice["finish_reason"] = json!(delta.finish_reason);
+        if self.return_token_ids {
+            choice["token_ids"] = delta.token_ids.iter().map(|id| id.0).collect();
+            if self.endpoint == Endpoint::Completions && !delta.prompt.is_empty() {
+                choice["prompt_token_ids"] = delta.prompt.iter().map(|id| id.0).collect();
+            }
+        }
+        if self.endpoint == Endpoint::Completions && !delta.prompt_logprobs.is_empty() {
+            choice["prompt_logprobs"] = logprobs::prompt(tokenizer, &delta.prompt_logprobs);
+        }
+        choice
+    }
+}
+
+impl Answer for OpenAiAnswer {
+    fn is_streamed(&self) -> bool {
+        self.stream
+    }
+
+    /// A chat's roles.
+    fn begin(&mut self, generation: &Generation) -> Vec<Event> {
+        if self.endpoint == Endpoint::Completions {
+            return Vec::new();
+        }
+        let role = |index| {
+            let delta = json!({"role": "assistant", "content": ""});
+            let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
+            let mut chunk = self.chunk(vec![choice], generation.usage());
+            if self.return_token_ids && index == 0 {
+                chunk["prompt_token_ids"] = generation.prompt().iter().map(|id| id.0).collect();
+            }
+            Event::Data(chunk)
+        };
+        (0..generation.num_choices()).map(role).collect()
+    }
+
+    fn more(&mut self, model: &ServedModel, delta: Delta, usage: Usage) -> Vec<Event> {
+        vec![Event::Data(self.chunk(vec![self.choice(model, &delta, Form::Chunk)], usage))]
+    }
+
+    fn end(&mut self, usage: Usage) -> Vec<Event> {
+        let usage = self.include_usage.then(|| {
+            let mut chunk = self.chunk(Vec::new(), usage);
+            chunk["usage"] = self.usage(usage);
+            Event::Data(chunk)
+        });
+        usage.into_iter().chain([Event::Done]).collect()
+    }
+
+    fn fail(&mut self, error: &ApiError, _: Usage) -> Vec<Event> {
+        vec![Event::Data(error.json())]
+    }
+
+    fn whole(&mut self, model: &ServedModel, mut choices: Vec<Delta>, usage: Usage) -> Value {
+        if let Some((n, best_of)) = self.best {
+            choices = best(choices, n as usize, best_of as usize);
+        }
+        let whole = choices.iter().map(|choice| self.choice(model, choice, Form::Whole)).collect();
+        let mut value = self.envelope(Form::Whole, whole);
+        value["usage"] = self.usage(usage);
+        if self.endpoint == Endpoint::Chat {
+            let first = choices.first();
+            if self.return_token_ids {
+                value["prompt_token_ids"] =
+                    first.into_iter().flat_map(|choice| &choice.prompt).map(|id| id.0).collect();
+            }
+            if let Some(first) = first.filter(|first| !first.prompt_logprobs.is_empty()) {
+                value["prompt_logprobs"] = logprobs::prompt(&model.tokenizer, &first.prompt_logprobs);
+            }
+        }
+        value
+    }
+}
+
+/// Of each `best_of` choices, those of one prompt, the `n` whose tokens are the most likely, in the mean of logarithms.
+fn best(mut choices: Vec<Delta>, n: usize, best_of: usize) -> Vec<Delta> {
+    let mean = |choice: &Delta| {
+        let chosen = choice.entries.iter().rev().take(choice.token_ids.len());
+        let logprobs = chosen.filter_map(|entry: &Entry| entry.logprobs.as_ref());
+        let sum: f32 = logprobs.map(|logprobs: &TokenLogprobs| logprobs.logprob).sum();
+        sum / choice.token_ids.len().max(1) as f32
+    };
+    let mut told = Vec::new();
+    while !choices.is_empty() {
+        let rest = choices.split_off(best_of.min(choices.len()));
+        // Of equal ones, those that come first.
+        choices.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+        told.extend(choices.into_iter().take(n));
+        choices = rest;
+    }
+    told.iter_mut().enumerate().for_each(|(index, choice)| choice.index = index);
+    told
+}
+
+/// A chat's whole answer.
+fn message(delta: &Delta) -> Value {
+    // An answer that only calls says nothing.
+    let content = (!delta.text.is_empty() || delta.calls.is_empty()).then_some(&delta.text);
+    let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+    if !delta.reasoning.is_empty() {
+        message["reasoning_content"] = json!(delta.reasoning);
+    }
+    if !delta.calls.is_empty() {
+        message["tool_calls"] = delta.calls.iter().map(|piece| call(piece, Form::Whole)).collect();
+    }
+    message
+}
+
+/// What a chunk adds to it.
+fn said(delta: &Delta) -> Value {
+    let mut said = json!({});
+    if !delta.reasoning.is_empty() {
+        said["reasoning_content"] = json!(delta.reasoning);
+    }
+    if !delta.text.is_empty() {
+        said["content"] = json!(delta.text);
+    }
+    if !delta.calls.is_empty() {
+        said["tool_calls"] = delta.calls.iter().map(|piece| call(piece, Form::Chunk)).collect();
+    }
+    said
+}
+
+fn call(piece: &CallPiece, form: Form) -> Value {
+    let mut call = match form {
+        Form::Whole => json!({}),
+        Form::Chunk => json!({"index": piece.index}),
+    };
+    call["function"] = json!({});
+    if let Some((id, name)) = &piece.begin {
+        call["id"] = json!(id);
+        call["type"] = json!("function");
+        call["function"]["name"] = json!(name);
+    }
+    call["function"]["arguments"] = json!(piece.arguments);
+    call
+}
