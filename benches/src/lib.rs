@@ -3,6 +3,7 @@
 //! Invariant: a workload is a pure function of its seed. Nothing here knows HTTP or opens a device: an engine is driven
 //! as the server drives it, through its handle or step by step; only `ops` and `tune` record ops themselves.
 
+pub mod grammar;
 pub mod offline;
 pub mod ops;
 pub mod play;

@@ -62,6 +62,8 @@ pub enum BenchCommand {
     /// Single ops at the shapes of a model, beside the device's own bandwidth and peak: a table, and JSON on standard
     /// output. No model is needed.
     Ops(OpsArgs),
+    /// What answers under a JSON schema cost the free ones beside them, no HTTP: a ratio, as JSON.
+    Grammar(GrammarArgs),
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -255,6 +257,24 @@ pub struct ProfileArgs {
     /// Measure for so many seconds; the grid is gone through at least once.
     #[arg(long, default_value_t = 90)]
     pub seconds: u64,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct GrammarArgs {
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Answers at once, and how many of them follow the schema.
+    #[arg(long, default_value_t = 16)]
+    pub num_seqs: u32,
+    #[arg(long, default_value_t = 4)]
+    pub constrained: u32,
+    #[arg(long, default_value_t = 128)]
+    pub prompt_tokens: u32,
+    /// Of a round, and rounds of either kind.
+    #[arg(long, default_value_t = 64)]
+    pub steps: u32,
+    #[arg(long, default_value_t = 9)]
+    pub rounds: u32,
 }
 
 #[derive(Clone, Debug, ClapArgs)]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use fullbore_bench::grammar::{self, GrammarBenchError, GrammarOptions};
 use fullbore_bench::offline::{self, BenchError};
 use fullbore_bench::ops::{self, ModelShape, OpsError, OpsOptions};
 use fullbore_bench::play::{self, Clock, PlayError};
@@ -15,8 +16,9 @@ use fullbore_bench::workload::Workload;
 use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
 use fullbore_engine::engine::Engine;
+use fullbore_engine::grammar::{GrammarCompiler, GrammarError, GrammarSource};
 
-use crate::args::{BenchArgs, EngineArgs, OpsArgs, Profile, ProfileArgs, Shapes, TraceArgs};
+use crate::args::{BenchArgs, EngineArgs, GrammarArgs, OpsArgs, Profile, ProfileArgs, Shapes, TraceArgs};
 use crate::devices::{self, DeviceChoiceError};
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, Plan, StartError, USUAL_LEN};
@@ -39,6 +41,10 @@ pub enum BenchCommandError {
     Device(#[from] DeviceChoiceError),
     #[error(transparent)]
     Ops(#[from] OpsError),
+    #[error(transparent)]
+    Grammar(#[from] GrammarBenchError),
+    #[error("the bench's own schema does not compile: {0}")]
+    Schema(#[from] GrammarError),
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
 }
@@ -150,6 +156,25 @@ fn device_profile(engine: &Engine, model: &str, measured: Measured) -> DevicePro
         cost: measured.cost,
         points: measured.points,
     }
+}
+
+/// Measures what constrained answers cost the others.
+pub fn grammar(args: &GrammarArgs) -> Result<(), BenchCommandError> {
+    let plan = start::plan(&args.engine, None)?;
+    let (tokenizer, stop_ids) = (plan.bundle.tokenizer.clone(), plan.bundle.stop_ids.clone());
+    let compiler = GrammarCompiler::new(tokenizer, stop_ids, plan.bundle.config.vocab_size);
+    let schema = serde_json::from_str(grammar::SCHEMA).expect("our own schema is JSON");
+    let compiled = compiler.compile(&GrammarSource::JsonSchema(schema))?;
+    let options = GrammarOptions {
+        num_seqs: args.num_seqs,
+        num_constrained: args.constrained,
+        prompt_tokens: args.prompt_tokens,
+        num_steps: args.steps,
+        num_rounds: args.rounds,
+    };
+    let report = grammar::measure(&mut plan.load_engine()?, &compiled, &options)?;
+    println!("{}", serde_json::json!(report));
+    Ok(())
 }
 
 /// Plays a workload in real time.

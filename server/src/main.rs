@@ -39,6 +39,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Bench { command: BenchCommand::Profile(args) } => bench::profile(&args)?,
         Command::Bench { command: BenchCommand::Trace(args) } => bench::trace(&args)?,
         Command::Bench { command: BenchCommand::Ops(args) } => bench::ops(&args)?,
+        Command::Bench { command: BenchCommand::Grammar(args) } => bench::grammar(&args)?,
     }
     Ok(())
 }
