@@ -1695,6 +1695,9 @@ fn a_lost_device_is_told_to_everyone() {
     // Until it is given up, it may come back.
     let gives_up = |server: &Harness| server.get("/health/ready").text().contains("the engine has stopped");
     server.wait_for("the last attempt", gives_up);
+    // The command ends with it, as an error, so that whoever watches the process starts it again.
+    let reason = server.runtime.block_on(server.server.as_ref().expect("running").engine_stopped());
+    assert!(reason.contains("6 attempts to make it anew did not"), "{reason}");
     let after = server.post("/v1/completions", &json!({"prompt": "x"}));
     // No waiting helps.
     assert!(!after.head.contains("retry-after"), "{}", after.head);

@@ -3,10 +3,13 @@
 //! without one.
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::wgpu::{Tier, WgpuBackend, WgpuOptions, devices, mask_to_webgpu};
 use fullbore_engine::backend::{Backend, DeviceInfo};
+use fullbore_engine::op::{MulAdd, Op};
+use fullbore_engine::recording::Recording;
+use fullbore_engine::tensor::Tensor;
 use fullbore_engine::verify::sample::sample;
 use fullbore_engine::verify::{Case, every_case};
 
@@ -43,11 +46,13 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
         let selector = device.id.clone();
         WgpuOptions { selector, tier, checked, ..WgpuOptions::default() }
     };
+    // Every dispatch is submitted alone, and what can be divided is.
+    let divided = |options| WgpuOptions { max_submit: Some(Duration::ZERO), ..options };
     let masked = |options| WgpuOptions { mask: Some(mask_to_webgpu), ..options };
     let lane = |name, options, golden| Lane { name, options, golden };
     let (whole, short) = (Some(golden::WHOLE), Some(golden::Share { num_cases: 1, max_tokens: 8 }));
     let lanes = [
-        lane("checked", options(None, true), whole),
+        lane("checked, in small submissions", divided(options(None, true)), whole),
         lane("as it is served", options(None, false), None),
         lane("wide subgroups", options(Some(Tier::Subgroup), true), None),
         lane("no subgroups", options(Some(Tier::Base), true), None),
@@ -99,6 +104,34 @@ fn every_op_is_near_its_twin_on_swiftshader() {
     let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     println!("{text}");
     assert!(output.status.success() && text.contains("SwiftShader") && text.contains("1 passed"), "{text}");
+}
+
+/// Divided or whole, it gives the same.
+#[test]
+fn a_recording_goes_in_as_many_submissions_as_its_work_calls_for() {
+    const NUM_OPS: u64 = 12;
+    for id in device_ids() {
+        let mut outputs = Vec::new();
+        for (max_submit, expected) in [(None, 1..=1), (Some(Duration::ZERO), NUM_OPS..=NUM_OPS)] {
+            let options = WgpuOptions { selector: id.clone(), max_submit, ..WgpuOptions::default() };
+            let mut backend = WgpuBackend::open(&options).expect("a listed device opens");
+            let upload = backend.alloc("upload", 4).expect("a few bytes");
+            let buffer = backend.alloc("x", 4096).expect("a few bytes");
+            let x = Tensor { buffer, ..Tensor::f32(upload, 1, 1024) };
+            let mut recording = Recording::new(upload);
+            for _ in 0..NUM_OPS {
+                recording.push(Op::MulAdd(MulAdd { x, scale: 0.5, offset: 1.0, rounds: 8 }));
+            }
+            recording.downloads.push(x);
+            let mut words = Vec::new();
+            let ticket = backend.submit(&recording).expect("the device is there");
+            backend.wait(ticket, &mut words).expect("the device is there");
+            assert!(expected.contains(&backend.num_submissions()), "{id}: {} submissions", backend.num_submissions());
+            outputs.push(words);
+        }
+        assert_eq!(outputs[0], outputs[1], "{id}");
+        assert_ne!(outputs[0], vec![0; 4096], "{id}");
+    }
 }
 
 /// As many tokens as the largest vocabulary has, in one row more lanes' rounds than old software Vulkan takes.

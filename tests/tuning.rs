@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use fullbore::args::DeviceArgs;
 use fullbore::tuning::{SavedTuning, tuned};
 use fullbore_engine::backend::Backend;
 use fullbore_engine::backend::wgpu::{Fault, Tier, WgpuBackend, WgpuOptions};
@@ -83,7 +84,8 @@ fn a_start_takes_what_was_kept_and_a_lost_device_has_it_still() {
     let (own, kept) = (backend.mat_mul_table(SHAPE), table(backend.as_ref()));
     let saved = SavedTuning::new(&folder.0, backend.info()).expect("it has a choice");
     let start = |shapes: &[MatMulShape]| {
-        let backend = tuned(open(None, Vec::new()), &folder.0, shapes, true).expect("the device is there");
+        let backend = tuned(open(None, Vec::new()), &DeviceArgs::new("auto"), &folder.0, shapes, true)
+            .expect("the device is there");
         backend.mat_mul_table(SHAPE)
     };
     assert_eq!(start(&[SHAPE]), own, "nothing is kept");
@@ -91,7 +93,7 @@ fn a_start_takes_what_was_kept_and_a_lost_device_has_it_still() {
     assert_eq!(start(&[SHAPE]), kept);
     assert_eq!(start(&[MatMulShape { rows: 71, ..SHAPE }]), own, "of no weight of this model");
 
-    let mut backend = tuned(backend, &folder.0, &[SHAPE], true).expect("the device is there");
+    let mut backend = tuned(backend, &DeviceArgs::new("auto"), &folder.0, &[SHAPE], true).expect("the device is there");
     backend.reopen().expect("the same device");
     assert_eq!(backend.mat_mul_table(SHAPE), kept);
 
@@ -112,7 +114,8 @@ fn a_tuned_kernel_that_is_wrong_is_left_out_at_start() {
     let start = |verifies| {
         let fault =
             Fault { tier: Tier::Base, kernel: "mat_mul", from: "var total = vec4(0.0)", to: "var total = vec4(0.5)" };
-        let backend = tuned(open(Some(Tier::Base), vec![fault]), &folder.0, &[SHAPE], verifies);
+        let backend =
+            tuned(open(Some(Tier::Base), vec![fault]), &DeviceArgs::new("auto"), &folder.0, &[SHAPE], verifies);
         backend.expect("the device is there").mat_mul_table(SHAPE)
     };
     assert_eq!(start(true), own);

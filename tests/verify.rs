@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use fullbore::args::VerifyArgs;
+use fullbore::args::{DeviceArgs, VerifyArgs};
 use fullbore::start::{Plan, StartTimes, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
@@ -303,8 +303,11 @@ fn a_device_that_gives_out_is_a_line_that_fails_and_the_rest_goes_on() {
 
 #[test]
 fn the_command_fails_with_a_sentence_if_a_check_does() {
-    let args =
-        |device: &str, only: &str| VerifyArgs { device: device.to_owned(), tier: None, only: Some(only.to_owned()) };
+    let args = |device: &str, only: &str| VerifyArgs {
+        device: DeviceArgs::new(device),
+        tier: None,
+        only: Some(only.to_owned()),
+    };
     verify(&args("cpu", "rope_kv")).expect("the cpu is right");
     let sentence = verify(&args("cpu", "matmul")).expect_err("no such op").to_string();
     assert!(sentence.starts_with("there is no op matmul; there is add_norm, attention, "), "{sentence}");

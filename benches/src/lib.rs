@@ -12,6 +12,7 @@ pub mod report;
 pub mod simulate;
 pub mod statistics;
 pub mod stopwatch;
+pub mod submit;
 pub mod trace;
 pub mod tune;
 pub mod workload;

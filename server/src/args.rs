@@ -13,9 +13,11 @@ use fullbore_engine::tensor::{KvType, WeightFormat};
 use crate::api::parse_share;
 
 mod access;
+mod device;
 mod parse;
 
 pub use access::AccessArgs;
+pub use device::DeviceArgs;
 use parse::*;
 
 #[derive(Debug, Parser)]
@@ -59,6 +61,8 @@ pub enum BenchCommand {
     Profile(ProfileArgs),
     /// Play a workload in real time, no HTTP: the same report as `fullbore simulate`.
     Trace(TraceArgs),
+    /// What a step of 32 layers costs the host before the device has it: JSON.
+    Submit(SubmitArgs),
     /// Single ops at the shapes of a model, beside the device's own bandwidth and peak: a table, and JSON on standard
     /// output. No model is needed.
     Ops(OpsArgs),
@@ -80,9 +84,8 @@ pub struct ModelArgs {
     /// Pack float weights while they are loaded, as q8_0 or q4_0; embedding and output as q8_0 in both.
     #[arg(long, conflicts_with = "weights", value_parser = parse_quantize)]
     pub quantize: Option<WeightFormat>,
-    /// auto, cpu, sim, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:).
-    #[arg(long, default_value = "auto")]
-    pub device: String,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Elements of the KV cache: f16, q8_0 (0.53 of the memory) or q4_0 (0.28).
     #[arg(long, default_value = KvType::F16.name(), value_parser = parse_kv_type)]
     pub kv_type: KvType,
@@ -189,9 +192,8 @@ pub struct ServeArgs {
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct VerifyArgs {
-    /// auto, cpu, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:).
-    #[arg(long, default_value = "auto")]
-    pub device: String,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// base, subgroup or lavapipe, instead of the kernel tier that the device would get.
     #[arg(long, value_parser = parse_tier)]
     pub tier: Option<adapters::Tier>,
@@ -278,10 +280,18 @@ pub struct GrammarArgs {
 }
 
 #[derive(Clone, Debug, ClapArgs)]
+pub struct SubmitArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Steps that are timed, at 1, 16 and 64 sequences.
+    #[arg(long, default_value_t = 200)]
+    pub steps: u32,
+}
+
+#[derive(Clone, Debug, ClapArgs)]
 pub struct OpsArgs {
-    /// As of `serve`.
-    #[arg(long, default_value = "auto")]
-    pub device: String,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// How weights are stored.
     #[arg(long, default_value = WeightFormat::Q4_0.name(), value_parser = parse_format)]
     pub format: WeightFormat,
@@ -422,7 +432,7 @@ pub fn latency_target(target_itl_ms: Option<u32>, profile: Profile) -> LatencyTa
 impl ModelArgs {
     /// The defaults of the command line for `model` on `device`.
     pub fn new(model: &str, device: &str) -> ModelArgs {
-        let (model, device) = (model.to_owned(), device.to_owned());
+        let (model, device) = (model.to_owned(), DeviceArgs::new(device));
         ModelArgs { model, weights: None, shape: None, quantize: None, device, kv_type: KvType::F16 }
     }
 }

@@ -12,13 +12,15 @@ use fullbore_bench::play::{self, Clock, PlayError};
 use fullbore_bench::profile::{self, Measured, ProfileError};
 use fullbore_bench::report::ServingReport;
 use fullbore_bench::stopwatch::Stopwatch;
+use fullbore_bench::submit;
 use fullbore_bench::workload::Workload;
+use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::{GrammarCompiler, GrammarError, GrammarSource};
 
-use crate::args::{BenchArgs, EngineArgs, GrammarArgs, OpsArgs, Profile, ProfileArgs, Shapes, TraceArgs};
+use crate::args::{BenchArgs, EngineArgs, GrammarArgs, OpsArgs, Profile, ProfileArgs, Shapes, SubmitArgs, TraceArgs};
 use crate::devices::{self, DeviceChoiceError};
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, Plan, StartError, USUAL_LEN};
@@ -95,6 +97,20 @@ pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
         "knee": knee,
     });
     println!("{summary}");
+    Ok(())
+}
+
+/// Layers of an 8B model.
+const SUBMIT_LAYERS: u32 = 32;
+
+/// Measures what steps cost the host, at several widths.
+pub fn submit(args: &SubmitArgs) -> Result<(), BenchCommandError> {
+    for num_seqs in [1, 16, 64] {
+        let backend = devices::open(&args.device)?;
+        let DeviceInfo { id, name, driver, .. } = backend.info().clone();
+        let report = submit::measure(backend, SUBMIT_LAYERS, num_seqs, args.steps).map_err(StartError::from)?;
+        println!("{}", serde_json::json!({"device": id, "name": name, "driver": driver, "step": report}));
+    }
     Ok(())
 }
 

@@ -1,12 +1,15 @@
 //! Which device a name means. Invariant: the choice is logged by the caller, and there is no silent fall-back: only
 //! `auto` may end at the CPU, and a name that fits nothing is an error that lists what there is.
 
+use std::time::Duration;
+
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, wgpu as adapters};
 use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::memory::capacity::human_bytes;
 
+use crate::args::DeviceArgs;
 use crate::fetch;
 
 #[derive(Debug, thiserror::Error)]
@@ -26,46 +29,48 @@ pub fn all() -> Result<Vec<DeviceInfo>, DeviceChoiceError> {
 }
 
 /// Opens the device that `wanted` means: for `auto` the best hardware GPU, else the CPU; software Vulkan only by name.
-pub fn open(wanted: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+pub fn open(wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     open_at(wanted, None)
 }
 
 /// The same with kernels of `tier`, where it is a GPU.
-pub fn open_at(wanted: &str, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
-    match wanted {
+pub fn open_at(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+    let open_gpu = |selector: &str| gpu(selector, tier, wanted.max_submit());
+    match wanted.name.as_str() {
         "cpu" => Ok(cpu()?),
         // Host and device share the machine's time, as they do on a real one.
         "sim" => Ok(Box::new(SimBackend::new(SimOptions { sleeps: true, ..SimOptions::default() }))),
-        "auto" => match gpu("", tier) {
+        "auto" => match open_gpu("") {
             Err(adapters::OpenError::NotFound { .. }) => Ok(cpu()?),
             opened => Ok(opened?),
         },
         // An empty selector would mean the best there is.
-        "" => Err(unknown(wanted)),
-        _ => gpu(wanted, tier).map_err(|error| match error {
-            adapters::OpenError::NotFound { .. } => unknown(wanted),
+        "" => Err(unknown("")),
+        name => open_gpu(name).map_err(|error| match error {
+            adapters::OpenError::NotFound { .. } => unknown(name),
             error => error.into(),
         }),
     }
 }
 
-/// A device of this id once more, with kernels of the tier that goes by this name.
-pub fn open_as(id: &str, tier: &str) -> Result<Box<dyn Backend>, DeviceChoiceError> {
-    open_at(id, tier_of(tier))
+/// A device once more, opened as `wanted` says, with the kernels that it had.
+pub fn again(device: &DeviceInfo, wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+    let wanted = DeviceArgs { name: device.id.clone(), ..wanted.clone() };
+    open_at(&wanted, tier_of(&device.tier))
 }
 
 fn tier_of(name: &str) -> Option<adapters::Tier> {
     adapters::Tier::ALL.into_iter().find(|tier| tier.name() == name)
 }
 
-/// The same device with plainer kernels, where it has some.
-pub fn plainer(device: &DeviceInfo) -> Option<Result<Box<dyn Backend>, DeviceChoiceError>> {
+/// The same device as `device`, opened as `wanted` says, with plainer kernels, where it has some.
+pub fn plainer(device: &DeviceInfo, wanted: &DeviceArgs) -> Option<Result<Box<dyn Backend>, DeviceChoiceError>> {
     if device.tier == "avx2" {
         let plain = CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() });
         return Some(plain.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(DeviceChoiceError::Cpu));
     }
     let tier = tier_of(&device.tier)?.plainer()?;
-    Some(gpu(&device.id, Some(tier)).map_err(DeviceChoiceError::Gpu))
+    Some(gpu(&device.id, Some(tier), wanted.max_submit()).map_err(DeviceChoiceError::Gpu))
 }
 
 /// Memory that the device has for us: asked, else tried; `None` where neither says.
@@ -91,10 +96,15 @@ fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
     Ok(Box::new(CpuBackend::new(CpuOptions::default())?))
 }
 
-fn gpu(selector: &str, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, adapters::OpenError> {
+fn gpu(
+    selector: &str,
+    tier: Option<adapters::Tier>,
+    max_submit: Option<Duration>,
+) -> Result<Box<dyn Backend>, adapters::OpenError> {
     let cache_folder = fetch::cache_folder().ok().map(|folder| folder.join("pipelines"));
     let selector = selector.to_owned();
-    let options = adapters::WgpuOptions { selector, tier, cache_folder, ..adapters::WgpuOptions::default() };
+    let options =
+        adapters::WgpuOptions { selector, tier, cache_folder, max_submit, ..adapters::WgpuOptions::default() };
     Ok(Box::new(adapters::WgpuBackend::open(&options)?))
 }
 
@@ -122,12 +132,12 @@ mod tests {
     #[test]
     fn names_mean_devices() {
         for name in ["cpu", "sim"] {
-            assert_eq!(open(name).expect("always there").info().id, name);
+            assert_eq!(open(&DeviceArgs::new(name)).expect("always there").info().id, name);
         }
         assert!(memory_bytes(cpu().expect("always there").info()).is_some());
-        assert_eq!(memory_bytes(open("sim").expect("always there").info()), None);
+        assert_eq!(memory_bytes(open(&DeviceArgs::new("sim")).expect("always there").info()), None);
         for wanted in ["", "gpu", "vulkan:no-such-device"] {
-            let sentence = open(wanted).err().expect("not there").to_string();
+            let sentence = open(&DeviceArgs::new(wanted)).err().expect("not there").to_string();
             let expected = format!("there is no device {wanted}; there is auto, cpu, sim");
             assert!(sentence.starts_with(&expected), "{sentence}");
         }

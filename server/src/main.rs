@@ -38,6 +38,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,
         Command::Bench { command: BenchCommand::Profile(args) } => bench::profile(&args)?,
         Command::Bench { command: BenchCommand::Trace(args) } => bench::trace(&args)?,
+        Command::Bench { command: BenchCommand::Submit(args) } => bench::submit(&args)?,
         Command::Bench { command: BenchCommand::Ops(args) } => bench::ops(&args)?,
         Command::Bench { command: BenchCommand::Grammar(args) } => bench::grammar(&args)?,
     }

@@ -47,6 +47,8 @@ pub enum ServeError {
     TwoShares { name: String },
     #[error("loading the model failed in a way it should not; the log says more")]
     LoaderDied,
+    #[error("the engine has stopped: {0}")]
+    EngineStopped(String),
 }
 
 /// A listening server; without a model it answers that it is loading.
@@ -117,6 +119,16 @@ impl Server {
         }
     }
 
+    /// Why the engine has ended by itself, once it has.
+    pub async fn engine_stopped(&self) -> String {
+        loop {
+            if let Some(reason) = self.app.model().and_then(|model| model.engine.stopped()) {
+                return reason;
+            }
+            tokio::time::sleep(WATCH_INTERVAL).await;
+        }
+    }
+
     /// Refuses new requests, so that readiness turns 503, and waits at most so long for the answers of those that run.
     pub async fn drain(&self, most: Duration) {
         self.app.drain();
@@ -147,6 +159,7 @@ impl Server {
 
 /// For connections to end, once their answers are sent or given up.
 const GRACE: Duration = Duration::from_millis(500);
+const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 const ENGINE_GRACE: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -194,6 +207,11 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     loop {
         tokio::select! {
             () = end() => break,
+            // A process that ends is started again by whoever watches it; one that can only refuse is not.
+            reason = server.engine_stopped() => {
+                server.shutdown(GRACE).await;
+                return Err(ServeError::EngineStopped(reason));
+            }
             _ = hang_up.recv() => match args.access.has_files() {
                 true => server.reload(&args.access),
                 false => break,

@@ -17,7 +17,6 @@ use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
-use fullbore_engine::tensor::KvType;
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -95,10 +94,10 @@ pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartE
     tracing::info!(device = device.id, name = device.name, driver = device.driver, tier = device.tier, "device chosen");
     let bundle = open_bundle(&args.model, &device.id)?;
     times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
-    let backend = if args.no_verify { backend } else { verified(backend, &bundle, args.model.kv_type)? };
+    let backend = if args.no_verify { backend } else { verified(backend, &bundle, &args.model)? };
     let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
     let mut backend = match tuning::folder() {
-        Ok(folder) if !args.no_tuning => tuning::tuned(backend, &folder, &shapes, !args.no_verify)?,
+        Ok(folder) if !args.no_tuning => tuning::tuned(backend, &args.model.device, &folder, &shapes, !args.no_verify)?,
         _ => backend,
     };
     times.end("verify", &Parts::of(backend.settle()));
@@ -132,15 +131,15 @@ pub fn open_bundle(args: &ModelArgs, device: &str) -> Result<Bundle, StartError>
 }
 
 /// `backend`, or a plainer one of the same device, on which the model's kernels have been tried. A simulator has none.
-fn verified(backend: Box<dyn Backend>, bundle: &Bundle, kv_type: KvType) -> Result<Box<dyn Backend>, StartError> {
-    bundle.config.check_kv_type(kv_type)?;
+fn verified(backend: Box<dyn Backend>, bundle: &Bundle, args: &ModelArgs) -> Result<Box<dyn Backend>, StartError> {
+    bundle.config.check_kv_type(args.kv_type)?;
     if backend.info().id == "sim" {
         return Ok(backend);
     }
     let begun = Instant::now();
     let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
-    let cases = cases_of_model(&bundle.config, &formats, kv_type);
-    let backend = first_right(&cases, backend, &mut devices::plainer)?;
+    let cases = cases_of_model(&bundle.config, &formats, args.kv_type);
+    let backend = first_right(&cases, backend, &mut |info| devices::plainer(info, &args.device))?;
     let tier = &backend.info().tier;
     tracing::info!(tier, num_cases = cases.len(), took_ms = begun.elapsed().as_secs_f64() * 1e3, "kernels tried");
     Ok(backend)
@@ -381,6 +380,8 @@ fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_by
 
 #[cfg(test)]
 mod tests {
+    use fullbore_engine::tensor::KvType;
+
     use super::*;
 
     const WEIGHTS: u64 = 100 << 20;

@@ -16,6 +16,7 @@ use fullbore_engine::verify::mat_mul::by_kernel;
 use fullbore_engine::verify::start::tried;
 use serde::{Deserialize, Serialize};
 
+use crate::args::DeviceArgs;
 use crate::fetch::{self, FetchError};
 use crate::start::StartError;
 use crate::{devices, files};
@@ -125,6 +126,7 @@ impl SavedTuning {
 /// `verifies`, only where the kernels in it compute what the plain cpu does.
 pub fn tuned(
     mut backend: Box<dyn Backend>,
+    wanted: &DeviceArgs,
     folder: &Path,
     shapes: &[MatMulShape],
     verifies: bool,
@@ -137,12 +139,12 @@ pub fn tuned(
     }
     let path = saved.path().display();
     if verifies {
-        let (id, tier) = (backend.info().id.clone(), backend.info().tier.clone());
+        let info = backend.info().clone();
         match tried(&cases(backend.as_ref(), &tables), backend)? {
             Ok(right) => backend = right,
             Err(what) => {
                 tracing::warn!(%path, what, "a tuned kernel computes wrongly: going on as if nothing were tuned");
-                return Ok(devices::open_as(&id, &tier)?);
+                return Ok(devices::again(&info, wanted)?);
             }
         }
     }

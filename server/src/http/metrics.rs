@@ -1,6 +1,6 @@
 //! `/metrics` in Prometheus' text format: vLLM's names where it has one for a thing, then ours. Invariant: the engine's
-//! numbers are read when asked for and kept nowhere else; only what the engine cannot know (HTTP answers, and times from
-//! the arrival of a body on) is counted here.
+//! numbers are read when asked for and kept nowhere else; only what the engine cannot know (HTTP answers, and times
+//! from the arrival of a body on) is counted here.
 
 use fullbore_engine::engine::EngineStats;
 use fullbore_engine::limits::Cause;

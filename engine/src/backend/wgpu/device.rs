@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use fullbore_shaders::{MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
 use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
@@ -38,6 +39,8 @@ pub struct WgpuOptions {
     pub faults: Vec<Fault>,
     /// Where compiled pipelines are kept between runs; `None` keeps none.
     pub cache_folder: Option<PathBuf>,
+    /// What a submission may take, about; `None` for as long as it takes.
+    pub max_submit: Option<Duration>,
     /// Memory that the device has for us, where it shall have no more; for tests.
     pub max_memory_bytes: Option<u64>,
     /// Features that it shall not have, for tests.

@@ -2,6 +2,8 @@
 //!
 //! Invariant: plain data; nothing here touches a device.
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, MatMulVariant, TILE, Tier};
 
@@ -13,6 +15,7 @@ use crate::op::{
     ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MUL_ADD_ROUNDS, MatMul,
     MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
+use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight};
 use crate::tuning::MatMulShape;
 
@@ -37,6 +40,8 @@ pub struct Dispatch {
     pub params: [u32; MAX_PARAMS],
     pub num_params: usize,
     pub workgroups: u32,
+    /// About how many multiply-adds, or what takes as long.
+    pub work: u64,
 }
 
 /// Where dispatches go, and what they are made of besides the op.
@@ -45,8 +50,19 @@ pub struct Encoder<'a> {
     pub mat_muls: &'a MatMulTables,
     /// By weight id.
     pub weights: &'a [Vec<Shard>],
+    /// What the ops are of.
+    pub recording: &'a Recording,
+    /// Of a dispatch at most, where it can be divided.
+    pub max_work: u64,
     pub out: &'a mut Vec<Dispatch>,
 }
+
+/// Of a workgroup whose kernel reads and writes a few elements a lane.
+const LIGHT_WORK: u64 = 1024;
+/// A weight is read once for all rows, which takes as long as so many rows.
+const WEIGHT_ROWS: u64 = 16;
+/// So many rows at least stay in one dispatch of a matmul.
+const MIN_CUT_ROWS: u32 = 64;
 
 impl Encoder<'_> {
     pub fn op(&mut self, op: &Op) {
@@ -67,6 +83,10 @@ impl Encoder<'_> {
 
     /// Empty dispatches are dropped.
     fn push(&mut self, kernel: Kernel, buffers: &[BufferId], params: &impl Pod, workgroups: u32) {
+        self.push_work(kernel, buffers, params, workgroups, u64::from(workgroups) * LIGHT_WORK);
+    }
+
+    fn push_work(&mut self, kernel: Kernel, buffers: &[BufferId], params: &impl Pod, workgroups: u32, work: u64) {
         if workgroups == 0 {
             return;
         }
@@ -77,6 +97,7 @@ impl Encoder<'_> {
             params: [0; MAX_PARAMS],
             num_params: params.len(),
             workgroups,
+            work,
         };
         dispatch.buffers[..buffers.len()].copy_from_slice(buffers);
         dispatch.params[..params.len()].copy_from_slice(params);
@@ -131,15 +152,21 @@ impl Encoder<'_> {
         self.push(Kernel::RmsNorm, &buffers, &params, op.x.rows);
     }
 
-    /// By the table of the weight's shape.
+    /// By the table of the weight's shape; many rows in several dispatches, where one would be too much.
     fn mat_mul(&mut self, op: &MatMul) {
         let choices = self.mat_muls.of(MatMulShape::of(op.weight));
+        let row_work = u64::from(op.weight.rows) * u64::from(op.weight.cols);
+        let max_rows = u32::try_from(self.max_work / row_work.max(1)).unwrap_or(u32::MAX).max(MIN_CUT_ROWS);
         let mut first_row = 0;
         while first_row < op.x.rows {
             let left = op.x.rows - first_row;
             let choice = choices.iter().find(|choice| choice.max_rows >= left);
             let choice = choice.expect("the last line takes any number");
-            let taken = choice.takes(left);
+            let rows = choice.variant.rows();
+            let taken = match choice.takes(left) {
+                all if all <= max_rows => all,
+                _ => (max_rows / rows * rows).max(rows),
+            };
             self.mat_mul_rows(op, choice.variant, first_row, first_row + taken);
             first_row += taken;
         }
@@ -165,7 +192,10 @@ impl Encoder<'_> {
                 row_tiles,
             };
             let column_tiles = shard.num_rows.div_ceil(variant.columns());
-            self.push(Kernel::MatMul(op.weight.format, variant), &buffers, &params, column_tiles * row_tiles);
+            let read_rows = u64::from(end_row - first_row) + WEIGHT_ROWS;
+            let work = read_rows * u64::from(op.x.cols) * u64::from(shard.num_rows);
+            let kernel = Kernel::MatMul(op.weight.format, variant);
+            self.push_work(kernel, &buffers, &params, column_tiles * row_tiles, work);
         }
     }
 
@@ -197,8 +227,8 @@ impl Encoder<'_> {
 
     /// Items of one row, then the others, then what was split.
     fn attention(&mut self, op: &Attention) {
-        self.attention_items(op, 0, op.num_single_rows, 1);
-        self.attention_items(op, op.num_single_rows, op.items.rows, ATTENTION_ROWS);
+        self.attention_items(op, 0..op.num_single_rows, 1);
+        self.attention_items(op, op.num_single_rows..op.items.rows, ATTENTION_ROWS);
         let buffers = [op.merges.buffer, op.partials.buffer, op.out.buffer];
         let params = AttentionMergeParams {
             merges: op.merges.offset,
@@ -211,7 +241,34 @@ impl Encoder<'_> {
         self.push_elements(Kernel::AttentionMerge, &buffers, &params, op.merges.rows * op.out.cols);
     }
 
-    fn attention_items(&mut self, op: &Attention, first: u32, end: u32, rows_of_item: u32) {
+    /// In several dispatches, where one would be too much.
+    fn attention_items(&mut self, op: &Attention, items: Range<u32>, rows_of_item: u32) {
+        let (mut first, mut work) = (items.start, 0);
+        for item in items.clone() {
+            let of_item = self.attention_work(op, item);
+            if item > first && work + of_item > self.max_work {
+                self.attention_range(op, first..item, rows_of_item, work);
+                (first, work) = (item, 0);
+            }
+            work += of_item;
+        }
+        self.attention_range(op, first..items.end, rows_of_item, work);
+    }
+
+    /// Of one item: its rows and heads over the positions that it sees, K and V. A list that the recording does not
+    /// have is on the device already, and is taken for the longest.
+    fn attention_work(&self, op: &Attention, item: u32) -> u64 {
+        let place = (op.items.offset + item * ATTENTION_ITEM_WORDS) as usize;
+        let is_uploaded = op.items.buffer == self.recording.upload_buffer;
+        let (num_rows, num_positions) = match self.recording.upload.get(place..).filter(|_| is_uploaded) {
+            Some(&[_, num_rows, _, _, begin, end, ..]) => (num_rows, end - begin),
+            _ => (ATTENTION_ROWS, op.table.cols * op.cache.block_size),
+        };
+        let values = u64::from(op.num_heads) * u64::from(op.cache.head_dim) * 2;
+        u64::from(num_rows) * u64::from(num_positions) * values
+    }
+
+    fn attention_range(&mut self, op: &Attention, items: Range<u32>, rows_of_item: u32, work: u64) {
         let cache = op.cache;
         let group = op.num_heads / cache.num_kv_heads;
         let variant = AttentionVariant::new(self.tier, cache.kv_type, cache.head_dim, group, rows_of_item);
@@ -220,11 +277,11 @@ impl Encoder<'_> {
             [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer, op.partials.buffer];
         let params = AttentionParams {
             q: op.q.offset,
-            items: op.items.offset + first * ATTENTION_ITEM_WORDS,
+            items: op.items.offset + items.start * ATTENTION_ITEM_WORDS,
             table: op.table.offset,
             out: op.out.offset,
             partials: op.partials.offset,
-            num_items: end - first,
+            num_items: items.end - items.start,
             row_groups,
             num_heads: op.num_heads,
             num_kv_heads: cache.num_kv_heads,
@@ -236,8 +293,8 @@ impl Encoder<'_> {
         };
         // The kernel writes pairs of elements.
         assert!(op.out.offset.is_multiple_of(2) && op.partials.offset.is_multiple_of(2), "{op:?}");
-        let workgroups = (end - first) * row_groups * (op.num_heads / variant.heads);
-        self.push(Kernel::Attention(variant), &buffers, &params, workgroups);
+        let workgroups = (items.end - items.start) * row_groups * (op.num_heads / variant.heads);
+        self.push_work(Kernel::Attention(variant), &buffers, &params, workgroups, work);
     }
 
     fn gated_act(&mut self, op: &GatedAct) {
@@ -293,7 +350,8 @@ impl Encoder<'_> {
         let num_eights = op.rounds / MUL_ADD_ROUNDS;
         let (scale, offset) = (op.scale, op.offset);
         let params = MulAddParams { x: op.x.offset, num_elements, scale, offset, num_eights };
-        self.push(Kernel::MulAdd, &[op.x.buffer], &params, num_elements.div_ceil(MUL_ADD_ELEMENTS));
+        let work = u64::from(num_elements) * u64::from(op.rounds);
+        self.push_work(Kernel::MulAdd, &[op.x.buffer], &params, num_elements.div_ceil(MUL_ADD_ELEMENTS), work);
     }
 
     /// Slices of rows first, then rows.
@@ -326,8 +384,9 @@ impl Encoder<'_> {
             vocab,
             num_slices,
         };
-        self.push(Kernel::SampleSlices, &buffers[..5], &of_slices, num_rows * num_slices);
-        self.push(Kernel::Sample, &buffers, &of_rows, num_rows);
+        let work = u64::from(num_rows) * u64::from(vocab);
+        self.push_work(Kernel::SampleSlices, &buffers[..5], &of_slices, num_rows * num_slices, work);
+        self.push_work(Kernel::Sample, &buffers, &of_rows, num_rows, work);
     }
 }
 

@@ -1,4 +1,5 @@
-//! The backend for GPUs: a recording becomes one upload, its copies, one compute pass and one submit.
+//! The backend for GPUs: a recording becomes one upload, its copies, one compute pass and one submit; where that would
+//! keep the device longer than a submission may, several passes, each with a submit of its own.
 //!
 //! Invariant: a step creates no buffer, and a bind group or a pipeline of the KV cache only when a kernel first meets
 //! these buffers or this head size. Weights stay packed. For one (N, K, format) every matmul variant adds in the same
@@ -6,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fullbore_shaders::TILE;
 pub use fullbore_shaders::Tier;
@@ -26,6 +27,7 @@ mod device;
 mod encode;
 mod kill_switch;
 mod mat_mul_tables;
+mod pace;
 pub mod packing;
 mod params;
 mod pipeline_cache;
@@ -39,6 +41,7 @@ pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
 pub use kill_switch::KillSwitch;
 use mat_mul_tables::MatMulTables;
+use pace::Pace;
 use packing::Layout;
 use pipeline_cache::PipelineCache;
 use pipelines::{Kernel, Pipelines, uniform_layout};
@@ -68,13 +71,17 @@ pub struct WgpuBackend {
     /// When it had done what was waited for last.
     free_at: Option<Instant>,
     num_submitted: u64,
+    num_submissions: u64,
+    pace: Pace,
     /// Refilled each step.
     dispatches: Vec<Dispatch>,
 }
 
 struct InFlight {
+    /// The last of it.
     submission: wgpu::SubmissionIndex,
     submitted_at: Instant,
+    work: u64,
 }
 
 /// The parameters of a recording's dispatches, `stride` bytes apart.
@@ -107,9 +114,16 @@ impl WgpuBackend {
             in_flight: VecDeque::new(),
             free_at: None,
             num_submitted: 0,
+            num_submissions: 0,
+            pace: Pace::new(options.max_submit.unwrap_or(Duration::MAX)),
             dispatches: Vec::new(),
             device,
         })
+    }
+
+    /// Submissions so far, of which a recording may be several.
+    pub fn num_submissions(&self) -> u64 {
+        self.num_submissions
     }
 
     /// Lets go of all that is on the device.
@@ -121,6 +135,10 @@ impl WgpuBackend {
         self.pipelines.clear();
         self.readbacks = std::array::from_fn(|_| Readback::new());
         (self.uniforms, self.stamps) = (None, None);
+    }
+
+    fn encoder(&self) -> wgpu::CommandEncoder {
+        self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
     }
 
     /// Makes what the dispatches need and does not exist yet.
@@ -148,9 +166,9 @@ impl WgpuBackend {
         Ok(())
     }
 
-    fn record_pass(&self, encoder: &mut wgpu::CommandEncoder) {
+    fn record_pass(&self, dispatches: Range<usize>, encoder: &mut wgpu::CommandEncoder) {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        for (index, dispatch) in self.dispatches.iter().enumerate() {
+        for (index, dispatch) in dispatches.clone().zip(&self.dispatches[dispatches]) {
             pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
             pass.set_bind_group(0, &self.bind_groups[&(dispatch.kernel, dispatch.buffers)], &[]);
             match &self.uniforms {
@@ -238,15 +256,16 @@ impl Backend for WgpuBackend {
             self.device.queue.write_buffer(upload, 0, bytemuck::cast_slice(&recording.upload));
         }
         self.dispatches.clear();
-        let (tier, mat_muls) = (self.device.tier, &self.mat_muls);
-        let mut ops = Encoder { tier, mat_muls, weights: &self.weights, out: &mut self.dispatches };
+        let (tier, mat_muls, max_work) = (self.device.tier, &self.mat_muls, self.pace.max_work());
+        let mut ops =
+            Encoder { tier, mat_muls, weights: &self.weights, recording, max_work, out: &mut self.dispatches };
         recording.ops.iter().for_each(|op| ops.op(op));
         if let Some(uniforms) = &mut self.uniforms {
             uniforms.write(&self.device.queue, &self.dispatches);
         }
         self.prepare()?;
-        let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let place = self.num_submitted as usize % MAX_IN_FLIGHT;
+        let mut encoder = self.encoder();
         if let Some(stamps) = &self.stamps {
             stamps.begin(place, &mut encoder);
         }
@@ -254,15 +273,26 @@ impl Backend for WgpuBackend {
             let (from, to) = (self.buffers.get(copy.from), self.buffers.get(copy.to));
             encoder.copy_buffer_to_buffer(from, copy.from_bytes, to, copy.to_bytes, copy.size_bytes);
         }
-        self.record_pass(&mut encoder);
+        let mut submissions = pace::submissions(&self.dispatches, max_work);
+        let last = submissions.pop().expect("there is always one");
+        self.num_submissions += submissions.len() as u64 + 1;
+        let mut begun = None;
+        for dispatches in submissions {
+            self.record_pass(dispatches, &mut encoder);
+            let commands = std::mem::replace(&mut encoder, self.encoder()).finish();
+            begun.get_or_insert_with(Instant::now);
+            self.device.queue.submit([commands]);
+        }
+        self.record_pass(last, &mut encoder);
         let stamps = self.stamps.as_ref().map(|stamps| stamps.end(place, &mut encoder));
         let readback = &mut self.readbacks[place];
         readback.record(&self.device, &recording.downloads, stamps, &self.buffers, &mut encoder)?;
         let commands = encoder.finish();
         // A software device may have done it before `submit` returns.
-        let submitted_at = Instant::now();
+        let submitted_at = begun.unwrap_or_else(Instant::now);
         let submission = self.device.queue.submit([commands]);
-        self.in_flight.push_back(InFlight { submission, submitted_at });
+        let work = self.dispatches.iter().fold(0, |work: u64, dispatch| work.saturating_add(dispatch.work));
+        self.in_flight.push_back(InFlight { submission, submitted_at, work });
         readback.map();
         self.num_submitted += 1;
         Ok(Ticket(self.num_submitted - 1))
@@ -271,7 +301,7 @@ impl Backend for WgpuBackend {
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         let num_waited = self.num_submitted - self.in_flight.len() as u64;
         assert_eq!(ticket.0, num_waited, "tickets are waited for once each and in order");
-        let InFlight { submission, submitted_at } = self.in_flight.pop_front().expect("a recording is in flight");
+        let InFlight { submission, submitted_at, work } = self.in_flight.pop_front().expect("a recording is in flight");
         let done = self.device.device.poll(PollType::Wait { submission_index: Some(submission), timeout: None });
         self.device.check()?;
         done.map_err(|error| self.device.lost(&error.to_string()))?;
@@ -282,6 +312,7 @@ impl Backend for WgpuBackend {
         let took = self.stamps.as_ref().and_then(|stamps| stamps.took(&stamped));
         let ended = took.map_or(seen, |took| (begun + took).min(seen).max(begun));
         self.free_at = Some(ended);
+        self.pace.learn(work, ended - begun);
         Ok(begun..ended)
     }
 

@@ -1,5 +1,5 @@
-//! What requests took, as histograms by vLLM's names. Invariant: a request is counted once, when it ends well; times are
-//! taken where the engine hands its events over, so that a client that reads slowly lengthens nothing.
+//! What requests took, as histograms by vLLM's names. Invariant: a request is counted once, when it ends well; times
+//! are taken where the engine hands its events over, so that a client that reads slowly lengthens nothing.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
