@@ -1,36 +1,79 @@
 #!/usr/bin/env bash
-# What a machine with a GPU measures in one call, without a network: whether its kernels are right, single ops beside the
-# roofline, the prices of steps, a model of 8B's size with random weights, then tokens a second at several widths.
+# What a machine with a GPU measures in one call, without a network and within nine minutes: whether its kernels are
+# right, single ops beside the roofline, the prices of steps, the host's time of a step, what tuning finds, a model of
+# 8B's size with random weights, then tokens a second at several widths.
 #
-#   benches/gpu.sh BINARY MODEL OUT [DEVICE]
+#   benches/gpu.sh [--small] BINARY MODEL OUT [DEVICE]
 #
 # BINARY is a release build of fullbore, MODEL a GGUF file or a folder, OUT a folder for the results, DEVICE as in
-# `--device` (default: auto, which takes the best hardware GPU). Each run is one JSON file; a run that fails leaves its log.
+# `--device` (default: auto, which takes the best hardware GPU). Each run leaves JSON (and CSV, where it is a table) and
+# its log; `runs.csv` says how each went, `throughput.csv` what whole models reached. --small does a little of each, to
+# see on software Vulkan that the script works.
 set -euo pipefail
-[ $# -ge 3 ] || { echo "usage: benches/gpu.sh BINARY MODEL OUT [DEVICE]" >&2; exit 2; }
+size=full
+if [ "${1:-}" = --small ]; then size=small; shift; fi
+[ $# -ge 3 ] || { echo "usage: benches/gpu.sh [--small] BINARY MODEL OUT [DEVICE]" >&2; exit 2; }
 binary=$1 model=$2 out=$3 device=${4:-auto}
 mkdir -p "$out"
-"$binary" devices | tee "$out/devices.txt"
-"$binary" run "Name three primary colours." --model "$model" --device "$device" --max-tokens 48 --temperature 0 \
-  > "$out/run.txt" 2> "$out/run.log" || echo "gpu: the model does not run on $device; see $out/run.log" >&2
-"$binary" verify --device "$device" > "$out/verify.txt" 2>&1 || echo "gpu: a kernel is wrong; see $out/verify.txt" >&2
-"$binary" bench profile --model "$model" --device "$device" --seconds 30 --output "$out/device.json" \
-  > "$out/profile.json" 2> "$out/profile.log" || echo "gpu: no profile; see $out/profile.log" >&2
-for shapes in 1b 8b 70b; do
-  "$binary" bench ops --device "$device" --shapes $shapes --seconds 20 > "$out/ops-$shapes.json" 2> "$out/ops-$shapes.txt" \
-    || echo "gpu: ops of $shapes failed; see $out/ops-$shapes.txt" >&2
-done
-for requests in 1 32; do
-  "$binary" bench offline --weights random --shape llama-3.1-8b --device "$device" --num-requests $requests \
-    --max-num-seqs 32 --prompt-tokens 512 --output-tokens 64 > "$out/8b-$requests.json" 2> "$out/8b-$requests.log" \
-    || echo "gpu: 8B's size at $requests failed; see $out/8b-$requests.log" >&2
-done
-for requests in 1 4 16 64 256; do
-  result=$out/offline-$requests.json
-  if "$binary" bench offline --model "$model" --device "$device" --num-requests $requests --max-num-seqs $requests \
-    --max-num-batched-tokens 2048 > "$result" 2> "$out/offline-$requests.log"; then
-    echo "gpu: $requests at once: $(grep -o '"output_tokens_per_s":[0-9.]*' "$result")"
-  else
-    echo "gpu: $requests at once failed; see $out/offline-$requests.log" >&2
+export FULLBORE_CACHE=${FULLBORE_CACHE:-$out/cache}
+deadline=$((SECONDS + 9 * 60))
+failed=0
+echo "run,status,seconds" > "$out/runs.csv"
+echo "run,output_tokens_per_s" > "$out/throughput.csv"
+
+# run NAME LIMIT ARGUMENTS...: its standard output is NAME.json. What would go past the deadline is left out.
+run() {
+  local name=$1 limit=$2 begun=$SECONDS status=0 left=$((deadline - SECONDS))
+  shift 2
+  if [ "$left" -lt 5 ]; then
+    echo "$name,left out,0" >> "$out/runs.csv"
+    echo "gpu: no time is left for $name" >&2
+    return
   fi
+  timeout -k 5 "$((limit < left ? limit : left))" "$binary" "$@" --device "$device" \
+    > "$out/$name.json" 2> "$out/$name.log" || status=$?
+  echo "$name,$status,$((SECONDS - begun))" >> "$out/runs.csv"
+  if [ "$status" != 0 ]; then
+    failed=1
+    echo "gpu: $name ended with $status; see $out/$name.log" >&2
+  fi
+}
+
+# offline NAME LIMIT ARGUMENTS...: tokens a second of one run.
+offline() {
+  run "$1" "$2" bench offline "${@:3}"
+  local rate
+  rate=$(grep -oE '"output_tokens_per_s":[0-9.]+' "$out/$1.json" 2> /dev/null | cut -d: -f2 || true)
+  [ -z "$rate" ] || echo "$1,$rate" | tee -a "$out/throughput.csv"
+}
+
+"$binary" devices | tee "$out/devices.txt"
+if [ $size = small ]; then
+  run run 60 run "Name three primary colours." --model "$model" --max-tokens 8 --temperature 0
+  run verify 60 verify --only gated_act
+  run profile 90 bench profile --model "$model" --seconds 1 --max-num-seqs 2 --max-num-batched-tokens 32 \
+    --max-model-len 256 --output "$out/device.json"
+  run submit 60 bench submit --steps 5
+  run ops-small 60 bench ops --shapes small --m 1,8 --only "mat_mul attn" --seconds 1 --csv "$out/ops-small.csv"
+  offline offline-1 60 --model "$model" --num-requests 1 --prompt-tokens 16 --output-tokens 4
+  offline offline-4 90 --model "$model" --num-requests 4 --prompt-tokens 16 --output-tokens 4
+  exit $failed
+fi
+run run 60 run "Name three primary colours." --model "$model" --max-tokens 48 --temperature 0
+run verify 90 verify
+run submit 30 bench submit
+for shapes in 1b 8b 70b; do
+  run ops-$shapes 40 bench ops --shapes $shapes --seconds 15 --csv "$out/ops-$shapes.csv"
 done
+run profile 60 bench profile --model "$model" --seconds 20 --output "$out/device.json"
+for requests in 1 4 16 64 256; do
+  offline offline-$requests 30 --model "$model" --num-requests $requests --max-num-seqs $requests \
+    --max-num-batched-tokens 2048
+done
+big=(--weights random --shape llama-3.1-8b --max-num-seqs 32 --max-num-batched-tokens 2048)
+offline 8b-decode-1 60 "${big[@]}" --num-requests 1 --prompt-tokens 16 --output-tokens 128
+offline 8b-decode-32 60 "${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128
+offline 8b-prefill 60 "${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1
+run tune 60 tune --weights random --shape llama-3.1-8b --seconds 30
+offline 8b-decode-32-tuned 60 "${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128
+exit $failed

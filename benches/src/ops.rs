@@ -202,6 +202,11 @@ mod tests {
         for (name, m) in many.into_iter().flat_map(|name| [(name, 1), (name, 2), (name, 70)]) {
             assert!(names.contains(&(name, m)), "{name} at {m} among {names:?}");
         }
+        let csv = report.csv();
+        assert_eq!(csv.lines().count(), 1 + report.ops.len());
+        let num_fields =
+            |line: &str| line.split('"').step_by(2).map(|part| part.matches(',').count()).sum::<usize>() + 1;
+        assert!(csv.lines().all(|line| num_fields(line) == 8), "{csv}");
         // One row a sequence, and 64 at most.
         for (name, m) in ["mat_mul output", "attention", "sample"].into_iter().flat_map(|name| [(name, 1), (name, 2)]) {
             assert!(names.contains(&(name, m)) && !names.contains(&(name, 70)), "{name} at {m} among {names:?}");

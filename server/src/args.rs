@@ -303,6 +303,9 @@ pub struct OpsArgs {
     /// Ops whose names have this in them, such as "mat_mul ffn_down".
     #[arg(long, default_value = "")]
     pub only: String,
+    /// Write the table to a file too, as CSV.
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
     /// Measure for so many seconds; every op is run at least once.
     #[arg(long, default_value_t = 30)]
     pub seconds: u64,

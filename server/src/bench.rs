@@ -139,6 +139,9 @@ pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
     let report = ops::measure(backend.as_mut(), &options, &mut progress)?;
     eprint!("{report}");
     println!("{}", serde_json::json!(report));
+    if let Some(path) = &args.csv {
+        fs::write(path, report.csv()).map_err(|source| BenchCommandError::Write { path: path.clone(), source })?;
+    }
     Ok(())
 }
 

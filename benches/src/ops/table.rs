@@ -1,4 +1,4 @@
-//! A report for people: what the device can do at all, then a line for each op and M.
+//! A report for people: what the device can do at all, then a line for each op and M; and its lines for spreadsheets.
 
 use std::fmt;
 
@@ -43,5 +43,19 @@ impl fmt::Display for OpsReport {
             )?;
         }
         Ok(())
+    }
+}
+
+impl OpsReport {
+    /// A head and a line for each op and M, after RFC 4180. No name has a comma or a quote in it; shapes may.
+    pub fn csv(&self) -> String {
+        let mut text = "op,shape,m,best_us,median_us,gb_per_s,gflop_per_s,roofline_share\n".to_owned();
+        for op in &self.ops {
+            let [best, median] = [op.best_ns, op.median_ns].map(|ns| ns / 1e3);
+            let [bytes, flops] = [op.bytes_per_s, op.flops_per_s].map(|rate| rate / 1e9);
+            let (name, shape, m, share) = (&op.name, &op.shape, op.m, op.roofline_share);
+            text += &format!("{name},\"{shape}\",{m},{best:.2},{median:.2},{bytes:.3},{flops:.3},{share:.4}\n");
+        }
+        text
     }
 }
