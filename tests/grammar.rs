@@ -245,7 +245,7 @@ impl Sink for Client {
         match event {
             Event::Token { id, .. } => answer.tokens.push(id),
             Event::Finished { reason, .. } => answer.reason = Some(reason),
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
         }
         Flow::Continue
     }

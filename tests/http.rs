@@ -31,6 +31,7 @@ use tokio::runtime::Runtime;
 
 mod access;
 mod anthropic;
+mod embeddings;
 mod limits;
 mod parameters;
 mod responses;

@@ -45,7 +45,7 @@ impl Sink for Client {
         match event {
             Event::Token { id, .. } => answer.0.push(id),
             Event::Finished { reason, .. } => answer.1 = Some(reason),
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
         }
         Flow::Continue
     }

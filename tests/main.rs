@@ -6,6 +6,8 @@ mod block_pool;
 mod cpu;
 /// Ops on seeded inputs, for any backend.
 mod device;
+/// Needs nothing: what prompts are pooled to, on tiny models.
+mod embeddings;
 /// Needs nothing: readers and dequantisers against stored vectors, hostile files.
 mod formats;
 /// GGUF files to be.

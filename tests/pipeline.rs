@@ -36,7 +36,7 @@ impl Sink for Client {
                 answer.tokens.push((id, logprob.to_bits()));
             }
             Event::Finished { reason, .. } => answer.reason = Some(reason),
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
         }
         Flow::Continue
     }

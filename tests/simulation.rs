@@ -572,6 +572,7 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
             ..SamplingParams::default()
         },
         grammar: None,
+        pooling: None,
         logprobs: random.one_in(8).then(|| random.below(4)),
         prompt_logprobs: (max_tokens == 0 || random.one_in(8)).then(|| random.below(3)),
         cache_salt: u64::from(random.below(2)),

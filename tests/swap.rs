@@ -139,6 +139,7 @@ impl Rows for Batch {
             logprobs: Some(MAX_LOGPROBS),
             num_targets: 0,
             prompt_logprobs: 0,
+            pooled: false,
         });
         self
     }

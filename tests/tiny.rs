@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 use crate::gguf_file::{GgufFile, array, f32, text, typed, u32};
 use crate::golden::{add, tokens};
 
-const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma3"];
+pub const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma3"];
 /// `transformers` holds K and V in f32, our cache in f16; that alone makes differences near 1e-3 here.
 const F32_TOLERANCE: f64 = 2e-3;
 /// Against `transformers` with K and V rounded to f16; a value on the edge may still round the other way.
@@ -85,7 +85,7 @@ fn a_config_that_is_a_little_wrong_disagrees() {
     }
 }
 
-type Change = fn(&mut ModelConfig);
+pub type Change = fn(&mut ModelConfig);
 
 /// The largest difference of a prompt token's log-probability, and of the likeliest ones in the prompt's last rows.
 fn differences(expected: &Value, events: &[Event]) -> (f64, f64) {
@@ -614,7 +614,7 @@ fn greedy(prompt: &[TokenId]) -> Request {
     Request { prompt, max_tokens: 12, logprobs: num_top, prompt_logprobs: num_top, ..Request::default() }
 }
 
-fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
+pub fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
     let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
     let mut config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
     change(&mut config);
@@ -656,16 +656,16 @@ fn rows(events: &[Event]) -> Vec<TokenLogprobs> {
     let rows = |event: &Event| match event {
         Event::Prompt(rows) => rows.clone(),
         Event::Token { logprobs, .. } => logprobs.iter().cloned().collect(),
-        Event::Started { .. } | Event::Finished { .. } => Vec::new(),
+        Event::Started { .. } | Event::Pooled(_) | Event::Finished { .. } => Vec::new(),
     };
     events.iter().flat_map(rows).collect()
 }
 
-fn folder(name: &str) -> PathBuf {
+pub fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny").join(name)
 }
 
-fn expected(name: &str) -> Value {
+pub fn expected(name: &str) -> Value {
     json_file(&folder(name).join("expected.json"))
 }
 
@@ -685,11 +685,11 @@ fn json_file(path: &Path) -> Value {
     serde_json::from_str(&text).expect("goldens are JSON")
 }
 
-fn numbers(value: &Value) -> Vec<f64> {
+pub fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().expect("numbers").iter().map(|number| number.as_f64().expect("a number")).collect()
 }
 
-fn ids(value: &Value) -> Vec<TokenId> {
+pub fn ids(value: &Value) -> Vec<TokenId> {
     let id = |value: &Value| TokenId(value.as_u64().expect("an id") as u32);
     value.as_array().expect("ids").iter().map(id).collect()
 }

@@ -157,7 +157,7 @@ impl Sink for Counter {
         match event {
             Event::Token { .. } => drop(self.count.fetch_add(1, Ordering::Relaxed)),
             Event::Finished { .. } => self.round.ended.store(true, Ordering::Relaxed),
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
         }
         if self.is_closed() { Flow::Stop } else { Flow::Continue }
     }

@@ -69,7 +69,7 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
         let (index, at, event) = receiver.recv().map_err(|_| BenchError::EngineGone)?;
         let trace = &mut traces[index];
         match event {
-            Event::Started { .. } | Event::Prompt(_) => {}
+            Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { id, .. } => {
                 trace.first.get_or_insert(at);
                 trace.last = Some(at);

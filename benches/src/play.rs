@@ -291,7 +291,7 @@ impl Sink for Client {
         let mut heard = lock(&self.heard);
         match event {
             Event::Started { .. } => lock(&self.backlog).begin(TENANT, self.own_tokens),
-            Event::Prompt(_) => {}
+            Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { .. } => {
                 match self.last {
                     None => heard.ttft.record(now - self.arrival),

@@ -37,7 +37,7 @@ pub enum Logits {
     None,
     /// The last row, to choose the next token.
     Last,
-    /// Every row, for prompt logprobs.
+    /// Every row, for prompt logprobs or the mean of hidden states.
     All,
 }
 
@@ -59,6 +59,8 @@ pub struct Slice {
     /// `prompt_logprobs` most likely ones.
     pub num_targets: u32,
     pub prompt_logprobs: u32,
+    /// Whether the hidden states of its logit rows come back.
+    pub pooled: bool,
 }
 
 impl Slice {

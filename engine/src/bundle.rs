@@ -13,9 +13,11 @@ use crate::format::FormatError;
 use crate::format::gguf::Gguf;
 use crate::format::safetensors::SafetensorsDir;
 use crate::model::{Checkpoint, ModelConfig, ModelConfigError, Weights};
-use crate::request::TokenId;
+use crate::request::{Pooling, TokenId};
 use crate::tensor::WeightFormat;
 use crate::text::{ChatTemplate, GgufVocab, TextError, Tokenizer};
+
+mod pooling;
 
 pub struct Bundle {
     /// What the model calls itself, else the name of its file or folder.
@@ -28,6 +30,8 @@ pub struct Bundle {
     pub defaults: SamplingDefaults,
     /// Ids that end a generation.
     pub stop_ids: Vec<TokenId>,
+    /// How its makers have it embed; `None` where they do not, or in a way that is not ours.
+    pub pooling: Option<Pooling>,
     /// Of all weights, in the file's formats.
     pub total_bytes: u64,
     /// What it took to read the tokenizer.
@@ -125,6 +129,7 @@ impl Bundle {
             chat_template: Some(template),
             defaults: SamplingDefaults::default(),
             stop_ids: vec![TokenId(2)],
+            pooling: None,
             total_bytes: 0,
             tokenizer_took: Duration::ZERO,
         }
@@ -178,6 +183,7 @@ impl Bundle {
             min_p: file.f32("general.sampling.min_p")?,
             repetition_penalty: above_0(file.f32("general.sampling.penalty_repeat")?),
         };
+        let pooling = pooling::of_gguf(&file)?;
         let name = file.str("general.name")?.map_or_else(|| stem(file.path()), str::to_owned);
         Ok(Bundle {
             name,
@@ -188,6 +194,7 @@ impl Bundle {
             chat_template,
             defaults,
             stop_ids,
+            pooling,
             tokenizer_took,
         })
     }
@@ -220,6 +227,7 @@ impl Bundle {
         Ok(Bundle {
             name: stem(dir.path()),
             total_bytes: dir.total_tensor_bytes(),
+            pooling: pooling::of_safetensors(&dir),
             checkpoint: Checkpoint::Safetensors { dir, family: config.family },
             config,
             tokenizer: Arc::new(tokenizer),

@@ -30,11 +30,13 @@ use crate::sequence::Sequence;
 
 mod load;
 mod masks;
+mod pooled;
 mod recovery;
 mod step;
 mod times;
 mod warm_up;
 
+use pooled::Pooled;
 use step::{InFlight, Step, Submitted, record, record_forward};
 
 pub struct Engine {
@@ -98,6 +100,7 @@ struct Client {
     started_ns: Option<u64>,
     first_token: Option<Instant>,
     prompt_logprobs: Vec<TokenLogprobs>,
+    pooled: Pooled,
 }
 
 /// Plain numbers about an engine since its start, and now.
@@ -224,6 +227,7 @@ impl Engine {
             started_ns: None,
             first_token: None,
             prompt_logprobs: Vec::new(),
+            pooled: Pooled::default(),
         };
         self.clients.insert(id, client);
         id
@@ -431,6 +435,7 @@ impl Engine {
                 client.prompt_logprobs.extend(result.prompt_logprobs);
             }
         }
+        self.pool(batch);
         masks.follow(&mut self.clients, &mut self.choices);
     }
 
@@ -441,6 +446,10 @@ impl Engine {
         let prompt_done = !failed && (outcome.token.is_some() || outcome.finished.is_some());
         if prompt_done && !client.prompt_logprobs.is_empty() {
             flow = client.sink.event(Event::Prompt(std::mem::take(&mut client.prompt_logprobs)));
+        }
+        let is_whole = outcome.finished.is_some() && !failed;
+        if let Some(pooled) = is_whole.then(|| client.pooled.vector()).flatten() {
+            flow = client.sink.event(Event::Pooled(pooled));
         }
         if let (Some(id), Flow::Continue) = (outcome.token, flow) {
             self.stats.generated_tokens += 1;

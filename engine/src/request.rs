@@ -32,6 +32,8 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// The same for every prompt token but the first.
     pub prompt_logprobs: Option<u32>,
+    /// One vector for the prompt; `max_tokens` is 0 then.
+    pub pooling: Option<Pooling>,
     /// Requests share cached prefixes only within one salt.
     pub cache_salt: u64,
     /// Whom it is served for: service is shared fairly between tenants.
@@ -39,6 +41,15 @@ pub struct Request {
     pub share: Share,
     /// Among the requests of one tenant, lower ones come first (as in vLLM).
     pub priority: i32,
+}
+
+/// How a prompt's hidden states, as the output layer gets them, become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// That of the last token.
+    Last,
+    /// The mean of all.
+    Mean,
 }
 
 /// What a tenant may have.
@@ -142,6 +153,8 @@ pub enum Event {
     /// Once, before the first token, where `prompt_logprobs` asked for it: one entry for each prompt token but the
     /// first.
     Prompt(Vec<TokenLogprobs>),
+    /// Where `pooling` asked for it, before the end.
+    Pooled(Vec<f32>),
     Token {
         id: TokenId,
         logprobs: Option<TokenLogprobs>,

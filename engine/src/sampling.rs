@@ -86,7 +86,8 @@ fn choice(slice: &Slice, request: &Request, mask: Option<&[u32]>, extras: &mut V
     }
 }
 
-/// What must come back of a step: the choices of all rows, and the likeliest tokens of the rows that asked for them.
+/// What must come back of a step: the choices of all rows, the likeliest tokens of the rows that asked for them, then
+/// the hidden states of those that asked for these.
 pub fn downloads(batch: &Batch, choices: Choices, downloads: &mut Vec<Tensor>) {
     downloads.push(choices.chosen);
     let mut first = 0;
@@ -96,6 +97,15 @@ pub fn downloads(batch: &Batch, choices: Choices, downloads: &mut Vec<Tensor>) {
             downloads.push(Tensor { offset, rows: num_rows, ..choices.top });
         }
         first += slice.num_logit_rows();
+    }
+    let mut first = 0;
+    for slice in &batch.slices {
+        let rows = slice.num_logit_rows();
+        if slice.pooled {
+            let offset = choices.hidden.offset + first * choices.hidden.cols;
+            downloads.push(Tensor { offset, rows, ..choices.hidden });
+        }
+        first += rows;
     }
 }
 
@@ -112,6 +122,19 @@ pub fn read(batch: &Batch, bytes: &[u8], vocab_size: u32) -> impl Iterator<Item 
     let (chosen, top) = words.split_at((batch.num_logit_rows() * CHOSEN_WORDS) as usize);
     let mut rows = Rows { chosen: chosen.chunks_exact(CHOSEN_WORDS as usize), top, vocab_size };
     batch.slices.iter().map(move |slice| rows.slice(slice))
+}
+
+/// The hidden states that [`downloads`] brought, `dim` numbers a row: for each slice that asked, in order, its rows.
+pub fn read_hidden(batch: &Batch, bytes: &[u8], dim: u32) -> impl Iterator<Item = Vec<f32>> {
+    let num_words = move |slice: &Slice| (slice.num_logit_rows() * dim) as usize;
+    let pooled = || batch.slices.iter().filter(|slice| slice.pooled);
+    let words: &[Bytes] = bytemuck::cast_slice(bytes);
+    let mut rest = &words[words.len() - pooled().map(num_words).sum::<usize>()..];
+    pooled().map(move |slice| {
+        let (mine, others) = rest.split_at(num_words(slice));
+        rest = others;
+        mine.iter().map(|word| f32::from_le_bytes(*word)).collect()
+    })
 }
 
 /// A word as it came.
@@ -169,8 +192,10 @@ impl Rows<'_> {
     }
 }
 
+pub(crate) const NOT_FINITE: &str = "the model's output was not finite (NaN or infinity); this request was ended";
+
 fn broken_row() -> Choice {
-    Choice::Failed("the model's output was not finite (NaN or infinity); this request was ended".to_owned())
+    Choice::Failed(NOT_FINITE.to_owned())
 }
 
 #[cfg(test)]
@@ -192,6 +217,7 @@ mod tests {
             logprobs: None,
             num_targets: 0,
             prompt_logprobs: 0,
+            pooled: false,
         };
         let slices = vec![
             Slice { logprobs: Some(2), ..slice(0, 9, 0..1, Logits::Last, true) },
@@ -230,9 +256,24 @@ mod tests {
     fn only_rows_that_asked_bring_their_likeliest_tokens() {
         let tensor = |cols| Tensor::u32(BufferId(0), 4, cols);
         let mut wanted = Vec::new();
-        downloads(&batch(), Choices { chosen: tensor(CHOSEN_WORDS), top: tensor(2 * MAX_TOP) }, &mut wanted);
+        let mut batch = batch();
+        batch.slices[2].pooled = true;
+        let choices = Choices { chosen: tensor(CHOSEN_WORDS), top: tensor(2 * MAX_TOP), hidden: tensor(8) };
+        downloads(&batch, choices, &mut wanted);
         let places: Vec<_> = wanted.iter().map(|tensor| (tensor.offset, tensor.rows)).collect();
-        assert_eq!(places, [(0, 4), (0, 1), (2 * MAX_TOP, 2)]);
+        assert_eq!(places, [(0, 4), (0, 1), (2 * MAX_TOP, 2), (8, 3)]);
+    }
+
+    #[test]
+    fn hidden_states_come_last() {
+        let mut batch = batch();
+        (batch.slices[0].pooled, batch.slices[2].pooled) = (true, true);
+        let numbers: Vec<f32> = (0..8).map(|number| number as f32).collect();
+        let mut bytes = words([60, 41, 42, 61]);
+        bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        let hidden: Vec<Vec<f32>> = read_hidden(&batch, &bytes, 2).collect();
+        assert_eq!(hidden, [&numbers[..2], &numbers[2..]]);
+        assert_eq!(read(&batch, &bytes, 1000).next().expect("a slice").choice, Choice::Token(TokenId(60)));
     }
 
     /// The words of four rows with these ids, and those of the three that have most likely tokens.

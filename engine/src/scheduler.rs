@@ -21,7 +21,7 @@ use crate::cost::CostModel;
 use crate::memory::swap::HostBlocks;
 use crate::memory::{BlockHash, KvCache};
 use crate::queue::Queue;
-use crate::request::{FinishReason, TokenId, Usage};
+use crate::request::{FinishReason, Pooling, TokenId, Usage};
 use crate::sequence::Sequence;
 
 mod admission;
@@ -439,12 +439,18 @@ fn fill_slice(
     batch.table_updates.extend(blocks.map(|(index, block)| (slot, index as u32, block.0)));
     sequence.num_uploaded_blocks = sequence.table.num_blocks();
     let sample = end == sequence.num_tokens() && sequence.request.max_tokens > 0;
-    let prompt_rows = sequence.wants_prompt_logprobs(start);
-    let logits = match (prompt_rows, sample) {
+    let all_rows = sequence.wants_all_rows(start);
+    let pooled = match sequence.request.pooling {
+        None => false,
+        Some(Pooling::Last) => end == sequence.num_prompt_tokens(),
+        Some(Pooling::Mean) => true,
+    };
+    let logits = match (all_rows, sample || pooled) {
         (true, _) => Logits::All,
         (false, true) => Logits::Last,
         (false, false) => Logits::None,
     };
+    let is_targeted = all_rows && sequence.request.prompt_logprobs.is_some();
     batch.slices.push(Slice {
         sequence: sequence.id,
         slot,
@@ -453,8 +459,9 @@ fn fill_slice(
         logits,
         sample,
         logprobs: sequence.request.logprobs.filter(|_| sample),
-        num_targets: if prompt_rows { end.min(sequence.num_prompt_tokens() - 1) - start } else { 0 },
+        num_targets: if is_targeted { end.min(sequence.num_prompt_tokens() - 1) - start } else { 0 },
         prompt_logprobs: sequence.request.prompt_logprobs.unwrap_or(0),
+        pooled,
     });
     trace.record(sequence.id, start..end, sequence.num_tokens());
     sequence.num_computed_tokens = end;

@@ -10,7 +10,7 @@ use crate::batch::{SequenceId, SlotId};
 use crate::memory::swap::SwappedTable;
 use crate::memory::{BlockChain, BlockTable};
 use crate::queue::{DECODE_COST, PREFILL_COST, TenantIndex};
-use crate::request::{FinishReason, Request, TokenId, Usage};
+use crate::request::{FinishReason, Pooling, Request, TokenId, Usage};
 
 #[derive(Debug)]
 pub struct Sequence {
@@ -88,9 +88,9 @@ impl Sequence {
         }
     }
 
-    /// Tokens that may come from the prefix cache: at least one is computed, to have logits; prompt logprobs need all.
+    /// Tokens that may come from the prefix cache: at least one is computed, to have logits; some requests need all.
     pub fn max_hit_tokens(&self) -> u32 {
-        match self.wants_prompt_logprobs(0) {
+        match self.wants_all_rows(0) {
             true => 0,
             false => self.num_tokens() - 1,
         }
@@ -116,9 +116,11 @@ impl Sequence {
         PREFILL_COST * u64::from(num_prompt) + DECODE_COST * u64::from(since.end - since.start - num_prompt)
     }
 
-    /// Whether the rows of `[start, end)` go through the output layer for the prompt's own log-probabilities.
-    pub fn wants_prompt_logprobs(&self, start: u32) -> bool {
-        self.request.prompt_logprobs.is_some() && start < self.num_prompt_tokens() && self.num_generated_tokens() == 0
+    /// Whether all rows from `start` on go to the output layer: for the prompt's own log-probabilities, or the mean of
+    /// its hidden states.
+    pub fn wants_all_rows(&self, start: u32) -> bool {
+        let wants = self.request.prompt_logprobs.is_some() || self.request.pooling == Some(Pooling::Mean);
+        wants && start < self.num_prompt_tokens() && self.num_generated_tokens() == 0
     }
 
     /// Why the sequence has ended, after `token` was appended.

@@ -7,7 +7,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use fullbore_bench::workload::{Arrivals, Lengths};
 use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
-use fullbore_engine::request::Share;
+use fullbore_engine::request::{Pooling, Share};
 use fullbore_engine::tensor::{KvType, WeightFormat};
 
 use crate::api::parse_share;
@@ -177,6 +177,9 @@ pub struct ServeArgs {
     /// The model's name in the API [default: the name it was asked for by].
     #[arg(long)]
     pub served_model_name: Option<String>,
+    /// last or mean: how hidden states become an embedding, for a model whose files do not say it.
+    #[arg(long, value_parser = parse_pooling)]
+    pub pooling: Option<Pooling>,
     /// Weight of a tenant (the API key of its requests, else their `user`), and how many of them run at once.
     #[arg(long = "share", value_name = "NAME=WEIGHT[:MAX]", value_parser = parse_share)]
     pub shares: Vec<(String, Share)>,

@@ -191,9 +191,10 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     };
     let scheme = if entrance.tls.is_some() { "https" } else { "http" };
     let server = Server::start(args.host, args.port, entrance).await?;
-    let (engine_args, name) = (args.engine.clone(), args.served_model_name.clone());
+    let (engine_args, name, pooling) = (args.engine.clone(), args.served_model_name.clone(), args.pooling);
     let load = tokio::task::spawn_blocking(move || {
-        let plan = start::plan(&engine_args, name.as_deref())?;
+        let mut plan = start::plan(&engine_args, name.as_deref())?;
+        plan.bundle.pooling = pooling.or(plan.bundle.pooling);
         eprintln!("{}", plan.memory);
         plan.load().inspect(|model| eprintln!("{}", model.times))
     });

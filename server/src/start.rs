@@ -198,7 +198,8 @@ impl Plan {
     pub fn load(self) -> Result<ServedModel, StartError> {
         self.check_memory()?;
         let has_floats = self.bundle.has_floats();
-        let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, total_bytes, .. } = self.bundle;
+        let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, pooling, total_bytes, .. } =
+            self.bundle;
         let neighbours = devices::share(self.backend.info(), &self.name);
         let mut times = self.times;
         let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config, &mut times);
@@ -218,6 +219,8 @@ impl Plan {
             chat_template,
             defaults,
             stop_ids,
+            pooling,
+            hidden_size: engine.model().config.dim,
             memory: self.memory,
             shares: HashMap::new(),
             costs: self.costs,

@@ -22,7 +22,7 @@ use crate::op::{
     RopeKv, SAMPLED_BY_SLOT,
 };
 use crate::recording::Recording;
-use crate::tensor::{BufferId, Tensor, Weight, WeightId};
+use crate::tensor::{BufferId, DType, Tensor, Weight, WeightId};
 
 mod sample;
 
@@ -352,7 +352,11 @@ impl Backend for SimBackend {
         }
         let mut downloads = Vec::with_capacity(recording.download_bytes() as usize);
         for &tensor in &recording.downloads {
-            downloads.extend_from_slice(bytemuck::cast_slice(self.words(tensor)));
+            match tensor.dtype {
+                // Of a row's hash, numbers that are finite.
+                DType::F32 => downloads.extend(self.words(tensor).iter().flat_map(|word| number(*word).to_le_bytes())),
+                _ => downloads.extend_from_slice(bytemuck::cast_slice(self.words(tensor))),
+            }
         }
         self.num_submitted += 1;
         let copied: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
@@ -448,6 +452,11 @@ fn without_layers(ops: &[Op]) -> impl Iterator<Item = &Op> {
 const POISON: u64 = u64::MAX;
 
 /// SplitMix64's output function (Steele, Lea and Flood 2014) over both.
+/// From -1 to 1.
+fn number(word: u32) -> f32 {
+    word.cast_signed() as f32 / 2f32.powi(31)
+}
+
 fn mix(a: u64, b: u64) -> u64 {
     if a == POISON || b == POISON {
         return POISON;

@@ -93,6 +93,7 @@ fn single_token() -> Batch {
         logprobs: None,
         num_targets: 0,
         prompt_logprobs: 0,
+        pooled: false,
     };
     Batch {
         slices: vec![slice],

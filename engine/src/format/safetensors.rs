@@ -37,6 +37,8 @@ pub struct SafetensorsDir {
     generation_config: Option<Value>,
     tokenizer_config: Option<Value>,
     chat_template: Option<String>,
+    modules: Option<Value>,
+    pooling: Option<Value>,
 }
 
 type Result<T> = std::result::Result<T, FormatError>;
@@ -59,6 +61,8 @@ impl SafetensorsDir {
             generation_config: read_optional_json(&dir.join("generation_config.json"))?,
             tokenizer_config: read_optional_json(&dir.join("tokenizer_config.json"))?,
             chat_template: read_optional_text(&dir.join("chat_template.jinja"))?,
+            modules: read_optional(&dir.join("modules.json"))?.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
+            pooling: read_optional_json(&dir.join("1_Pooling/config.json"))?,
             dir: dir.to_owned(),
         })
     }
@@ -77,6 +81,15 @@ impl SafetensorsDir {
 
     pub fn tokenizer_config_json(&self) -> Option<&Value> {
         self.tokenizer_config.as_ref()
+    }
+
+    /// What sentence-transformers writes of a model that embeds: its modules, a list, and how it pools.
+    pub fn modules_json(&self) -> Option<&Value> {
+        self.modules.as_ref()
+    }
+
+    pub fn pooling_json(&self) -> Option<&Value> {
+        self.pooling.as_ref()
     }
 
     /// `chat_template.jinja`; older folders have theirs in `tokenizer_config.json`.

@@ -67,8 +67,11 @@ impl Model {
     /// Appends the choice from the logits that the last pass left, one row for each of `inputs`.
     pub fn record_choices(&self, inputs: &SamplingInputs, recording: &mut Recording) -> Choices {
         let num_rows = inputs.rows.rows;
-        let choices =
-            Choices { chosen: self.scratch.chosen.first_rows(num_rows), top: self.scratch.top.first_rows(num_rows) };
+        let choices = Choices {
+            chosen: self.scratch.chosen.first_rows(num_rows),
+            top: self.scratch.top.first_rows(num_rows),
+            hidden: self.scratch.last_normed.first_rows(num_rows),
+        };
         recording.push(Op::Sample(Sample {
             logits: self.scratch.logits.first_rows(num_rows),
             rows: inputs.rows,

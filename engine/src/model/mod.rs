@@ -144,6 +144,8 @@ pub struct Choices {
     pub chosen: Tensor,
     /// u32 (logit rows, 2 * `MAX_TOP`)
     pub top: Tensor,
+    /// f32 (logit rows, dim): what the output layer was given.
+    pub hidden: Tensor,
 }
 
 impl Inputs {

@@ -67,7 +67,7 @@ impl<'a> Budget<'a> {
             return 0;
         }
         let num_tokens = sequence.num_uncomputed_tokens(self.config.max_model_len).min(self.tokens);
-        let num_tokens = match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
+        let num_tokens = match sequence.wants_all_rows(sequence.num_computed_tokens) {
             true => num_tokens.min(self.rows),
             false if self.rows == 0 => 0,
             false => num_tokens,
@@ -114,7 +114,7 @@ impl<'a> Budget<'a> {
 
     /// Rows of the output layer that the next `num_tokens` of `sequence` take.
     fn rows_of(&self, sequence: &Sequence, num_tokens: u32) -> u32 {
-        match sequence.wants_prompt_logprobs(sequence.num_computed_tokens) {
+        match sequence.wants_all_rows(sequence.num_computed_tokens) {
             true => num_tokens,
             false => u32::from(num_tokens == sequence.num_uncomputed_tokens(self.config.max_model_len)),
         }

@@ -27,6 +27,7 @@ pub struct GgufVocab {
     pub eos: Option<u32>,
     pub unk: Option<u32>,
     pub add_bos: Option<bool>,
+    pub add_eos: Option<bool>,
     pub add_space_prefix: Option<bool>,
 }
 
@@ -65,6 +66,7 @@ impl Tokenizer {
             bos: vocab.bos.map(TokenId),
             eos: vocab.eos.map(TokenId),
             add_bos: vocab.add_bos.unwrap_or(add_bos),
+            ending: vocab.eos.map(TokenId).filter(|_| vocab.add_eos == Some(true)),
             max_bytes_per_token: 0,
         };
         Ok(tokenizer.measured())
@@ -85,6 +87,7 @@ impl GgufVocab {
             eos: gguf.u32("tokenizer.ggml.eos_token_id")?,
             unk: gguf.u32("tokenizer.ggml.unknown_token_id")?,
             add_bos: gguf.bool("tokenizer.ggml.add_bos_token")?,
+            add_eos: gguf.bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: gguf.bool("tokenizer.ggml.add_space_prefix")?,
         })
     }

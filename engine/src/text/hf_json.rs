@@ -26,6 +26,7 @@ impl Tokenizer {
         let (pieces, kinds) = file.vocabulary(model, &added)?;
         let ids = |id: &Value| id.as_str().and_then(|text| added.iter().find(|token| token.spelling == text));
         let bos = file.first_special().and_then(ids).map(|token| token.id);
+        let ending = file.last_special().and_then(ids).map(|token| token.id);
         let is_byte_level = file.mentions("pre_tokenizer", "ByteLevel") || file.mentions("decoder", "ByteLevel");
         let writes_prefix = file.mentions("normalizer", "Prepend") || file.mentions("decoder", "Strip");
         let add_space_prefix = writes_prefix || file.metaspace_prepends();
@@ -34,7 +35,7 @@ impl Tokenizer {
         let special = SpecialTokens::new(added.into_iter());
         let (eos, add_bos) = (None, bos.is_some());
         let tokenizer =
-            Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos, add_bos, max_bytes_per_token: 0 };
+            Tokenizer { pieces, kinds, special, merger, alphabet, bos, eos, add_bos, ending, max_bytes_per_token: 0 };
         Ok(tokenizer.measured())
     }
 }
@@ -134,10 +135,19 @@ impl TokenizerJson {
 
     /// The spelling of the special token that the post-processor puts before a text.
     fn first_special(&self) -> Option<&Value> {
+        self.processors().iter().find_map(|processor| processor["single"].get(0)?.get("SpecialToken")?.get("id"))
+    }
+
+    fn last_special(&self) -> Option<&Value> {
+        let behind = |processor: &'_ Value| processor["single"].as_array().filter(|parts| parts.len() > 1).is_some();
+        let processor = self.processors().iter().find(|processor| behind(processor))?;
+        processor["single"].as_array()?.last()?.get("SpecialToken")?.get("id")
+    }
+
+    fn processors(&self) -> &[Value] {
         let processor = &self.json["post_processor"];
         let list = processor["processors"].as_array();
-        let processors = list.map(Vec::as_slice).unwrap_or(std::slice::from_ref(processor));
-        processors.iter().find_map(|processor| processor["single"].get(0)?.get("SpecialToken")?.get("id"))
+        list.map(Vec::as_slice).unwrap_or(std::slice::from_ref(processor))
     }
 
     fn mentions(&self, section: &str, kind: &str) -> bool {

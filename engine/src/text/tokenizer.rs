@@ -36,6 +36,8 @@ pub struct Tokenizer {
     pub(super) bos: Option<TokenId>,
     pub(super) eos: Option<TokenId>,
     pub(super) add_bos: bool,
+    /// What a whole text ends with.
+    pub(super) ending: Option<TokenId>,
     /// Of a text, that one token can stand for.
     pub(super) max_bytes_per_token: usize,
 }
@@ -163,6 +165,11 @@ impl Tokenizer {
     /// Whether a sequence starts with the BOS token.
     pub fn add_bos(&self) -> bool {
         self.add_bos && self.bos.is_some()
+    }
+
+    /// The token that a whole text ends with, where its makers say that it has one: that of models that embed.
+    pub fn ending(&self) -> Option<TokenId> {
+        self.ending
     }
 
     /// The bytes that a token stands for; none for an id outside the vocabulary.

@@ -19,17 +19,25 @@ pub enum Event {
 }
 
 /// What a dialect makes of the choices of one request. A stream is `begin`, `more` for each piece, then `end` or
-/// `fail`.
+/// `fail`; what is never streamed has none of them.
 pub trait Answer: Send + Sync {
     fn is_streamed(&self) -> bool;
 
-    fn begin(&mut self, generation: &Generation) -> Vec<Event>;
+    fn begin(&mut self, _generation: &Generation) -> Vec<Event> {
+        Vec::new()
+    }
 
-    fn more(&mut self, model: &ServedModel, delta: Delta, usage: Usage) -> Vec<Event>;
+    fn more(&mut self, _model: &ServedModel, _delta: Delta, _usage: Usage) -> Vec<Event> {
+        Vec::new()
+    }
 
-    fn end(&mut self, usage: Usage) -> Vec<Event>;
+    fn end(&mut self, _usage: Usage) -> Vec<Event> {
+        Vec::new()
+    }
 
-    fn fail(&mut self, error: &ApiError, usage: Usage) -> Vec<Event>;
+    fn fail(&mut self, _error: &ApiError, _usage: Usage) -> Vec<Event> {
+        Vec::new()
+    }
 
     /// What a stream says when there is nothing to say.
     fn keep_alive(&self) -> Bytes {

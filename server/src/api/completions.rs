@@ -27,12 +27,12 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
     let best_of = best_of(fields)?;
     own.n = best_of.map_or(own.n, |(_, best_of)| best_of);
     let sampling = Sampling::read(model, client, fields, own)?;
-    let inputs = inputs(fields.get("prompt"))?;
+    let inputs = inputs(fields, "prompt", MAX_CHOICES)?;
     let constraint = Constraint::read(fields)?;
     let places = sampling.reserve(model, inputs.len())?;
     let grammar = constraint.map(|constraint| constraint.compile(model)).transpose()?;
     let prompt = |input: Input| {
-        let ids = ids(model, &input)?;
+        let ids = ids(model, "prompt", &input)?;
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
         let max_tokens = sampling.max_tokens.unwrap_or_else(default);
         let echo = echo.then(|| Echo { text: text(model, &input, &ids), logprobs });
@@ -57,38 +57,40 @@ pub fn best_of(fields: &Fields) -> Result<Option<(u32, u32)>, ApiError> {
     }
 }
 
-enum Input<'a> {
+pub enum Input<'a> {
     Text(&'a str),
     Ids(&'a [Value]),
 }
 
-fn inputs<'a>(value: Option<&'a Value>) -> Result<Vec<Input<'a>>, ApiError> {
+/// The prompts in field `param`.
+pub fn inputs<'a>(fields: &Fields<'a>, param: &str, max_inputs: usize) -> Result<Vec<Input<'a>>, ApiError> {
     const EXPECTED: &str = "a string, a list of token ids, or a list of such prompts";
-    let value =
-        value.ok_or_else(|| ApiError::invalid("prompt", format!("prompt is missing; it must be {EXPECTED}")))?;
+    let missing = || ApiError::invalid(param, format!("{param} is missing; it must be {EXPECTED}"));
+    let value = fields.get(param).ok_or_else(missing)?;
     match value {
         Value::String(text) => Ok(vec![Input::Text(text)]),
         Value::Array(items) if items.iter().all(Value::is_number) => Ok(vec![Input::Ids(items)]),
-        Value::Array(items) if items.len() > MAX_CHOICES => {
-            let message = format!("prompt has {} prompts; at most {MAX_CHOICES} are taken at once", items.len());
-            Err(ApiError::invalid("prompt", message))
+        Value::Array(items) if items.len() > max_inputs => {
+            let message = format!("{param} has {} prompts; at most {max_inputs} are taken at once", items.len());
+            Err(ApiError::invalid(param, message))
         }
         Value::Array(items) => {
             let input = |item: &'a Value| match item {
                 Value::String(text) => Ok(Input::Text(text)),
                 Value::Array(ids) => Ok(Input::Ids(ids)),
-                _ => Err(wrong("prompt", value, EXPECTED)),
+                _ => Err(wrong(param, value, EXPECTED)),
             };
             items.iter().map(input).collect()
         }
-        _ => Err(wrong("prompt", value, EXPECTED)),
+        _ => Err(wrong(param, value, EXPECTED)),
     }
 }
 
-fn ids(model: &ServedModel, input: &Input) -> Result<Vec<TokenId>, ApiError> {
+/// A prompt of field `param` as ids.
+pub fn ids(model: &ServedModel, param: &str, input: &Input) -> Result<Vec<TokenId>, ApiError> {
     match input {
-        Input::Ids(ids) => ids.iter().map(|id| token_id(model, "prompt", id)).collect(),
-        Input::Text(text) => text_ids(model, "prompt", text, true),
+        Input::Ids(ids) => ids.iter().map(|id| token_id(model, param, id)).collect(),
+        Input::Text(text) => text_ids(model, param, text, true),
     }
 }
 

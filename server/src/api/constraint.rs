@@ -9,7 +9,7 @@ use super::ServedModel;
 use super::fields::{Fields, wrong};
 use crate::http::error::ApiError;
 
-const MAX_CHOICES: usize = 1024;
+pub const MAX_CHOICES: usize = 1024;
 
 /// A grammar, and the field that asked for it.
 #[derive(Clone, Debug, PartialEq)]

@@ -52,7 +52,10 @@ impl<'a> Fields<'a> {
     /// Refuses those of `names` that are there: they would change the answer, and we do not have them. What changes
     /// nothing is taken.
     pub fn refuse(&self, names: &[&str]) -> Result<(), ApiError> {
-        let asked = |name: &&&str| self.get(name).is_some_and(|value| !changes_nothing(name, value));
+        let asked = |name: &&&str| match self.0.get(**name) {
+            Some(Value::Null) | None => false,
+            Some(value) => !changes_nothing(name, value),
+        };
         match names.iter().find(asked) {
             Some(name) => Err(unsupported(name)),
             None => Ok(()),

@@ -61,6 +61,8 @@ pub struct Delta {
     pub prompt: Vec<TokenId>,
     /// Where they were asked for, only in its first: of every token of the prompt but the first.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// The embedding of its prompt, where that was asked for.
+    pub pooled: Vec<f32>,
     /// Only in its last: `stop`, `length` or `tool_calls`.
     pub finish_reason: Option<&'static str>,
     /// The stop string that ended it.
@@ -246,6 +248,10 @@ impl Choice {
                 }
                 Ok(None)
             }
+            Event::Pooled(vector) => {
+                self.pending.pooled = vector;
+                Ok(None)
+            }
             Event::Token { id, logprobs } => {
                 self.begin();
                 Ok(self.take_token(id, logprobs))
@@ -359,6 +365,7 @@ impl Delta {
         self.entries.extend(next.entries);
         self.prompt.extend(next.prompt);
         self.prompt_logprobs.extend(next.prompt_logprobs);
+        self.pooled.extend(next.pooled);
         self.finish_reason = next.finish_reason;
         self.stop = next.stop;
     }

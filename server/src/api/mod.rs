@@ -1,8 +1,8 @@
 //! The API without its transport: a JSON body becomes requests, events become JSON.
 //!
 //! A dialect is a module that reads a body and is an [`Answer`]: [`completions`] and [`chat_completions`], whose
-//! answers are [`openai`]'s, [`responses`], and [`anthropic`]. What they read becomes the same [`chat`], [`sampling`]
-//! and [`constraint`].
+//! answers are [`openai`]'s, [`responses`], [`anthropic`], and [`embeddings`], whose answers are no text. What they
+//! read becomes the same [`chat`], [`sampling`] and [`constraint`].
 //!
 //! Invariant: a whole answer is the sum of the chunks of the same answer streamed; both come from [`Delta`]s. Text is
 //! made and read here, outside the engine thread. Knows no socket.
@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fullbore_engine::bundle::SamplingDefaults;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::MemoryTable;
-use fullbore_engine::request::{Share, TokenId};
+use fullbore_engine::request::{Pooling, Share, TokenId};
 use fullbore_engine::text::{ChatTemplate, Tokenizer};
 use fullbore_engine::worker::EngineHandle;
 use serde_json::Value;
@@ -31,6 +31,7 @@ mod chat;
 mod chat_completions;
 mod completions;
 mod constraint;
+mod embeddings;
 mod fields;
 mod generation;
 pub mod limits;
@@ -51,6 +52,7 @@ pub use generation::{Delta, Generation, Job, Jobs};
 pub use tenancy::parse_share;
 
 use anthropic::MessageAnswer;
+use embeddings::EmbeddingAnswer;
 use fields::Fields;
 use openai::OpenAiAnswer;
 use responses::ResponseAnswer;
@@ -65,6 +67,10 @@ pub struct ServedModel {
     /// Of the model's makers; a request's own values come first.
     pub defaults: SamplingDefaults,
     pub stop_ids: Vec<TokenId>,
+    /// How it embeds; `None` where it was not made to.
+    pub pooling: Option<Pooling>,
+    /// Numbers of an embedding.
+    pub hidden_size: u32,
     pub memory: MemoryTable,
     /// Of tenants that have other shares than most, by name.
     pub shares: HashMap<String, Share>,
@@ -98,6 +104,7 @@ pub enum Endpoint {
     Chat,
     Responses,
     Messages,
+    Embeddings,
 }
 
 impl Endpoint {
@@ -106,7 +113,7 @@ impl Endpoint {
         match self {
             Endpoint::Completions => "prompt",
             Endpoint::Chat | Endpoint::Messages => "messages",
-            Endpoint::Responses => "input",
+            Endpoint::Responses | Endpoint::Embeddings => "input",
         }
     }
 }
@@ -145,6 +152,10 @@ pub fn prepare(
             let id = id("resp_");
             let answer = ResponseAnswer::read(&id, model, &fields)?;
             Ok((Box::new(answer), responses::jobs(model, &id, client, &fields)?))
+        }
+        Endpoint::Embeddings => {
+            let answer = EmbeddingAnswer::read(model, &fields)?;
+            Ok((Box::new(answer), embeddings::jobs(model, &id("embd-"), client, &fields)?))
         }
         Endpoint::Messages => {
             let id = id("msg_");

@@ -134,7 +134,7 @@ impl ResponseAnswer {
             "background": false,
             "instructions": or_null("instructions"),
             "max_output_tokens": or_null("max_output_tokens"),
-            "metadata": or("metadata", json!({})),
+            "metadata": fields.object("metadata")?.map_or_else(|| json!({}), |metadata| json!(metadata.0)),
             "model": model.name,
             "parallel_tool_calls": or("parallel_tool_calls", json!(true)),
             "previous_response_id": null,

@@ -21,8 +21,8 @@ use crate::start::random;
 pub const MAX_CHOICES: usize = 128;
 /// Alternatives of one token at most.
 pub const MAX_LOGPROBS: i64 = request::MAX_LOGPROBS as i64;
-const MAX_STOPS: usize = 16;
-const MAX_STOP_BYTES: usize = 256;
+pub const MAX_STOPS: usize = 16;
+pub const MAX_STOP_BYTES: usize = 256;
 
 /// What not all dialects have, or call the same.
 #[derive(Clone, Debug, Default)]
@@ -134,6 +134,7 @@ impl Sampling {
                 grammar: prompt.grammar.clone(),
                 logprobs: prompt.logprobs,
                 prompt_logprobs: prompt.prompt_logprobs.max(echoed),
+                pooling: None,
                 cache_salt: self.tenancy.cache_salt,
                 tenant: self.tenancy.tenant,
                 share: self.tenancy.share,

@@ -11,7 +11,7 @@ use crate::http::error::ApiError;
 pub mod calls;
 pub mod format;
 
-const MAX_TOOLS: usize = 128;
+pub const MAX_TOOLS: usize = 128;
 const MAX_NAME_BYTES: usize = 64;
 
 #[derive(Clone, Debug, Default, PartialEq)]

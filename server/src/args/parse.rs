@@ -3,6 +3,7 @@
 use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::format::quantize::TARGETS;
 use fullbore_engine::model::shape_names;
+use fullbore_engine::request::Pooling;
 use fullbore_engine::tensor::{KvType, WeightFormat};
 
 use super::{Rows, Shape};
@@ -16,6 +17,14 @@ pub(super) fn parse_shape(text: &str) -> Result<Shape, String> {
     let format = WeightFormat::from_name(format)
         .ok_or_else(|| format!("{format} is no format of weights; there are {}", formats()))?;
     Ok(Shape { model: model.to_owned(), format })
+}
+
+pub(super) fn parse_pooling(text: &str) -> Result<Pooling, String> {
+    match text {
+        "last" => Ok(Pooling::Last),
+        "mean" => Ok(Pooling::Mean),
+        _ => Err("it is last or mean".to_owned()),
+    }
 }
 
 pub(super) fn parse_tier(text: &str) -> Result<adapters::Tier, String> {

@@ -48,7 +48,8 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let texts = texts(with_app.clone());
     let responses = warp::path!("v1" / "responses").map(|| Endpoint::Responses);
     let messages = warp::path!("v1" / "messages").map(|| Endpoint::Messages);
-    let generate = completions.or(chat).unify().or(responses).unify().or(messages).unify();
+    let embeddings = warp::path!("v1" / "embeddings").map(|| Endpoint::Embeddings);
+    let generate = completions.or(chat).unify().or(responses).unify().or(messages).unify().or(embeddings).unify();
     let generate = generate
         .and(warp::post())
         .and(with_app)

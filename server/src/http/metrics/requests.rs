@@ -68,7 +68,7 @@ impl Observer {
         let now = Instant::now();
         match event {
             Event::Started { .. } => self.started = Some(now),
-            Event::Prompt(_) => {}
+            Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { .. } => {
                 match self.last_token.replace(now) {
                     Some(last) => observe(&self.metrics.next_token, now - last),
