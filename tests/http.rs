@@ -33,6 +33,7 @@ mod access;
 mod anthropic;
 mod embeddings;
 mod limits;
+mod openapi;
 mod parameters;
 mod responses;
 mod structured;

@@ -39,6 +39,7 @@ mod logprobs;
 mod messages;
 pub mod models;
 mod openai;
+pub mod openapi;
 mod parts;
 mod reply;
 mod responses;

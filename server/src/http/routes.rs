@@ -43,6 +43,7 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         Ok(model) => json_response(&api::limits::report(model)),
         Err(error) => error.response(""),
     });
+    let openapi = warp::path!("openapi.json").and(warp::get()).map(|| json_response(&api::openapi::document()));
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
     let texts = texts(with_app.clone());
@@ -59,7 +60,7 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         .and(warp::body::stream())
         .then(generate_reply);
     let health = live.or(ready).unify().or(healthy).unify();
-    let api = models.or(limits).unify().or(generate).unify().or(texts).unify();
+    let api = models.or(limits).unify().or(openapi).unify().or(generate).unify().or(texts).unify();
     let rest = page.or(script).unify().or(style).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
 }

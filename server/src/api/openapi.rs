@@ -1,0 +1,215 @@
+//! `/openapi.json`: our own API as OpenAPI 3.1. Invariant: it has every route and every field that a parser asks for,
+//! and nothing else; ranges are the parsers' own constants. The tests below hold it to that.
+
+use serde_json::{Map, Value, json};
+
+mod bodies;
+mod messages;
+
+use bodies::{any_object, bool, list, object, string};
+
+/// All of it.
+pub fn document() -> Value {
+    let mut paths = Map::new();
+    for (path, summary, answer) in GETS {
+        paths.insert((*path).to_owned(), json!({"get": operation(summary, None, answer, &[])}));
+    }
+    for Post { path, summary, body, answer, streams } in posts() {
+        let example = example(path);
+        let content = json!({"required": true, "content": {"application/json": {"schema": body, "example": example}}});
+        let kinds: &[&str] = if streams { &["text/event-stream"] } else { &[] };
+        paths.insert(path.to_owned(), json!({"post": operation(summary, Some(content), answer, kinds)}));
+    }
+    json!({
+        "openapi": "3.1.0",
+        "info": {"title": "Fullbore", "version": env!("CARGO_PKG_VERSION"), "description": DESCRIPTION},
+        "paths": paths,
+        "components": {"schemas": messages::schemas(), "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }},
+        // A key is wanted only where the server has any.
+        "security": [{}, {"bearer": []}, {"x-api-key": []}],
+    })
+}
+
+const DESCRIPTION: &str = "Fields that nobody knows are ignored; fields that are known elsewhere and would change the \
+    answer are refused by name, with status 400. Ranges that depend on the model are checked when it is asked.";
+
+struct Post {
+    path: &'static str,
+    summary: &'static str,
+    body: Value,
+    answer: &'static str,
+    streams: bool,
+}
+
+/// Path, what it is, and its answer among `components`; of `text` and `empty` there is no schema.
+const GETS: &[(&str, &str, &str)] = &[
+    ("/health", "Whether it can serve", "Health"),
+    ("/health/live", "Whether the process lives", "Health"),
+    ("/health/ready", "Whether it can serve", "Health"),
+    ("/metrics", "Prometheus' text format", "text"),
+    ("/openapi.json", "This document", "Object"),
+    ("/v1/limits", "Where the device's time went, and what holds it back", "Object"),
+    ("/v1/models", "The model that there is", "Models"),
+];
+
+fn posts() -> Vec<Post> {
+    let post = |path, summary, body, answer, streams| Post { path, summary, body, answer, streams };
+    vec![
+        post("/v1/completions", "Goes on with prompts", bodies::completions(), "Completion", true),
+        post("/v1/chat/completions", "Answers a chat", bodies::chat(), "ChatCompletion", true),
+        post("/v1/responses", "OpenAI's responses, stateless", bodies::responses(), "Response", true),
+        post("/v1/messages", "Anthropic's messages", bodies::messages(), "Message", true),
+        post(
+            "/v1/messages/count_tokens",
+            "Tokens that a message's prompt has",
+            bodies::count_tokens(),
+            "InputTokens",
+            false,
+        ),
+        post("/v1/embeddings", "Vectors of texts", bodies::embeddings(), "Embeddings", false),
+        post("/tokenize", "A text or a chat as token ids", bodies::tokenize(), "Tokens", false),
+        post("/detokenize", "Token ids as text", bodies::detokenize(), "Prompt", false),
+        post("/apply-template", "A chat as the model reads it", bodies::apply_template(), "Prompt", false),
+    ]
+}
+
+/// A body that is answered.
+fn example(path: &str) -> Value {
+    let chat = json!([{"role": "user", "content": "Name three primary colours."}]);
+    match path {
+        "/v1/completions" => json!({"prompt": "Once upon a time", "max_tokens": 16}),
+        "/v1/chat/completions" | "/v1/messages" => json!({"messages": chat, "max_tokens": 16}),
+        "/v1/responses" => json!({"input": "Name three primary colours.", "max_output_tokens": 16}),
+        "/v1/embeddings" => json!({"input": ["Once upon a time", "There was a king"]}),
+        "/detokenize" => json!({"tokens": [1, 2]}),
+        "/tokenize" => json!({"prompt": "Once upon a time"}),
+        _ => json!({"messages": chat}),
+    }
+}
+
+fn operation(summary: &str, body: Option<Value>, answer: &str, streams: &[&str]) -> Value {
+    let mut content = Map::new();
+    match answer {
+        "text" => content.insert("text/plain".to_owned(), json!({"schema": {"type": "string"}})),
+        name => content.insert("application/json".to_owned(), json!({"schema": reference(name)})),
+    };
+    for kind in streams {
+        content.insert((*kind).to_owned(), json!({"schema": {"type": "string"}}));
+    }
+    let error = json!({"description": "An error, in the shape of the path's dialect.",
+        "content": {"application/json": {"schema": reference("Error")}}});
+    let mut operation = json!({
+        "summary": summary,
+        "responses": {"200": {"description": "The answer.", "content": content}, "default": error},
+    });
+    if let Some(body) = body {
+        operation["requestBody"] = body;
+    }
+    operation
+}
+
+fn reference(name: &str) -> Value {
+    json!({"$ref": format!("#/components/schemas/{name}")})
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::bundle::Bundle;
+    use fullbore_engine::config::EngineConfig;
+    use fullbore_engine::request::Pooling;
+
+    use super::super::fields::asked;
+    use super::super::texts::{self, TextEndpoint};
+    use super::super::{Endpoint, ServedModel, prepare};
+    use super::*;
+    use crate::http::access::Client;
+    use crate::start::{Plan, StartTimes, memory_table};
+
+    fn served() -> ServedModel {
+        let bundle = Bundle { pooling: Some(Pooling::Last), ..Bundle::simulated() };
+        let config = EngineConfig { max_model_len: 1024, num_blocks: 256, ..EngineConfig::default() };
+        let memory = memory_table(&bundle.config, &config, 0);
+        let backend = Box::new(SimBackend::new(SimOptions::default()));
+        let name = "sim".to_owned();
+        let plan = Plan { name, bundle, backend, config, memory, costs: None, times: StartTimes::default() };
+        plan.load().expect("the simulator loads")
+    }
+
+    /// Names of a schema and of the objects within it that are read field by field.
+    fn properties(schema: &Value, names: &mut BTreeSet<String>) {
+        for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+            names.insert(name.clone());
+            properties(schema, names);
+        }
+    }
+
+    /// Bodies that have the parsers look at all they know, beside the example.
+    fn bodies_of(path: &str) -> Vec<Value> {
+        let mut whole = example(path);
+        let more = json!({"stream_options": {}, "structured_outputs": {}, "response_format": {"type": "json_object"},
+            "metadata": {}, "thinking": {"type": "disabled"}, "output_config": {"format": {"type": "json_schema",
+                "schema": {"type": "object"}}}, "reasoning": {}, "chat_template_kwargs": {},
+            "text": {"format": {"type": "json_schema", "schema": {"type": "object"}}}});
+        let fields = whole.as_object_mut().expect("an object");
+        fields.extend(more.as_object().expect("an object").clone());
+        let (mut schema, mut choice, mut older) = (whole.clone(), whole.clone(), whole.clone());
+        schema["response_format"] = json!({"type": "json_schema", "json_schema": {"schema": {"type": "object"}}});
+        choice["tool_choice"] = json!({"type": "auto"});
+        older.as_object_mut().expect("an object").remove("output_config");
+        older["output_format"] = json!({"type": "json_schema", "schema": {"type": "object"}});
+        vec![whole, schema, choice, older]
+    }
+
+    #[test]
+    fn fields_are_those_that_the_parsers_ask_for() {
+        let model = served();
+        for Post { path, body, .. } in posts() {
+            let parse = |body: &Value| match path {
+                "/v1/completions" => prepare(Endpoint::Completions, &model, &Client::default(), body).map(drop),
+                "/v1/chat/completions" => prepare(Endpoint::Chat, &model, &Client::default(), body).map(drop),
+                "/v1/responses" => prepare(Endpoint::Responses, &model, &Client::default(), body).map(drop),
+                "/v1/embeddings" => prepare(Endpoint::Embeddings, &model, &Client::default(), body).map(drop),
+                "/v1/messages" => prepare(Endpoint::Messages, &model, &Client::default(), body).map(drop),
+                "/v1/messages/count_tokens" => texts::answer(TextEndpoint::CountTokens, &model, body).map(drop),
+                "/tokenize" => texts::answer(TextEndpoint::Tokenize, &model, body).map(drop),
+                "/detokenize" => texts::answer(TextEndpoint::Detokenize, &model, body).map(drop),
+                "/apply-template" => texts::answer(TextEndpoint::ApplyTemplate, &model, body).map(drop),
+                other => panic!("{other} has no parser here"),
+            };
+            parse(&example(path)).unwrap_or_else(|error| panic!("{path}: {error:?}"));
+            asked::clear();
+            bodies_of(path).iter().for_each(|body| drop(parse(body)));
+            if path == "/tokenize" {
+                let _ = parse(&json!({"messages": [{"role": "user", "content": "x"}]}));
+            }
+            let mut told = BTreeSet::new();
+            properties(&body, &mut told);
+            assert_eq!(told, asked::names(), "{path}: told and asked for");
+        }
+        model.end();
+    }
+
+    #[test]
+    fn paths_are_those_of_the_routes() {
+        let routes = include_str!("../http/routes.rs").split("path!(").skip(1);
+        let path = |rest: &str| {
+            let parts = rest.split(')').next().unwrap_or_default().split('"').skip(1).step_by(2);
+            parts.fold(String::new(), |path, part| format!("{path}/{part}"))
+        };
+        let routes: BTreeSet<String> = routes.map(path).filter(|path| !is_asset(path)).collect();
+        let document = document();
+        let told: BTreeSet<String> = document["paths"].as_object().expect("paths").keys().cloned().collect();
+        assert_eq!(told, routes);
+    }
+
+    /// Of the page.
+    fn is_asset(path: &str) -> bool {
+        [".js", ".css", ".svg", ".ico"].iter().any(|ending| path.ends_with(ending))
+    }
+}
