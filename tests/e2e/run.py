@@ -1,8 +1,8 @@
-"""End to end: the command line, and the official OpenAI client against the running binary on sim, cpu and lavapipe.
+"""End to end: the command line, and official clients against the running binary on sim, cpu and lavapipe.
 
     python3 tests/e2e/run.py BINARY
 
-Needs the `openai` package and the default model in the cache (scripts/e2e.sh sees to both). Each device gets a server of
+Needs the clients and the default model in the cache (scripts/e2e.sh sees to both). Each device gets a server of
 its own on a free port of 127.0.0.1. Ends with `N passed, N failed`, and with status 1 if any failed.
 """
 
@@ -22,6 +22,7 @@ import traceback
 import urllib.error
 import urllib.request
 
+import clients
 import openai
 import pydantic
 
@@ -367,7 +368,8 @@ COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_
             what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
-          forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks]
+          forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks,
+          *clients.TESTS]
 
 
 def run(name, test, *arguments):
@@ -385,7 +387,7 @@ def run(name, test, *arguments):
 
 def main():
     results = [run("command line", test) for test in COMMANDS]
-    for device, extra, tests in [("sim", [], EVERYWHERE), ("cpu", [], EVERYWHERE + ON_CPU), ("vulkan:llvmpipe", [], EVERYWHERE)]:
+    for device, extra, tests in [("sim", [], EVERYWHERE), ("cpu", ["--pooling", "mean"], EVERYWHERE + ON_CPU), ("vulkan:llvmpipe", [], EVERYWHERE)]:
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(Server(device, *extra))
