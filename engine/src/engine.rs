@@ -145,6 +145,7 @@ impl Engine {
         let now = backend.now();
         let mut cache = KvCache::new(config.num_blocks, config.block_size, config.prefix_cache.then_some(hash_key));
         cache.reserve_tables(config.max_num_seqs, model.limits.max_blocks_per_seq());
+        let stats = EngineStats { blocks: cache.counts(), ..EngineStats::default() };
         Engine {
             config,
             scheduler: Scheduler::new(config),
@@ -174,7 +175,7 @@ impl Engine {
             neighbours: None,
             meter: Meter::default(),
             created_at: now,
-            stats: EngineStats::default(),
+            stats,
         }
     }
 

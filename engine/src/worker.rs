@@ -307,8 +307,8 @@ impl EngineHandle {
     }
 }
 
-/// How often an engine without work says so.
-const IDLE_TICK: Duration = Duration::from_secs(1);
+/// How often an engine without work says so: oftener than once a second, so that each second shows some.
+const IDLE_TICK: Duration = Duration::from_millis(500);
 const ENDED: &str = "the server is shutting down";
 /// Forecasts need no later news of an engine that is busy, and steps may be shorter.
 const LOAD_INTERVAL: Duration = Duration::from_millis(2);

@@ -11,6 +11,7 @@ pub mod devices;
 pub mod fetch;
 mod files;
 pub mod http;
+pub mod live;
 pub mod run;
 pub mod serve;
 pub mod simulate;

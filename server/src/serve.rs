@@ -24,6 +24,7 @@ use crate::http::access::Access;
 use crate::http::keys::{KeyError, Keys};
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, routes};
+use crate::live;
 use crate::start::{self, StartError};
 
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +80,7 @@ impl Server {
         let app = Arc::new(App::new(entrance.limits, entrance.access));
         let tls = entrance.tls.map(Arc::new);
         let (stop, stopped) = watch::channel(false);
+        tokio::spawn(live::keep_history(app.clone(), stopped.clone()));
         let service = warp::service(routes::routes(app.clone()));
         let door = Door { app: app.clone(), connections: connections.clone(), tls: tls.clone(), stop: stopped };
         let acceptor = tokio::spawn(accept::accept(listener, door, service));

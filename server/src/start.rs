@@ -27,6 +27,7 @@ use crate::costs::SavedCosts;
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
 use crate::http::metrics::RequestMetrics;
+use crate::live::History;
 use crate::tuning;
 
 mod remedy;
@@ -213,6 +214,7 @@ impl Plan {
         let grammars = GrammarCompiler::new(tokenizer.clone(), stop_ids.clone(), engine.model().config.vocab_size);
         Ok(ServedModel {
             metrics: Arc::new(RequestMetrics::new(&self.name)),
+            history: History::default(),
             name: self.name,
             grammars,
             tokenizer,

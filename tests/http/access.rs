@@ -54,7 +54,7 @@ fn chat_as(key: &str, body: &serde_json::Value) -> Vec<u8> {
 #[test]
 fn nobody_asks_without_a_key() {
     let server = keyed("the-right-key alice");
-    let paths = ["/v1/models", "/v1/limits", "/metrics", "/nowhere"];
+    let paths = ["/v1/models", "/v1/limits", "/v1/live", "/metrics", "/nowhere", "/page/nothing.js"];
     for path in paths {
         for header in ["", "\r\nauthorization: Bearer the-wrong-key", "\r\nauthorization: Basic the-right-key"] {
             let reply = ask(&server, &format!("GET {path} HTTP/1.1\r\nhost: x{header}"));
@@ -63,13 +63,13 @@ fn nobody_asks_without_a_key() {
         }
         for header in ["authorization: Bearer the-right-key", "x-api-key: the-right-key"] {
             let reply = ask(&server, &format!("GET {path} HTTP/1.1\r\nhost: x\r\n{header}"));
-            assert_eq!(reply.status, if path == "/nowhere" { 404 } else { 200 }, "{path} {header}");
+            assert_eq!(reply.status, if path.contains("no") { 404 } else { 200 }, "{path} {header}");
         }
     }
     let body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
     server.post("/v1/chat/completions", &body).error(401);
     read_reply(server.send(chat_as("the-right-key", &body))).ok();
-    for open in ["/health", "/health/live", "/health/ready", "/", "/page.js", "/page.css"] {
+    for open in ["/health", "/health/live", "/health/ready", "/", "/page/page.js", "/page/page.css"] {
         assert_eq!(server.get(open).status, 200, "{open}");
     }
 }

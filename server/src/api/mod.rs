@@ -23,6 +23,7 @@ use crate::costs::SavedCosts;
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 use crate::http::metrics::RequestMetrics;
+use crate::live::History;
 use crate::start::{StartTimes, random};
 
 mod answer;
@@ -35,6 +36,7 @@ mod embeddings;
 mod fields;
 mod generation;
 pub mod limits;
+pub mod live;
 mod logprobs;
 mod messages;
 pub mod models;
@@ -76,6 +78,8 @@ pub struct ServedModel {
     /// Of tenants that have other shares than most, by name.
     pub shares: HashMap<String, Share>,
     pub metrics: Arc<RequestMetrics>,
+    /// Of its last minutes.
+    pub history: History,
     pub costs: Option<SavedCosts>,
     /// What the start took.
     pub times: StartTimes,

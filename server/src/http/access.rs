@@ -17,6 +17,7 @@ use warp::reply::Response;
 
 use super::error::ApiError;
 use super::keys::Keys;
+use super::page;
 
 /// What a server that was told nothing does: everybody may ask, by any name, and no other site's pages.
 #[derive(Debug, Default)]
@@ -36,8 +37,8 @@ pub struct Client {
     pub share: Option<Share>,
 }
 
-/// Whoever may reach the port may see that it is alive, and the page, which asks for a key itself.
-const OPEN_PATHS: [&str; 6] = ["/health", "/health/live", "/health/ready", "/", "/page.js", "/page.css"];
+/// Whoever may reach the port may see that it is alive; and have the page, which asks for a key itself.
+const OPEN_PATHS: [&str; 3] = ["/health", "/health/live", "/health/ready"];
 
 /// Anthropic's clients show their key here.
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -115,7 +116,8 @@ pub fn allow(headers: &mut HeaderMap, origin: HeaderValue) {
 }
 
 fn is_open<B>(request: &Request<B>) -> bool {
-    [Method::GET, Method::HEAD].contains(request.method()) && OPEN_PATHS.contains(&request.uri().path())
+    let path = request.uri().path();
+    [Method::GET, Method::HEAD].contains(request.method()) && (OPEN_PATHS.contains(&path) || page::is_at(path))
 }
 
 fn key(headers: &HeaderMap) -> Option<&str> {

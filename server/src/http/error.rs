@@ -11,7 +11,7 @@ use fullbore_engine::worker::SubmitError;
 use serde_json::{Value, json};
 use warp::http::StatusCode;
 use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
-use warp::reject::{InvalidHeader, MethodNotAllowed, Rejection};
+use warp::reject::{InvalidHeader, InvalidQuery, MethodNotAllowed, Rejection};
 use warp::reply::Response;
 
 use crate::api::Endpoint;
@@ -221,6 +221,9 @@ pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).with_code("method_not_allowed")
     } else if let Some(header) = rejection.find::<InvalidHeader>() {
         ApiError::new(StatusCode::BAD_REQUEST, header.to_string())
+    } else if rejection.find::<InvalidQuery>().is_some() {
+        let message = "what follows the ? of this address cannot be read; its parameters are numbers";
+        ApiError::new(StatusCode::BAD_REQUEST, message).with_code("invalid_query")
     } else {
         tracing::error!(?rejection, "a rejection without an answer");
         ApiError::internal("the server met an error of its own")

@@ -13,9 +13,11 @@ use warp::reply::Response;
 use super::App;
 use crate::api::ServedModel;
 
+mod quantiles;
 mod requests;
 mod vllm;
 
+pub use quantiles::{BucketCounts, Quantiles};
 pub use requests::{Observer, RequestMetrics};
 
 pub struct HttpMetrics {

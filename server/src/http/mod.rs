@@ -59,6 +59,11 @@ impl App {
         self.model.get()
     }
 
+    /// The model, whether it can serve now or not.
+    pub fn known_model(&self) -> Result<&Arc<ServedModel>, ApiError> {
+        self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))
+    }
+
     /// From now on requests are refused.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
@@ -79,7 +84,7 @@ impl App {
         if self.draining.load(Ordering::Relaxed) {
             return Err(ApiError::not_yet("the server is shutting down; ask another, or come again"));
         }
-        let model = self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))?;
+        let model = self.known_model()?;
         if let Some(reason) = model.engine.stopped() {
             return Err(ApiError::unavailable(&format!("the engine has stopped: {reason}")));
         }

@@ -6,26 +6,27 @@ use std::time::Instant;
 
 use bytes::Buf;
 use futures_util::{Stream, StreamExt};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
 use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
 use warp::path::FullPath;
+use warp::reject::Rejection;
 use warp::reply::{Reply, Response};
 
 use super::accept::Limits;
 use super::access::Client;
 use super::error::{self, ApiError, json_response};
 use super::{App, health, metrics, page, stream};
+use crate::api::live::LiveQuery;
 use crate::api::texts::{self, TextEndpoint};
 use crate::api::{self, Endpoint, Generation};
 
 pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone + Send + 'static {
     let with_app = warp::any().map(move || app.clone());
     let page = warp::path::end().and(warp::get()).map(page::page);
-    let script = warp::path!("page.js").and(warp::get()).map(page::script);
-    let style = warp::path!("page.css").and(warp::get()).map(page::style);
+    let file = warp::path!("page" / String).and(warp::get()).and_then(page_file);
     let live = warp::path!("health" / "live").and(warp::get()).map(health::live);
     let healthy = warp::path!("health").and(warp::get()).and(with_app.clone());
     let healthy = healthy.map(|app: Arc<App>| health::ready(&app));
@@ -44,6 +45,11 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         Err(error) => error.response(""),
     });
     let openapi = warp::path!("openapi.json").and(warp::get()).map(|| json_response(&api::openapi::document()));
+    let seen = warp::path!("v1" / "live").and(warp::get()).and(with_app.clone()).and(warp::query());
+    let seen = seen.map(|app: Arc<App>, query: LiveQuery| match app.known_model() {
+        Ok(model) => json_response(&json!(api::live::report(model, &query))),
+        Err(error) => error.response(""),
+    });
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
     let texts = texts(with_app.clone());
@@ -60,15 +66,19 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         .and(warp::body::stream())
         .then(generate_reply);
     let health = live.or(ready).unify().or(healthy).unify();
-    let api = models.or(limits).unify().or(openapi).unify().or(generate).unify().or(texts).unify();
-    let rest = page.or(script).unify().or(style).unify().or(health).unify().or(metrics).unify();
+    let api = models.or(limits).unify().or(seen).unify().or(openapi).unify().or(generate).unify().or(texts).unify();
+    let rest = page.or(file).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
+}
+
+async fn page_file(name: String) -> Result<Response, Rejection> {
+    page::file(&name).ok_or_else(warp::reject::not_found)
 }
 
 /// What needs a model's tokenizer and none of its steps.
 fn texts(
     with_app: impl Filter<Extract = (Arc<App>,), Error = Infallible> + Clone + Send + 'static,
-) -> impl Filter<Extract = (Response,), Error = warp::Rejection> + Clone + Send + 'static {
+) -> impl Filter<Extract = (Response,), Error = Rejection> + Clone + Send + 'static {
     let tokenize = warp::path!("tokenize").map(|| TextEndpoint::Tokenize);
     let detokenize = warp::path!("detokenize").map(|| TextEndpoint::Detokenize);
     let template = warp::path!("apply-template").map(|| TextEndpoint::ApplyTemplate);

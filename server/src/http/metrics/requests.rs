@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use fullbore_engine::request::{Event, FinishReason};
 use prometheus::{Histogram, HistogramOpts, Registry};
 
-use super::register;
+use super::{BucketCounts, register};
 
 pub struct RequestMetrics {
     pub(super) registry: Registry,
@@ -21,9 +21,12 @@ pub struct RequestMetrics {
     generated_tokens: Histogram,
 }
 
-/// Seconds: from a step of a small model to a long answer of a large one.
-const SECONDS: [f64; 16] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Seconds: from a step of a small model to a long answer of a large one; close together, for percentiles are read off
+/// them.
+const SECONDS: [f64; 31] = [
+    0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
+    1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0,
+];
 const TOKENS: [f64; 12] = [1.0, 8.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 4096.0, 16384.0, 65536.0, 262_144.0];
 
 impl RequestMetrics {
@@ -47,6 +50,11 @@ impl RequestMetrics {
             generated_tokens: tokens("vllm:request_generation_tokens", "Tokens of an answer."),
             registry,
         }
+    }
+
+    /// Times to the first token, and between two.
+    pub fn latencies(&self) -> [BucketCounts; 2] {
+        [&self.first_token, &self.next_token].map(BucketCounts::of)
     }
 }
 
