@@ -13,10 +13,12 @@ use fullbore_engine::tensor::{KvType, WeightFormat};
 use crate::api::parse_share;
 
 mod access;
+mod clients;
 mod device;
 mod parse;
 
 pub use access::AccessArgs;
+pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
 use parse::*;
 
@@ -31,8 +33,10 @@ pub struct Args {
 pub enum Command {
     /// Serve an OpenAI-compatible API and a chat page.
     Serve(ServeArgs),
-    /// Answer one prompt and end.
+    /// Answer one prompt and end, or chat.
     Run(RunArgs),
+    /// Watch a running server: where its device's time goes, its batch, memory and latencies.
+    Top(TopArgs),
     /// List devices, with driver, memory and the kernel tier that each would use.
     Devices,
     /// Run every op in every variant on a device and hold it against the plain cpu: a table; fails if one is wrong.
@@ -212,21 +216,6 @@ pub struct TuneArgs {
     /// Measure for about so many seconds; everything that may suit is tried at least three times.
     #[arg(long, default_value_t = 60)]
     pub seconds: u64,
-}
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct RunArgs {
-    pub prompt: String,
-    #[command(flatten)]
-    pub model: ModelArgs,
-    #[arg(long, default_value_t = 256)]
-    pub max_tokens: u32,
-    /// 0 is greedy [default: the model's].
-    #[arg(long, allow_negative_numbers = true)]
-    pub temperature: Option<f32>,
-    /// Continue the prompt as it is, without a chat template.
-    #[arg(long)]
-    pub raw: bool,
 }
 
 #[derive(Clone, Debug, ClapArgs)]

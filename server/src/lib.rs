@@ -16,6 +16,7 @@ pub mod run;
 pub mod serve;
 pub mod simulate;
 pub mod start;
+pub mod top;
 pub mod tune;
 pub mod tuning;
 pub mod verify;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
-use fullbore::{bench, devices, fetch, run, serve, simulate, tune, verify};
+use fullbore::{bench, devices, fetch, run, serve, simulate, top, tune, verify};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -30,6 +30,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
     match command {
         Command::Serve(args) => serve::serve(&args)?,
         Command::Run(args) => run::run(&args)?,
+        Command::Top(args) => top::top(&args)?,
         Command::Devices => print!("{}", devices::table(&devices::all()?)),
         Command::Verify(args) => verify::verify(&args)?,
         Command::Tune(args) => tune::run(&args)?,

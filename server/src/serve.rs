@@ -259,7 +259,7 @@ impl AccessArgs {
 }
 
 /// A key that no other user of the machine sees in the list of processes.
-const KEY_VARIABLE: &str = "FULLBORE_API_KEY";
+pub const KEY_VARIABLE: &str = "FULLBORE_API_KEY";
 
 fn shares(asked: &[(String, Share)]) -> Result<HashMap<String, Share>, ServeError> {
     let mut shares = HashMap::new();
