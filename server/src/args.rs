@@ -195,6 +195,9 @@ pub struct ServeArgs {
     /// Print where memory would go and end, without loading weights.
     #[arg(long)]
     pub dry_run: bool,
+    /// Of the log, on standard error: each finished request is a line.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -228,6 +231,15 @@ pub struct BenchArgs {
     pub prompt_tokens: u32,
     #[arg(long, default_value_t = 64)]
     pub output_tokens: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
 }
 
 /// How much longer than without prompts a step may take in which answers go on.

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
-use fullbore::args::{Args, BenchCommand, Command};
+use fullbore::args::{Args, BenchCommand, Command, LogFormat, ServeArgs};
 use fullbore::{bench, devices, fetch, run, serve, simulate, top, tune, verify};
 use tracing_subscriber::EnvFilter;
 
@@ -15,8 +15,11 @@ fn main() -> ExitCode {
     // Numbers mean little to who does not know which kernels gave them.
     let level = if !talks { "warn,fullbore::tuning=info" } else { "info,wgpu=warn,naga=warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let colours = io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match &args.command {
+        Command::Serve(ServeArgs { log_format: LogFormat::Json, .. }) => log.json().flatten_event(true).init(),
+        _ => log.with_ansi(io::stderr().is_terminal()).init(),
+    }
     match command(args.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,4 +1,4 @@
-"""End to end: `/metrics` as Prometheus reads it, and the dashboard that is drawn from it.
+"""End to end: `/metrics` as Prometheus reads it, the dashboard that is drawn from it, and the log.
 
     python3 tests/e2e/metrics.py BINARY
 
@@ -15,7 +15,7 @@ import tempfile
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from run import CHAT, Server, run
+from run import CHAT, Server, run, until
 
 DASHBOARD = pathlib.Path(__file__).parents[2] / "deploy" / "grafana.json"
 # What Grafana puts in place of its variables.
@@ -79,9 +79,37 @@ def the_dashboard_names_what_there_is(server):
     assert done.returncode == 0 and f"{len(rules)} rules found" in done.stdout, done
 
 
+def every_request_is_one_line_of_the_log():
+    with Server("cpu", "--log-format", "json") as server:
+        def lines():
+            found = [json.loads(line) for line in open(server.log.name) if line.startswith("{")]
+            return [line for line in found if line["target"] == "fullbore::request"]
+
+        ask = {"model": "smollm2", "messages": CHAT, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+        first = server.client.chat.completions.create(**ask)
+        until("the first line", lambda: len(lines()) == 1)
+        again = server.client.chat.completions.create(**ask, stop=first.choices[0].message.content[3:6])
+        stream = server.client.completions.create(model="smollm2", prompt="One two", max_tokens=1000, stream=True,
+                                                  extra_body={"ignore_eos": True})
+        gone = next(iter(stream)).id
+        stream.close()
+        until("a line for each request", lambda: len(lines()) == 3)
+        by_id = {line["request"]: line for line in lines()}
+        whole, stopped, left = by_id[first.id], by_id[again.id], by_id[gone]
+        assert (whole["reason"], whole["generated_tokens"], whole["prompt_tokens"]) == ("length", 8, first.usage.prompt_tokens), whole
+        assert whole["queue_ms"] <= whole["first_token_ms"] <= whole["total_ms"] and "phase" not in whole, whole
+        assert stopped["reason"] == "stop" and stopped["cached_tokens"] == again.usage.prompt_tokens_details.cached_tokens, stopped
+        assert (left["reason"], left["phase"]) == ("aborted", "decode") and 0 < left["generated_tokens"] < 1000, left
+        assert of(samples(server), "fullbore_requests_aborted_total", phase="decode") == 1
+        assert of(samples(server), "vllm:e2e_request_latency_seconds_count") == 2, "a stop string ends a request well"
+        server.post("/v1/completions", {"prompt": ["x", "y " * 3000], "max_tokens": 4})
+        assert len(lines()) == 3, "what was refused has no line"
+
+
 def main():
     with Server("sim") as server:
         results = [run("metrics", test, server) for test in [metrics_are_read_by_the_official_parser, the_dashboard_names_what_there_is]]
+    results.append(run("metrics", every_request_is_one_line_of_the_log))
     passed = sum(results)
     print(f"{passed} passed, {len(results) - passed} failed")
     sys.exit(0 if all(results) else 1)

@@ -5,6 +5,8 @@
 //! stop strings happen where a `Generation` is polled, never on the engine thread.
 
 use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -100,6 +102,8 @@ struct Choice {
     nth: u32,
     /// `None` once the choice has ended.
     receiver: Option<Receiver<Event>>,
+    /// Told when the choice has ended, for who sees only that nobody listens.
+    stopped: Arc<AtomicBool>,
     num_prompt_tokens: u32,
     /// Of those, what the prefix cache had.
     cached_tokens: u32,
@@ -135,12 +139,15 @@ impl Generation {
     pub fn submit(model: &ServedModel, Jobs { jobs, places }: Jobs, arrived: Instant) -> Result<Generation, ApiError> {
         let mut choices = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
-        for (index, job) in jobs.into_iter().enumerate() {
-            // Checked before the channel is made, because its size is the client's word.
+        // Checked before channels are made, because their size is the client's word.
+        for job in &jobs {
             model.engine.config().fits(&job.request, model.engine.vocab_size())?;
+        }
+        for (index, job) in jobs.into_iter().enumerate() {
             let (sender, receiver) = channel(job.request.max_tokens as usize + 3);
-            choices.push(Choice::new(model, index, &job, receiver));
-            let sink = ChannelSink { sender, observer: Observer::new(model.metrics.clone(), arrived) };
+            let observer = Observer::new(model.metrics.clone(), &job.request, arrived);
+            choices.push(Choice::new(model, index, &job, receiver, observer.stopped()));
+            let sink = ChannelSink { sender, observer };
             requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
         }
         model.engine.submit(places, requests)?;
@@ -194,7 +201,13 @@ impl Generation {
 }
 
 impl Choice {
-    fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Event>) -> Choice {
+    fn new(
+        model: &ServedModel,
+        index: usize,
+        job: &Job,
+        receiver: Receiver<Event>,
+        stopped: Arc<AtomicBool>,
+    ) -> Choice {
         let detokenizer = Detokenizer::new(model.tokenizer.clone());
         let reply = job.reply.clone().map(Reply::new);
         let calls = reply.as_ref().and_then(Reply::calls);
@@ -203,6 +216,7 @@ impl Choice {
         Choice {
             nth: job.nth,
             receiver: Some(receiver),
+            stopped,
             num_prompt_tokens: job.request.prompt.len() as u32,
             cached_tokens: 0,
             num_tokens: 0,
@@ -339,6 +353,7 @@ impl Choice {
 
     /// The last piece; the engine hears of it by the closed channel, if it does not know.
     fn end(&mut self, mut finish_reason: &'static str) -> Delta {
+        self.stopped.store(true, Ordering::Relaxed);
         self.receiver = None;
         if let Some(reply) = &mut self.reply {
             let pieces = reply.finish();

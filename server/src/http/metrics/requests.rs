@@ -1,11 +1,13 @@
-//! What requests took, as histograms by vLLM's names. Invariant: a request is counted once, when it ends well; times
-//! are taken where the engine hands its events over, so that a client that reads slowly lengthens nothing.
+//! What requests took: histograms by vLLM's names, and a line of the log for each. Invariant: a sequence is counted and
+//! logged once, in the histograms where it ended well; times are taken where the engine hands its events over, so that a
+//! client that reads slowly lengthens nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use fullbore_engine::request::{Event, FinishReason};
-use prometheus::{Histogram, HistogramOpts, Registry};
+use fullbore_engine::request::{Event, FinishReason, Request};
+use prometheus::{Histogram, HistogramOpts, IntCounterVec, Opts, Registry};
 
 use super::{BucketCounts, register};
 
@@ -19,6 +21,7 @@ pub struct RequestMetrics {
     decode: Histogram,
     prompt_tokens: Histogram,
     generated_tokens: Histogram,
+    aborted: IntCounterVec,
 }
 
 /// Seconds: from a step of a small model to a long answer of a large one; close together, for percentiles are read off
@@ -37,6 +40,10 @@ impl RequestMetrics {
             let options = options.const_label("model_name", model).const_label("engine", "0");
             register(&registry, Histogram::with_opts(options))
         };
+        let aborted =
+            Opts::new("fullbore_requests_aborted_total", "Sequences whose client left, by what they were at.");
+        let aborted = register(&registry, IntCounterVec::new(aborted, &["phase"]));
+        ["queue", "prefill", "decode"].map(|phase| aborted.with_label_values(&[phase]));
         let seconds = |name, help| histogram(name, help, &SECONDS);
         let tokens = |name, help| histogram(name, help, &TOKENS);
         RequestMetrics {
@@ -48,6 +55,7 @@ impl RequestMetrics {
             decode: seconds("vllm:request_decode_time_seconds", "From its first token to its end."),
             prompt_tokens: tokens("vllm:request_prompt_tokens", "Tokens of a prompt."),
             generated_tokens: tokens("vllm:request_generation_tokens", "Tokens of an answer."),
+            aborted,
             registry,
         }
     }
@@ -58,43 +66,149 @@ impl RequestMetrics {
     }
 }
 
-/// Watches one sequence's events.
+/// Watches one sequence's events, and ends with a line of the log. Dropped before the end it tells of a client that left.
 pub struct Observer {
     metrics: Arc<RequestMetrics>,
+    /// As clients know it; choices of one request share it.
+    request: String,
+    num_prompt_tokens: usize,
     arrived: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
+    cached_tokens: u32,
+    num_tokens: u32,
+    /// Set where the text has ended before the engine's sequence did.
+    stopped: Arc<AtomicBool>,
+    is_ended: bool,
 }
 
 impl Observer {
-    pub fn new(metrics: Arc<RequestMetrics>, arrived: Instant) -> Observer {
-        Observer { metrics, arrived, started: None, first_token: None, last_token: None }
+    pub fn new(metrics: Arc<RequestMetrics>, request: &Request, arrived: Instant) -> Observer {
+        Observer {
+            metrics,
+            request: request.id.clone(),
+            num_prompt_tokens: request.prompt.len(),
+            arrived,
+            started: None,
+            first_token: None,
+            last_token: None,
+            cached_tokens: 0,
+            num_tokens: 0,
+            stopped: Arc::default(),
+            is_ended: false,
+        }
+    }
+
+    /// To be set by who finds a stop string: the sequence then ends because it is left, and has ended well.
+    pub fn stopped(&self) -> Arc<AtomicBool> {
+        self.stopped.clone()
     }
 
     pub fn event(&mut self, event: &Event) {
         let now = Instant::now();
         match event {
-            Event::Started { .. } => self.started = Some(now),
+            Event::Started { cached_tokens } => {
+                self.started.get_or_insert(now);
+                self.cached_tokens = *cached_tokens;
+            }
             Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { .. } => {
+                self.num_tokens += 1;
                 match self.last_token.replace(now) {
                     Some(last) => observe(&self.metrics.next_token, now - last),
                     None => observe(&self.metrics.first_token, now - self.arrived),
                 }
                 self.first_token.get_or_insert(now);
             }
-            Event::Finished { reason: FinishReason::Error(_) | FinishReason::DeviceLost(_), .. } => {}
-            Event::Finished { usage, .. } => {
-                let started = self.started.unwrap_or(now);
-                let first_token = self.first_token.unwrap_or(now);
+            Event::Finished { reason, .. } => self.end(reason.into(), now),
+        }
+    }
+
+    fn end(&mut self, end: End, now: Instant) {
+        self.is_ended = true;
+        let (started, first_token) = (self.started.unwrap_or(now), self.first_token.unwrap_or(now));
+        match end {
+            End::Stop | End::Length => {
                 observe(&self.metrics.queue, started - self.arrived);
                 observe(&self.metrics.prefill, first_token - started);
                 observe(&self.metrics.decode, now - first_token);
                 observe(&self.metrics.whole, now - self.arrived);
-                self.metrics.prompt_tokens.observe(f64::from(usage.prompt_tokens));
-                self.metrics.generated_tokens.observe(f64::from(usage.completion_tokens));
+                self.metrics.prompt_tokens.observe(self.num_prompt_tokens as f64);
+                self.metrics.generated_tokens.observe(f64::from(self.num_tokens));
             }
+            End::Aborted(phase) => self.metrics.aborted.with_label_values(&[phase]).inc(),
+            End::Error | End::DeviceLost => {}
+        }
+        let since_arrival = |then: Instant| (then - self.arrived).as_millis() as u64;
+        tracing::info!(
+            target: "fullbore::request",
+            request = self.request,
+            reason = end.name(),
+            phase = end.phase(),
+            prompt_tokens = self.num_prompt_tokens,
+            cached_tokens = self.cached_tokens,
+            generated_tokens = self.num_tokens,
+            queue_ms = self.started.map(since_arrival),
+            first_token_ms = self.first_token.map(since_arrival),
+            total_ms = since_arrival(now),
+            "finished"
+        );
+    }
+
+    /// What the sequence is at.
+    fn phase(&self) -> &'static str {
+        match (self.started, self.first_token) {
+            (None, _) => "queue",
+            (Some(_), None) => "prefill",
+            (Some(_), Some(_)) => "decode",
+        }
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        if !self.is_ended {
+            let stopped = self.stopped.load(Ordering::Relaxed);
+            self.end(if stopped { End::Stop } else { End::Aborted(self.phase()) }, Instant::now());
+        }
+    }
+}
+
+/// How a sequence ended.
+#[derive(Clone, Copy)]
+enum End {
+    Stop,
+    Length,
+    /// Its client left while it was at this.
+    Aborted(&'static str),
+    Error,
+    DeviceLost,
+}
+
+impl End {
+    fn name(self) -> &'static str {
+        match self {
+            End::Stop => "stop",
+            End::Length => "length",
+            End::Aborted(_) => "aborted",
+            End::Error => "error",
+            End::DeviceLost => "device_lost",
+        }
+    }
+
+    fn phase(self) -> Option<&'static str> {
+        if let End::Aborted(phase) = self { Some(phase) } else { None }
+    }
+}
+
+impl From<&FinishReason> for End {
+    fn from(reason: &FinishReason) -> End {
+        match reason {
+            FinishReason::Stop => End::Stop,
+            FinishReason::Length => End::Length,
+            FinishReason::Error(_) => End::Error,
+            FinishReason::DeviceLost(_) => End::DeviceLost,
         }
     }
 }
