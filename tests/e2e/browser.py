@@ -98,18 +98,23 @@ class Tab:
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
+    def reload(self):
+        self.evaluate("window.isStale = true")
+        self.call("Page.reload")
+        self.until("!window.isStale && document.readyState === 'complete'")
+
     def evaluate(self, expression):
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
         return answer["result"].get("value")
 
     def until(self, expression, seconds=30):
-        """The first value of the expression that is true."""
+        """The first value of the expression that is true; what it asks of may come later."""
         deadline = time.monotonic() + seconds
         while True:
-            value = self.evaluate(expression)
-            if value:
-                return value
+            answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+            if "exceptionDetails" not in answer and answer["result"].get("value"):
+                return answer["result"]["value"]
             assert time.monotonic() < deadline, f"waited in vain for {expression}; the page says: {self.text('body')[-1500:]}"
             time.sleep(0.02)
 
@@ -156,7 +161,7 @@ class Tab:
         """Errors of scripts, and what the page's policy has forbidden, so far."""
         self.evaluate("0")
         found = []
-        for event in self.browser.events:
+        for event in [event for event in self.browser.events if event.get("sessionId") == self.session]:
             parameters = event.get("params", {})
             if event.get("method") == "Runtime.exceptionThrown":
                 found.append(parameters["exceptionDetails"].get("exception", {}).get("description", parameters))

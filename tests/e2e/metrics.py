@@ -85,7 +85,7 @@ def every_request_is_one_line_of_the_log():
             found = [json.loads(line) for line in open(server.log.name) if line.startswith("{")]
             return [line for line in found if line["target"] == "fullbore::request"]
 
-        ask = {"model": "smollm2", "messages": CHAT, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+        ask = {"model": "smollm2", "messages": CHAT, "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
         first = server.client.chat.completions.create(**ask)
         until("the first line", lambda: len(lines()) == 1)
         again = server.client.chat.completions.create(**ask, stop=first.choices[0].message.content[3:6])

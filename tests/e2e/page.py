@@ -69,7 +69,7 @@ def a_message_is_answered_as_it_comes(browser, server):
     assert tokens in tab.text("#said")
     kept = tab.evaluate("JSON.parse(localStorage['fullbore.conversation']).messages[1].content")
     assert kept == plain["choices"][0]["message"]["content"], (kept, plain)
-    tab.call("Page.reload")
+    tab.reload()
     tab.until("document.querySelectorAll('article').length === 2")
     assert said(tab)[1][1] == whole
     assert not tab.complaints(), tab.complaints()
@@ -130,7 +130,7 @@ def settings_are_sent(browser, server):
     body = json.loads(posts[-1])
     assert body["messages"][0] == {"role": "system", "content": "Answer in one word."}, body
     assert (body["top_k"], body["seed"], body["temperature"], body["max_completion_tokens"]) == (5, 7, 0, 24), body
-    tab.call("Page.reload")
+    tab.reload()
     tab.until("document.querySelector('#system')?.value === 'Answer in one word.'")
 
 
@@ -169,7 +169,7 @@ def render(tab, text):
     """What the page makes of an answer, as it shows it."""
     conversation = {"messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": text}]}
     tab.evaluate(f"localStorage.setItem('fullbore.conversation', {json.dumps(json.dumps(conversation))})")
-    tab.call("Page.reload")
+    tab.reload()
     tab.until("document.querySelectorAll('article').length === 2")
     return tab.evaluate(f"document.querySelector('{ANSWER} .body').innerHTML")
 
@@ -264,7 +264,7 @@ def it_is_light_or_dark(browser, server):
     # The system says dark; the button says light, then dark, then what the system says.
     tab.click("#theme")
     assert tab.evaluate(ground) == seen["light"]
-    tab.call("Page.reload")
+    tab.reload()
     tab.until(f"{ground} === '{seen['light']}' && document.querySelector('#theme').textContent === 'Theme: light'")
     tab.click("#theme")
     tab.prefer("light")

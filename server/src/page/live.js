@@ -9,8 +9,8 @@ const PERIOD_MS = 1000;
 const WINDOW_MS = 60_000;
 const NAMES = {
   computing: "computing", no_requests: "no requests", kv_memory: "waits for KV memory", slots: "waits for slots",
-  latency_target: "latency target", step_budget: "step budget", shared_prefix: "shared prefix", tenant_cap: "tenant caps",
-  host_schedule: "host: schedule", host_record: "host: record", host_upload: "host: upload",
+  latency_target: "latency target", step_budget: "step budget", shared_prefix: "shared prefix",
+  tenant_cap: "tenant caps", host_schedule: "host: schedule", host_record: "host: record", host_upload: "host: upload",
   host_read_back: "host: read back", neighbour: "neighbour", device_lost: "device lost",
 };
 
@@ -144,8 +144,8 @@ class TimeCard {
     const axis = make("p", "axis", this.begin, make("span", "", "now"));
     this.legend = make("ul", "legend");
     this.entries = order.map((cause) => {
-      const entry = make("li", "", make("i", `swatch ${causes[cause]}`), NAMES[causes[cause]] ?? causes[cause], make("b", ""));
-      entry.dataset.cause = causes[cause];
+      const name = causes[cause];
+      const entry = make("li", "", make("i", `swatch ${name}`), NAMES[name] ?? name, make("b", ""));
       return entry;
     });
     const heading = make("h3", "", "Where the device's time goes ", this.when);
@@ -207,7 +207,8 @@ const CARDS = [
       return { bands, most: Math.max(engine.max_num_seqs, roundUp(Math.max(...all))) };
     },
     words: (frame, engine) => [["running", `${count(frame.running)} of ${count(engine.max_num_seqs)}`, "run"],
-      ["waiting", count(frame.waiting), "wait"], ["rows", frame.steps > 0 ? count(rowsPerStep(frame)) : "–", "rows a step"],
+      ["waiting", count(frame.waiting), "wait"],
+      ["rows", frame.steps > 0 ? count(rowsPerStep(frame)) : "–", "rows a step"],
       ["preemptions", count(frame.preemptions), "preempted"]],
   },
   {

@@ -168,7 +168,8 @@ function takeTable(lines, at) {
     element("tbody", ...rest.map((line) => row(line, "td"))))];
 }
 
-const MARKS = [["***", ["strong", "em"]], ["**", ["strong"]], ["__", ["strong"]], ["~~", ["del"]], ["*", ["em"]], ["_", ["em"]]];
+const MARKS = [["***", ["strong", "em"]], ["**", ["strong"]], ["__", ["strong"]], ["~~", ["del"]], ["*", ["em"]],
+  ["_", ["em"]]];
 const isWord = (letter) => letter !== undefined && /[\p{L}\p{N}]/u.test(letter);
 const isSpace = (letter) => letter === undefined || /\s/.test(letter);
 

@@ -1,6 +1,6 @@
 //! What requests took: histograms by vLLM's names, and a line of the log for each. Invariant: a sequence is counted and
-//! logged once, in the histograms where it ended well; times are taken where the engine hands its events over, so that a
-//! client that reads slowly lengthens nothing.
+//! logged once, in the histograms where it ended well; times are taken where the engine hands its events over, so that
+//! a client that reads slowly lengthens nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,7 +43,10 @@ impl RequestMetrics {
         let aborted =
             Opts::new("fullbore_requests_aborted_total", "Sequences whose client left, by what they were at.");
         let aborted = register(&registry, IntCounterVec::new(aborted, &["phase"]));
-        ["queue", "prefill", "decode"].map(|phase| aborted.with_label_values(&[phase]));
+        for phase in ["queue", "prefill", "decode"] {
+            // It is there from the start, at 0.
+            aborted.with_label_values(&[phase]);
+        }
         let seconds = |name, help| histogram(name, help, &SECONDS);
         let tokens = |name, help| histogram(name, help, &TOKENS);
         RequestMetrics {
@@ -66,7 +69,8 @@ impl RequestMetrics {
     }
 }
 
-/// Watches one sequence's events, and ends with a line of the log. Dropped before the end it tells of a client that left.
+/// Watches one sequence's events, and ends with a line of the log. Dropped before the end it tells of a client that
+/// left.
 pub struct Observer {
     metrics: Arc<RequestMetrics>,
     /// As clients know it; choices of one request share it.
