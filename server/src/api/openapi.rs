@@ -52,6 +52,7 @@ const GETS: &[(&str, &str, &str)] = &[
     ("/metrics", "Prometheus' text format", "text"),
     ("/openapi.json", "This document", "Object"),
     ("/v1/limits", "Where the device's time went, and what holds it back", "Object"),
+    ("/v1/live", "What engines were at in the last minutes, second by second", "Object"),
     ("/v1/models", "The model that there is", "Models"),
 ];
 
