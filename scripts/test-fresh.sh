@@ -39,7 +39,7 @@ chroot "$root" chown -R user:user /home/user/fullbore
 inside() {
   chroot --userspec=user:user "$root" env -i HOME=/home/user PATH=/opt/rust/bin:/usr/bin:/bin LANG=C.UTF-8 \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
-    CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt bash -c "cd ~/fullbore && $1" < /dev/null
+    CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt bash -c "cd ~/fullbore && $1" < /dev/null
 }
 
 say "make serve"

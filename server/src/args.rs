@@ -15,11 +15,13 @@ use crate::api::parse_share;
 mod access;
 mod clients;
 mod device;
+mod grammar;
 mod parse;
 
 pub use access::AccessArgs;
 pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
+pub use grammar::GrammarArgs;
 use parse::*;
 
 #[derive(Debug, Parser)]
@@ -263,24 +265,6 @@ pub struct ProfileArgs {
     /// Measure for so many seconds; the grid is gone through at least once.
     #[arg(long, default_value_t = 90)]
     pub seconds: u64,
-}
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct GrammarArgs {
-    #[command(flatten)]
-    pub engine: EngineArgs,
-    /// Answers at once, and how many of them follow the schema.
-    #[arg(long, default_value_t = 16)]
-    pub num_seqs: u32,
-    #[arg(long, default_value_t = 4)]
-    pub constrained: u32,
-    #[arg(long, default_value_t = 128)]
-    pub prompt_tokens: u32,
-    /// Of a round, and rounds of either kind.
-    #[arg(long, default_value_t = 64)]
-    pub steps: u32,
-    #[arg(long, default_value_t = 9)]
-    pub rounds: u32,
 }
 
 #[derive(Clone, Debug, ClapArgs)]

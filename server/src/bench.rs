@@ -15,8 +15,9 @@ use fullbore_bench::stopwatch::Stopwatch;
 use fullbore_bench::submit;
 use fullbore_bench::workload::Workload;
 use fullbore_engine::backend::DeviceInfo;
-use fullbore_engine::cost::DeviceProfile;
+use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
+use fullbore_engine::cost::{CostModel, DeviceProfile, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::{GrammarCompiler, GrammarError, GrammarSource};
 
@@ -179,7 +180,11 @@ fn device_profile(engine: &Engine, model: &str, measured: Measured) -> DevicePro
 
 /// Measures what constrained answers cost the others.
 pub fn grammar(args: &GrammarArgs) -> Result<(), BenchCommandError> {
-    let plan = start::plan(&args.engine, None)?;
+    let mut plan = start::plan(&args.engine, None)?;
+    if plan.backend.info().id == "sim" {
+        let cost = CostModel::line(args.sim_ms.max(0.0) * 1e6, 0.0, Prices::default());
+        plan.backend = Box::new(SimBackend::new(SimOptions { sleeps: true, cost, ..SimOptions::default() }));
+    }
     let (tokenizer, stop_ids) = (plan.bundle.tokenizer.clone(), plan.bundle.stop_ids.clone());
     let compiler = GrammarCompiler::new(tokenizer, stop_ids, plan.bundle.config.vocab_size);
     let schema = serde_json::from_str(grammar::SCHEMA).expect("our own schema is JSON");
