@@ -1,8 +1,8 @@
 //! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
 //!
 //! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
-//! like its op (`sample` and `attention` have two, one after the other, and `mat_mul` three, for few rows, for many and
-//! for software Vulkan). This crate knows no wgpu, no device and no weight file.
+//! like its op (`sample` and `attention` have two, one after the other, and `mat_mul` several: for few rows, for many,
+//! for software Vulkan, and for other arithmetic than f32). This crate knows no wgpu, no device and no weight file.
 //!
 //! ```text
 //! #include "file.wgsl"
@@ -16,8 +16,8 @@ mod mat_mul;
 mod reflect;
 
 pub use compose::{ComposeError, compose};
-pub use mat_mul::{MatMulChoice, MatMulVariant};
-pub use reflect::{Access, Member, ReflectError, Reflection, members, reflect, validate};
+pub use mat_mul::{Arithmetic, MatMulChoice, MatMulVariant, MatrixUnits};
+pub use reflect::{Access, Extras, Member, ReflectError, Reflection, members, reflect, validate};
 
 /// What a kernel is composed with; a later entry hides an earlier one of the same name.
 pub type Constants = Vec<(&'static str, u32)>;
@@ -87,6 +87,9 @@ impl Tier {
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
             ("TILE_LANES", self.attention_lanes()),
+            // What a matmul multiplies in, and whether on matrix units.
+            ("BITS", 32),
+            ("MATRIX", 0),
         ]
     }
 }
@@ -105,7 +108,7 @@ pub const ELEMENT_LANES: u32 = 64;
 pub const MUL_ADD_ELEMENTS: u32 = 1024;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 25] = [
+pub const FILES: [(&str, &str); 28] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
@@ -117,7 +120,10 @@ pub const FILES: [(&str, &str); 25] = [
     ("grid.wgsl", include_str!("grid.wgsl")),
     ("kv_head.wgsl", include_str!("kv_head.wgsl")),
     ("mat_mul.wgsl", include_str!("mat_mul.wgsl")),
+    ("mat_mul_f16.wgsl", include_str!("mat_mul_f16.wgsl")),
+    ("mat_mul_integer.wgsl", include_str!("mat_mul_integer.wgsl")),
     ("mat_mul_io.wgsl", include_str!("mat_mul_io.wgsl")),
+    ("mat_mul_matrix.wgsl", include_str!("mat_mul_matrix.wgsl")),
     ("mat_mul_subgroup.wgsl", include_str!("mat_mul_subgroup.wgsl")),
     ("mat_mul_tile.wgsl", include_str!("mat_mul_tile.wgsl")),
     ("mul_add.wgsl", include_str!("mul_add.wgsl")),

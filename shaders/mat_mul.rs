@@ -1,9 +1,45 @@
 //! The matmul kernels of each tier: how each divides its work, and which takes how many rows unless a device's own
 //! table says otherwise.
 //!
-//! Invariant: all variants of a tier add in the same order, so that any table gives the same bits.
+//! Invariant: all variants of a tier that compute in f32 add in the same order, and so do all in f16, so that any table
+//! gives the same bits.
 
 use crate::{Constants, TILE, Tier};
+
+/// What matmuls compute with. All but `F32` may change tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    #[default]
+    F32,
+    /// Products and sums of 32 of them in f16, the sums of these in f32.
+    F16,
+    /// Activations as bytes with a scale for 32; dot products of four bytes, exact, and sums of 32 in f32. For weights
+    /// that are codes; others in f32.
+    IntegerDot,
+    /// From 9 rows on: operands in f16, sums in f32, in whatever order the device adds.
+    MatrixUnits(MatrixUnits),
+}
+
+/// Matrices that a device multiplies at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MatrixUnits {
+    /// Rows and columns of each: 8 or 16.
+    pub size: u32,
+    /// Of every subgroup.
+    pub subgroup_lanes: u32,
+}
+
+impl Arithmetic {
+    /// By how much a product may differ from what f32 gives, relative to the largest of a tensor.
+    pub const fn tolerance(self) -> f32 {
+        match self {
+            Arithmetic::F32 => 1e-5,
+            Arithmetic::F16 => 4e-3,
+            Arithmetic::IntegerDot => 2e-2,
+            Arithmetic::MatrixUnits(_) => 2e-3,
+        }
+    }
+}
 
 /// How a matmul kernel divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,6 +50,14 @@ pub enum MatMulVariant {
     Tile,
     /// `mat_mul_subgroup.wgsl`: rows of a subgroup of 8.
     Subgroup { rows: u32 },
+    /// `mat_mul_f16.wgsl`: as `Split`, in f16; a multiple of four rows.
+    F16Split { rows: u32, columns: u32 },
+    /// `mat_mul_tile.wgsl` in f16.
+    F16Tile,
+    /// `mat_mul_integer.wgsl`: as `Split`, by dot products of bytes.
+    Integer { rows: u32, columns: u32 },
+    /// `mat_mul_matrix.wgsl`: of four subgroups, 16 rows or 64.
+    Matrix { units: MatrixUnits, rows: u32 },
 }
 
 /// A line of a table, which ascends: of the rows that are left the first line whose `max_rows` is not below them takes
@@ -50,16 +94,36 @@ const fn subgroup(rows: u32) -> MatMulVariant {
     MatMulVariant::Subgroup { rows }
 }
 
+const fn f16_split(rows: u32, columns: u32) -> MatMulVariant {
+    MatMulVariant::F16Split { rows, columns }
+}
+
+const fn integer(rows: u32, columns: u32) -> MatMulVariant {
+    MatMulVariant::Integer { rows, columns }
+}
+
 /// Up to 8 rows a weight's bytes are what counts, and one column a lane gives most workgroups. From 9 on an activation
 /// that is read from workgroup memory serves two columns; four rows of 16 at a time are left out where there are none.
-const GPU_CHOICES: &[MatMulChoice] =
-    &[all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(MatMulVariant::Tile)];
+const GPU_CHOICES: [MatMulChoice; 5] =
+    [all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(MatMulVariant::Tile)];
 
 /// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them.
-const LAVAPIPE_CHOICES: &[MatMulChoice] =
-    &[all(1, subgroup(1)), all(4, subgroup(4)), all(8, subgroup(8)), whole(subgroup(8))];
+const LAVAPIPE_CHOICES: [MatMulChoice; 6] = [
+    all(1, subgroup(1)),
+    all(2, subgroup(2)),
+    all(4, subgroup(4)),
+    all(6, subgroup(6)),
+    all(8, subgroup(8)),
+    whole(subgroup(8)),
+];
 
-const GPU_VARIANTS: &[MatMulVariant] = &[
+const F16_CHOICES: [MatMulChoice; 4] =
+    [all(4, f16_split(4, 1)), all(8, f16_split(8, 1)), all(64, f16_split(16, 2)), whole(MatMulVariant::F16Tile)];
+
+const INTEGER_CHOICES: [MatMulChoice; 4] =
+    [all(1, integer(1, 1)), all(4, integer(4, 1)), all(8, integer(8, 1)), whole(integer(16, 2))];
+
+const GPU_VARIANTS: [MatMulVariant; 11] = [
     split(1, 1),
     split(2, 1),
     split(4, 1),
@@ -73,23 +137,62 @@ const GPU_VARIANTS: &[MatMulVariant] = &[
     MatMulVariant::Tile,
 ];
 
-const LAVAPIPE_VARIANTS: &[MatMulVariant] =
-    &[subgroup(1), subgroup(2), subgroup(3), subgroup(4), subgroup(6), subgroup(8), subgroup(12)];
+const LAVAPIPE_VARIANTS: [MatMulVariant; 8] =
+    [subgroup(1), subgroup(2), subgroup(3), subgroup(4), subgroup(6), subgroup(8), subgroup(10), subgroup(12)];
+
+const F16_VARIANTS: [MatMulVariant; 7] = [
+    f16_split(4, 1),
+    f16_split(8, 1),
+    f16_split(16, 1),
+    f16_split(4, 2),
+    f16_split(8, 2),
+    f16_split(16, 2),
+    MatMulVariant::F16Tile,
+];
+
+const INTEGER_VARIANTS: [MatMulVariant; 5] =
+    [integer(1, 1), integer(4, 1), integer(8, 1), integer(4, 2), integer(16, 2)];
+
+/// The fewest rows that matrix units are worth: below, a weight's bytes are what counts.
+const LEAST_MATRIX_ROWS: u32 = 9;
 
 impl Tier {
+    /// Whether a device at this tier may compute so, as far as kernels go. Software Vulkan widens every half and spells
+    /// out every dot product, so that it has no such kernels; matrix units need subgroups.
+    pub const fn has(self, arithmetic: Arithmetic) -> bool {
+        match arithmetic {
+            Arithmetic::F32 => true,
+            Arithmetic::F16 | Arithmetic::IntegerDot => !matches!(self, Tier::Lavapipe),
+            Arithmetic::MatrixUnits(_) => matches!(self, Tier::Subgroup),
+        }
+    }
+
     /// Which matmul kernel takes how many rows.
-    pub const fn mat_mul_choices(self) -> &'static [MatMulChoice] {
-        match self {
-            Tier::Base | Tier::Subgroup => GPU_CHOICES,
-            Tier::Lavapipe => LAVAPIPE_CHOICES,
+    pub fn mat_mul_choices(self, arithmetic: Arithmetic) -> Vec<MatMulChoice> {
+        match arithmetic {
+            Arithmetic::F32 if self == Tier::Lavapipe => LAVAPIPE_CHOICES.to_vec(),
+            Arithmetic::F32 => GPU_CHOICES.to_vec(),
+            Arithmetic::F16 => F16_CHOICES.to_vec(),
+            Arithmetic::IntegerDot => INTEGER_CHOICES.to_vec(),
+            Arithmetic::MatrixUnits(units) => {
+                let few = GPU_CHOICES.into_iter().filter(|choice| choice.max_rows < LEAST_MATRIX_ROWS);
+                let matrix = |rows| MatMulVariant::Matrix { units, rows };
+                few.chain([all(16, matrix(16)), all(u32::MAX, matrix(64))]).collect()
+            }
         }
     }
 
     /// What a table may choose from.
-    pub const fn mat_mul_variants(self) -> &'static [MatMulVariant] {
-        match self {
-            Tier::Base | Tier::Subgroup => GPU_VARIANTS,
-            Tier::Lavapipe => LAVAPIPE_VARIANTS,
+    pub fn mat_mul_variants(self, arithmetic: Arithmetic) -> Vec<MatMulVariant> {
+        match arithmetic {
+            Arithmetic::F32 if self == Tier::Lavapipe => LAVAPIPE_VARIANTS.to_vec(),
+            Arithmetic::F32 => GPU_VARIANTS.to_vec(),
+            Arithmetic::F16 => F16_VARIANTS.to_vec(),
+            Arithmetic::IntegerDot => INTEGER_VARIANTS.to_vec(),
+            Arithmetic::MatrixUnits(units) => {
+                let few = GPU_VARIANTS.into_iter().filter(|variant| variant.rows() < LEAST_MATRIX_ROWS);
+                few.chain([16, 64].map(|rows| MatMulVariant::Matrix { units, rows })).collect()
+            }
         }
     }
 }
@@ -98,8 +201,11 @@ impl MatMulVariant {
     pub const fn kernel(self) -> &'static str {
         match self {
             MatMulVariant::Split { .. } => "mat_mul",
-            MatMulVariant::Tile => "mat_mul_tile",
+            MatMulVariant::Tile | MatMulVariant::F16Tile => "mat_mul_tile",
             MatMulVariant::Subgroup { .. } => "mat_mul_subgroup",
+            MatMulVariant::F16Split { .. } => "mat_mul_f16",
+            MatMulVariant::Integer { .. } => "mat_mul_integer",
+            MatMulVariant::Matrix { .. } => "mat_mul_matrix",
         }
     }
 
@@ -109,6 +215,10 @@ impl MatMulVariant {
             MatMulVariant::Split { .. } => "split",
             MatMulVariant::Tile => "tile",
             MatMulVariant::Subgroup { .. } => "subgroup",
+            MatMulVariant::F16Split { .. } => "f16 split",
+            MatMulVariant::F16Tile => "f16 tile",
+            MatMulVariant::Integer { .. } => "integer",
+            MatMulVariant::Matrix { .. } => "matrix",
         };
         format!("{how} {}x{}", self.rows(), self.columns())
     }
@@ -116,22 +226,45 @@ impl MatMulVariant {
     /// Rows of a workgroup.
     pub const fn rows(self) -> u32 {
         match self {
-            MatMulVariant::Split { rows, .. } | MatMulVariant::Subgroup { rows } => rows,
-            MatMulVariant::Tile => 64,
+            MatMulVariant::Split { rows, .. }
+            | MatMulVariant::Subgroup { rows }
+            | MatMulVariant::F16Split { rows, .. }
+            | MatMulVariant::Integer { rows, .. }
+            | MatMulVariant::Matrix { rows, .. } => rows,
+            MatMulVariant::Tile | MatMulVariant::F16Tile => 64,
         }
     }
 
     /// Columns of a workgroup.
     pub const fn columns(self) -> u32 {
         match self {
-            MatMulVariant::Split { columns, .. } => columns * TILE,
-            MatMulVariant::Tile => 128,
+            MatMulVariant::Split { columns, .. }
+            | MatMulVariant::F16Split { columns, .. }
+            | MatMulVariant::Integer { columns, .. } => columns * TILE,
+            MatMulVariant::Tile | MatMulVariant::F16Tile => 128,
             MatMulVariant::Subgroup { .. } => TILE,
+            MatMulVariant::Matrix { rows, .. } => {
+                if rows == 16 {
+                    128
+                } else {
+                    64
+                }
+            }
         }
     }
 
+    /// Whether it needs arithmetic on halves.
+    pub const fn is_f16(self) -> bool {
+        matches!(self, MatMulVariant::F16Split { .. } | MatMulVariant::F16Tile | MatMulVariant::Matrix { .. })
+    }
+
+    /// Whether it needs matrix units.
+    pub const fn is_matrix(self) -> bool {
+        matches!(self, MatMulVariant::Matrix { .. })
+    }
+
     pub fn constants(self) -> Constants {
-        match self {
+        let mut constants = match self {
             MatMulVariant::Split { rows, columns } => {
                 // Rounds of 8 units that are staged together, so that few rows meet few barriers.
                 let rounds = (8 / rows).max(1);
@@ -149,8 +282,41 @@ impl MatMulVariant {
                     ("PARTS", if rows == 1 { 4 } else { 1 }),
                 ]
             }
-            MatMulVariant::Tile => vec![],
+            MatMulVariant::Tile | MatMulVariant::F16Tile => vec![],
             MatMulVariant::Subgroup { rows } => vec![("ROWS", rows)],
-        }
+            MatMulVariant::F16Split { rows, columns } => {
+                vec![("ROWS", rows), ("COLUMNS", columns), ("GROUPS", rows / 4)]
+            }
+            MatMulVariant::Integer { rows, columns } => {
+                // Of a stage: as many units as 256 lanes make bytes of at once, or more.
+                let rounds = (4 / rows).max(1);
+                let group_rows = rows.min(4);
+                vec![
+                    ("ROWS", rows),
+                    ("COLUMNS", columns),
+                    ("GROUP_ROWS", group_rows),
+                    ("GROUPS", rows / group_rows),
+                    ("ROUNDS", rounds),
+                    ("CHUNKS", rows * rounds / 4),
+                ]
+            }
+            MatMulVariant::Matrix { units, rows } => {
+                let (size, subgroups_n) = (units.size, if rows == 16 { 4 } else { 2 });
+                vec![
+                    ("MATRIX", 1),
+                    ("SIZE", size),
+                    ("ROWS", rows),
+                    ("COLUMNS", self.columns()),
+                    ("SUBGROUP_LANES", units.subgroup_lanes),
+                    ("GROUP_LANES", 4 * units.subgroup_lanes),
+                    ("SUBGROUPS_N", subgroups_n),
+                    ("TILES_M", rows / (4 / subgroups_n) / size),
+                    ("TILES_N", self.columns() / subgroups_n / size),
+                    ("STEPS", 32 / size),
+                ]
+            }
+        };
+        constants.push(("BITS", if self.is_f16() { 16 } else { 32 }));
+        constants
     }
 }

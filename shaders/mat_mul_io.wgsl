@@ -1,4 +1,10 @@
 // What the matmul kernels read and write, and how an output is stored: `out = x @ weight^T + bias`.
+#if BITS == 16
+enable f16;
+#endif
+#if MATRIX
+enable wgpu_cooperative_matrix;
+#endif
 #include "grid.wgsl"
 
 struct Params {
@@ -30,6 +36,13 @@ struct Params {
 // (rows, cols), from the product's first column on.
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 #include "weight.wgsl"
+
+#if BITS == 16
+// Held within what f16 has: a model's largest activations are beyond.
+fn rounded(value: f32) -> f16 {
+    return f16(clamp(value, -65504.0, 65504.0));
+}
+#endif
 
 fn store(row: u32, shard_col: u32, sum: f32) {
     if row < params.num_rows && shard_col < params.shard_cols {

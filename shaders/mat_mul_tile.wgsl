@@ -2,13 +2,13 @@
 //
 // Both operands go through workgroup memory, 16 values of K at a time; a weight is decoded once for 64 rows. K is
 // walked split by split, and the sums of the splits are added in order: what `mat_mul.wgsl` does side by side is done
-// here one after another, with the same bits.
+// here one after another, with the same bits. In f16 it does what `mat_mul_f16.wgsl` does.
 #include "mat_mul_io.wgsl"
 
 // (16 of K, 16 fours of rows)
-var<workgroup> x_tile: array<vec4<f32>, 256>;
+var<workgroup> x_tile: array<vec4<f{{BITS}}>, 256>;
 // (16 of K, 32 fours of columns)
-var<workgroup> w_tile: array<vec4<f32>, 512>;
+var<workgroup> w_tile: array<vec4<f{{BITS}}>, 512>;
 
 @compute @workgroup_size(256)
 fn main(
@@ -42,6 +42,9 @@ fn main(
 #for R 4
 #for C 2
         var sum_{{R}}_{{C}} = vec4(0.0);
+#if BITS == 16
+        var of_unit_{{R}}_{{C}} = vec4(0.0h);
+#endif
 #endfor
 #endfor
         // By halves of a unit.
@@ -57,11 +60,16 @@ fn main(
 #endfor
             workgroupBarrier();
 #for J 4
+#if BITS == 16
+            x_tile[(x_part * 4u + {{J}}u) * 16u + x_row / 4u][x_row % 4u] = rounded(x_{{J}});
+#else
             x_tile[(x_part * 4u + {{J}}u) * 16u + x_row / 4u][x_row % 4u] = x_{{J}};
+#endif
 #endfor
 #for H 2
 #for J 4
-            w_tile[(w_part * 8u + {{H}}u * 4u + {{J}}u) * 32u + w_column / 4u][w_column % 4u] = weights[{{H}}][{{J}}];
+            w_tile[(w_part * 8u + {{H}}u * 4u + {{J}}u) * 32u + w_column / 4u][w_column % 4u] =
+                f{{BITS}}(weights[{{H}}][{{J}}]);
 #endfor
 #endfor
             workgroupBarrier();
@@ -74,12 +82,26 @@ fn main(
 #endfor
 #for R 4
 #for C 2
+#if BITS == 16
+                    of_unit_{{R}}_{{C}} = fma(vec4(rows[{{R}}]), columns_{{C}}, of_unit_{{R}}_{{C}});
+#else
                     sum_{{R}}_{{C}} = fma(vec4(rows[{{R}}]), columns_{{C}}, sum_{{R}}_{{C}});
+#endif
 #endfor
 #endfor
                 }
 #endfor
             }
+#if BITS == 16
+            if piece % 2u == 1u {
+#for R 4
+#for C 2
+                sum_{{R}}_{{C}} += vec4<f32>(of_unit_{{R}}_{{C}});
+                of_unit_{{R}}_{{C}} = vec4(0.0h);
+#endfor
+#endfor
+            }
+#endif
         }
 #for R 4
 #for C 2

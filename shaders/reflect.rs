@@ -24,6 +24,15 @@ pub struct Reflection {
     pub workgroup_bytes: u32,
 }
 
+/// What a module may use beyond what every adapter has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    pub subgroups: bool,
+    pub immediates: bool,
+    pub f16: bool,
+    pub matrix_units: bool,
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum ReflectError {
     #[error("{0}")]
@@ -41,15 +50,17 @@ pub struct Member {
     pub is_float: bool,
 }
 
-/// Parses and validates `text`. Subgroup operations and immediates pass only if allowed.
-pub fn validate(text: &str, subgroups: bool, immediates: bool) -> Result<(Module, ModuleInfo), ReflectError> {
+/// Parses and validates `text`, which may use `extras` alone.
+pub fn validate(text: &str, extras: Extras) -> Result<(Module, ModuleInfo), ReflectError> {
     let module = parse(text)?;
     // `pack2x16float` and its inverse, which all of WebGPU has.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    capabilities.set(Capabilities::SUBGROUP, subgroups);
-    capabilities.set(Capabilities::IMMEDIATES, immediates);
+    capabilities.set(Capabilities::SUBGROUP, extras.subgroups);
+    capabilities.set(Capabilities::IMMEDIATES, extras.immediates);
+    capabilities.set(Capabilities::SHADER_FLOAT16, extras.f16);
+    capabilities.set(Capabilities::COOPERATIVE_MATRIX, extras.matrix_units);
     let mut validator = Validator::new(ValidationFlags::all(), capabilities);
-    if subgroups {
+    if extras.subgroups {
         validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE);
         validator.subgroup_operations(naga::valid::SubgroupOperationSet::all());
     }
@@ -81,8 +92,8 @@ pub fn members(text: &str, name: &str) -> Result<Option<Vec<Member>>, ReflectErr
 }
 
 /// What a valid `text` asks of a pipeline.
-pub fn reflect(text: &str, subgroups: bool, immediates: bool) -> Result<Reflection, ReflectError> {
-    let (module, _) = validate(text, subgroups, immediates)?;
+pub fn reflect(text: &str, extras: Extras) -> Result<Reflection, ReflectError> {
+    let (module, _) = validate(text, extras)?;
     let [entry] = &module.entry_points[..] else {
         return Err(ReflectError::Invalid(format!("{} entry points; one is wanted", module.entry_points.len())));
     };

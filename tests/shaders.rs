@@ -12,7 +12,7 @@ use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 use fullbore_engine::verify::attention::Planned;
-use fullbore_shaders::{FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier, compose, reflect};
+use fullbore_shaders::{Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier, compose, reflect};
 use half::f16;
 
 use crate::device::planned;
@@ -28,8 +28,7 @@ fn every_variant_validates() {
         for kernel in Kernel::all(tier, &HEADS_OF_MODELS) {
             let (name, constants) = kernel.source(tier);
             let text = compose(name, &constants).unwrap_or_else(|error| panic!("{tier:?} {kernel:?}: {error}"));
-            let extras = tier != Tier::Base;
-            let reflection = reflect(&text, extras, extras).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+            let reflection = reflect(&text, kernel.extras(tier)).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
             assert!(reflection.workgroup_bytes <= MAX_GROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
             assert!(
                 reflection.workgroup_size.iter().product::<u32>() <= MAX_GROUP_LANES,
@@ -46,7 +45,7 @@ fn composing_fails_with_a_place() {
     let problem = |constants| compose("mat_mul", &constants).expect_err("ROWS is missing").to_string();
     assert!(problem(Tier::Base.constants()).starts_with("weight.wgsl:"), "{}", problem(Tier::Base.constants()));
     assert_eq!(compose("nothing", &vec![]).unwrap_err().message, "there is no file nothing.wgsl");
-    assert!(reflect("fn main() { let x: u32 = 1.5; }", false, false).is_err());
+    assert!(reflect("fn main() { let x: u32 = 1.5; }", Extras::default()).is_err());
     for (file, text) in FILES {
         assert!(text.starts_with("// "), "{file} opens with what it is");
     }

@@ -351,7 +351,8 @@ mod tests {
         }
 
         fn mat_mul_kernels(&self, _format: WeightFormat) -> Vec<MatMulKernel> {
-            self.prices.iter().map(|&(name, rows, _)| MatMulKernel { name: name.to_owned(), rows }).collect()
+            let kernel = |&(name, rows, _): &(&str, _, _)| MatMulKernel { name: name.to_owned(), rows, tolerance: 0.0 };
+            self.prices.iter().map(kernel).collect()
         }
 
         /// Its own choice is its first kernel for whatever there is.

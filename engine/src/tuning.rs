@@ -23,11 +23,13 @@ impl MatMulShape {
 }
 
 /// A kernel that could multiply by weights of some format.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MatMulKernel {
     pub name: String,
     /// Rows of activations that a workgroup computes.
     pub rows: u32,
+    /// By how much its products may differ from the plain cpu's, relative to the largest.
+    pub tolerance: f32,
 }
 
 /// A line of a table, which ascends and ends with a line without a bound. The first line whose `max_rows` is not below

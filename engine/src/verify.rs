@@ -74,7 +74,7 @@ impl Case {
         let failed = |error: &DeviceError| vec![self.line("", f32::INFINITY, 0.0, Some(error.to_string()))];
         let compare = |(output, twin): (&Output, &Output)| {
             let (error, failure) = output.compare(twin);
-            self.line(twin.name, error, twin.tolerance, failure)
+            self.line(twin.name, error, output.tolerance, failure)
         };
         match outputs {
             Ok(outputs) => {
@@ -106,7 +106,7 @@ impl Output {
             let failure = format!("{} words instead of {}", self.words.len(), twin.words.len());
             return (f32::INFINITY, Some(failure));
         }
-        if twin.tolerance == 0.0 {
+        if self.tolerance == 0.0 {
             let differs = |index: &usize| self.words[*index] != twin.words[*index];
             let different: Vec<usize> = (0..twin.words.len()).filter(differs).collect();
             let Some(&index) = different.first() else { return (0.0, None) };
@@ -129,7 +129,7 @@ impl Output {
         }
         let (error, index) = worst;
         let wrong = || format!("element {index} is {}, not {}", value(self, index), value(twin, index));
-        (error, (error > twin.tolerance).then(wrong))
+        (error, (error > self.tolerance).then(wrong))
     }
 }
 

@@ -1,8 +1,6 @@
 //! Which device a name means. Invariant: the choice is logged by the caller, and there is no silent fall-back: only
 //! `auto` may end at the CPU, and a name that fits nothing is an error that lists what there is.
 
-use std::time::Duration;
-
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, wgpu as adapters};
@@ -35,7 +33,16 @@ pub fn open(wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> 
 
 /// The same with kernels of `tier`, where it is a GPU.
 pub fn open_at(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
-    let open_gpu = |selector: &str| gpu(selector, tier, wanted.max_submit());
+    let backend = open_any(wanted, tier)?;
+    let (asked, info) = (wanted.arithmetic.name(), backend.info());
+    if info.kernels.is_empty() && asked != info.arithmetic {
+        tracing::warn!(device = info.id, "--arithmetic {asked} is for GPUs: going on in {}", info.arithmetic);
+    }
+    Ok(backend)
+}
+
+fn open_any(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
+    let open_gpu = |selector: &str| gpu(selector, tier, wanted);
     match wanted.name.as_str() {
         "cpu" => Ok(cpu()?),
         // Host and device share the machine's time, as they do on a real one.
@@ -55,7 +62,8 @@ pub fn open_at(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<
 
 /// A device once more, opened as `wanted` says, with the kernels that it had.
 pub fn again(device: &DeviceInfo, wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> {
-    let wanted = DeviceArgs { name: device.id.clone(), ..wanted.clone() };
+    let arithmetic = arithmetic_of(&device.arithmetic);
+    let wanted = DeviceArgs { name: device.id.clone(), arithmetic, ..wanted.clone() };
     open_at(&wanted, tier_of(&device.tier))
 }
 
@@ -63,14 +71,22 @@ fn tier_of(name: &str) -> Option<adapters::Tier> {
     adapters::Tier::ALL.into_iter().find(|tier| tier.name() == name)
 }
 
-/// The same device as `device`, opened as `wanted` says, with plainer kernels, where it has some.
+fn arithmetic_of(name: &str) -> adapters::ArithmeticChoice {
+    adapters::ArithmeticChoice::ALL.into_iter().find(|choice| choice.name() == name).unwrap_or_default()
+}
+
+/// The same device as `device`, opened as `wanted` says, with plainer kernels, where it has some: in f32 first, then of
+/// a plainer tier.
 pub fn plainer(device: &DeviceInfo, wanted: &DeviceArgs) -> Option<Result<Box<dyn Backend>, DeviceChoiceError>> {
     if device.tier == "avx2" {
         let plain = CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() });
         return Some(plain.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(DeviceChoiceError::Cpu));
     }
-    let tier = tier_of(&device.tier)?.plainer()?;
-    Some(gpu(&device.id, Some(tier), wanted.max_submit()).map_err(DeviceChoiceError::Gpu))
+    let tier = tier_of(&device.tier)?;
+    let tier =
+        if arithmetic_of(&device.arithmetic) == adapters::ArithmeticChoice::F32 { tier.plainer()? } else { tier };
+    let wanted = DeviceArgs { arithmetic: adapters::ArithmeticChoice::F32, ..wanted.clone() };
+    Some(gpu(&device.id, Some(tier), &wanted).map_err(DeviceChoiceError::Gpu))
 }
 
 /// Memory that the device has for us: asked, else tried; `None` where neither says.
@@ -99,13 +115,23 @@ fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
 fn gpu(
     selector: &str,
     tier: Option<adapters::Tier>,
-    max_submit: Option<Duration>,
+    wanted: &DeviceArgs,
 ) -> Result<Box<dyn Backend>, adapters::OpenError> {
-    let cache_folder = fetch::cache_folder().ok().map(|folder| folder.join("pipelines"));
-    let selector = selector.to_owned();
-    let options =
-        adapters::WgpuOptions { selector, tier, cache_folder, max_submit, ..adapters::WgpuOptions::default() };
+    let options = adapters::WgpuOptions {
+        selector: selector.to_owned(),
+        tier,
+        arithmetic: wanted.arithmetic,
+        cache_folder: fetch::cache_folder().ok().map(|folder| folder.join("pipelines")),
+        max_submit: wanted.max_submit(),
+        ..adapters::WgpuOptions::default()
+    };
     Ok(Box::new(adapters::WgpuBackend::open(&options)?))
+}
+
+/// One line about a device and the kernels that it has.
+pub fn title(device: &DeviceInfo) -> String {
+    let DeviceInfo { id, name, driver, tier, arithmetic, .. } = device;
+    format!("{id}, {name}, {driver}, tier {tier}, {arithmetic}")
 }
 
 /// What `fullbore devices` prints.

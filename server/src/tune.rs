@@ -49,7 +49,7 @@ pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
     let saved = SavedTuning::new(&tuning::folder()?, backend.info()).ok_or_else(no_choice)?;
     let bundle = start::open_bundle(&args.model, &backend.info().id)?;
     let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
-    println!("{}, {}, {}, tier {}", backend.info().id, backend.info().name, backend.info().driver, backend.info().tier);
+    println!("{}", devices::title(backend.info()));
     let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
     let (mut backend, wrong) = try_kernels(backend, &formats)?;
     let wrong_of = |format| wrong.iter().filter(|(of, _)| *of == format).map(|(_, name)| name.clone()).collect();

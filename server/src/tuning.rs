@@ -39,6 +39,7 @@ struct TunedDevice {
     name: String,
     driver: String,
     tier: String,
+    arithmetic: String,
     kernels: String,
 }
 
@@ -64,13 +65,13 @@ pub type Tables = Vec<(MatMulShape, Vec<MatMulLine>)>;
 impl SavedTuning {
     /// In `folder`; `None` for a device that has no choice of kernels.
     pub fn new(folder: &Path, device: &DeviceInfo) -> Option<SavedTuning> {
-        let DeviceInfo { name, driver, tier, kernels, .. } = device.clone();
+        let DeviceInfo { name, driver, tier, arithmetic, kernels, .. } = device.clone();
         if kernels.is_empty() {
             return None;
         }
         // Other kernels replace the file of those before them.
-        let path = folder.join(files::name_of(&[&name, &driver, &tier]));
-        Some(SavedTuning { path, device: TunedDevice { name, driver, tier, kernels } })
+        let path = folder.join(files::name_of(&[&name, &driver, &tier, &arithmetic]));
+        Some(SavedTuning { path, device: TunedDevice { name, driver, tier, arithmetic, kernels } })
     }
 
     pub fn path(&self) -> &Path {

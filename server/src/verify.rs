@@ -62,7 +62,7 @@ pub fn verify_on(
     open: &mut dyn FnMut() -> Result<Box<dyn Backend>, DeviceError>,
 ) -> Result<(), VerifyError> {
     let mut table = Table::new(cases);
-    println!("{}, {}, {}, tier {}", info.id, info.name, info.driver, info.tier);
+    println!("{}", devices::title(info));
     let mut written = table.head();
     verify::verify(cases, open, &mut |check| {
         let line = table.line(&check);

@@ -141,6 +141,8 @@ pub struct DeviceInfo {
     pub driver: String,
     /// Kernel tier in use: `base`, `subgroup`, `lavapipe`, `avx2`, `plain`.
     pub tier: String,
+    /// What matmuls compute with: `f32` unless other arithmetic was asked for and is there.
+    pub arithmetic: String,
     /// What the tier's kernels are written like; empty where no choice among them is ever kept.
     pub kernels: String,
     /// Memory the device has for us, where it can be asked.

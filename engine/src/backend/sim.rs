@@ -120,6 +120,7 @@ impl SimBackend {
                 Fidelity::Exact => "exact".to_owned(),
                 Fidelity::Cost => "cost".to_owned(),
             },
+            arithmetic: "f32".to_owned(),
             kernels: String::new(),
             memory_bytes: None,
             max_buffer_bytes: u64::MAX,

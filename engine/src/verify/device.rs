@@ -13,6 +13,8 @@ use crate::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 /// Offsets are multiples of this many words, and below `NUM_OFFSETS` of them.
 const OFFSET_WORDS: u32 = 16;
 const NUM_OFFSETS: u32 = 13;
+/// Of a product in f32.
+const MAT_MUL_TOLERANCE: f32 = 1e-5;
 
 pub struct Device {
     backend: Box<dyn Backend>,
@@ -32,6 +34,12 @@ impl Device {
 
     pub fn into_backend(self) -> Box<dyn Backend> {
         self.backend
+    }
+
+    /// By how much a product with such weights may differ from the plain cpu's.
+    pub fn mat_mul_tolerance(&self, format: WeightFormat) -> f32 {
+        let kernels = self.backend.mat_mul_kernels(format);
+        kernels.iter().map(|kernel| kernel.tolerance).fold(MAT_MUL_TOLERANCE, f32::max)
     }
 
     pub fn f32(&mut self, rows: u32, cols: u32, values: &[f32]) -> Result<Tensor, DeviceError> {

@@ -16,13 +16,13 @@ pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
         let bias = if m % 2 == 1 { Some(device.random(1, n, random)?) } else { None };
         let out = device.unwritten(m, n)?;
         let words = device.run(&[Op::MatMul(MatMul { x, weight, bias, first_col: 0, out })], &[out])?;
-        Ok(Output::f32(words, 1e-5))
+        Ok(Output::f32(words, device.mat_mul_tolerance(format)))
     })
 }
 
 /// By one kernel alone, on rows that fill a workgroup of it and begin another.
 pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
-    let (m, n, k) = (kernel.rows + 1, 70, 512);
+    let (m, n, k, tolerance) = (kernel.rows + 1, 70, 512, kernel.tolerance);
     let (variant, table) = (format!("{}, {}", format.name(), kernel.name), MatMulLine::only(&kernel.name));
     Case::new("mat_mul", &variant, format!("M {m} N {n} K {k}"), move |device| {
         let random = &mut Random::new(3);
@@ -33,13 +33,14 @@ pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
         device.backend().set_mat_mul_table(shape, &table).expect("a kernel that the device has named");
         let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]);
         device.backend().set_mat_mul_table(shape, &before).expect("the table that was there");
-        Ok(Output::f32(words?, 1e-5))
+        Ok(Output::f32(words?, tolerance))
     })
 }
 
 /// Two products in one tensor, whose other columns stay as they are.
 pub fn into_columns(left: WeightFormat, right: WeightFormat) -> Case {
     let variant = format!("{}, {}", left.name(), right.name());
+    let formats = [left, right];
     Case::new("mat_mul", &variant, "M 11 N 40 and 24 K 256, into columns".to_owned(), move |device| {
         let random = &mut Random::new(3);
         let (left, right) = (device.weight(left, 40, 256, 4)?, device.weight(right, 24, 256, 5)?);
@@ -47,6 +48,7 @@ pub fn into_columns(left: WeightFormat, right: WeightFormat) -> Case {
         let out = device.f32(11, 80, &[7.0; 11 * 80])?;
         let ops = [(left, None, 3), (right, Some(bias), 43)];
         let ops = ops.map(|(weight, bias, first_col)| Op::MatMul(MatMul { x, weight, bias, first_col, out }));
-        Ok(Output::f32(device.run(&ops, &[out])?, 1e-5))
+        let tolerance = formats.map(|format| device.mat_mul_tolerance(format)).into_iter().fold(0.0, f32::max);
+        Ok(Output::f32(device.run(&ops, &[out])?, tolerance))
     })
 }

@@ -32,6 +32,12 @@ pub(super) fn parse_tier(text: &str) -> Result<adapters::Tier, String> {
     adapters::Tier::ALL.into_iter().find(|tier| tier.name() == text).ok_or(format!("it is one of {}", known.join(", ")))
 }
 
+pub(super) fn parse_arithmetic(text: &str) -> Result<adapters::ArithmeticChoice, String> {
+    let known = adapters::ArithmeticChoice::ALL.map(adapters::ArithmeticChoice::name);
+    let found = adapters::ArithmeticChoice::ALL.into_iter().find(|choice| choice.name() == text);
+    found.ok_or(format!("it is one of {}", known.join(", ")))
+}
+
 pub(super) fn parse_quantize(text: &str) -> Result<WeightFormat, String> {
     let found = TARGETS.into_iter().find(|format| format.name() == text);
     found.ok_or_else(|| {

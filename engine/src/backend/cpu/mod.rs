@@ -83,6 +83,7 @@ impl CpuBackend {
             name: format!("{}, {num_threads} threads", cpu_name()),
             driver: format!("fullbore {}", env!("CARGO_PKG_VERSION")),
             tier: if avx2.is_some() { "avx2" } else { "plain" }.to_owned(),
+            arithmetic: "f32".to_owned(),
             kernels: String::new(),
             memory_bytes: memory_bytes(),
             max_buffer_bytes: u64::MAX,

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use fullbore_shaders::{MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
+use fullbore_shaders::{Arithmetic, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
 use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
 
 use super::MAX_WORKGROUPS;
+use super::arithmetic::{self, Abilities, ArithmeticChoice};
 use super::encode::{MAX_BUFFERS, MAX_PARAMS};
 use super::kill_switch::KillSwitch;
 use super::pipeline_cache;
@@ -29,6 +30,8 @@ pub struct WgpuOptions {
     pub selector: String,
     /// Instead of the tier that the adapter's features give.
     pub tier: Option<Tier>,
+    /// What matmuls shall compute with, where the device has it; else f32, with a warning.
+    pub arithmetic: ArithmeticChoice,
     /// Splits weights into smaller shards than the device asks for.
     pub max_binding_bytes: Option<u64>,
     /// Whether shaders are compiled with bounds checks.
@@ -97,6 +100,7 @@ pub(super) struct Device {
     pub queue: wgpu::Queue,
     pub info: DeviceInfo,
     pub tier: Tier,
+    pub arithmetic: Arithmetic,
     pub checked: bool,
     pub faults: Vec<Fault>,
     pub max_shard_bytes: u64,
@@ -153,6 +157,7 @@ fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> D
         name: info.name,
         driver: format!("{} {}; {}", info.driver, info.driver_info, features.join(", ")),
         tier: tier.name().to_owned(),
+        arithmetic: ArithmeticChoice::F32.name().to_owned(),
         kernels: pipeline_cache::kernels(),
         memory_bytes: (info.device_type == wgpu::DeviceType::Cpu).then(host_memory_bytes).flatten(),
         max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
@@ -287,14 +292,26 @@ impl Device {
         if let Some(mask) = options.mask {
             mask(&mut limits);
         }
-        let info = describe(&id, &adapter, tier, &limits);
+        let mut info = describe(&id, &adapter, tier, &limits);
         if let Some(needs) = missing_feature(tier, features, &adapter_info) {
             return Err(OpenError::Tier { device: info.id, tier: tier.name(), needs });
         }
         if let Some((what, needed, available)) = lacking(tier, &limits) {
             return Err(OpenError::BelowMinimum { device: info.id, tier: tier.name(), what, needed, available });
         }
-        let needed = if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
+        let arithmetic = match Abilities::of(&adapter, features).grant(options.arithmetic, tier) {
+            Ok(arithmetic) => {
+                info.arithmetic = options.arithmetic.name().to_owned();
+                arithmetic
+            }
+            Err(needs) => {
+                let asked = options.arithmetic.name();
+                tracing::warn!(device = info.id, "--arithmetic {asked} needs {needs}: going on in f32");
+                Arithmetic::F32
+            }
+        };
+        let needed = arithmetic::features(arithmetic)
+            | if tier == Tier::Base { Features::empty() } else { Features::SUBGROUP | Features::IMMEDIATES };
         // Where they are there: blocks of the KV cache can be swapped to the host, and steps are timed.
         let stamps = if features.contains(STAMP_FEATURES) { STAMP_FEATURES } else { Features::empty() };
         let features = needed | stamps | features & (Features::MAPPABLE_PRIMARY_BUFFERS | Features::PIPELINE_CACHE);
@@ -306,6 +323,7 @@ impl Device {
                 ..limits
             },
             memory_hints: wgpu::MemoryHints::MemoryUsage,
+            experimental_features: arithmetic::token(arithmetic),
             ..Default::default()
         });
         let refused = |reason: String| OpenError::Refused { device: id.clone(), reason };
@@ -321,6 +339,7 @@ impl Device {
             queue,
             info,
             tier,
+            arithmetic,
             checked,
             faults,
             max_shard_bytes,

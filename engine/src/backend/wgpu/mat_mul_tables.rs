@@ -4,28 +4,42 @@
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{MatMulChoice, MatMulVariant, Tier};
+use fullbore_shaders::{Arithmetic, MatMulChoice, MatMulVariant, Tier};
 
+use super::arithmetic::of_format;
+use super::packing::Layout;
+use crate::tensor::WeightFormat;
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 pub(super) struct MatMulTables {
     tier: Tier,
+    arithmetic: Arithmetic,
+    /// The tier's own, for weights that are codes and for floats.
+    own: [Vec<MatMulChoice>; 2],
     set: HashMap<MatMulShape, Vec<MatMulChoice>>,
 }
 
 impl MatMulTables {
-    pub fn new(tier: Tier) -> MatMulTables {
-        MatMulTables { tier, set: HashMap::new() }
+    pub fn new(tier: Tier, arithmetic: Arithmetic) -> MatMulTables {
+        let own =
+            [WeightFormat::Q4_0, WeightFormat::F16].map(|format| tier.mat_mul_choices(of_format(arithmetic, format)));
+        MatMulTables { tier, arithmetic, own, set: HashMap::new() }
     }
 
     pub fn of(&self, shape: MatMulShape) -> &[MatMulChoice] {
-        self.set.get(&shape).map_or(self.tier.mat_mul_choices(), Vec::as_slice)
+        let own = &self.own[usize::from(Layout::of(shape.format).is_float())];
+        self.set.get(&shape).unwrap_or(own)
+    }
+
+    fn variants(&self, format: WeightFormat) -> Vec<MatMulVariant> {
+        self.tier.mat_mul_variants(of_format(self.arithmetic, format))
     }
 
     /// What a table may name.
-    pub fn kernels(&self) -> Vec<MatMulKernel> {
-        let kernel = |variant: &MatMulVariant| MatMulKernel { name: variant.name(), rows: variant.rows() };
-        self.tier.mat_mul_variants().iter().map(kernel).collect()
+    pub fn kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
+        let tolerance = of_format(self.arithmetic, format).tolerance();
+        let kernel = |variant: MatMulVariant| MatMulKernel { name: variant.name(), rows: variant.rows(), tolerance };
+        self.variants(format).into_iter().map(kernel).collect()
     }
 
     pub fn lines(&self, shape: MatMulShape) -> Vec<MatMulLine> {
@@ -43,7 +57,8 @@ impl MatMulTables {
             self.set.remove(&shape);
             return Ok(());
         }
-        let choices = table.iter().map(|line| self.choice(line)).collect::<Result<Vec<MatMulChoice>, String>>()?;
+        let choices =
+            table.iter().map(|line| self.choice(shape, line)).collect::<Result<Vec<MatMulChoice>, String>>()?;
         let ascends = choices.windows(2).all(|pair| pair[0].max_rows < pair[1].max_rows);
         if !ascends || choices[0].max_rows == 0 || choices.last().is_none_or(|last| last.max_rows != u32::MAX) {
             return Err("its lines do not ascend to one without a bound".to_owned());
@@ -52,8 +67,8 @@ impl MatMulTables {
         Ok(())
     }
 
-    fn choice(&self, line: &MatMulLine) -> Result<MatMulChoice, String> {
-        let mut variants = self.tier.mat_mul_variants().iter().copied();
+    fn choice(&self, shape: MatMulShape, line: &MatMulLine) -> Result<MatMulChoice, String> {
+        let mut variants = self.variants(shape.format).into_iter();
         let found = variants.find(|variant| variant.name() == line.kernel);
         let variant = found.ok_or_else(|| format!("the {} tier has no kernel {}", self.tier.name(), line.kernel))?;
         Ok(MatMulChoice { max_rows: line.max_rows.unwrap_or(u32::MAX), variant, fills: line.fills })
@@ -62,30 +77,46 @@ impl MatMulTables {
 
 #[cfg(test)]
 mod tests {
+    use fullbore_shaders::MatrixUnits;
+
     use super::*;
-    use crate::tensor::WeightFormat;
 
     const SHAPE: MatMulShape = MatMulShape { format: WeightFormat::Q4_0, rows: 64, cols: 64 };
 
+    fn every_kind() -> impl Iterator<Item = (Tier, Arithmetic)> {
+        let units = MatrixUnits { size: 16, subgroup_lanes: 32 };
+        let all = [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot, Arithmetic::MatrixUnits(units)];
+        let of_tier = move |tier: Tier| all.into_iter().map(move |arithmetic| (tier, arithmetic));
+        Tier::ALL.into_iter().flat_map(of_tier).filter(|(tier, arithmetic)| tier.has(*arithmetic))
+    }
+
+    #[test]
+    fn floats_have_no_bytes_to_multiply() {
+        let tables = MatMulTables::new(Tier::Base, Arithmetic::IntegerDot);
+        let shape = MatMulShape { format: WeightFormat::BF16, ..SHAPE };
+        assert_eq!(tables.of(shape), Tier::Base.mat_mul_choices(Arithmetic::F32));
+        assert_eq!(tables.of(SHAPE), Tier::Base.mat_mul_choices(Arithmetic::IntegerDot));
+    }
+
     #[test]
     fn a_tiers_own_table_can_be_written_and_set() {
-        for tier in Tier::ALL {
-            let mut tables = MatMulTables::new(tier);
+        for (tier, arithmetic) in every_kind() {
+            let mut tables = MatMulTables::new(tier, arithmetic);
             let lines = tables.lines(SHAPE);
             tables.set(SHAPE, &lines).expect("its own kernels");
-            assert_eq!(tables.of(SHAPE), tier.mat_mul_choices());
-            for kernel in tables.kernels() {
+            assert_eq!(tables.of(SHAPE), tier.mat_mul_choices(arithmetic));
+            for kernel in tables.kernels(SHAPE.format) {
                 tables.set(SHAPE, &MatMulLine::only(&kernel.name)).expect("its own kernel");
                 assert_eq!(tables.of(SHAPE)[0].variant.rows(), kernel.rows);
             }
             tables.set(SHAPE, &[]).expect("nothing to be wrong");
-            assert_eq!(tables.of(SHAPE), tier.mat_mul_choices());
+            assert_eq!(tables.of(SHAPE), tier.mat_mul_choices(arithmetic));
         }
     }
 
     #[test]
     fn a_table_that_cannot_be_is_refused_and_changes_nothing() {
-        let mut tables = MatMulTables::new(Tier::Base);
+        let mut tables = MatMulTables::new(Tier::Base, Arithmetic::F32);
         let line = |max_rows, kernel: &str| MatMulLine { max_rows, kernel: kernel.to_owned(), fills: true };
         let problem = |tables: &mut MatMulTables, table: &[MatMulLine]| tables.set(SHAPE, table).expect_err("no table");
         let unknown = problem(&mut tables, &[line(None, "split 5x32")]);
@@ -99,15 +130,15 @@ mod tests {
         ] {
             assert!(problem(&mut tables, &table).contains("ascend"), "{table:?}");
         }
-        assert_eq!(tables.of(SHAPE), Tier::Base.mat_mul_choices());
+        assert_eq!(tables.of(SHAPE), Tier::Base.mat_mul_choices(Arithmetic::F32));
     }
 
     #[test]
     fn any_table_takes_every_row_once() {
-        for tier in Tier::ALL {
-            for variant in tier.mat_mul_variants() {
+        for (tier, arithmetic) in every_kind() {
+            for variant in tier.mat_mul_variants(arithmetic) {
                 for (left, fills) in (1..=200).flat_map(|left| [(left, false), (left, true)]) {
-                    let taken = MatMulChoice { max_rows: u32::MAX, variant: *variant, fills }.takes(left);
+                    let taken = MatMulChoice { max_rows: u32::MAX, variant, fills }.takes(left);
                     assert!((1..=left).contains(&taken), "{variant:?} takes {taken} of {left}");
                 }
             }

@@ -21,6 +21,7 @@ use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
+mod arithmetic;
 mod budget;
 mod buffers;
 mod device;
@@ -34,6 +35,7 @@ mod pipeline_cache;
 pub mod pipelines;
 mod stamps;
 
+pub use arithmetic::ArithmeticChoice;
 pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
 use device::Device;
@@ -106,7 +108,7 @@ impl WgpuBackend {
             uniforms: uniforms.map_err(refused)?,
             buffers: Buffers::new(&device),
             weights: Vec::new(),
-            mat_muls: MatMulTables::new(device.tier),
+            mat_muls: MatMulTables::new(device.tier, device.arithmetic),
             pipelines: Pipelines::new(&device, layout, cache).map_err(refused)?,
             bind_groups: HashMap::new(),
             readbacks: std::array::from_fn(|_| Readback::new()),
@@ -333,13 +335,13 @@ impl Backend for WgpuBackend {
         if opened.device.info.name != name {
             return Err(self.device.lost(&format!("{name} is gone, and {} is in its place", opened.device.info.name)));
         }
-        opened.mat_muls = std::mem::replace(&mut self.mat_muls, MatMulTables::new(opened.device.tier));
+        std::mem::swap(&mut opened.mat_muls, &mut self.mat_muls);
         *self = opened;
         Ok(())
     }
 
-    fn mat_mul_kernels(&self, _format: WeightFormat) -> Vec<MatMulKernel> {
-        self.mat_muls.kernels()
+    fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
+        self.mat_muls.kernels(format)
     }
 
     fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {

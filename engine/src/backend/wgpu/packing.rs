@@ -49,6 +49,11 @@ impl Layout {
         Layout { float, units, low_bits, high_bits, min_group, offset, lookup }
     }
 
+    /// Whether it has values and no codes.
+    pub const fn is_float(self) -> bool {
+        self.float > 0
+    }
+
     /// Words of scales before the codes.
     const fn low_at(self) -> u32 {
         if self.units > 1 { 1 + self.units / 2 } else { 1 }

@@ -4,13 +4,14 @@
 //! compiled when the shape is first met, and so is what no model has. The `unsafe` of this backend is here and in
 //! `pipeline_cache`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use fullbore_shaders::{Access, Constants, MatMulVariant, Tier, compose, reflect};
+use fullbore_shaders::{Access, Arithmetic, Constants, Extras, MatMulVariant, MatrixUnits, Tier, compose, reflect};
 use rayon::prelude::*;
 use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
 
+use super::arithmetic::of_format;
 use super::device::Device;
 use super::packing::Layout;
 use super::pipeline_cache::PipelineCache;
@@ -101,10 +102,24 @@ impl Kernel {
         Kernel::Sample,
     ];
 
-    /// Those that read weights of `format`.
+    /// Those that read weights of `format`, whatever a device computes with.
     fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let mat_muls = tier.mat_mul_variants().iter().map(move |variant| Kernel::MatMul(format, *variant));
-        mat_muls.chain([Kernel::Embed(format)])
+        let matrix_units = [8, 16].map(|size| Arithmetic::MatrixUnits(MatrixUnits { size, subgroup_lanes: 32 }));
+        let all = [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot].into_iter().chain(matrix_units);
+        let all = all.filter(move |&arithmetic| tier.has(arithmetic) && arithmetic == of_format(arithmetic, format));
+        let mut variants: Vec<MatMulVariant> = all.flat_map(|arithmetic| tier.mat_mul_variants(arithmetic)).collect();
+        let mut seen = HashSet::new();
+        variants.retain(|variant| seen.insert(*variant));
+        variants.into_iter().map(move |variant| Kernel::MatMul(format, variant)).chain([Kernel::Embed(format)])
+    }
+
+    /// What it needs beyond what every adapter has.
+    pub fn extras(self, tier: Tier) -> Extras {
+        let (subgroups, immediates) = (tier != Tier::Base, tier != Tier::Base);
+        let variant = if let Kernel::MatMul(_, variant) = self { Some(variant) } else { None };
+        let f16 = variant.is_some_and(MatMulVariant::is_f16);
+        let matrix_units = variant.is_some_and(MatMulVariant::is_matrix);
+        Extras { subgroups, immediates, f16, matrix_units }
     }
 
     /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements, `group` query heads a KV head.
@@ -256,8 +271,8 @@ impl Pipelines {
         let (name, constants) = kernel.source(tier);
         let text = compose(name, &constants).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
         let text = self.device.faults.iter().fold(text, |text, fault| fault.apply(tier, name, text));
-        let immediates = tier != Tier::Base;
-        let reflection = reflect(&text, immediates, immediates).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+        let extras = kernel.extras(tier);
+        let reflection = reflect(&text, extras).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
         let device = &self.device.device;
         let entries: Vec<_> = reflection.storage.iter().enumerate().map(storage_entry).collect();
         let storage =
@@ -265,7 +280,7 @@ impl Pipelines {
         let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(name),
             bind_group_layouts: &[Some(&storage), self.uniform.as_ref()][..1 + usize::from(self.uniform.is_some())],
-            immediate_size: if immediates { reflection.params_bytes } else { 0 },
+            immediate_size: if extras.immediates { reflection.params_bytes } else { 0 },
         });
         // What a driver says of a kernel that it cannot build.
         let scope = device.push_error_scope(wgpu::ErrorFilter::Internal);

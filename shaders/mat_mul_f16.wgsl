@@ -1,0 +1,109 @@
+// `out = x @ weight^T + bias` with products and sums of a unit in f16: a workgroup computes ROWS rows of COLUMNS tiles
+// of 32 columns, and a lane four rows at a time.
+//
+// As `mat_mul.wgsl`, but for the arithmetic: a weight is decoded in f32 and rounded once, an activation is rounded (and
+// held within what f16 has); 32 products along K are added in f16, one after another, and the sums of units in f32.
+// That order is the same for every ROWS and in `mat_mul_tile.wgsl`.
+#include "mat_mul_io.wgsl"
+
+// (fours of rows, 256 of K)
+var<workgroup> memory: array<vec4<f16>, {{GROUPS}} * 256>;
+// (split, lane), of four rows.
+var<workgroup> partials: array<vec4<f32>, 256>;
+
+// Stages K from `first` on; of rows beyond the last the last one.
+fn stage(row: u32, first: u32, local: u32) {
+    let k = first + local;
+    for (var i = 0u; i < {{ROWS}}u; i++) {
+        let x_row = min(row + i, params.num_rows - 1u) * params.inner;
+        let value = x[params.x + x_row + min(k, params.inner - 1u)];
+        memory[i / 4u * 256u + local][i % 4u] = rounded(select(0.0, value, k < params.inner));
+    }
+}
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let index = workgroup_index(group, groups);
+    // Row tiles lie side by side, so that a cache serves the weights again.
+    let column = index / params.row_tiles * {{COLUMNS}}u * 32u;
+    if column >= params.shard_cols {
+        return;
+    }
+    let lane = local % 32u;
+    let own_split = local / 32u;
+    let row = params.first_row + index % params.row_tiles * {{ROWS}}u;
+    // Of four rows.
+    let live_groups = (params.num_rows - row + 3u) / 4u;
+#for C COLUMNS
+    // A tile beyond the last is the last.
+    let column_{{C}} = min(column / 32u + {{C}}u, (params.shard_cols - 1u) / 32u) * 32u + lane;
+#for G GROUPS
+    var sum_{{G}}_{{C}} = vec4(0.0);
+#endfor
+#endfor
+    let num_rounds = (params.num_units + 7u) / 8u;
+    for (var round = 0u; round < num_rounds; round++) {
+        workgroupBarrier();
+        stage(row, round * 256u, local);
+        workgroupBarrier();
+        let unit = round * 8u + own_split;
+        if unit < params.num_units {
+            let in_block = unit % {{UNITS}}u;
+#for C COLUMNS
+            let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
+            let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+#for G GROUPS
+            var of_unit_{{G}}_{{C}} = vec4(0.0h);
+#endfor
+#endfor
+            for (var part = 0u; part < 4u; part++) {
+                let at_x = own_split * 32u + part * 8u;
+#for C COLUMNS
+                let decoded_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+#for H 2
+                let w_{{C}}_{{H}} = vec4<f16>(decoded_{{C}}[{{H}}]);
+#endfor
+#endfor
+#for G GROUPS
+                if {{G}}u < live_groups {
+#for H 2
+#for J 4
+                    {
+                        let rows = memory[{{G}}u * 256u + at_x + {{H}}u * 4u + {{J}}u];
+#for C COLUMNS
+                        of_unit_{{G}}_{{C}} = fma(rows, vec4(w_{{C}}_{{H}}[{{J}}]), of_unit_{{G}}_{{C}});
+#endfor
+                    }
+#endfor
+#endfor
+                }
+#endfor
+            }
+#for C COLUMNS
+#for G GROUPS
+            sum_{{G}}_{{C}} += vec4<f32>(of_unit_{{G}}_{{C}});
+#endfor
+#endfor
+        }
+    }
+#for C COLUMNS
+#for G GROUPS
+    workgroupBarrier();
+    partials[local] = sum_{{G}}_{{C}};
+    workgroupBarrier();
+    if own_split == 0u {
+        var total = vec4(0.0);
+        for (var split = 0u; split < 8u; split++) {
+            total += partials[split * 32u + lane];
+        }
+#for R 4
+        store(row + {{G}}u * 4u + {{R}}u, column + {{C}}u * 32u + lane, total[{{R}}]);
+#endfor
+    }
+#endfor
+#endfor
+}
