@@ -305,11 +305,11 @@ def errors_are_told(browser):
 
 def screenshots(browser, server):
     """For the README: a conversation that the model had, and the live view while twenty clients ask."""
-    tab = fresh(browser, server, max_completion_tokens="160")
+    tab = fresh(browser, server, max_completion_tokens="90")
     tab.call("Emulation.setDeviceMetricsOverride", width=1000, height=640, deviceScaleFactor=1, mobile=False)
     tab.prefer("light")
-    send(tab, "Write a Python function that adds two numbers, with an example.")
-    said(tab)
+    send(tab, "Write a Python function that adds two numbers, with an example of its use.")
+    tab.until(IDLE, seconds=200)
     tab.screenshot(os.path.join(FOLDER, "page.png"))
 
     stop = time.monotonic() + 100
@@ -317,6 +317,7 @@ def screenshots(browser, server):
     def client(index):
         turn = 0
         while time.monotonic() < stop:
+            # Ever more of them.
             time.sleep(max(0, 25 * (index % 4) - (time.monotonic() - stop + 100)))
             turn += 1
             server.post("/v1/completions", {"prompt": f"Client {index}, turn {turn}: " + "tell me more. " * (index * 3), "max_tokens": 40,

@@ -55,5 +55,10 @@ export function shareOfAll(frames) {
   return seconds.map((of) => (total > 0 ? of / total : 0));
 }
 
-export const perSecond = (frame, name) => (frame.period_s > 0 ? frame[name] / frame.period_s : 0);
+// Over these frames together.
+export function perSecond(frames, name) {
+  const seconds = sum(frames.map((frame) => frame.period_s));
+  return seconds > 0 ? sum(frames.map((frame) => frame[name])) / seconds : 0;
+}
+
 export const rowsPerStep = (frame) => (frame.steps > 0 ? frame.rows / frame.steps : null);

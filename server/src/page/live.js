@@ -7,6 +7,7 @@ import { get } from "./server.js";
 const PERIOD_MS = 1000;
 // The verdict is of so long.
 const WINDOW_MS = 60_000;
+const NUM_RATE_FRAMES = 5;
 const NAMES = {
   computing: "computing", no_requests: "no requests", kv_memory: "waits for KV memory", slots: "waits for slots",
   latency_target: "latency target", step_budget: "step budget", shared_prefix: "shared prefix",
@@ -188,10 +189,11 @@ const rate = (title, name) => ({
   title,
   bands: [name],
   draw(frames) {
-    const bands = [series(frames, (frame) => perSecond(frame, `${name}_tokens`))];
+    const bands = [series(frames, (frame) => perSecond([frame], `${name}_tokens`))];
     return { bands, most: most(bands) };
   },
-  words: (frame) => [[name, count(perSecond(frame, `${name}_tokens`)), "tokens a second"]],
+  // Of some seconds, for a step may take more than one.
+  words: (frame, engine, lately) => [[name, count(perSecond(lately, `${name}_tokens`)), "tokens a second"]],
 });
 
 // A card's title, what its chart draws of frames, and what is said of one: [class of its colour, number, word].
@@ -244,7 +246,8 @@ class Card {
     this.top.textContent = (this.about.top ?? count)(drawn.most);
     this.when.textContent = ago(now);
     const frame = now.frames[now.index];
-    const words = frame ? this.about.words(frame, engine) : [];
+    const lately = now.frames.slice(Math.max(0, now.index + 1 - NUM_RATE_FRAMES), now.index + 1);
+    const words = frame ? this.about.words(frame, engine, lately) : [];
     this.words.replaceChildren(...words.map(([name, number, word]) => {
       const value = make("b", "", number);
       value.dataset.number = name;

@@ -45,6 +45,8 @@ const FREE: u8 = 240;
 const WORDS_WIDTH: usize = 54;
 /// The verdict is of so long.
 const WINDOW_MS: u64 = 60_000;
+/// Rates are of so many, for a step may take longer than a second.
+const NUM_RATE_FRAMES: usize = 5;
 
 pub fn picture(recent: &Recent, size: Size, paint: Paint) -> String {
     let mut lines = Vec::new();
@@ -150,20 +152,20 @@ impl View<'_> {
 
     fn numbers(&self) -> Vec<String> {
         let Some(last) = self.engine.frames.last() else { return vec!["no second has passed yet".to_owned()] };
-        let per_second = |count: fn(&LiveFrame) -> u64| {
-            move |frame: &LiveFrame| if frame.period_s > 0.0 { count(frame) as f64 / frame.period_s } else { 0.0 }
-        };
-        let generated = per_second(|frame| frame.generated_tokens);
-        let prompts = per_second(|frame| frame.prompt_tokens);
+        let lately = &self.engine.frames[self.engine.frames.len().saturating_sub(NUM_RATE_FRAMES)..];
         let rows = |frame: &LiveFrame| frame.rows as f64 / frame.steps.max(1) as f64;
         let line = |name: &str, words: String, number: &dyn Fn(&LiveFrame) -> f64| self.line(name, &words, number);
+        let rate = |name: &str, tokens: fn(&LiveFrame) -> u64| {
+            let words = format!("{} tokens a second", count(per_second(lately, tokens)));
+            self.line(name, &words, &|frame| per_second(std::slice::from_ref(frame), tokens))
+        };
         let latency = |name: &str, of: fn(&LiveFrame) -> Option<Quantiles>| {
             let number = move |frame: &LiveFrame| of(frame).map_or(0.0, |quantiles| quantiles.p50);
             self.line(name, &quantiles(of(last)), &number)
         };
         vec![
-            line("generated", format!("{} tokens a second", count(generated(last))), &generated),
-            line("prompts", format!("{} tokens a second", count(prompts(last))), &prompts),
+            rate("generated", |frame| frame.generated_tokens),
+            rate("prompts", |frame| frame.prompt_tokens),
             line("running", format!("{} of {}", last.running, self.engine.max_num_seqs), &|frame| frame.running.into()),
             line("rows", format!("{} a step", count(rows(last))), &rows),
             line("waiting", format!("{}", last.waiting), &|frame| frame.waiting as f64),
@@ -213,6 +215,13 @@ fn quantiles(quantiles: Option<Quantiles>) -> String {
         Some(Quantiles { p50, p95, p99 }) => format!("p50 {}  p95 {}  p99 {}", time(p50), time(p95), time(p99)),
         None => "-".to_owned(),
     }
+}
+
+/// Over these frames together.
+fn per_second(frames: &[LiveFrame], tokens: fn(&LiveFrame) -> u64) -> f64 {
+    let seconds: f64 = frames.iter().map(|frame| frame.period_s).sum();
+    let total: u64 = frames.iter().map(tokens).sum();
+    if seconds > 0.0 { total as f64 / seconds } else { 0.0 }
 }
 
 fn time(ms: f64) -> String {
