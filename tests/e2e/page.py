@@ -89,7 +89,7 @@ def an_answer_is_stopped(browser, server):
 
 
 def messages_are_edited_and_asked_again(browser, server):
-    tab = fresh(browser, server)
+    tab = fresh(browser, server, max_completion_tokens="8")
     send(tab, "Name a colour.")
     first = said(tab)
     send(tab, "And another.")
@@ -220,7 +220,7 @@ def number(tab, name):
 
 def the_live_view_shows_what_the_metrics_say(browser, server):
     tab = open_page(browser, server, "live")
-    with server.client.completions.create(model="smollm2", prompt="One two three", max_tokens=100, stream=True,
+    with server.client.completions.create(model="smollm2", prompt="One two three", max_tokens=60, stream=True,
                                           extra_body={"ignore_eos": True}) as reply:
         next(iter(reply))
         tab.until("document.querySelector('[data-number=running]')?.textContent === '1 of 16'")
@@ -305,10 +305,10 @@ def errors_are_told(browser):
 
 def screenshots(browser, server):
     """For the README: a conversation that the model had, and the live view while twenty clients ask."""
-    tab = fresh(browser, server, max_completion_tokens="90")
+    tab = fresh(browser, server, max_completion_tokens="112")
     tab.call("Emulation.setDeviceMetricsOverride", width=1000, height=640, deviceScaleFactor=1, mobile=False)
     tab.prefer("light")
-    send(tab, "Write a Python function that adds two numbers, with an example of its use.")
+    send(tab, "Show Python code that prints the numbers from one to ten.")
     tab.until(IDLE, seconds=200)
     tab.screenshot(os.path.join(FOLDER, "page.png"))
 
