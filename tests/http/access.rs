@@ -93,6 +93,37 @@ fn keys_are_replaced_while_requests_run() {
 }
 
 #[test]
+fn a_keys_rate_is_what_its_file_says() {
+    let lines = "key-of-alice alice rpm=3\nkey-of-bob bob tpm=40\nkey-of-carol carol";
+    let server = keyed(lines);
+    let body = |max_tokens: u32| json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": max_tokens, "ignore_eos": true});
+    let chat = |key: &str, max_tokens: u32| read_reply(server.send(chat_as(key, &body(max_tokens))));
+    for left in ["2", "1", "0"] {
+        let reply = chat("key-of-alice", 2);
+        assert_eq!(reply.header("x-ratelimit-remaining-requests"), Some(left));
+        assert_eq!(reply.header("x-ratelimit-limit-requests"), Some("3"));
+        reply.ok();
+    }
+    let refused = chat("key-of-alice", 2);
+    let seconds: u64 = refused.header("retry-after").expect("waiting helps").parse().expect("a number");
+    assert!((1..=20).contains(&seconds), "{seconds}");
+    let error = refused.error(429);
+    assert_eq!((&error["code"], &error["type"]), (&json!("rate_limit_exceeded"), &json!("rate_limit_error")));
+    // Only looking on is free, a wrong body is not.
+    let look = || ask(&server, "GET /v1/models HTTP/1.1\r\nhost: x\r\nx-api-key: key-of-alice");
+    assert_eq!([look().status, look().status], [200; 2]);
+    server.server.as_ref().expect("running").access().replace_keys(keys(lines));
+    chat("key-of-alice", 2).error(429);
+    // Tokens count once they are computed, and the next request waits for what is owed.
+    chat("key-of-bob", 60).ok();
+    let error = chat("key-of-bob", 1).error(429);
+    assert!(error["message"].as_str().expect("text").contains("40 tokens a minute"), "{error}");
+    for _ in 0..6 {
+        chat("key-of-carol", 60).ok();
+    }
+}
+
+#[test]
 fn a_keys_share_is_what_its_file_says() {
     let mut setup = Setup { pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() };
     setup.access = Access::new(LOCAL, keys("key-of-alice alice=1:1\nkey-of-bob bob"), &["*".to_owned()], &[]);

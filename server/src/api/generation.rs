@@ -20,6 +20,7 @@ use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
 use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
 use crate::http::metrics::Observer;
+use crate::http::rates::Meter;
 
 /// One choice to be made.
 pub struct Job {
@@ -136,7 +137,12 @@ struct Start {
 
 impl Generation {
     /// Hands all jobs to the engine, or none; their times count from `arrived` on.
-    pub fn submit(model: &ServedModel, Jobs { jobs, places }: Jobs, arrived: Instant) -> Result<Generation, ApiError> {
+    pub fn submit(
+        model: &ServedModel,
+        Jobs { jobs, places }: Jobs,
+        arrived: Instant,
+        meter: Option<Arc<Meter>>,
+    ) -> Result<Generation, ApiError> {
         let mut choices = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
         // Checked before channels are made, because their size is the client's word.
@@ -147,7 +153,8 @@ impl Generation {
             let (sender, receiver) = channel(job.request.max_tokens as usize + 3);
             let observer = Observer::new(model.metrics.clone(), &job.request, arrived);
             choices.push(Choice::new(model, index, &job, receiver, observer.stopped()));
-            let sink = ChannelSink { sender, observer };
+            let num_prompt_tokens = job.request.prompt.len() as u32;
+            let sink = ChannelSink { sender, observer, meter: meter.clone(), num_prompt_tokens };
             requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
         }
         model.engine.submit(places, requests)?;
@@ -406,11 +413,23 @@ fn with_top(logprobs: &TokenLogprobs, num_top: u32) -> TokenLogprobs {
 struct ChannelSink {
     sender: Sender<Event>,
     observer: Observer,
+    /// Of the client's rate: what the prefix cache has is not computed, and costs nothing.
+    meter: Option<Arc<Meter>>,
+    num_prompt_tokens: u32,
 }
 
 impl Sink for ChannelSink {
     fn event(&mut self, event: Event) -> Flow {
         self.observer.event(&event);
+        if let Some(meter) = &self.meter {
+            match event {
+                Event::Started { cached_tokens } => {
+                    meter.charge(self.num_prompt_tokens.saturating_sub(cached_tokens), Instant::now());
+                }
+                Event::Token { .. } => meter.charge(1, Instant::now()),
+                Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
+            }
+        }
         match self.sender.try_send(event) {
             Ok(()) => Flow::Continue,
             Err(_) => Flow::Stop,

@@ -24,10 +24,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tower_service::Service;
-use warp::http::{Request, header};
+use warp::http::{Method, Request, header};
 use warp::reply::Response;
 
-use super::access;
+use super::access::{self, Client};
 use super::error::ApiError;
 use super::peers::{PeerPlace, Peers};
 use super::tls::Tls;
@@ -205,7 +205,9 @@ where
 {
     let open = app.open_request();
     let origin = app.access.allowed_origin(&request);
-    let mut response = match (app.access.preflight(&request), app.access.admit(&request)) {
+    let client = app.access.admit(&request);
+    let meter = client.as_ref().ok().and_then(|client| client.meter.clone());
+    let mut response = match (app.access.preflight(&request), client.and_then(|client| in_rate(client, &request))) {
         (Some(response), _) => response,
         (None, Err(error)) => error.response(request.uri().path()),
         (None, Ok(client)) => {
@@ -217,11 +219,22 @@ where
         }
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+    if let Some(meter) = meter {
+        meter.tell(response.headers_mut(), std::time::Instant::now());
+    }
     if let Some(origin) = origin {
         access::allow(response.headers_mut(), origin);
     }
     app.metrics.count_response(response.status());
     Ok(response.map(|body| Answer { body, _open: open }))
+}
+
+/// What is only looked at is asked for as often as anybody likes.
+fn in_rate<B>(client: Client, request: &Request<B>) -> Result<Client, ApiError> {
+    match &client.meter {
+        Some(meter) if request.method() == Method::POST => meter.admit(std::time::Instant::now()).map(|()| client),
+        _ => Ok(client),
+    }
 }
 
 /// A body whose request counts as open until it is sent or dropped.

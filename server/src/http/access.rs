@@ -16,8 +16,9 @@ use warp::http::{Method, Request, StatusCode};
 use warp::reply::Response;
 
 use super::error::ApiError;
-use super::keys::Keys;
+use super::keys::{Holder, Keys};
 use super::page;
+use super::rates::Meter;
 
 /// What a server that was told nothing does: everybody may ask, by any name, and no other site's pages.
 #[derive(Debug, Default)]
@@ -35,6 +36,8 @@ pub struct Client {
     /// The key's holder; where keys are not checked, the key that was shown.
     pub name: Option<Arc<str>>,
     pub share: Option<Share>,
+    /// Where the key's rate is bounded.
+    pub meter: Option<Arc<Meter>>,
 }
 
 /// Whoever may reach the port may see that it is alive; and have the page, which asks for a key itself.
@@ -54,7 +57,8 @@ impl Access {
 
     /// From the next request on.
     pub fn replace_keys(&self, keys: Keys) {
-        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(keys);
+        let mut current = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        *current = Arc::new(keys.with_meters_of(&current));
     }
 
     pub fn admit<B>(&self, request: &Request<B>) -> Result<Client, ApiError> {
@@ -62,10 +66,13 @@ impl Access {
         let shown = key(request.headers());
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
         if keys.is_empty() {
-            return Ok(Client { name: shown.map(Arc::from), share: None });
+            return Ok(Client { name: shown.map(Arc::from), ..Client::default() });
         }
         match shown.and_then(|key| keys.holder(key)) {
-            Some(holder) => Ok(Client { name: Some(holder.name.clone()), share: holder.share }),
+            Some(holder) => {
+                let Holder { name, share, meter } = holder.clone();
+                Ok(Client { name: Some(name), share, meter })
+            }
             None if is_open(request) => Ok(Client::default()),
             None => Err(ApiError::no_key(shown.is_some())),
         }

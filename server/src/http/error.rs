@@ -4,6 +4,7 @@
 //! Invariant: every failure that a client sees comes from here, and its sentence names the thing.
 
 use std::convert::Infallible;
+use std::time::Duration;
 
 use fullbore_engine::backlog::Limit;
 use fullbore_engine::config::UnfitRequest;
@@ -104,6 +105,15 @@ impl ApiError {
 
     pub fn overloaded(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full")
+    }
+
+    /// The holder of a key has asked for more than its minute's worth of `what`.
+    pub fn rate_limited(per_minute: u32, what: &str, wait: Duration) -> ApiError {
+        let seconds = wait.as_secs_f64().ceil().max(1.0) as u64;
+        let message =
+            format!("this API key has {per_minute} {what} a minute, which are used up; try again in {seconds} s");
+        let error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("rate_limit_exceeded");
+        ApiError { retry_after: Some(seconds), ..error }
     }
 
     pub fn unavailable(message: &str) -> ApiError {

@@ -22,6 +22,7 @@ pub mod keys;
 pub mod metrics;
 mod page;
 mod peers;
+pub mod rates;
 pub mod routes;
 mod stream;
 pub mod tls;

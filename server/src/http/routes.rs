@@ -149,13 +149,14 @@ where
     let arrived = Instant::now();
     let model = app.serving()?.clone();
     // Templates and tokenizers are plain computation, and a long prompt's takes its time.
+    let meter = client.meter.clone();
     let prepared = {
         let model = model.clone();
         let prepare = move || api::prepare(endpoint, &model, &client, &parse(&body)?);
         tokio::task::spawn_blocking(prepare).await
     };
     let (mut answer, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
-    let generation = Generation::submit(&model, jobs, arrived).map_err(|error| error.of_endpoint(endpoint))?;
+    let generation = Generation::submit(&model, jobs, arrived, meter).map_err(|error| error.of_endpoint(endpoint))?;
     match answer.is_streamed() {
         true => Ok(stream::response(app.limits.keep_alive, model, answer, generation)),
         false => Ok(json_response(&api::collect(&mut *answer, &model, generation).await?)),
