@@ -96,7 +96,10 @@ fn keys_are_replaced_while_requests_run() {
 fn a_keys_rate_is_what_its_file_says() {
     let lines = "key-of-alice alice rpm=3\nkey-of-bob bob tpm=40\nkey-of-carol carol";
     let server = keyed(lines);
-    let body = |max_tokens: u32| json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": max_tokens, "ignore_eos": true});
+    let body = |max_tokens: u32| {
+        let messages = json!([{"role": "user", "content": "x"}]);
+        json!({"messages": messages, "max_tokens": max_tokens, "ignore_eos": true})
+    };
     let chat = |key: &str, max_tokens: u32| read_reply(server.send(chat_as(key, &body(max_tokens))));
     for left in ["2", "1", "0"] {
         let reply = chat("key-of-alice", 2);

@@ -19,7 +19,8 @@ use crate::api::parse_share;
 pub enum KeyError {
     #[error("cannot read the keys of --api-key-file {}: {source}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("line {line} of {}: {message}; a line is KEY, then NAME or NAME=WEIGHT[:MAX], then rpm=N and tpm=N, of which all but KEY may be left out", path.display())]
+    #[error("line {line} of {}: {message}; a line is KEY, then NAME or NAME=WEIGHT[:MAX], \
+         then rpm=N and tpm=N, of which all but KEY may be left out", path.display())]
     Line { path: PathBuf, line: usize, message: String },
     #[error("{0} of the API keys has fewer than 8 characters; take a longer one")]
     Short(String),
