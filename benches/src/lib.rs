@@ -4,6 +4,7 @@
 //! as the server drives it, through its handle or step by step; only `ops` and `tune` record ops themselves.
 
 pub mod grammar;
+mod nobody;
 pub mod offline;
 pub mod ops;
 pub mod play;

@@ -13,8 +13,9 @@ use fullbore_engine::config::EngineConfig;
 use fullbore_engine::cost::profile::MeasuredPoint;
 use fullbore_engine::cost::{CostModel, StepShape, fit};
 use fullbore_engine::engine::Engine;
-use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
+use fullbore_engine::request::{Request, TokenId};
 
+use crate::nobody::Nobody;
 use crate::statistics::{median, quantile};
 use crate::workload::SplitMix64;
 
@@ -277,19 +278,6 @@ fn points(steps: Vec<(StepShape, u64)>) -> Vec<MeasuredPoint> {
         }
     };
     groups.into_values().map(point).collect()
-}
-
-/// Nobody waits for these answers.
-struct Nobody;
-
-impl Sink for Nobody {
-    fn event(&mut self, _: Event) -> Flow {
-        Flow::Continue
-    }
-
-    fn is_closed(&self) -> bool {
-        false
-    }
 }
 
 #[cfg(test)]

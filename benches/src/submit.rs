@@ -7,10 +7,11 @@ use fullbore_engine::backend::{Backend, DeviceError, LoadError};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
-use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
+use fullbore_engine::request::{Request, TokenId};
 use fullbore_engine::tensor::WeightFormat;
 use serde::Serialize;
 
+use crate::nobody::Nobody;
 use crate::statistics::median;
 
 const PROMPT_TOKENS: u32 = 16;
@@ -72,18 +73,6 @@ fn times(engine: &mut Engine, prompt_tokens: u64, num_steps: u32) -> Result<Vec<
         engine.complete()?;
     }
     Ok(times)
-}
-
-struct Nobody;
-
-impl Sink for Nobody {
-    fn event(&mut self, _: Event) -> Flow {
-        Flow::Continue
-    }
-
-    fn is_closed(&self) -> bool {
-        false
-    }
 }
 
 #[cfg(test)]
