@@ -2,6 +2,8 @@
 
 /// Needs nothing: random operations against a trivially correct model.
 mod block_pool;
+/// Needs nothing: every file of the fuzzers' corpora, as tests.
+mod corpus;
 /// Needs nothing: fast paths of the cpu backend against its plain twins.
 mod cpu;
 /// Ops on seeded inputs, for any backend.
@@ -10,6 +12,9 @@ mod device;
 mod embeddings;
 /// Needs nothing: readers and dequantisers against stored vectors, hostile files.
 mod formats;
+/// What is fuzzed.
+#[path = "../fuzz/src/lib.rs"]
+mod fuzzed;
 /// GGUF files to be.
 mod gguf_file;
 /// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.

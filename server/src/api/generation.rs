@@ -49,6 +49,9 @@ pub struct Jobs {
     pub places: Vec<Place>,
 }
 
+/// What an engine is handed: a request, and where its events go.
+pub type Handed = (Request, Box<dyn Sink>);
+
 /// What has come to a choice since the last.
 #[derive(Clone, Debug, Default)]
 pub struct Delta {
@@ -143,6 +146,18 @@ impl Generation {
         arrived: Instant,
         meter: Option<Arc<Meter>>,
     ) -> Result<Generation, ApiError> {
+        let (generation, requests) = Generation::open(model, jobs, arrived, meter)?;
+        model.engine.submit(places, requests)?;
+        Ok(generation)
+    }
+
+    /// Choices that grow by what their sinks are told, and the requests with those sinks, for an engine to run.
+    pub fn open(
+        model: &ServedModel,
+        jobs: Vec<Job>,
+        arrived: Instant,
+        meter: Option<Arc<Meter>>,
+    ) -> Result<(Generation, Vec<Handed>), ApiError> {
         let mut choices = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
         // Checked before channels are made, because their size is the client's word.
@@ -157,8 +172,7 @@ impl Generation {
             let sink = ChannelSink { sender, observer, meter: meter.clone(), num_prompt_tokens };
             requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
         }
-        model.engine.submit(places, requests)?;
-        Ok(Generation { engine: model.engine.clone(), choices, turn: 0 })
+        Ok((Generation { engine: model.engine.clone(), choices, turn: 0 }, requests))
     }
 
     pub fn num_choices(&self) -> usize {

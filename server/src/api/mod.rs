@@ -51,7 +51,7 @@ pub mod texts;
 mod tools;
 
 pub use answer::{Answer, Event, collect};
-pub use generation::{Delta, Generation, Job, Jobs};
+pub use generation::{Delta, Generation, Handed, Job, Jobs};
 pub use tenancy::parse_share;
 
 use anthropic::MessageAnswer;
