@@ -181,7 +181,8 @@ fn drain(generation: &mut Generation, take: &mut dyn FnMut(Delta)) -> Result<(),
 
 /// One event as a client cuts it out of the bytes: its data, unless it is the end.
 fn check_frame(frame: &Frame) -> Option<Value> {
-    let bytes = frame.frame();
+    let mut bytes = Vec::new();
+    frame.write(&mut bytes);
     let text = std::str::from_utf8(&bytes).expect("UTF-8");
     let event = text.strip_suffix("\n\n").expect("an empty line ends it");
     assert!(!event.contains("\n\n") && !event.contains('\r'), "{event:?}");

@@ -1,7 +1,7 @@
 //! How an HTTP request is answered, whatever dialect it speaks. Invariant: a dialect makes a whole answer and the
 //! events of a stream from the same [`Delta`]s, and knows no socket.
 
-use bytes::Bytes;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::ServedModel;
@@ -11,11 +11,14 @@ use crate::http::error::ApiError;
 /// An event of a stream.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    Data(Value),
+    /// JSON.
+    Data(String),
     /// The type of its data, which is an object, is its name too.
     Named(Value),
     /// OpenAI's older streams end with it.
     Done,
+    /// Nobody reads it.
+    Comment(&'static str),
 }
 
 /// What a dialect makes of the choices of one request. A stream is `begin`, `more` for each piece, then `end` or
@@ -40,8 +43,8 @@ pub trait Answer: Send + Sync {
     }
 
     /// What a stream says when there is nothing to say.
-    fn keep_alive(&self) -> Bytes {
-        Bytes::from_static(b": keep-alive\n\n")
+    fn keep_alive(&self) -> Event {
+        Event::Comment("keep-alive")
     }
 
     /// Not streamed: one piece for each choice.
@@ -58,14 +61,21 @@ impl Event {
         Event::Named(named)
     }
 
-    /// JSON as serde writes it has no line breaks, so one `data:` line holds it.
-    pub fn frame(&self) -> Bytes {
+    pub fn data(data: &impl Serialize) -> Event {
+        Event::Data(serde_json::to_string(data).expect("answers have keys that are strings"))
+    }
+
+    /// Appends it as it is sent. JSON as serde writes it has no line breaks, so one `data:` line holds it.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        let mut put = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
         match self {
-            Event::Data(data) => Bytes::from(format!("data: {data}\n\n")),
+            Event::Data(data) => put(&["data: ", data, "\n\n"]),
             Event::Named(data) => {
-                Bytes::from(format!("event: {}\ndata: {data}\n\n", data["type"].as_str().unwrap_or_default()))
+                let name = data["type"].as_str().unwrap_or_default();
+                put(&["event: ", name, "\ndata: ", &data.to_string(), "\n\n"]);
             }
-            Event::Done => Bytes::from_static(b"data: [DONE]\n\n"),
+            Event::Done => put(&["data: [DONE]\n\n"]),
+            Event::Comment(comment) => put(&[": ", comment, "\n\n"]),
         }
     }
 }

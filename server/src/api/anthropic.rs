@@ -2,7 +2,6 @@
 //! Anthropic's events. Invariant: every stream is `message_start`, `ping`, its blocks one after another,
 //! `message_delta`, `message_stop`; an error ends it.
 
-use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::answer::{Answer, Event};
@@ -170,8 +169,8 @@ impl Answer for MessageAnswer {
         vec![Event::Named(error.anthropic_json())]
     }
 
-    fn keep_alive(&self) -> Bytes {
-        ping().frame()
+    fn keep_alive(&self) -> Event {
+        ping()
     }
 
     fn whole(&mut self, _: &ServedModel, choices: Vec<Delta>, usage: Usage) -> Value {

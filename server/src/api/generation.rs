@@ -123,7 +123,7 @@ struct Choice {
     /// Characters detokenized so far.
     offset: usize,
     /// Taken by the first token or the end.
-    start: Option<Start>,
+    start: Option<Box<Start>>,
     /// What has not been handed on; text that may belong to a stop string is in `stops`.
     pending: Delta,
 }
@@ -247,13 +247,13 @@ impl Choice {
             reply,
             marks: marks.filter(|id| model.tokenizer.is_special(*id)).collect(),
             offset: 0,
-            start: Some(Start {
+            start: Some(Box::new(Start {
                 prompt: job.request.prompt.clone(),
                 detokenizer: detokenizer.clone().with_special(true),
                 echo: job.echo.clone(),
                 prompt_logprobs: job.prompt_logprobs,
                 logprobs: Vec::new(),
-            }),
+            })),
             detokenizer,
             pending: Delta { index, ..Delta::default() },
         }

@@ -3,7 +3,8 @@
 //!
 //! Invariant: a whole choice is made by the same function as a chunk's, from all its deltas appended.
 
-use fullbore_engine::request::TokenLogprobs;
+use fullbore_engine::request::{TokenId, TokenLogprobs};
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::answer::{Answer, Event};
@@ -83,6 +84,59 @@ enum Form {
     Chunk,
 }
 
+/// What is around choices. Typed, and written as it stands: a stream is one of them for each token.
+#[derive(Serialize)]
+struct Object<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Choice<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "ids")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Value>,
+}
+
+#[derive(Default, Serialize)]
+struct Choice<'a> {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<Said<'a>>,
+    logprobs: Option<Value>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "ids")]
+    token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "ids")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Value>,
+}
+
+/// What a chunk adds to a chat's message.
+#[derive(Default, Serialize)]
+struct Said<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Value>,
+}
+
+/// The engine knows no JSON.
+fn ids<S: Serializer>(ids: &Option<&[TokenId]>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(ids.unwrap_or_default().iter().map(|id| id.0))
+}
+
 impl OpenAiAnswer {
     pub fn read(endpoint: Endpoint, id: &str, model: &ServedModel, fields: &Fields) -> Result<OpenAiAnswer, ApiError> {
         let options = fields.object("stream_options")?;
@@ -109,27 +163,28 @@ impl OpenAiAnswer {
         })
     }
 
-    fn chunk(&self, choices: Vec<Value>, usage: Usage) -> Value {
-        let mut chunk = self.envelope(Form::Chunk, choices);
-        if self.include_usage {
-            chunk["usage"] = if self.continuous_usage { self.usage(usage) } else { Value::Null };
-        }
-        chunk
+    /// A chunk of a stream around choices.
+    fn chunk<'a>(&'a self, choices: Vec<Choice<'a>>, usage: Usage) -> Object<'a> {
+        let usage = || if self.continuous_usage { self.usage(usage) } else { Value::Null };
+        Object { usage: self.include_usage.then(usage), ..self.object(Form::Chunk, choices) }
     }
 
-    fn envelope(&self, form: Form, choices: Vec<Value>) -> Value {
+    fn object<'a>(&'a self, form: Form, choices: Vec<Choice<'a>>) -> Object<'a> {
         let object = match (self.endpoint, form) {
             (Endpoint::Completions, _) => "text_completion",
             (_, Form::Whole) => "chat.completion",
             (_, Form::Chunk) => "chat.completion.chunk",
         };
-        json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        })
+        Object {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: None,
+            prompt_token_ids: None,
+            prompt_logprobs: None,
+        }
     }
 
     fn usage(&self, usage: Usage) -> Value {
@@ -145,34 +200,25 @@ impl OpenAiAnswer {
         value
     }
 
-    fn choice(&self, model: &ServedModel, delta: &Delta, form: Form) -> Value {
+    fn choice<'a>(&self, model: &ServedModel, delta: &'a Delta, form: Form) -> Choice<'a> {
         let tokenizer = &model.tokenizer;
-        let mut choice = json!({"index": delta.index});
-        match self.endpoint {
-            Endpoint::Completions => {
-                choice["text"] = json!(delta.text);
-                choice["logprobs"] =
-                    if self.logprobs { logprobs::completion(tokenizer, &delta.entries) } else { Value::Null };
-            }
-            _ => {
-                match form {
-                    Form::Whole => choice["message"] = message(delta),
-                    Form::Chunk => choice["delta"] = said(delta),
-                }
-                choice["logprobs"] =
-                    if self.logprobs { logprobs::chat(tokenizer, &delta.entries) } else { Value::Null };
-            }
+        let mut choice = Choice { index: delta.index, finish_reason: delta.finish_reason, ..Choice::default() };
+        let is_completion = self.endpoint == Endpoint::Completions;
+        match form {
+            _ if is_completion => choice.text = Some(&delta.text),
+            Form::Whole => choice.message = Some(message(delta)),
+            Form::Chunk => choice.delta = Some(Said::of(delta)),
         }
-        choice["finish_reason"] = json!(delta.finish_reason);
+        choice.logprobs = self.logprobs.then(|| match is_completion {
+            true => logprobs::completion(tokenizer, &delta.entries),
+            false => logprobs::chat(tokenizer, &delta.entries),
+        });
         if self.return_token_ids {
-            choice["token_ids"] = delta.token_ids.iter().map(|id| id.0).collect();
-            if self.endpoint == Endpoint::Completions && !delta.prompt.is_empty() {
-                choice["prompt_token_ids"] = delta.prompt.iter().map(|id| id.0).collect();
-            }
+            choice.token_ids = Some(&delta.token_ids);
+            choice.prompt_token_ids = (is_completion && !delta.prompt.is_empty()).then_some(delta.prompt.as_slice());
         }
-        if self.endpoint == Endpoint::Completions && !delta.prompt_logprobs.is_empty() {
-            choice["prompt_logprobs"] = logprobs::prompt(tokenizer, &delta.prompt_logprobs);
-        }
+        let has_prompt = is_completion && !delta.prompt_logprobs.is_empty();
+        choice.prompt_logprobs = has_prompt.then(|| logprobs::prompt(tokenizer, &delta.prompt_logprobs));
         choice
     }
 }
@@ -188,32 +234,29 @@ impl Answer for OpenAiAnswer {
             return Vec::new();
         }
         let role = |index| {
-            let delta = json!({"role": "assistant", "content": ""});
-            let choice = json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null});
-            let mut chunk = self.chunk(vec![choice], generation.usage());
-            if self.return_token_ids && index == 0 {
-                chunk["prompt_token_ids"] = generation.prompt().iter().map(|id| id.0).collect();
-            }
-            Event::Data(chunk)
+            let delta = Said { role: Some("assistant"), content: Some(""), ..Said::default() };
+            let mut chunk =
+                self.chunk(vec![Choice { index, delta: Some(delta), ..Choice::default() }], generation.usage());
+            chunk.prompt_token_ids = (self.return_token_ids && index == 0).then(|| generation.prompt());
+            Event::data(&chunk)
         };
         (0..generation.num_choices()).map(role).collect()
     }
 
     fn more(&mut self, model: &ServedModel, delta: Delta, usage: Usage) -> Vec<Event> {
-        vec![Event::Data(self.chunk(vec![self.choice(model, &delta, Form::Chunk)], usage))]
+        vec![Event::data(&self.chunk(vec![self.choice(model, &delta, Form::Chunk)], usage))]
     }
 
     fn end(&mut self, usage: Usage) -> Vec<Event> {
         let usage = self.include_usage.then(|| {
-            let mut chunk = self.chunk(Vec::new(), usage);
-            chunk["usage"] = self.usage(usage);
-            Event::Data(chunk)
+            let chunk = self.object(Form::Chunk, Vec::new());
+            Event::data(&Object { usage: Some(self.usage(usage)), ..chunk })
         });
         usage.into_iter().chain([Event::Done]).collect()
     }
 
     fn fail(&mut self, error: &ApiError, _: Usage) -> Vec<Event> {
-        vec![Event::Data(error.json())]
+        vec![Event::data(&error.json())]
     }
 
     fn whole(&mut self, model: &ServedModel, mut choices: Vec<Delta>, usage: Usage) -> Value {
@@ -221,19 +264,13 @@ impl Answer for OpenAiAnswer {
             choices = best(choices, n as usize, best_of as usize);
         }
         let whole = choices.iter().map(|choice| self.choice(model, choice, Form::Whole)).collect();
-        let mut value = self.envelope(Form::Whole, whole);
-        value["usage"] = self.usage(usage);
-        if self.endpoint == Endpoint::Chat {
-            let first = choices.first();
-            if self.return_token_ids {
-                value["prompt_token_ids"] =
-                    first.into_iter().flat_map(|choice| &choice.prompt).map(|id| id.0).collect();
-            }
-            if let Some(first) = first.filter(|first| !first.prompt_logprobs.is_empty()) {
-                value["prompt_logprobs"] = logprobs::prompt(&model.tokenizer, &first.prompt_logprobs);
-            }
+        let mut object = Object { usage: Some(self.usage(usage)), ..self.object(Form::Whole, whole) };
+        if let Some(first) = choices.first().filter(|_| self.endpoint == Endpoint::Chat) {
+            object.prompt_token_ids = self.return_token_ids.then_some(first.prompt.as_slice());
+            let has_prompt = !first.prompt_logprobs.is_empty();
+            object.prompt_logprobs = has_prompt.then(|| logprobs::prompt(&model.tokenizer, &first.prompt_logprobs));
         }
-        value
+        json!(object)
     }
 }
 
@@ -271,19 +308,16 @@ fn message(delta: &Delta) -> Value {
     message
 }
 
-/// What a chunk adds to it.
-fn said(delta: &Delta) -> Value {
-    let mut said = json!({});
-    if !delta.reasoning.is_empty() {
-        said["reasoning_content"] = json!(delta.reasoning);
+impl<'a> Said<'a> {
+    fn of(delta: &'a Delta) -> Said<'a> {
+        let some = |text: &'a String| (!text.is_empty()).then_some(text.as_str());
+        Said {
+            role: None,
+            reasoning_content: some(&delta.reasoning),
+            content: some(&delta.text),
+            tool_calls: delta.calls.iter().map(|piece| call(piece, Form::Chunk)).collect(),
+        }
     }
-    if !delta.text.is_empty() {
-        said["content"] = json!(delta.text);
-    }
-    if !delta.calls.is_empty() {
-        said["tool_calls"] = delta.calls.iter().map(|piece| call(piece, Form::Chunk)).collect();
-    }
-    said
 }
 
 fn call(piece: &CallPiece, form: Form) -> Value {

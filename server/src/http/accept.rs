@@ -181,6 +181,8 @@ where
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
         .max_headers(100)
+        // Pieces are small: one copy is less than a list of them.
+        .writev(false)
         .serve_connection(TokioIo::new(stream), answer);
     tokio::pin!(connection);
     let ended = tokio::select! {
