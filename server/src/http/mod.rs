@@ -13,6 +13,7 @@ use error::ApiError;
 use metrics::HttpMetrics;
 use tokio::sync::watch;
 use tokio::time::timeout;
+use work::RequestWork;
 
 pub mod accept;
 pub mod access;
@@ -26,11 +27,13 @@ pub mod rates;
 pub mod routes;
 mod stream;
 pub mod tls;
+mod work;
 
 pub struct App {
     pub limits: Limits,
     pub access: Access,
     pub metrics: HttpMetrics,
+    work: RequestWork,
     model: OnceLock<Arc<ServedModel>>,
     draining: AtomicBool,
     /// Requests whose answer is not sent yet.
@@ -46,6 +49,7 @@ impl App {
             limits,
             access,
             metrics: HttpMetrics::default(),
+            work: RequestWork::default(),
             model: OnceLock::new(),
             draining: AtomicBool::new(false),
             num_open: watch::Sender::new(0),

@@ -103,9 +103,7 @@ where
         let body = read_body(&app.limits, &headers, None, body).await?;
         check_media_type(&headers)?;
         let model = app.serving()?.clone();
-        let answer = move || texts::answer(endpoint, &model, &parse(&body)?);
-        let answered = tokio::task::spawn_blocking(answer).await;
-        answered.map_err(|_| ApiError::internal("the server met a bug of its own"))?
+        app.work.run(body.len(), move || texts::answer(endpoint, &model, &parse(&body)?)).await
     };
     match answered.await {
         Ok(value) => json_response(&value),
@@ -148,14 +146,11 @@ where
     check_media_type(&headers)?;
     let arrived = Instant::now();
     let model = app.serving()?.clone();
-    // Templates and tokenizers are plain computation, and a long prompt's takes its time.
     let meter = client.meter.clone();
-    let prepared = {
+    let (mut answer, jobs) = {
         let model = model.clone();
-        let prepare = move || api::prepare(endpoint, &model, &client, &parse(&body)?);
-        tokio::task::spawn_blocking(prepare).await
+        app.work.run(body.len(), move || api::prepare(endpoint, &model, &client, &parse(&body)?)).await?
     };
-    let (mut answer, jobs) = prepared.map_err(|_| ApiError::internal("the server met a bug of its own"))??;
     let generation = Generation::submit(&model, jobs, arrived, meter).map_err(|error| error.of_endpoint(endpoint))?;
     match answer.is_streamed() {
         true => Ok(stream::response(app.limits.keep_alive, model, answer, generation)),
