@@ -6,13 +6,15 @@ use std::time::Duration;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::cost::{CostModel, Prices};
-use fullbore_engine::engine::Engine;
+use fullbore_engine::engine::{Engine, StepParts};
 use fullbore_engine::limits::Cause;
 use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::limits::verdict::Verdict;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::request::{Event, Flow, Request, Share, Sink, TokenId};
 use fullbore_engine::tensor::{KvType, WeightFormat};
+
+use crate::grammar::regex_for;
 
 const CONFIG: EngineConfig = EngineConfig {
     max_num_seqs: 64,
@@ -314,4 +316,32 @@ fn engines_on_one_device_name_each_other() {
     alone.engine.set_neighbours(Membership::join("a device for one", "alone"));
     (0..10).for_each(|_| alone.ask(10, 30));
     check(&alone.finish(), Cause::Computing, &["the device: "]);
+}
+
+/// What is known apart is counted apart, and all of it is the steps' time.
+#[test]
+fn parts_of_steps_are_told_as_far_as_they_are_known_apart() {
+    let mut run = Run::new(EngineConfig { pipeline_depth: 1, ..CONFIG });
+    let count = |run: &Run| {
+        let StepParts { prefill, decode, mixed, sampling, read_back } = run.engine.stats().step_parts;
+        let sum = prefill.ns + decode.ns + mixed.ns + sampling.ns;
+        assert!((sum as f64 / 1e6 - run.engine.stats().total_step_ms).abs() < 1e-6, "{sum}");
+        [prefill, decode, mixed, sampling, read_back].map(|part| part.num)
+    };
+    // A prompt whose step brings the first token, and four more tokens.
+    run.ask(100, 5);
+    while run.step() {}
+    assert_eq!(count(&run), [1, 4, 0, 0, 5]);
+    // Another prompt comes while an answer goes on.
+    run.ask(100, 5);
+    run.step();
+    run.ask(100, 1);
+    while run.step() {}
+    assert_eq!(count(&run), [2, 7, 1, 0, 10]);
+    // Choices that wait for masks come by themselves.
+    let grammar = Some(regex_for("[a-z]{40}", 1024));
+    let request = Request { grammar, ..run.request(100, 3) };
+    run.add(request, Duration::ZERO);
+    while run.step() {}
+    assert_eq!(count(&run), [3, 9, 1, 3, 16]);
 }

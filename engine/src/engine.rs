@@ -38,6 +38,7 @@ mod warm_up;
 
 use pooled::Pooled;
 use step::{InFlight, Step, Submitted, record, record_forward};
+pub use times::{Part, StepParts};
 
 pub struct Engine {
     config: EngineConfig,
@@ -132,6 +133,8 @@ pub struct EngineStats {
     pub num_device_losses: u64,
     pub last_step_ms: f64,
     pub total_step_ms: f64,
+    /// Steps, part by part.
+    pub step_parts: StepParts,
     /// Where the device's time went.
     pub limits: limits::Snapshot,
 }
@@ -345,21 +348,6 @@ impl Engine {
         self.update_counts();
         self.update_sums();
         submitted
-    }
-
-    /// Waits for the parts of a step, and takes their results.
-    fn read_back(
-        &mut self,
-        step: &Step,
-        forward: Option<Submitted>,
-        choices: Option<Submitted>,
-    ) -> Result<(), DeviceError> {
-        for (submitted, is_part) in [(forward, true), (choices, false)] {
-            let Some(Submitted { ticket, at }) = submitted else { continue };
-            let ran = self.backend.wait(ticket, &mut self.downloads)?;
-            self.count_part(step, at, ran, is_part);
-        }
-        Ok(())
     }
 
     /// Takes in what was chosen, and tells the clients.

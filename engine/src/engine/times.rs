@@ -7,14 +7,69 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Engine, Step, StepTime};
+use super::{Engine, Step, StepTime, Submitted};
+use crate::backend::DeviceError;
 use crate::cost::{CostFit, CostModel};
 use crate::limits::neighbours::Membership;
 use crate::limits::verdict::{Setting, Verdict};
 use crate::limits::{EndedStep, Phase, Snapshot};
 use crate::tensor::KvType;
 
+/// What steps have taken since the start, as far as their parts are known apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepParts {
+    /// On the device: passes in which only prompts were computed, only answers went on, or both. What of a pass with
+    /// both is whose nobody knows. Choices of tokens are in it, where they are not apart.
+    pub prefill: Part,
+    pub decode: Part,
+    pub mixed: Part,
+    /// On the device: choices that were submitted by themselves, because they waited for masks.
+    pub sampling: Part,
+    /// From the end of a pass or a choice on the device to when the host has what it brought.
+    pub read_back: Part,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    pub num: u64,
+    pub ns: u64,
+}
+
+impl Part {
+    fn add(&mut self, ns: u64) {
+        self.num += 1;
+        self.ns += ns;
+    }
+}
+
 impl Engine {
+    /// Waits for the parts of a step, and takes their results.
+    pub(super) fn read_back(
+        &mut self,
+        step: &Step,
+        forward: Option<Submitted>,
+        choices: Option<Submitted>,
+    ) -> Result<(), DeviceError> {
+        let is_apart = forward.is_some();
+        for (submitted, is_part) in [(forward, true), (choices, false)] {
+            let Some(Submitted { ticket, at }) = submitted else { continue };
+            let ran = self.backend.wait(ticket, &mut self.downloads)?;
+            let read_back = self.backend.now().saturating_duration_since(ran.end);
+            let device_ns = self.count_part(step, at, ran, is_part);
+            let num_prefill_tokens = step.trace.num_prefill_tokens();
+            let parts = &mut self.stats.step_parts;
+            let pass = match step.batch.shape().num_tokens.saturating_sub(num_prefill_tokens) {
+                _ if is_apart && !is_part => &mut parts.sampling,
+                _ if num_prefill_tokens == 0 => &mut parts.decode,
+                0 => &mut parts.prefill,
+                _ => &mut parts.mixed,
+            };
+            pass.add(device_ns);
+            parts.read_back.add(read_back.as_nanos() as u64);
+        }
+        Ok(())
+    }
+
     /// Starts from what a device was measured to take, instead of from nothing.
     pub fn set_cost(&mut self, cost: CostModel) {
         self.cost = CostFit::new(cost);
@@ -64,11 +119,13 @@ impl Engine {
     }
 
     /// Takes in when the device was at a recording of a step that is being completed: its last, or a part before that.
-    pub(super) fn count_part(&mut self, step: &Step, submitted_at: Instant, ran: Range<Instant>, is_part: bool) {
+    /// Gives what that took.
+    fn count_part(&mut self, step: &Step, submitted_at: Instant, ran: Range<Instant>, is_part: bool) -> u64 {
         let begun = ran.start.max(self.device_free_at);
         let ended_at = ran.end.max(begun);
         self.device_free_at = ended_at;
-        self.part_ns += (ended_at - begun).as_nanos() as u64;
+        let device_ns = (ended_at - begun).as_nanos() as u64;
+        self.part_ns += device_ns;
         self.limits.ended(&EndedStep {
             shape: step.batch.shape(),
             facts: step.facts,
@@ -78,6 +135,7 @@ impl Engine {
             has_company: self.neighbours.as_ref().is_some_and(|others| others.had(step.company)),
             is_part,
         });
+        device_ns
     }
 
     /// Takes in what a step has cost, of which all parts have been counted.

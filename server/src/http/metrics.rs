@@ -2,7 +2,7 @@
 //! numbers are read when asked for and kept nowhere else; only what the engine cannot know (HTTP answers, and times
 //! from the arrival of a body on) is counted here.
 
-use fullbore_engine::engine::EngineStats;
+use fullbore_engine::engine::{EngineStats, StepParts};
 use fullbore_engine::limits::Cause;
 use prometheus::core::Collector;
 use prometheus::{CounterVec, Encoder, Gauge, GaugeVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
@@ -94,6 +94,7 @@ fn engine_registry(model: &ServedModel) -> Registry {
     let finished = Opts::new("fullbore_requests_finished_total", "Sequences by how they ended.");
     let finished = register(&registry, IntCounterVec::new(finished, &["reason"]));
     let reasons = [
+    step_parts(&registry, &stats.step_parts);
         ("stop", stats.num_stopped),
         ("length", stats.num_length),
         ("error", stats.num_failed),
@@ -108,6 +109,20 @@ fn engine_registry(model: &ServedModel) -> Registry {
 fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
     [
         ("fullbore_steps_total", "Steps done.", stats.num_steps),
+/// Of what is not known apart there is no time; `StepParts` says what is.
+fn step_parts(registry: &Registry, parts: &StepParts) {
+    let seconds = Opts::new("fullbore_step_part_seconds_total", "Time of steps, by what is known apart.");
+    let seconds = register(registry, CounterVec::new(seconds, &["part"]));
+    let number = Opts::new("fullbore_step_parts_total", "How many such parts there were.");
+    let number = register(registry, IntCounterVec::new(number, &["part"]));
+    let StepParts { prefill, decode, mixed, sampling, read_back } = *parts;
+    let parts = [prefill, decode, mixed, sampling, read_back];
+    for (name, part) in ["prefill", "decode", "mixed", "sampling", "read_back"].into_iter().zip(parts) {
+        seconds.with_label_values(&[name]).inc_by(part.ns as f64 / 1e9);
+        number.with_label_values(&[name]).inc_by(part.num);
+    }
+}
+
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
         ("fullbore_tokens_prefilled_total", "Tokens computed for prompts, again ones included.", stats.prefill_tokens),
         ("fullbore_prompt_tokens_total", "Prompt tokens of sequences that have ended.", stats.prompt_tokens),
