@@ -16,6 +16,7 @@ use fullbore::http::access::Access;
 use fullbore::http::tls::Tls;
 use fullbore::serve::{Entrance, Server};
 use fullbore::start::{self, Plan, StartTimes};
+use fullbore::traces::Tracer;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
 use fullbore_engine::bundle::Bundle;
@@ -39,6 +40,7 @@ mod parameters;
 mod responses;
 mod structured;
 mod tools;
+mod traces;
 
 /// How steps end.
 #[derive(Clone, Copy, PartialEq)]
@@ -160,6 +162,7 @@ struct Setup {
     limits: Limits,
     access: Access,
     tls: Option<Tls>,
+    tracer: Option<Tracer>,
     config: EngineConfig,
     pace: Pace,
     sim: SimOptions,
@@ -184,6 +187,7 @@ impl Default for Setup {
             limits: Limits::default(),
             access: Access::default(),
             tls: None,
+            tracer: None,
             config,
             pace: Pace::Free,
             sim: SimOptions::default(),
@@ -201,7 +205,7 @@ impl Setup {
         let runtime = runtime.expect("a runtime");
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let access = std::mem::take(&mut self.access);
-        let entrance = Entrance { limits: self.limits, access, tls: self.tls.take() };
+        let entrance = Entrance { limits: self.limits, access, tls: self.tls.take(), tracer: self.tracer.take() };
         let server = runtime.block_on(Server::start(host, 0, entrance)).expect("a free port");
         let gate = Gate::new(self.pace);
         let harness = Harness { runtime, address: server.address(), server: Some(server), gate };

@@ -182,7 +182,7 @@ mod damaged {
         ];
         for (endpoint, body) in bodies {
             let Ok((mut answer, jobs)) = api::prepare(endpoint, &model, &Client::default(), &body) else { continue };
-            let Ok(generation) = Generation::submit(&model, jobs, Instant::now(), None) else { continue };
+            let Ok(generation) = Generation::submit(&model, jobs, Instant::now(), None, None) else { continue };
             let _ = runtime.block_on(api::collect(&mut *answer, &model, generation));
         }
         assert_eq!(model.engine.stopped(), None, "the engine met a bug of its own");

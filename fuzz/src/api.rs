@@ -83,7 +83,7 @@ pub fn request(data: &[u8]) {
     let read = match text {
         Some(text) => texts::answer(text, model, &body).map(drop),
         None => api::prepare(endpoint(&path), model, &Client::default(), &body)
-            .and_then(|(_, Jobs { jobs, .. })| Generation::open(model, jobs, Instant::now(), None).map(drop)),
+            .and_then(|(_, Jobs { jobs, .. })| Generation::open(model, jobs, Instant::now(), None, None).map(drop)),
     };
     if let Err(error) = read {
         check_error(&error);
@@ -106,7 +106,7 @@ pub fn stream(data: &[u8]) {
     let mut open = |is_streamed: bool| {
         body.as_object_mut()?.insert("stream".to_owned(), json!(is_streamed));
         let (answer, Jobs { jobs, .. }) = api::prepare(endpoint, model, &Client::default(), &body).ok()?;
-        let (generation, requests) = Generation::open(model, jobs, Instant::now(), None).ok()?;
+        let (generation, requests) = Generation::open(model, jobs, Instant::now(), None, None).ok()?;
         (requests.len() <= MAX_CHOICES).then_some((answer, generation, requests))
     };
     let (Some(streamed), Some(whole)) = (open(true), open(false)) else { return };

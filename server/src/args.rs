@@ -18,6 +18,7 @@ mod device;
 mod grammar;
 mod parse;
 
+mod telemetry;
 pub use access::AccessArgs;
 pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
@@ -25,6 +26,7 @@ pub use grammar::GrammarArgs;
 use parse::*;
 
 #[derive(Debug, Parser)]
+pub use telemetry::{LogFormat, TelemetryArgs};
 #[command(name = "fullbore", version, about = "Serves language models on whatever device is there.")]
 pub struct Args {
     #[command(subcommand)]
@@ -197,9 +199,8 @@ pub struct ServeArgs {
     /// Print where memory would go and end, without loading weights.
     #[arg(long)]
     pub dry_run: bool,
-    /// Of the log, on standard error: each finished request is a line.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -233,15 +234,6 @@ pub struct BenchArgs {
     pub prompt_tokens: u32,
     #[arg(long, default_value_t = 64)]
     pub output_tokens: u32,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// Lines for people.
-    #[default]
-    Text,
-    /// A JSON object a line.
-    Json,
 }
 
 /// How much longer than without prompts a step may take in which answers go on.

@@ -17,6 +17,7 @@ pub mod serve;
 pub mod simulate;
 pub mod start;
 pub mod top;
+pub mod traces;
 pub mod tune;
 pub mod tuning;
 pub mod verify;

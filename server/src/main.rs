@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::Parser;
-use fullbore::args::{Args, BenchCommand, Command, LogFormat, ServeArgs};
+use fullbore::args::{Args, BenchCommand, Command, LogFormat};
 use fullbore::{bench, devices, fetch, run, serve, simulate, top, tune, verify};
 use tracing_subscriber::EnvFilter;
 
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match &args.command {
-        Command::Serve(ServeArgs { log_format: LogFormat::Json, .. }) => log.json().flatten_event(true).init(),
+        Command::Serve(args) if args.telemetry.log_format == LogFormat::Json => log.json().flatten_event(true).init(),
         _ => log.with_ansi(io::stderr().is_terminal()).init(),
     }
     match command(args.command) {

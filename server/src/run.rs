@@ -69,7 +69,7 @@ async fn answer(
     let refused = |error: ApiError| RunError::Refused(error.message);
     let (_, jobs) = api::prepare(endpoint, model, &Client::default(), body).map_err(refused)?;
     let start = Instant::now();
-    let mut generation = Generation::submit(model, jobs, start, None).map_err(refused)?;
+    let mut generation = Generation::submit(model, jobs, start, None, None).map_err(refused)?;
     let mut first = None;
     let mut said = String::new();
     loop {

@@ -26,6 +26,7 @@ use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, routes};
 use crate::live;
 use crate::start::{self, StartError};
+use crate::traces::Tracer;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -68,6 +69,8 @@ pub struct Entrance {
     pub limits: Limits,
     pub access: Access,
     pub tls: Option<Tls>,
+    /// Told what requests went through.
+    pub tracer: Option<Tracer>,
 }
 
 impl Server {
@@ -77,7 +80,7 @@ impl Server {
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let connections = Arc::new(Semaphore::new(entrance.limits.max_connections));
-        let app = Arc::new(App::new(entrance.limits, entrance.access));
+        let app = Arc::new(App::new(entrance.limits, entrance.access, entrance.tracer));
         let tls = entrance.tls.map(Arc::new);
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(live::keep_history(app.clone(), stopped.clone()));
@@ -152,6 +155,10 @@ impl Server {
             // A device that no longer answers must not keep the process.
             let _ = timeout(ENGINE_GRACE, tokio::task::spawn_blocking(move || model.end())).await;
         }
+        if let Some(tracer) = self.app.tracer.clone() {
+            let flush = move || tracer.flush(LAST_WORDS);
+            let _ = timeout(LAST_WORDS, tokio::task::spawn_blocking(flush)).await;
+        }
         if !done {
             // Streams that were told of the end above still have to send it.
             let _ = timeout(LAST_WORDS, self.connections.acquire_many(all)).await;
@@ -168,12 +175,13 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The command: ends after SIGINT or SIGTERM, at once after a second one.
 pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
     let shares = shares(&args.shares)?;
-    let entrance = args.access.entrance(args.host)?;
+    let mut entrance = args.access.entrance(args.host)?;
     if args.dry_run {
         let plan = start::plan(&args.engine, args.served_model_name.as_deref())?;
         println!("{}", plan.memory);
         return Ok(plan.check_memory()?);
     }
+    entrance.tracer = args.telemetry.otlp_endpoint.as_deref().map(Tracer::start);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(run(args, entrance, shares));
     // A load that was interrupted goes on in its thread; the process does not wait for it.
@@ -254,7 +262,8 @@ impl AccessArgs {
             max_connections_per_ip: self.max_connections_per_ip.max(1),
             ..Limits::default()
         };
-        Ok(Entrance { limits, access: Access::new(host, keys, &self.allowed_hosts, &self.allowed_origins), tls })
+        let access = Access::new(host, keys, &self.allowed_hosts, &self.allowed_origins);
+        Ok(Entrance { limits, access, tls, tracer: None })
     }
 }
 

@@ -21,6 +21,7 @@ use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
 use crate::http::metrics::Observer;
 use crate::http::rates::Meter;
+use crate::traces::Trace;
 
 /// One choice to be made.
 pub struct Job {
@@ -139,14 +140,15 @@ struct Start {
 }
 
 impl Generation {
-    /// Hands all jobs to the engine, or none; their times count from `arrived` on.
+    /// Hands all jobs to the engine, or none; their times count from `arrived` on, and `trace` is told them.
     pub fn submit(
         model: &ServedModel,
         Jobs { jobs, places }: Jobs,
         arrived: Instant,
         meter: Option<Arc<Meter>>,
+        trace: Option<Trace>,
     ) -> Result<Generation, ApiError> {
-        let (generation, requests) = Generation::open(model, jobs, arrived, meter)?;
+        let (generation, requests) = Generation::open(model, jobs, arrived, meter, trace)?;
         model.engine.submit(places, requests)?;
         Ok(generation)
     }
@@ -157,6 +159,7 @@ impl Generation {
         jobs: Vec<Job>,
         arrived: Instant,
         meter: Option<Arc<Meter>>,
+        trace: Option<Trace>,
     ) -> Result<(Generation, Vec<Handed>), ApiError> {
         let mut choices = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
@@ -166,7 +169,7 @@ impl Generation {
         }
         for (index, job) in jobs.into_iter().enumerate() {
             let (sender, receiver) = channel(job.request.max_tokens as usize + 3);
-            let observer = Observer::new(model.metrics.clone(), &job.request, arrived);
+            let observer = Observer::new(model.metrics.clone(), &job.request, arrived, trace.clone());
             choices.push(Choice::new(model, index, &job, receiver, observer.stopped()));
             let num_prompt_tokens = job.request.prompt.len() as u32;
             let sink = ChannelSink { sender, observer, meter: meter.clone(), num_prompt_tokens };

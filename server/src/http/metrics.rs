@@ -51,6 +51,9 @@ impl HttpMetrics {
 
 pub fn metrics(app: &App) -> Response {
     let mut families = app.metrics.registry.gather();
+    if let Some(tracer) = &app.tracer {
+        families.extend(tracer.registry.gather());
+    }
     if let Some(model) = app.model() {
         families.extend(vllm::registry(model).gather());
         families.extend(model.metrics.registry.gather());
@@ -91,10 +94,10 @@ fn engine_registry(model: &ServedModel) -> Registry {
     for cause in Cause::ALL {
         seconds.with_label_values(&[cause.name()]).inc_by(stats.limits.total.seconds(cause));
     }
+    step_parts(&registry, &stats.step_parts);
     let finished = Opts::new("fullbore_requests_finished_total", "Sequences by how they ended.");
     let finished = register(&registry, IntCounterVec::new(finished, &["reason"]));
     let reasons = [
-    step_parts(&registry, &stats.step_parts);
         ("stop", stats.num_stopped),
         ("length", stats.num_length),
         ("error", stats.num_failed),
@@ -106,9 +109,6 @@ fn engine_registry(model: &ServedModel) -> Registry {
     registry
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
-    [
-        ("fullbore_steps_total", "Steps done.", stats.num_steps),
 /// Of what is not known apart there is no time; `StepParts` says what is.
 fn step_parts(registry: &Registry, parts: &StepParts) {
     let seconds = Opts::new("fullbore_step_part_seconds_total", "Time of steps, by what is known apart.");
@@ -123,6 +123,9 @@ fn step_parts(registry: &Registry, parts: &StepParts) {
     }
 }
 
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
+    [
+        ("fullbore_steps_total", "Steps done.", stats.num_steps),
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
         ("fullbore_tokens_prefilled_total", "Tokens computed for prompts, again ones included.", stats.prefill_tokens),
         ("fullbore_prompt_tokens_total", "Prompt tokens of sequences that have ended.", stats.prompt_tokens),
@@ -134,7 +137,7 @@ fn step_parts(registry: &Registry, parts: &StepParts) {
 }
 
 /// Names and labels are constants of this file, so a refusal is a bug of it.
-fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
+pub(crate) fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
     let metric = metric.expect("a valid name");
     registry.register(Box::new(metric.clone())).expect("a name used once");
     metric

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::api::ServedModel;
+use crate::traces::Tracer;
 use accept::Limits;
 use access::Access;
 use error::ApiError;
@@ -34,6 +35,8 @@ pub struct App {
     pub access: Access,
     pub metrics: HttpMetrics,
     work: RequestWork,
+    /// Where somebody collects traces.
+    pub tracer: Option<Arc<Tracer>>,
     model: OnceLock<Arc<ServedModel>>,
     draining: AtomicBool,
     /// Requests whose answer is not sent yet.
@@ -44,12 +47,13 @@ pub struct App {
 pub struct OpenRequest(Arc<App>);
 
 impl App {
-    pub fn new(limits: Limits, access: Access) -> App {
+    pub fn new(limits: Limits, access: Access, tracer: Option<Tracer>) -> App {
         App {
             limits,
             access,
             metrics: HttpMetrics::default(),
             work: RequestWork::default(),
+            tracer: tracer.map(Arc::new),
             model: OnceLock::new(),
             draining: AtomicBool::new(false),
             num_open: watch::Sender::new(0),

@@ -151,7 +151,9 @@ where
         let model = model.clone();
         app.work.run(body.len(), move || api::prepare(endpoint, &model, &client, &parse(&body)?)).await?
     };
-    let generation = Generation::submit(&model, jobs, arrived, meter).map_err(|error| error.of_endpoint(endpoint))?;
+    let trace = app.tracer.as_ref().and_then(|tracer| tracer.trace(&headers, &model.name));
+    let generation = Generation::submit(&model, jobs, arrived, meter, trace);
+    let generation = generation.map_err(|error| error.of_endpoint(endpoint))?;
     match answer.is_streamed() {
         true => Ok(stream::response(app.limits.keep_alive, model, answer, generation)),
         false => Ok(json_response(&api::collect(&mut *answer, &model, generation).await?)),

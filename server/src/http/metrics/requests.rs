@@ -10,6 +10,7 @@ use fullbore_engine::request::{Event, FinishReason, Request};
 use prometheus::{Histogram, HistogramOpts, IntCounterVec, Opts, Registry};
 
 use super::{BucketCounts, register};
+use crate::traces::{EndedSequence, Trace};
 
 pub struct RequestMetrics {
     pub(super) registry: Registry,
@@ -85,10 +86,12 @@ pub struct Observer {
     /// Set where the text has ended before the engine's sequence did.
     stopped: Arc<AtomicBool>,
     is_ended: bool,
+    /// Where somebody collects traces.
+    trace: Option<Trace>,
 }
 
 impl Observer {
-    pub fn new(metrics: Arc<RequestMetrics>, request: &Request, arrived: Instant) -> Observer {
+    pub fn new(metrics: Arc<RequestMetrics>, request: &Request, arrived: Instant, trace: Option<Trace>) -> Observer {
         Observer {
             metrics,
             request: request.id.clone(),
@@ -101,6 +104,7 @@ impl Observer {
             num_tokens: 0,
             stopped: Arc::default(),
             is_ended: false,
+            trace,
         }
     }
 
@@ -158,6 +162,24 @@ impl Observer {
             total_ms = since_arrival(now),
             "finished"
         );
+        if let Some(trace) = self.trace.take() {
+            trace.end(self.ended(end, now));
+        }
+    }
+
+    fn ended(&self, end: End, ended: Instant) -> EndedSequence {
+        EndedSequence {
+            request: self.request.clone(),
+            arrived: self.arrived,
+            started: self.started,
+            first_token: self.first_token,
+            ended,
+            reason: end.name(),
+            has_failed: matches!(end, End::Error | End::DeviceLost),
+            prompt_tokens: self.num_prompt_tokens as u64,
+            cached_tokens: u64::from(self.cached_tokens),
+            generated_tokens: u64::from(self.num_tokens),
+        }
     }
 
     /// What the sequence is at.
