@@ -1,9 +1,11 @@
 //! Fullbore's benchmarks: workloads, the run that measures one, and the statistics of what came out.
 //!
-//! Invariant: a workload is a pure function of its seed. Nothing here knows HTTP or opens a device: an engine is driven
-//! as the server drives it, through its handle or step by step; only `ops` and `tune` record ops themselves.
+//! Invariant: a workload is a pure function of its seed. Nothing here opens a device or starts a server: an engine is
+//! driven as the server drives it, through its handle or step by step; `http` alone is a client of a server, and only
+//! `ops` and `tune` record ops themselves.
 
 pub mod grammar;
+pub mod http;
 mod nobody;
 pub mod offline;
 pub mod ops;

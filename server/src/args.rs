@@ -16,17 +16,19 @@ mod access;
 mod clients;
 mod device;
 mod grammar;
+mod http;
 mod parse;
-
 mod telemetry;
+
 pub use access::AccessArgs;
 pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
 pub use grammar::GrammarArgs;
+pub use http::{HttpArgs, HttpMeasure};
 use parse::*;
+pub use telemetry::{LogFormat, TelemetryArgs};
 
 #[derive(Debug, Parser)]
-pub use telemetry::{LogFormat, TelemetryArgs};
 #[command(name = "fullbore", version, about = "Serves language models on whatever device is there.")]
 pub struct Args {
     #[command(subcommand)]
@@ -76,6 +78,8 @@ pub enum BenchCommand {
     Ops(OpsArgs),
     /// What answers under a JSON schema cost the free ones beside them, no HTTP: a ratio, as JSON.
     Grammar(GrammarArgs),
+    /// This server on loopback before a simulated device: rate and delay of tokens, memory, long prompts; JSON.
+    Http(HttpArgs),
 }
 
 #[derive(Clone, Debug, ClapArgs)]

@@ -1,11 +1,12 @@
-//! `fullbore bench`: one engine in this process, driven without HTTP, or one device without an engine; JSON on standard
-//! output, and what a person reads on standard error.
+//! `fullbore bench`: one engine in this process, driven without HTTP, one device without an engine, or the server
+//! before a simulated device; JSON on standard output, and what a person reads on standard error.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use fullbore_bench::grammar::{self, GrammarBenchError, GrammarOptions};
+use fullbore_bench::http::HttpBenchError;
 use fullbore_bench::offline::{self, BenchError};
 use fullbore_bench::ops::{self, ModelShape, OpsError, OpsOptions};
 use fullbore_bench::play::{self, Clock, PlayError};
@@ -23,8 +24,13 @@ use fullbore_engine::grammar::{GrammarCompiler, GrammarError, GrammarSource};
 
 use crate::args::{BenchArgs, EngineArgs, GrammarArgs, OpsArgs, Profile, ProfileArgs, Shapes, SubmitArgs, TraceArgs};
 use crate::devices::{self, DeviceChoiceError};
+use crate::serve::ServeError;
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, Plan, StartError, USUAL_LEN};
+
+mod http;
+
+pub use http::http;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchCommandError {
@@ -46,6 +52,12 @@ pub enum BenchCommandError {
     Ops(#[from] OpsError),
     #[error(transparent)]
     Grammar(#[from] GrammarBenchError),
+    #[error(transparent)]
+    Http(#[from] HttpBenchError),
+    #[error(transparent)]
+    Serve(#[from] Box<ServeError>),
+    #[error("cannot start the server's threads: {0}")]
+    Runtime(#[from] io::Error),
     #[error("the bench's own schema does not compile: {0}")]
     Schema(#[from] GrammarError),
     #[error("cannot write {}: {source}", path.display())]

@@ -45,6 +45,7 @@ fn command(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Bench { command: BenchCommand::Submit(args) } => bench::submit(&args)?,
         Command::Bench { command: BenchCommand::Ops(args) } => bench::ops(&args)?,
         Command::Bench { command: BenchCommand::Grammar(args) } => bench::grammar(&args)?,
+        Command::Bench { command: BenchCommand::Http(args) } => bench::http(&args)?,
     }
     Ok(())
 }

@@ -1,0 +1,342 @@
+//! A server measured by a client on the same machine: tokens a second, what a token's way to the client takes, what
+//! streams cost that have nothing to say, and what long prompts do to everybody else.
+//!
+//! The server runs in this process on a [`telltale::Telltale`], so that one clock knows when a token was made and when
+//! it was received; CPU time is told apart by threads. Nothing here starts a server.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::json;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::report::Percentiles;
+use crate::statistics::Histogram;
+use client::{ClientError, Connection, on_client_thread};
+use process::{CpuTimes, resident_bytes};
+use telltale::{Steps, made_at};
+
+pub mod client;
+pub mod process;
+pub mod telltale;
+
+#[derive(Debug, thiserror::Error)]
+pub enum HttpBenchError {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("the client's thread cannot be started: {0}")]
+    Thread(#[from] io::Error),
+    #[error("{received} tokens came of the {expected} that were asked for")]
+    Missing { received: u64, expected: u64 },
+    #[error("this system does not say how much memory a process has")]
+    NoMemory,
+    #[error("{opened} of {streams} streams had begun after {} s", .after.as_secs())]
+    NotBegun { opened: u32, streams: u32, after: Duration },
+}
+
+/// What streams cost at a rate: the server's own if it is free, else the device's.
+#[derive(Clone, Debug, Serialize)]
+pub struct StreamReport {
+    pub streams: u32,
+    pub tokens: u64,
+    /// From the first request to the last byte.
+    pub seconds: f64,
+    pub tokens_per_s: f64,
+    /// From when the device hands a step's choices to the engine, to when the client's read returns with the token;
+    /// where the device does not run ahead.
+    pub added_ms: Option<Percentiles>,
+    pub cpu: Cpu,
+}
+
+/// CPU time by the names of threads.
+#[derive(Clone, Debug, Serialize)]
+pub struct Cpu {
+    pub us_per_token: BTreeMap<String, f64>,
+    /// Cores that were busy with this process.
+    pub cores: f64,
+    /// Of that time.
+    pub client_share: f64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct IdleReport {
+    pub streams: u32,
+    /// Of the whole process, the client's sockets included, from before the first stream to when all have begun.
+    pub growth_bytes: u64,
+    pub bytes_per_stream: u64,
+}
+
+/// What others see before and while long prompts are posted, all at once, until the last has its answer begun.
+#[derive(Clone, Debug, Serialize)]
+pub struct LongPromptsReport {
+    pub clients: u32,
+    pub prompt_bytes: usize,
+    /// From the first post to the last answer's head.
+    pub seconds: f64,
+    pub decoders: u32,
+    /// Between two tokens of a stream that decodes, as its client sees it.
+    pub gap_ms: BeforeAndDuring,
+    /// Answers of `/health/live`.
+    pub health_ms: BeforeAndDuring,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct BeforeAndDuring {
+    pub before: Percentiles,
+    pub during: Percentiles,
+}
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn chat(content: &str, max_tokens: u32) -> String {
+    let messages = json!([{"role": "user", "content": content}]);
+    json!({"messages": messages, "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0, "stream": true})
+        .to_string()
+}
+
+/// `num_streams` answers of `num_tokens`, all at once; tokens are timed where the device's `steps` are given.
+pub fn streams(
+    address: SocketAddr,
+    steps: Option<&Steps>,
+    num_streams: u32,
+    num_tokens: u32,
+) -> Result<StreamReport, HttpBenchError> {
+    let (cpu_before, begun) = (CpuTimes::now(), Instant::now());
+    let (received, cpu) = on_client_thread(|| async move {
+        let received = receive(address, num_streams, num_tokens).await;
+        // While this thread is there to be seen.
+        (received, CpuTimes::now())
+    })?;
+    let (received, seconds) = (received?, begun.elapsed().as_secs_f64());
+    let tokens = received.len() as u64;
+    let expected = u64::from(num_streams) * u64::from(num_tokens);
+    if tokens != expected {
+        return Err(HttpBenchError::Missing { received: tokens, expected });
+    }
+    let added = steps.map(|steps| {
+        let (ended, mut added) = (steps.ended(), Histogram::default());
+        let made = received.iter().filter_map(|(letter, at)| Some(*at - made_at(&ended, *letter, *at)?));
+        made.for_each(|delay| added.record(delay));
+        Percentiles::from(&added)
+    });
+    Ok(StreamReport {
+        streams: num_streams,
+        tokens,
+        seconds,
+        tokens_per_s: tokens as f64 / seconds,
+        added_ms: added,
+        cpu: Cpu::of(&cpu.since(&cpu_before), tokens, seconds),
+    })
+}
+
+/// Every letter that came, and when.
+async fn receive(address: SocketAddr, num_streams: u32, num_tokens: u32) -> Result<Vec<(u8, Instant)>, ClientError> {
+    let mut streams = JoinSet::new();
+    for nth in 0..num_streams {
+        streams.spawn(async move {
+            let mut letters = Vec::with_capacity(num_tokens as usize);
+            let mut connection = Connection::open(address).await?;
+            connection.post(CHAT, &chat(&nth.to_string(), num_tokens)).await?;
+            connection.letters(|letter, received| letters.push((letter, received))).await?;
+            Ok::<_, ClientError>(letters)
+        });
+    }
+    let mut all = Vec::new();
+    while let Some(letters) = streams.join_next().await {
+        all.extend(letters.expect("a stream is not cancelled, and does not panic")?);
+    }
+    Ok(all)
+}
+
+impl Cpu {
+    fn of(taken_ns: &BTreeMap<String, u64>, tokens: u64, seconds: f64) -> Cpu {
+        let total_ns: u64 = taken_ns.values().sum();
+        let client_ns = taken_ns.get("client").copied().unwrap_or(0);
+        let us_per_token = |(name, ns): (&String, &u64)| (name.clone(), *ns as f64 / tokens as f64 / 1e3);
+        Cpu {
+            us_per_token: taken_ns.iter().map(us_per_token).collect(),
+            cores: total_ns as f64 / 1e9 / seconds,
+            client_share: client_ns as f64 / total_ns.max(1) as f64,
+        }
+    }
+}
+
+/// For streams to begin.
+const BEGIN_TIME: Duration = Duration::from_secs(60);
+/// For what is left to be done after that.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
+
+/// Memory of `num_streams` answers that have begun, on a device that is held then.
+pub fn idle(address: SocketAddr, steps: &Steps, num_streams: u32) -> Result<IdleReport, HttpBenchError> {
+    let grown = on_client_thread(|| async {
+        // What the first answers leave behind is not of those that follow.
+        receive(address, 16, 16).await?;
+        sleep(SETTLE_TIME).await;
+        let before = resident_bytes().ok_or(HttpBenchError::NoMemory)?;
+        let opened = Arc::new(AtomicU32::new(0));
+        let mut streams = JoinSet::new();
+        for nth in 0..num_streams {
+            let opened = opened.clone();
+            streams.spawn(async move {
+                let mut connection = Connection::open(address).await?;
+                connection.post(CHAT, &chat(&nth.to_string(), IDLE_TOKENS)).await?;
+                let mut num_letters = 0;
+                let count = |_, _| {
+                    num_letters += 1;
+                    opened.fetch_add(u32::from(num_letters == 1), Ordering::Relaxed);
+                };
+                connection.letters(count).await
+            });
+        }
+        let begun = Instant::now();
+        while opened.load(Ordering::Relaxed) < num_streams {
+            if let Some(ended) = streams.try_join_next() {
+                ended.expect("a stream is not cancelled, and does not panic")?;
+            }
+            if begun.elapsed() > BEGIN_TIME {
+                let opened = opened.load(Ordering::Relaxed);
+                return Err(HttpBenchError::NotBegun { opened, streams: num_streams, after: BEGIN_TIME });
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        steps.hold(true);
+        sleep(SETTLE_TIME).await;
+        let after = resident_bytes().ok_or(HttpBenchError::NoMemory);
+        steps.hold(false);
+        Ok(after?.saturating_sub(before))
+    })??;
+    Ok(IdleReport {
+        streams: num_streams,
+        growth_bytes: grown,
+        bytes_per_stream: grown / u64::from(num_streams.max(1)),
+    })
+}
+
+/// More than come until the device is held.
+const IDLE_TOKENS: u32 = 4000;
+
+/// What is posted, and whom it may disturb.
+#[derive(Clone, Copy, Debug)]
+pub struct LongPrompts {
+    pub num_clients: u32,
+    pub prompt_bytes: usize,
+    pub num_decoders: u32,
+    /// Tokens of a decoder: more than come while this is measured.
+    pub decoder_tokens: u32,
+    /// How long others are watched before anything is posted.
+    pub before: Duration,
+}
+
+/// Between two looks at `/health/live`.
+const HEALTH_PERIOD: Duration = Duration::from_millis(5);
+
+/// Of what others see.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    gaps: Histogram,
+    health: Histogram,
+}
+
+/// Where it is noted now.
+#[derive(Clone, Default)]
+struct Watch(Arc<Mutex<Seen>>);
+
+impl Watch {
+    fn note(&self, note: impl FnOnce(&mut Seen)) {
+        note(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What was seen since this was asked last.
+    fn take(&self) -> Seen {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+pub fn long_prompts(address: SocketAddr, options: &LongPrompts) -> Result<LongPromptsReport, HttpBenchError> {
+    let LongPrompts { num_clients, prompt_bytes, num_decoders, before, .. } = *options;
+    let (quiet, busy, seconds) = on_client_thread(|| async {
+        let watch = Watch::default();
+        let mut watched = JoinSet::new();
+        for nth in 0..num_decoders {
+            watched.spawn(decode(address, nth, options.decoder_tokens, watch.clone()));
+        }
+        watched.spawn(look(address, watch.clone()));
+        // Before anybody is watched: this takes time of its own.
+        let bodies: Vec<String> = (0..num_clients).map(|nth| chat(&long_prompt(nth, prompt_bytes), 1)).collect();
+        sleep(SETTLE_TIME).await;
+        watch.take();
+        sleep(before).await;
+        let (quiet, begun) = (watch.take(), Instant::now());
+        let mut posts = JoinSet::new();
+        for body in bodies {
+            posts.spawn(post_long(address, body));
+        }
+        let mut begun_answers = Vec::new();
+        while let Some(posted) = posts.join_next().await {
+            begun_answers.push(posted.expect("a post is not cancelled, and does not panic")?);
+        }
+        let seconds = begun.elapsed().as_secs_f64();
+        let busy = watch.take();
+        match watched.try_join_next() {
+            Some(ended) => Err(ended.expect("nobody is cancelled, or panics").err().unwrap_or_else(|| {
+                ClientError::Refused("a decoder ended before the long prompts had their answers".to_owned())
+            })),
+            None => Ok((quiet, busy, seconds)),
+        }
+    })??;
+    let both = |of: fn(&Seen) -> &Histogram| BeforeAndDuring {
+        before: Percentiles::from(of(&quiet)),
+        during: Percentiles::from(of(&busy)),
+    };
+    Ok(LongPromptsReport {
+        clients: num_clients,
+        prompt_bytes,
+        seconds,
+        decoders: num_decoders,
+        gap_ms: both(|seen| &seen.gaps),
+        health_ms: both(|seen| &seen.health),
+    })
+}
+
+async fn decode(address: SocketAddr, nth: u32, num_tokens: u32, watch: Watch) -> Result<(), ClientError> {
+    let mut connection = Connection::open(address).await?;
+    connection.post(CHAT, &chat(&format!("decoder {nth}"), num_tokens)).await?;
+    let mut last: Option<Instant> = None;
+    let on_letter = |_, received: Instant| {
+        if let Some(last) = last.replace(received) {
+            watch.note(|seen| seen.gaps.record(received - last));
+        }
+    };
+    connection.letters(on_letter).await
+}
+
+async fn look(address: SocketAddr, watch: Watch) -> Result<(), ClientError> {
+    let mut connection = Connection::open(address).await?;
+    loop {
+        let took = connection.get("/health/live").await?;
+        watch.note(|seen| seen.health.record(took));
+        sleep(HEALTH_PERIOD).await;
+    }
+}
+
+/// Words that begin like no other such prompt's.
+pub fn long_prompt(nth: u32, num_bytes: usize) -> String {
+    let words = format!("{nth} is the number of this prompt, and it says so again. ");
+    let mut prompt = words.repeat(num_bytes.div_ceil(words.len()));
+    prompt.truncate(num_bytes);
+    prompt
+}
+
+/// Posts a request, and waits until its answer has begun.
+async fn post_long(address: SocketAddr, body: String) -> Result<Connection, ClientError> {
+    let mut connection = Connection::open(address).await?;
+    connection.post(CHAT, &body).await?;
+    connection.begun().await?;
+    Ok(connection)
+}
