@@ -38,6 +38,7 @@ mod live;
 mod openapi;
 mod parameters;
 mod responses;
+mod several;
 mod structured;
 mod tools;
 mod traces;
@@ -232,17 +233,17 @@ impl Setup {
 }
 
 impl Harness {
-    /// Serves a model that was loaded as the command line does it.
-    pub fn serving(model: ServedModel) -> Harness {
+    /// Serves models that were loaded as the command line does it.
+    pub fn serving(models: Vec<ServedModel>) -> Harness {
         let harness = Setup { loaded: false, ..Setup::default() }.start();
-        harness.server.as_ref().expect("running").set_model(model);
+        harness.server.as_ref().expect("running").set_models(models);
         harness
     }
 
     fn load(&self, setup: &Setup) {
         let mut model = setup.plan_behind(self.gate.clone()).load().expect("the simulator loads");
         model.shares = setup.shares.iter().map(|&(name, share)| (name.to_owned(), share)).collect();
-        self.server.as_ref().expect("running").set_model(model);
+        self.server.as_ref().expect("running").set_models(vec![model]);
     }
 
     fn connect(&self) -> TcpStream {
@@ -287,11 +288,24 @@ impl Harness {
         events(&reply.body, true)
     }
 
-    /// The value of a metric without labels, or with the labels given in its name.
+    /// The value of the one sample that has these labels, such as `steps_total` or `kv_blocks{state="used"}`, whatever
+    /// others it has.
     pub fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").text();
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("no {name} in:\n{text}")).parse().expect("a number")
+        let split = |name: &str| {
+            let (name, labels) = name.split_once('{').unwrap_or((name, "}"));
+            let labels = labels.trim_end_matches('}').split(',').filter(|label| !label.is_empty());
+            (name.to_owned(), labels.map(str::to_owned).collect::<Vec<String>>())
+        };
+        let (name, labels) = split(name);
+        let samples = text.lines().filter_map(|line| line.rsplit_once(' '));
+        let has = |sample: &str| {
+            let (found, its) = split(sample);
+            found == name && labels.iter().all(|label| its.contains(label))
+        };
+        let found: Vec<&str> = samples.filter(|(sample, _)| has(sample)).map(|(_, value)| value).collect();
+        let [value] = found[..] else { panic!("{} of {name} {labels:?} in:\n{text}", found.len()) };
+        value.parse().expect("a number")
     }
 
     pub fn wait_for(&self, what: &str, ready: impl Fn(&Harness) -> bool) {
@@ -1721,7 +1735,8 @@ fn a_lost_device_is_told_to_everyone() {
     let gives_up = |server: &Harness| server.get("/health/ready").text().contains("the engine has stopped");
     server.wait_for("the last attempt", gives_up);
     // The command ends with it, as an error, so that whoever watches the process starts it again.
-    let reason = server.runtime.block_on(server.server.as_ref().expect("running").engine_stopped());
+    let (model, reason) = server.runtime.block_on(server.server.as_ref().expect("running").engine_stopped());
+    assert_eq!(model, "sim-model");
     assert!(reason.contains("6 attempts to make it anew did not"), "{reason}");
     let after = server.post("/v1/completions", &json!({"prompt": "x"}));
     // No waiting helps.

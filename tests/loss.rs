@@ -178,7 +178,7 @@ fn serving(id: &str) -> (Harness, KillSwitch) {
     let memory = start::memory_table(&bundle.config, &config, 0);
     let plan =
         Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
-    (Harness::serving(plan.load().expect("a small model loads")), kill_switch)
+    (Harness::serving(vec![plan.load().expect("a small model loads")]), kill_switch)
 }
 
 fn body(prompt: &str, max_tokens: u32) -> Value {

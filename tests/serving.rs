@@ -107,7 +107,7 @@ mod folders {
             assert_eq!(model.stop_ids, [120, 122].map(TokenId), "{name}: what generation_config.json lists");
             let defaults = model.defaults;
             assert_eq!((defaults.temperature, defaults.top_p, defaults.top_k), (Some(0.5), Some(0.9), Some(20)));
-            let server = Harness::serving(model);
+            let server = Harness::serving(vec![model]);
             assert_eq!(server.get("/v1/models").ok()["data"][0]["id"], name);
             follows_transformers(&server, name);
 

@@ -1,23 +1,21 @@
 //! The command line's words and defaults. Invariant: nothing here is checked against a model or a device.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use fullbore_bench::workload::{Arrivals, Lengths};
 use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
-use fullbore_engine::request::{Pooling, Share};
 use fullbore_engine::tensor::{KvType, WeightFormat};
-
-use crate::api::parse_share;
 
 mod access;
 mod clients;
 mod device;
 mod grammar;
 mod http;
+mod models;
 mod parse;
+mod serve;
 mod telemetry;
 
 pub use access::AccessArgs;
@@ -25,7 +23,9 @@ pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
 pub use grammar::GrammarArgs;
 pub use http::{HttpArgs, HttpMeasure};
+pub use models::{ModelsArgs, ServedArgs};
 use parse::*;
+pub use serve::ServeArgs;
 pub use telemetry::{LogFormat, TelemetryArgs};
 
 #[derive(Debug, Parser)]
@@ -175,36 +175,6 @@ pub struct EngineArgs {
     /// Do not try the model's kernels on this device before loading.
     #[arg(long)]
     pub no_verify: bool,
-}
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct ServeArgs {
-    #[command(flatten)]
-    pub engine: EngineArgs,
-    #[arg(long, default_value = "127.0.0.1")]
-    pub host: IpAddr,
-    /// 0 takes any free port.
-    #[arg(long, default_value_t = 8080)]
-    pub port: u16,
-    /// The model's name in the API [default: the name it was asked for by].
-    #[arg(long)]
-    pub served_model_name: Option<String>,
-    /// last or mean: how hidden states become an embedding, for a model whose files do not say it.
-    #[arg(long, value_parser = parse_pooling)]
-    pub pooling: Option<Pooling>,
-    /// Weight of a tenant (the API key of its requests, else their `user`), and how many of them run at once.
-    #[arg(long = "share", value_name = "NAME=WEIGHT[:MAX]", value_parser = parse_share)]
-    pub shares: Vec<(String, Share)>,
-    #[command(flatten)]
-    pub access: AccessArgs,
-    /// Seconds that running requests have to end after SIGTERM.
-    #[arg(long, default_value_t = 30)]
-    pub drain_timeout: u64,
-    /// Print where memory would go and end, without loading weights.
-    #[arg(long)]
-    pub dry_run: bool,
-    #[command(flatten)]
-    pub telemetry: TelemetryArgs,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -474,6 +444,7 @@ mod tests {
         let parsed = Args::parse_from(["fullbore", "serve"]);
         let Command::Serve(parsed) = parsed.command else { panic!("serve is serve") };
         let built = EngineArgs::new(ModelArgs::new("smollm2", "auto"));
-        assert_eq!(format!("{:?}", parsed.engine), format!("{built:?}"));
+        let [served] = &parsed.models.0[..] else { panic!("one model") };
+        assert_eq!(format!("{:?}", served.engine), format!("{built:?}"));
     }
 }

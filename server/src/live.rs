@@ -133,7 +133,7 @@ impl Reading {
     }
 }
 
-/// Reads once a period, from when there is a model until `stop` says so.
+/// Reads once a period, from when there are models until `stop` says so.
 pub async fn keep_history(app: Arc<App>, mut stop: watch::Receiver<bool>) {
     let mut ticks = interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -145,7 +145,7 @@ pub async fn keep_history(app: Arc<App>, mut stop: watch::Receiver<bool>) {
         }
         let period = last.elapsed();
         last = Instant::now();
-        if let Some(model) = app.model() {
+        for model in app.models() {
             model.history.push(Reading::take(model), period);
         }
     }

@@ -1,8 +1,8 @@
 //! `fullbore serve`: listen, load, announce, and end in order.
 //!
-//! Invariant: the port answers from the start, with "loading" until the model is there. The end is in order too: new
-//! requests are refused and what runs may end, then no new connections, then the engine, then the rest. Nobody but this
-//! machine is served without a key, unless that was asked for in so many words.
+//! Invariant: the port answers from the start, with "loading" until all models are there. The end is in order too: new
+//! requests are refused and what runs may end, then no new connections, then the engines, then the rest. Nobody but
+//! this machine is served without a key, unless that was asked for in so many words.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -18,14 +18,14 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::api::ServedModel;
-use crate::args::{AccessArgs, ServeArgs};
+use crate::args::{AccessArgs, ServeArgs, ServedArgs};
 use crate::http::accept::{self, Door, Limits};
 use crate::http::access::Access;
 use crate::http::keys::{KeyError, Keys};
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, routes};
 use crate::live;
-use crate::start::{self, StartError};
+use crate::start::{self, Plan, StartError};
 use crate::traces::Tracer;
 
 #[derive(Debug, thiserror::Error)]
@@ -49,11 +49,11 @@ pub enum ServeError {
     TwoShares { name: String },
     #[error("loading the model failed in a way it should not; the log says more")]
     LoaderDied,
-    #[error("the engine has stopped: {0}")]
-    EngineStopped(String),
+    #[error("the engine of {model} has stopped: {reason}")]
+    EngineStopped { model: String, reason: String },
 }
 
-/// A listening server; without a model it answers that it is loading.
+/// A listening server; without models it answers that it is loading.
 pub struct Server {
     address: SocketAddr,
     tls: Option<Arc<Tls>>,
@@ -103,8 +103,8 @@ impl Server {
     }
 
     /// From now on requests are served.
-    pub fn set_model(&self, model: ServedModel) {
-        self.app.set_model(model);
+    pub fn set_models(&self, models: Vec<ServedModel>) {
+        self.app.set_models(models);
     }
 
     /// Reads keys and certificates again; what cannot be read leaves the old ones as they are.
@@ -124,11 +124,12 @@ impl Server {
         }
     }
 
-    /// Why the engine has ended by itself, once it has.
-    pub async fn engine_stopped(&self) -> String {
+    /// The model whose engine has ended by itself, and why, once one has.
+    pub async fn engine_stopped(&self) -> (String, String) {
+        let stopped = |model: &Arc<ServedModel>| Some((model.name.clone(), model.engine.stopped()?));
         loop {
-            if let Some(reason) = self.app.model().and_then(|model| model.engine.stopped()) {
-                return reason;
+            if let Some(found) = self.app.models().iter().find_map(stopped) {
+                return found;
             }
             tokio::time::sleep(WATCH_INTERVAL).await;
         }
@@ -142,7 +143,7 @@ impl Server {
         }
     }
 
-    /// Refuses what is new, gives what runs until `grace` is over, and ends the engine.
+    /// Refuses what is new, gives what runs until `grace` is over, and ends the engines.
     pub async fn shutdown(self, grace: Duration) {
         self.app.drain();
         // The acceptor may be gone already.
@@ -150,11 +151,15 @@ impl Server {
         let _ = self.acceptor.await;
         let all = self.app.limits.max_connections as u32;
         let done = timeout(grace, self.connections.acquire_many(all)).await.is_ok();
-        if let Some(model) = self.app.model() {
-            let model = model.clone();
-            // A device that no longer answers must not keep the process.
-            let _ = timeout(ENGINE_GRACE, tokio::task::spawn_blocking(move || model.end())).await;
-        }
+        let end = |model: Arc<ServedModel>| tokio::task::spawn_blocking(move || model.end());
+        let ends: Vec<_> = self.app.models().iter().cloned().map(end).collect();
+        let ended = async {
+            for end in ends {
+                let _ = end.await;
+            }
+        };
+        // A device that no longer answers must not keep the process.
+        let _ = timeout(ENGINE_GRACE, ended).await;
         if let Some(tracer) = self.app.tracer.clone() {
             let flush = move || tracer.flush(LAST_WORDS);
             let _ = timeout(LAST_WORDS, tokio::task::spawn_blocking(flush)).await;
@@ -177,9 +182,9 @@ pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
     let shares = shares(&args.shares)?;
     let mut entrance = args.access.entrance(args.host)?;
     if args.dry_run {
-        let plan = start::plan(&args.engine, args.served_model_name.as_deref())?;
-        println!("{}", plan.memory);
-        return Ok(plan.check_memory()?);
+        let plans = start::plan_all(&args.models.0)?;
+        println!("{}", start::table(&plans));
+        return Ok(plans.iter().try_for_each(Plan::check_memory)?);
     }
     entrance.tracer = args.telemetry.otlp_endpoint.as_deref().map(Tracer::start);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -201,15 +206,10 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     };
     let scheme = if entrance.tls.is_some() { "https" } else { "http" };
     let server = Server::start(args.host, args.port, entrance).await?;
-    let (engine_args, name, pooling) = (args.engine.clone(), args.served_model_name.clone(), args.pooling);
-    let load = tokio::task::spawn_blocking(move || {
-        let mut plan = start::plan(&engine_args, name.as_deref())?;
-        plan.bundle.pooling = pooling.or(plan.bundle.pooling);
-        eprintln!("{}", plan.memory);
-        plan.load().inspect(|model| eprintln!("{}", model.times))
-    });
+    let models = args.models.0.clone();
+    let load = tokio::task::spawn_blocking(move || load(&models, &shares));
     tokio::select! {
-        loaded = load => server.set_model(ServedModel { shares, ..loaded.map_err(|_| ServeError::LoaderDied)?? }),
+        loaded = load => server.set_models(loaded.map_err(|_| ServeError::LoaderDied)??),
         () = end() => return Ok(()),
     }
     println!("listening on {scheme}://{}", server.address());
@@ -219,9 +219,9 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
         tokio::select! {
             () = end() => break,
             // A process that ends is started again by whoever watches it; one that can only refuse is not.
-            reason = server.engine_stopped() => {
+            (model, reason) = server.engine_stopped() => {
                 server.shutdown(GRACE).await;
-                return Err(ServeError::EngineStopped(reason));
+                return Err(ServeError::EngineStopped { model, reason });
             }
             _ = hang_up.recv() => match args.access.has_files() {
                 true => server.reload(&args.access),
@@ -236,6 +236,21 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     }
     server.shutdown(GRACE).await;
     Ok(())
+}
+
+/// All models, one after the other.
+fn load(models: &[ServedArgs], shares: &HashMap<String, Share>) -> Result<Vec<ServedModel>, StartError> {
+    let plans = start::plan_all(models)?;
+    eprintln!("{}", start::table(&plans));
+    let is_alone = plans.len() == 1;
+    let load = |plan: Plan| {
+        let name = plan.name.clone();
+        let loaded = plan.load().map_err(|error| error.of_model(&name, is_alone))?;
+        let title = if is_alone { String::new() } else { format!("{name}\n") };
+        eprintln!("{title}{}", loaded.times);
+        Ok(ServedModel { shares: shares.clone(), ..loaded })
+    };
+    plans.into_iter().map(load).collect()
 }
 
 impl AccessArgs {

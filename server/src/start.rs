@@ -10,12 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use fullbore_engine::backend::{Backend, DeviceError, LoadError};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::GrammarCompiler;
-use fullbore_engine::memory::capacity::{self, BudgetTooSmall, MemoryTable, human_bytes};
+use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
 use fullbore_engine::worker::EngineHandle;
@@ -30,11 +30,16 @@ use crate::http::metrics::RequestMetrics;
 use crate::live::History;
 use crate::tuning;
 
+mod config;
 mod remedy;
 mod times;
+mod together;
 
+use config::Room;
+pub use config::{USUAL_LEN, queued_tokens};
 use times::Parts;
 pub use times::StartTimes;
+pub use together::{plan_all, table};
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -66,12 +71,30 @@ pub enum StartError {
     OutOfMemory { device: String, what: String, needed: u64, taken: u64, missing: u64, planned: u64, remedy: String },
     #[error("{rows} rows of {width} numbers are too many for one buffer: lower {flag}")]
     TooWide { rows: u32, width: u32, flag: &'static str },
+    #[error("{device} has {}, and all models together need {} ({each}): give them less by --kv-memory, \
+        --memory-fraction or smaller models, or one of them another device: --model NAME=MODEL,device=DEVICE",
+        human_bytes(*.available), human_bytes(*.needed))]
+    TogetherBeyondMemory { device: String, available: u64, needed: u64, each: String },
+    #[error("two models are called {0}: give each a name of its own, as in --model NAME=MODEL")]
+    TwoOfOneName(String),
+    #[error("the model {model}: {source}")]
+    OfModel { model: String, source: Box<StartError> },
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
     Lost(#[from] DeviceError),
     #[error(transparent)]
     Verify(#[from] StartCheckError<DeviceChoiceError>),
+}
+
+impl StartError {
+    /// The same, told of a model by its name unless it `is_alone`.
+    pub fn of_model(self, model: &str, is_alone: bool) -> StartError {
+        match is_alone {
+            true => self,
+            false => StartError::OfModel { model: model.to_owned(), source: Box::new(self) },
+        }
+    }
 }
 
 /// Everything decided, nothing loaded.
@@ -86,36 +109,68 @@ pub struct Plan {
     pub times: StartTimes,
 }
 
+/// A model and its device, not fitted into memory yet.
+struct Opened {
+    name: String,
+    args: EngineArgs,
+    bundle: Bundle,
+    backend: Box<dyn Backend>,
+    /// Bytes that they will take.
+    weights: u64,
+    times: StartTimes,
+}
+
 /// Opens model and device and fits the engine into memory.
 pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartError> {
-    let mut times = StartTimes::default();
-    let mut backend = devices::open(&args.model.device)?;
-    times.end("device", &Parts::of(backend.settle()));
-    let device = backend.info();
-    tracing::info!(device = device.id, name = device.name, driver = device.driver, tier = device.tier, "device chosen");
-    let bundle = open_bundle(&args.model, &device.id)?;
-    times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
-    let backend = if args.no_verify { backend } else { verified(backend, &bundle, &args.model)? };
-    let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
-    let mut backend = match tuning::folder() {
-        Ok(folder) if !args.no_tuning => tuning::tuned(backend, &args.model.device, &folder, &shapes, !args.no_verify)?,
-        _ => backend,
-    };
-    times.end("verify", &Parts::of(backend.settle()));
-    let device = backend.info();
-    let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
-    let measured = args.kv_blocks.is_none() && args.kv_memory.is_none();
-    let memory_bytes = measured.then(|| devices::memory_bytes(device)).flatten();
-    let config = engine_config(args, &bundle, weights, memory_bytes, device.max_buffer_bytes)?;
-    check_widths(&bundle.config, &config)?;
-    let memory = memory_table(&bundle.config, &config, weights);
-    let names_itself = args.model.shape.is_some() || Path::new(&args.model.model).exists();
-    let default_name = if names_itself { &bundle.name } else { &args.model.model };
-    // What steps take on the simulator is made up.
-    let keeps = !args.no_saved_costs && device.id != "sim";
-    let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
-    let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
-    Ok(Plan { name: served_name.unwrap_or(default_name).to_owned(), bundle, backend, config, memory, costs, times })
+    let opened = Opened::open(args, served_name)?;
+    let room = Room::alone(opened.measured_bytes());
+    opened.plan(room)
+}
+
+impl Opened {
+    fn open(args: &EngineArgs, served_name: Option<&str>) -> Result<Opened, StartError> {
+        let mut times = StartTimes::default();
+        let mut backend = devices::open(&args.model.device)?;
+        times.end("device", &Parts::of(backend.settle()));
+        let device = backend.info();
+        let DeviceInfo { id, name, driver, tier, .. } = device;
+        tracing::info!(device = id, name, driver, tier, "device chosen");
+        let bundle = open_bundle(&args.model, &device.id)?;
+        times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
+        let backend = if args.no_verify { backend } else { verified(backend, &bundle, &args.model)? };
+        let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
+        let mut backend = match tuning::folder() {
+            Ok(folder) if !args.no_tuning => {
+                tuning::tuned(backend, &args.model.device, &folder, &shapes, !args.no_verify)?
+            }
+            _ => backend,
+        };
+        times.end("verify", &Parts::of(backend.settle()));
+        let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
+        let names_itself = args.model.shape.is_some() || Path::new(&args.model.model).exists();
+        let default_name = if names_itself { &bundle.name } else { &args.model.model };
+        let name = served_name.unwrap_or(default_name).to_owned();
+        Ok(Opened { name, args: args.clone(), bundle, backend, weights, times })
+    }
+
+    /// What the device has, where the size of the cache depends on it and it is known.
+    fn measured_bytes(&self) -> Option<u64> {
+        let depends = self.args.kv_blocks.is_none() && self.args.kv_memory.is_none();
+        depends.then(|| devices::memory_bytes(self.backend.info())).flatten()
+    }
+
+    fn plan(self, room: Room) -> Result<Plan, StartError> {
+        let Opened { name, args, bundle, backend, weights, times } = self;
+        let device = backend.info();
+        let config = config::engine_config(&args, &bundle, weights, room, device.max_buffer_bytes)?;
+        check_widths(&bundle.config, &config)?;
+        let memory = memory_table(&bundle.config, &config, weights);
+        // What steps take on the simulator is made up.
+        let keeps = !args.no_saved_costs && device.id != "sim";
+        let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
+        let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
+        Ok(Plan { name, bundle, backend, config, memory, costs, times })
+    }
 }
 
 /// The model that `args` ask for, for a device of this id.
@@ -201,6 +256,7 @@ impl Plan {
         let has_floats = self.bundle.has_floats();
         let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, pooling, total_bytes, .. } =
             self.bundle;
+        let dtype = Weights::main_format(&config, &checkpoint);
         let neighbours = devices::share(self.backend.info(), &self.name);
         let mut times = self.times;
         let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config, &mut times);
@@ -216,6 +272,7 @@ impl Plan {
             metrics: Arc::new(RequestMetrics::new(&self.name)),
             history: History::default(),
             name: self.name,
+            dtype,
             grammars,
             tokenizer,
             chat_template,
@@ -283,182 +340,4 @@ pub fn bar_style() -> ProgressStyle {
 /// A number that no client can foresee: the standard library keys each hasher from the system's randomness.
 pub fn random() -> u64 {
     RandomState::new().build_hasher().finish()
-}
-
-/// Unless asked otherwise a sequence may be this long, so that a model made for 128k tokens does not claim all memory.
-const DEFAULT_MODEL_LEN: u32 = 8192;
-/// Of a request, prompt and answer, as far as memory is concerned.
-pub const USUAL_LEN: u32 = 2048;
-/// Tokens of prompts that may wait: as asked for, else as many as the requests that may usually have.
-pub fn queued_tokens(asked: Option<u32>, max_queued_requests: u32, max_model_len: u32) -> u32 {
-    asked.unwrap_or(max_queued_requests.saturating_mul(USUAL_LEN).max(max_model_len))
-}
-
-/// What counts as free where a device does not say.
-const UNKNOWN_MEMORY: u64 = 2 << 30;
-
-/// `memory_bytes` is what the device has for us before `weights` are loaded, where that is known. The K of a layer is
-/// bound whole, so `max_buffer_bytes` bounds it too.
-fn engine_config(
-    args: &EngineArgs,
-    bundle: &Bundle,
-    weights: u64,
-    memory_bytes: Option<u64>,
-    max_buffer_bytes: u64,
-) -> Result<EngineConfig, StartError> {
-    let max_positions = bundle.config.max_positions;
-    if let Some(asked) = args.max_model_len.filter(|&asked| asked > max_positions) {
-        return Err(StartError::BeyondModel { asked, model: bundle.name.clone(), max_positions });
-    }
-    let kv_type = args.model.kv_type;
-    bundle.config.check_kv_type(kv_type)?;
-    let kv_bytes_per_token = bundle.config.kv_bytes_per_token(kv_type);
-    let longest = args.max_model_len.unwrap_or(max_positions.min(DEFAULT_MODEL_LEN));
-    // Anything else is refused by `check` below.
-    let block_size = args.block_size.clamp(1, EngineConfig::MAX_BLOCK_SIZE);
-    let mut config = EngineConfig {
-        max_num_seqs: args.max_num_seqs,
-        max_num_batched_tokens: args.max_num_batched_tokens,
-        max_model_len: longest,
-        kv_type,
-        block_size: args.block_size,
-        num_blocks: args.kv_blocks.unwrap_or(longest.div_ceil(block_size)),
-        num_host_blocks: 0,
-        max_queued_requests: args.max_queued_requests,
-        max_queued_tokens: queued_tokens(args.max_queued_tokens, args.max_queued_requests, longest),
-        max_queue_ms: args.max_queue_ms,
-        max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
-        pipeline_depth: args.pipeline_depth,
-        latency: args.latency(),
-        prefix_cache: !args.no_prefix_cache,
-    };
-    if args.kv_blocks.is_none() {
-        config.check()?;
-        let budget = match (args.kv_memory, args.memory_fraction) {
-            (Some(bytes), _) => bytes,
-            (None, Some(fraction)) => {
-                let memory_bytes = memory_bytes.ok_or(StartError::UnknownMemory)?;
-                let Footprint { scratch, tables, .. } = Model::footprint(&bundle.config, &config.state_limits());
-                ((memory_bytes as f64 * fraction) as u64).saturating_sub(weights + scratch + tables)
-            }
-            (None, None) => {
-                let free_bytes = memory_bytes.unwrap_or(UNKNOWN_MEMORY).saturating_sub(weights);
-                default_budget(args, &bundle.config, longest, free_bytes)
-            }
-        };
-        let least_len = args.max_model_len.unwrap_or(1);
-        let bindable = max_buffer_bytes.saturating_mul(2 * u64::from(bundle.config.num_layers));
-        config.num_blocks = capacity::num_blocks(kv_bytes_per_token, budget.min(bindable), block_size, least_len)?;
-    }
-    config.num_host_blocks = num_host_blocks(args, kv_bytes_per_token, config.num_blocks)?;
-    if args.max_model_len.is_none() {
-        config.max_model_len = longest.min(config.num_blocks.saturating_mul(block_size));
-    }
-    config.check()?;
-    Ok(config)
-}
-
-/// Unless asked otherwise the host keeps as much as the KV cache holds, and no more than this.
-const DEFAULT_SWAP: u64 = 1 << 30;
-
-fn num_host_blocks(args: &EngineArgs, kv_bytes_per_token: u64, num_blocks: u32) -> Result<u32, StartError> {
-    let block_size = args.block_size.max(1);
-    let Some(asked) = args.swap_memory else {
-        return Ok(capacity::num_host_blocks(kv_bytes_per_token, DEFAULT_SWAP, block_size).min(num_blocks));
-    };
-    match capacity::num_host_blocks(kv_bytes_per_token, asked, block_size) {
-        0 if asked > 0 => {
-            let block = kv_bytes_per_token * u64::from(block_size);
-            Err(StartError::SwapTooSmall { asked, block })
-        }
-        num_blocks => Ok(num_blocks),
-    }
-}
-
-/// Enough for every sequence at a usual length, and for one at its longest, but at most half of what is free.
-fn default_budget(args: &EngineArgs, config: &ModelConfig, longest: u32, free_bytes: u64) -> u64 {
-    let block_size = u64::from(args.block_size.clamp(1, EngineConfig::MAX_BLOCK_SIZE));
-    let usual = u64::from(args.max_num_seqs) * u64::from(longest.min(USUAL_LEN));
-    let tokens = usual.max(u64::from(longest)).next_multiple_of(block_size);
-    tokens.saturating_mul(config.kv_bytes_per_token(args.model.kv_type)).min(free_bytes / 2)
-}
-
-#[cfg(test)]
-mod tests {
-    use fullbore_engine::tensor::KvType;
-
-    use super::*;
-
-    const WEIGHTS: u64 = 100 << 20;
-
-    fn args(kv_type: KvType) -> EngineArgs {
-        EngineArgs::new(ModelArgs { kv_type, ..ModelArgs::new("", "sim") })
-    }
-
-    #[test]
-    fn a_fraction_of_the_memory_is_used_to_the_last_block() {
-        let bundle = Bundle::simulated();
-        for (kv_type, fraction) in [(KvType::F16, 0.5), (KvType::Q8_0, 0.9), (KvType::Q4_0, 1.0)] {
-            let args = EngineArgs { memory_fraction: Some(fraction), ..args(kv_type) };
-            let config = engine_config(&args, &bundle, WEIGHTS, Some(1 << 30), u64::MAX).expect("a valid plan");
-            let table = memory_table(&bundle.config, &config, WEIGHTS);
-            let block_bytes = table.kv_bytes_per_token * u64::from(table.block_size);
-            let left = ((1u64 << 30) as f64 * fraction) as u64 - table.total();
-            assert!(left < block_bytes, "{left} of {fraction} are left, and a block takes {block_bytes}");
-        }
-    }
-
-    #[test]
-    fn the_cache_of_a_layer_can_be_bound_whole() {
-        let bundle = Bundle::simulated();
-        let args = EngineArgs { kv_memory: Some(1 << 30), ..args(KvType::Q8_0) };
-        let config = engine_config(&args, &bundle, WEIGHTS, None, 1 << 20).expect("a valid plan");
-        let num_caches = 2 * u64::from(bundle.config.num_layers);
-        let table = memory_table(&bundle.config, &config, WEIGHTS);
-        let block_bytes = table.kv_bytes_per_token * u64::from(table.block_size) / num_caches;
-        let cache_bytes = table.kv / num_caches;
-        assert!(cache_bytes <= 1 << 20 && cache_bytes + block_bytes > 1 << 20, "{cache_bytes}");
-    }
-
-    #[test]
-    fn what_cannot_be_planned_is_said_so() {
-        let bundle = Bundle::simulated();
-        let sentence =
-            |args: &EngineArgs| engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect_err("no plan").to_string();
-        let fraction = sentence(&EngineArgs { memory_fraction: Some(0.9), ..args(KvType::F16) });
-        assert!(fraction.contains("--kv-memory instead of --memory-fraction"), "{fraction}");
-        let swap = sentence(&EngineArgs { swap_memory: Some(100), ..args(KvType::F16) });
-        assert!(swap.starts_with("--swap-memory of 100 B holds no block"), "{swap}");
-    }
-
-    #[test]
-    fn settings_that_contradict_each_other_are_refused_with_their_numbers() {
-        let bundle = Bundle::simulated();
-        let sentence =
-            |args: &EngineArgs| engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect_err("no plan").to_string();
-        let long = EngineArgs { max_model_len: Some(1000), ..args(KvType::F16) };
-        let pool = sentence(&EngineArgs { kv_blocks: Some(31), block_size: 32, ..long.clone() });
-        assert!(pool.starts_with("31 KV blocks of 32 tokens cannot hold one sequence of max_model_len 1000"), "{pool}");
-        let memory = sentence(&EngineArgs { kv_memory: Some(4096), ..long.clone() });
-        assert!(memory.contains("1000"), "{memory}");
-        let queue = sentence(&EngineArgs { max_queued_tokens: Some(999), ..long.clone() });
-        assert_eq!(queue, "max_queued_tokens is 999; it must be at least 1000");
-        let slots = sentence(&EngineArgs { max_num_seqs: 600, ..long.clone() });
-        assert_eq!(slots, "max_num_batched_tokens is 512; it must be at least 600");
-        let target = sentence(&EngineArgs { target_itl_ms: Some(0), ..long.clone() });
-        assert!(target.contains("the latency target is 0"), "{target}");
-        let deadline = sentence(&EngineArgs { max_queue_ms: Some(0), ..long });
-        assert_eq!(deadline, "max_queue_ms is 0; it must be at least 1");
-    }
-
-    #[test]
-    fn as_many_tokens_may_wait_as_fit_the_requests_that_may_or_the_longest_one() {
-        let bundle = Bundle::simulated();
-        let tokens = |args: &EngineArgs| {
-            engine_config(args, &bundle, WEIGHTS, None, u64::MAX).expect("a plan").max_queued_tokens
-        };
-        assert_eq!(tokens(&args(KvType::F16)), 256 * USUAL_LEN);
-        let few = EngineArgs { max_queued_requests: 1, max_model_len: Some(4000), ..args(KvType::F16) };
-        assert_eq!(tokens(&few), 4000);
-    }
 }

@@ -232,7 +232,7 @@ def the_live_view_shows_what_the_metrics_say(browser, server):
     until("the sequence to end", lambda: server.gauge("fullbore_requests_running") == 0)
     tab.until("document.querySelector('[data-number=running]').textContent === '0 of 16'")
     for state in ["used", "cached", "free"]:
-        assert int(number(tab, state)) == server.gauge(f'fullbore_kv_blocks{{state="{state}"}}'), state
+        assert int(number(tab, state)) == server.gauge(f'fullbore_kv_blocks{{model_name="smollm2",state="{state}"}}'), state
     assert int(number(tab, "waiting")) == server.gauge("fullbore_requests_waiting") == 0
     limits = json.loads(server.get("/v1/limits")[1])
     tab.until(f"document.querySelector('.verdict .cause').classList.contains('{limits['limit']}')")

@@ -34,7 +34,7 @@ fn folder(name: &str) -> Folder {
     folder
 }
 
-fn keys(lines: &str) -> Keys {
+pub fn keys(lines: &str) -> Keys {
     let folder = folder("keys");
     let path = folder.0.join("keys");
     std::fs::write(&path, lines).expect("a file");
@@ -45,7 +45,7 @@ fn ask(server: &Harness, head: &str) -> Reply {
     read_reply(server.send(format!("{head}\r\nconnection: close\r\n\r\n")))
 }
 
-fn chat_as(key: &str, body: &serde_json::Value) -> Vec<u8> {
+pub fn chat_as(key: &str, body: &serde_json::Value) -> Vec<u8> {
     let raw = post("/v1/chat/completions", body.to_string().as_bytes());
     let text = String::from_utf8(raw).expect("text");
     text.replacen("\r\n", &format!("\r\nauthorization: Bearer {key}\r\n"), 1).into_bytes()
@@ -83,7 +83,7 @@ fn keys_are_replaced_while_requests_run() {
     let running = server.send(chat_as("the-first-key", &body));
     let running_count = |server: &Harness| {
         let reply = ask(server, "GET /metrics HTTP/1.1\r\nhost: x\r\nx-api-key: the-first-key");
-        reply.status == 200 && reply.text().contains("fullbore_requests_running 1")
+        reply.status == 200 && reply.text().contains("fullbore_requests_running{model_name=\"sim-model\"} 1")
     };
     server.wait_for("the request", running_count);
     server.server.as_ref().expect("running").access().replace_keys(keys("the-second-key alice"));
@@ -135,7 +135,10 @@ fn a_keys_share_is_what_its_file_says() {
     let running = || {
         let reply = ask(&server, "GET /metrics HTTP/1.1\r\nhost: x\r\nx-api-key: key-of-bob");
         let text = reply.text();
-        let line = text.lines().find_map(|line| line.strip_prefix("fullbore_requests_running ")).expect("a metric");
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("fullbore_requests_running{model_name=\"sim-model\"} "))
+            .expect("a metric");
         line.parse::<u32>().expect("a number")
     };
     let most_of = |key: &str| {

@@ -86,7 +86,7 @@ impl Provoked {
             engine.submit_one(request, Box::new(Lingering(time))).expect("room");
         }
         let model = ServedModel { shares: self.shares.clone(), engine, ..model };
-        server.server.as_ref().expect("running").set_model(model);
+        server.server.as_ref().expect("running").set_models(vec![model]);
         server
     }
 

@@ -153,6 +153,16 @@ impl Weights {
         WeightFormat::ALL.into_iter().filter(|format| used.contains(format)).collect()
     }
 
+    /// The format that most bytes have.
+    pub fn main_format(config: &ModelConfig, checkpoint: &Checkpoint) -> WeightFormat {
+        let specs = Self::specs(config, checkpoint);
+        let bytes = |format: WeightFormat| -> u64 {
+            let of_format = specs.iter().filter(|spec| spec.format == format);
+            of_format.map(|spec| u64::from(spec.rows) * format.row_bytes(spec.cols)).sum()
+        };
+        WeightFormat::ALL.into_iter().max_by_key(|&format| bytes(format)).expect("there are formats")
+    }
+
     pub fn load(
         config: &ModelConfig,
         checkpoint: &mut Checkpoint,

@@ -1,12 +1,29 @@
 //! `/v1/limits`: where the device's time went, and what holds it back. Invariant: the seconds of a tally are a
 //! partition of its `wall_s`; the same names as in the metrics.
 
+use std::sync::Arc;
+
 use fullbore_engine::limits::{Cause, Tally};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::ServedModel;
 
-pub fn report(model: &ServedModel) -> Value {
+#[derive(Debug, Default, Deserialize)]
+pub struct LimitsQuery {
+    /// Of this one alone.
+    pub model: Option<String>,
+}
+
+/// Of one model its report, of several a list of them.
+pub fn reports(models: &[Arc<ServedModel>]) -> Value {
+    match models {
+        [model] => report(model),
+        models => json!({"object": "list", "data": models.iter().map(|model| report(model)).collect::<Vec<_>>()}),
+    }
+}
+
+fn report(model: &ServedModel) -> Value {
     let stats = model.engine.stats();
     let verdict = model.engine.verdict(&stats);
     let limits = &stats.limits;

@@ -1,6 +1,8 @@
 //! `/v1/live`: what engines are at and were at in the last minutes, frame by frame, for the page and `fullbore top`.
 //! Invariant: numbers are those of `/metrics` and `/v1/limits`; who asks again gets only what is new.
 
+use std::sync::Arc;
+
 use fullbore_engine::limits::Cause;
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +15,8 @@ pub struct LiveQuery {
     /// Only frames that ended later than this, in Unix milliseconds: the `at_ms` of the last that the client has.
     #[serde(default)]
     after: u64,
+    /// Of this one alone.
+    pub model: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -70,16 +74,16 @@ pub struct LiveBlocks {
     pub free: u32,
 }
 
-pub fn report(model: &ServedModel, query: &LiveQuery) -> Live {
+pub fn report(models: &[Arc<ServedModel>], query: &LiveQuery) -> Live {
     Live {
         object: "live".to_owned(),
         period_s: PERIOD.as_secs_f64(),
         causes: Cause::ALL.map(|cause| cause.name().to_owned()).to_vec(),
-        engines: vec![engine(model, query)],
+        engines: models.iter().map(|model| engine(model, query.after)).collect(),
     }
 }
 
-fn engine(model: &ServedModel, query: &LiveQuery) -> LiveEngine {
+fn engine(model: &ServedModel, after_ms: u64) -> LiveEngine {
     let stats = model.engine.stats();
     let verdict = model.engine.verdict(&stats);
     let (device, config) = (model.engine.device(), model.engine.config());
@@ -90,7 +94,7 @@ fn engine(model: &ServedModel, query: &LiveQuery) -> LiveEngine {
         max_model_len: config.max_model_len,
         limit: verdict.cause.name().to_owned(),
         verdict: verdict.sentence,
-        frames: model.history.after(query.after).iter().map(LiveFrame::from).collect(),
+        frames: model.history.after(after_ms).iter().map(LiveFrame::from).collect(),
     }
 }
 

@@ -15,6 +15,7 @@ use fullbore_engine::bundle::SamplingDefaults;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::MemoryTable;
 use fullbore_engine::request::{Pooling, Share, TokenId};
+use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::text::{ChatTemplate, Tokenizer};
 use fullbore_engine::worker::EngineHandle;
 use serde_json::Value;
@@ -64,6 +65,8 @@ use responses::ResponseAnswer;
 pub struct ServedModel {
     /// What clients call it.
     pub name: String,
+    /// The format that most bytes of its weights have.
+    pub dtype: WeightFormat,
     pub tokenizer: Arc<Tokenizer>,
     pub chat_template: Option<ChatTemplate>,
     pub grammars: GrammarCompiler,
@@ -124,6 +127,14 @@ impl Endpoint {
 }
 
 impl ServedModel {
+    /// Why it cannot serve now, if it cannot.
+    pub fn check_serving(&self) -> Result<(), ApiError> {
+        if let Some(reason) = self.engine.stopped() {
+            return Err(ApiError::unavailable(&format!("the engine has stopped: {reason}")));
+        }
+        self.engine.recovering().map_or(Ok(()), |reason| Err(ApiError::not_yet(&reason)))
+    }
+
     /// Ends the engine, and keeps what it has found out.
     pub fn end(&self) {
         self.engine.shutdown();
@@ -133,14 +144,14 @@ impl ServedModel {
     }
 }
 
-/// Reads a body: how to answer, and what to run. Places are taken before any text is tokenized.
+/// Reads a body that is for `model`: how to answer, and what to run. Places are taken before any text is tokenized.
 pub fn prepare(
     endpoint: Endpoint,
     model: &ServedModel,
     client: &Client,
     body: &Value,
 ) -> Result<(Box<dyn Answer>, Jobs), ApiError> {
-    let fields = fields_of(model, body)?;
+    let fields = fields_of(body)?;
     let id = |prefix: &str| format!("{prefix}{:016x}", random());
     match endpoint {
         Endpoint::Completions => {
@@ -170,14 +181,13 @@ pub fn prepare(
     }
 }
 
-/// The fields of a body that is for this model.
-fn fields_of<'a>(model: &ServedModel, body: &'a Value) -> Result<Fields<'a>, ApiError> {
-    let object = body.as_object().ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))?;
-    let fields = Fields(object);
-    match fields.string("model")?.filter(|asked| *asked != model.name) {
-        Some(asked) => Err(ApiError::unknown_model(asked, &model.name)),
-        None => Ok(fields),
-    }
+/// The name of the model that a body asks for, where it says one.
+pub fn model_asked(body: &Value) -> Result<Option<&str>, ApiError> {
+    fields_of(body)?.string("model")
+}
+
+fn fields_of(body: &Value) -> Result<Fields<'_>, ApiError> {
+    body.as_object().map(Fields).ok_or_else(|| ApiError::not_json("the request body is not a JSON object"))
 }
 
 pub fn unix_seconds() -> u64 {

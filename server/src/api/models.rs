@@ -1,19 +1,31 @@
-//! `/v1/models`: the one model there is. Invariant: `memory_bytes` is the total of the table printed at start.
+//! `/v1/models`: what is served. Invariant: `memory_bytes` is the total of the model's table printed at start.
+
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use super::ServedModel;
 
-pub fn list(model: &ServedModel) -> Value {
-    let card = json!({
+pub fn list(models: &[Arc<ServedModel>]) -> Value {
+    json!({"object": "list", "data": models.iter().map(|model| card(model)).collect::<Vec<_>>()})
+}
+
+fn card(model: &ServedModel) -> Value {
+    let config = model.engine.config();
+    json!({
         "id": model.name,
         "object": "model",
         "created": model.loaded_at,
         "owned_by": "fullbore",
-        "max_model_len": model.engine.config().max_model_len,
-        "kv_type": model.engine.config().kv_type.name(),
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_queued_requests": config.max_queued_requests,
+        "max_queued_tokens": config.max_queued_tokens,
+        "dtype": model.dtype.name(),
+        "kv_type": config.kv_type.name(),
         "device": model.engine.device().name,
+        "device_id": model.engine.device().id,
         "memory_bytes": model.memory.total(),
-    });
-    json!({"object": "list", "data": [card]})
+    })
 }

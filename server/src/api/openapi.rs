@@ -12,7 +12,11 @@ use bodies::{any_object, bool, list, object, string};
 pub fn document() -> Value {
     let mut paths = Map::new();
     for (path, summary, answer) in GETS {
-        paths.insert((*path).to_owned(), json!({"get": operation(summary, None, answer, &[])}));
+        let mut get = operation(summary, None, answer, &[]);
+        if let Some((_, parameters)) = QUERIES.iter().find(|(known, _)| known == path) {
+            get["parameters"] = parameters.iter().map(|&(name, kind, what)| parameter(name, kind, what)).collect();
+        }
+        paths.insert((*path).to_owned(), json!({"get": get}));
     }
     for Post { path, summary, body, answer, streams } in posts() {
         let example = example(path);
@@ -53,8 +57,26 @@ const GETS: &[(&str, &str, &str)] = &[
     ("/openapi.json", "This document", "Object"),
     ("/v1/limits", "Where the device's time went, and what holds it back", "Object"),
     ("/v1/live", "What engines were at in the last minutes, second by second", "Object"),
-    ("/v1/models", "The model that there is", "Models"),
+    ("/v1/models", "The models that there are", "Models"),
 ];
+
+/// Name, type, and what it is.
+type Parameter = (&'static str, &'static str, &'static str);
+
+/// What may follow the `?` of these paths.
+const QUERIES: &[(&str, &[Parameter])] = &[
+    ("/v1/limits", &[MODEL]),
+    ("/v1/live", &[MODEL, ("after", "integer", "Frames that ended later alone, in Unix milliseconds")]),
+];
+const MODEL: Parameter = ("model", "string", "This model alone");
+
+fn parameter(name: &str, kind: &str, description: &str) -> Value {
+    let mut schema = json!({"type": kind});
+    if kind == "integer" {
+        schema["minimum"] = 0.into();
+    }
+    json!({"name": name, "in": "query", "description": description, "schema": schema})
+}
 
 fn posts() -> Vec<Post> {
     let post = |path, summary, body, answer, streams| Post { path, summary, body, answer, streams };
@@ -127,7 +149,7 @@ mod tests {
 
     use super::super::fields::asked;
     use super::super::texts::{self, TextEndpoint};
-    use super::super::{Endpoint, ServedModel, prepare};
+    use super::super::{Endpoint, ServedModel, model_asked, prepare};
     use super::*;
     use crate::http::access::Client;
     use crate::start::{Plan, StartTimes, memory_table};
@@ -172,6 +194,7 @@ mod tests {
         let model = served();
         for Post { path, body, .. } in posts() {
             let parse = |body: &Value| match path {
+                _ if model_asked(body)?.is_some_and(|asked| asked != model.name) => panic!("{path}: another model's"),
                 "/v1/completions" => prepare(Endpoint::Completions, &model, &Client::default(), body).map(drop),
                 "/v1/chat/completions" => prepare(Endpoint::Chat, &model, &Client::default(), body).map(drop),
                 "/v1/responses" => prepare(Endpoint::Responses, &model, &Client::default(), body).map(drop),

@@ -22,7 +22,7 @@ pub enum TextEndpoint {
 const MAX_CONTEXTS: usize = 4;
 
 pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Result<Value, ApiError> {
-    let fields = fields_of(model, body)?;
+    let fields = fields_of(body)?;
     match endpoint {
         TextEndpoint::Tokenize => tokenize(model, &fields),
         TextEndpoint::Detokenize => detokenize(model, &fields),

@@ -150,7 +150,7 @@ impl Served {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let server = runtime.block_on(Server::start(host, 0, Entrance::default())).map_err(Box::new)?;
-        server.set_model(model);
+        server.set_models(vec![model]);
         Ok(Served { runtime, server: Some(server), steps, tokenizer })
     }
 

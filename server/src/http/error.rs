@@ -83,8 +83,8 @@ impl ApiError {
         ApiError::new(StatusCode::FORBIDDEN, message).with_code("wrong_host")
     }
 
-    pub fn unknown_model(asked: &str, served: &str) -> ApiError {
-        let message = format!("the model {asked} does not exist here; this server has {served}");
+    pub fn unknown_model(asked: &str, served: &[&str]) -> ApiError {
+        let message = format!("the model {asked:.200} does not exist here; this server has {}", served.join(", "));
         let error = ApiError::new(StatusCode::NOT_FOUND, message).with_code("model_not_found");
         ApiError { param: Some("model".to_owned()), ..error }
     }
@@ -232,7 +232,7 @@ pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
     } else if let Some(header) = rejection.find::<InvalidHeader>() {
         ApiError::new(StatusCode::BAD_REQUEST, header.to_string())
     } else if rejection.find::<InvalidQuery>().is_some() {
-        let message = "what follows the ? of this address cannot be read; its parameters are numbers";
+        let message = "what follows the ? of this address cannot be read: after is a number, model a name";
         ApiError::new(StatusCode::BAD_REQUEST, message).with_code("invalid_query")
     } else {
         tracing::error!(?rejection, "a rejection without an answer");

@@ -1,25 +1,41 @@
 //! Whether the process lives, and whether it can serve. Invariant: neither answer waits for the engine.
 
+use std::time::Duration;
+
 use serde_json::json;
 use warp::reply::Response;
 
 use super::App;
 use super::error::{ApiError, json_response};
+use crate::api::ServedModel;
 
 pub fn live() -> Response {
     json_response(&json!({"status": "ok"}))
 }
 
+/// Ready when every model is; otherwise why the first that is not cannot serve.
 pub fn ready(app: &App) -> Response {
-    let answer = app.serving().and_then(|model| {
-        let stalled = model.engine.stalled_for();
-        match stalled > app.limits.max_stall {
-            true => Err(ApiError::not_yet(&format!(
-                "the device is stalled: no step has ended for {:.1} seconds",
-                stalled.as_secs_f64()
-            ))),
-            false => Ok(json_response(&json!({"status": "ok", "model": model.name}))),
+    let answer = app.open_models().and_then(|models| {
+        for model in models {
+            check(model, app.limits.max_stall).map_err(|error| match models.len() {
+                1 => error,
+                _ => ApiError { message: format!("{}: {}", model.name, error.message), ..error },
+            })?;
         }
+        let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+        Ok(json_response(&json!({"status": "ok", "model": names[0], "models": names})))
     });
     answer.unwrap_or_else(|error| error.response(""))
+}
+
+fn check(model: &ServedModel, max_stall: Duration) -> Result<(), ApiError> {
+    model.check_serving()?;
+    let stalled = model.engine.stalled_for();
+    match stalled > max_stall {
+        true => {
+            let seconds = stalled.as_secs_f64();
+            Err(ApiError::not_yet(&format!("the device is stalled: no step has ended for {seconds:.1} seconds")))
+        }
+        false => Ok(()),
+    }
 }

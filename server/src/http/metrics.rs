@@ -1,6 +1,6 @@
 //! `/metrics` in Prometheus' text format: vLLM's names where it has one for a thing, then ours. Invariant: the engine's
 //! numbers are read when asked for and kept nowhere else; only what the engine cannot know (HTTP answers, and times
-//! from the arrival of a body on) is counted here.
+//! from the arrival of a body on) is counted here. What is of a model has its name as the label `model_name`.
 
 use fullbore_engine::engine::{EngineStats, StepParts};
 use fullbore_engine::limits::Cause;
@@ -54,11 +54,14 @@ pub fn metrics(app: &App) -> Response {
     if let Some(tracer) = &app.tracer {
         families.extend(tracer.registry.gather());
     }
-    if let Some(model) = app.model() {
-        families.extend(vllm::registry(model).gather());
-        families.extend(model.metrics.registry.gather());
-        families.extend(engine_registry(model).gather());
+    // One for all models: families of one name are told together.
+    let registry = Registry::new();
+    for model in app.models() {
+        vllm::register_engine(&registry, model);
+        model.metrics.register(&registry);
+        register_engine(&registry, model);
     }
+    families.extend(registry.gather());
     let mut text = Vec::new();
     TextEncoder::new().encode(&families, &mut text).expect("metrics are valid text");
     let mut response = Response::new(text.into());
@@ -66,9 +69,9 @@ pub fn metrics(app: &App) -> Response {
     response
 }
 
-fn engine_registry(model: &ServedModel) -> Registry {
-    let registry = Registry::new();
+fn register_engine(registry: &Registry, model: &ServedModel) {
     let stats = model.engine.stats();
+    let options = |name: &str, help: &str| Opts::new(name, help).const_label("model_name", &model.name);
     let waiting = model.engine.num_waiting();
     let gauges: [(&str, &str, f64); 4] = [
         ("fullbore_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
@@ -77,26 +80,26 @@ fn engine_registry(model: &ServedModel) -> Registry {
         ("fullbore_stalled_seconds", "How long work has waited for a step.", model.engine.stalled_for().as_secs_f64()),
     ];
     for (name, help, value) in gauges {
-        register(&registry, Gauge::new(name, help)).set(value);
+        register(registry, Gauge::with_opts(options(name, help))).set(value);
     }
     for (name, help, value) in counters(&stats) {
-        register(&registry, IntCounter::new(name, help)).inc_by(value);
+        register(registry, IntCounter::with_opts(options(name, help))).inc_by(value);
     }
-    let blocks = Opts::new("fullbore_kv_blocks", "KV blocks by state; cached ones are free for others to take.");
-    let blocks = register(&registry, GaugeVec::new(blocks, &["state"]));
+    let blocks = options("fullbore_kv_blocks", "KV blocks by state; cached ones are free for others to take.");
+    let blocks = register(registry, GaugeVec::new(blocks, &["state"]));
     for (state, count) in
         [("free", stats.blocks.free), ("cached", stats.blocks.cached), ("used", stats.blocks.referenced)]
     {
         blocks.with_label_values(&[state]).set(f64::from(count));
     }
-    let seconds = Opts::new("fullbore_device_seconds_total", "Wall time of the device by what it is charged to.");
-    let seconds = register(&registry, CounterVec::new(seconds, &["cause"]));
+    let seconds = options("fullbore_device_seconds_total", "Wall time of the device by what it is charged to.");
+    let seconds = register(registry, CounterVec::new(seconds, &["cause"]));
     for cause in Cause::ALL {
         seconds.with_label_values(&[cause.name()]).inc_by(stats.limits.total.seconds(cause));
     }
-    step_parts(&registry, &stats.step_parts);
-    let finished = Opts::new("fullbore_requests_finished_total", "Sequences by how they ended.");
-    let finished = register(&registry, IntCounterVec::new(finished, &["reason"]));
+    step_parts(registry, &options, &stats.step_parts);
+    let finished = options("fullbore_requests_finished_total", "Sequences by how they ended.");
+    let finished = register(registry, IntCounterVec::new(finished, &["reason"]));
     let reasons = [
         ("stop", stats.num_stopped),
         ("length", stats.num_length),
@@ -106,14 +109,13 @@ fn engine_registry(model: &ServedModel) -> Registry {
     for (reason, count) in reasons {
         finished.with_label_values(&[reason]).inc_by(count);
     }
-    registry
 }
 
 /// Of what is not known apart there is no time; `StepParts` says what is.
-fn step_parts(registry: &Registry, parts: &StepParts) {
-    let seconds = Opts::new("fullbore_step_part_seconds_total", "Time of steps, by what is known apart.");
+fn step_parts(registry: &Registry, options: &dyn Fn(&str, &str) -> Opts, parts: &StepParts) {
+    let seconds = options("fullbore_step_part_seconds_total", "Time of steps, by what is known apart.");
     let seconds = register(registry, CounterVec::new(seconds, &["part"]));
-    let number = Opts::new("fullbore_step_parts_total", "How many such parts there were.");
+    let number = options("fullbore_step_parts_total", "How many such parts there were.");
     let number = register(registry, IntCounterVec::new(number, &["part"]));
     let StepParts { prefill, decode, mixed, sampling, read_back } = *parts;
     let parts = [prefill, decode, mixed, sampling, read_back];
@@ -136,7 +138,7 @@ fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
     ]
 }
 
-/// Names and labels are constants of this file, so a refusal is a bug of it.
+/// Names and labels are constants of these files, and models have names of their own, so a refusal is a bug.
 pub(crate) fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
     let metric = metric.expect("a valid name");
     registry.register(Box::new(metric.clone())).expect("a name used once");

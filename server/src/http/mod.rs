@@ -1,5 +1,5 @@
-//! HTTP: what every route shares. Invariant: the model is set once; every limit on a client is in [`accept::Limits`],
-//! and who is a client is for [`access::Access`] to say.
+//! HTTP: what every route shares. Invariant: the models are set once, all together; every limit on a client is in
+//! [`accept::Limits`], and who is a client is for [`access::Access`] to say.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -37,7 +37,8 @@ pub struct App {
     work: RequestWork,
     /// Where somebody collects traces.
     pub tracer: Option<Arc<Tracer>>,
-    model: OnceLock<Arc<ServedModel>>,
+    /// In the order of the command line; none while they are loaded.
+    models: OnceLock<Vec<Arc<ServedModel>>>,
     draining: AtomicBool,
     /// Requests whose answer is not sent yet.
     num_open: watch::Sender<usize>,
@@ -54,23 +55,40 @@ impl App {
             metrics: HttpMetrics::default(),
             work: RequestWork::default(),
             tracer: tracer.map(Arc::new),
-            model: OnceLock::new(),
+            models: OnceLock::new(),
             draining: AtomicBool::new(false),
             num_open: watch::Sender::new(0),
         }
     }
 
-    pub fn set_model(&self, model: ServedModel) {
-        assert!(self.model.set(Arc::new(model)).is_ok(), "the model is set once");
+    pub fn set_models(&self, models: Vec<ServedModel>) {
+        assert!(!models.is_empty(), "a server has a model");
+        let models = models.into_iter().map(Arc::new).collect();
+        assert!(self.models.set(models).is_ok(), "the models are set once");
     }
 
-    pub fn model(&self) -> Option<&Arc<ServedModel>> {
-        self.model.get()
+    /// None while they are loaded.
+    pub fn models(&self) -> &[Arc<ServedModel>] {
+        self.models.get().map_or(&[], Vec::as_slice)
     }
 
-    /// The model, whether it can serve now or not.
-    pub fn known_model(&self) -> Result<&Arc<ServedModel>, ApiError> {
-        self.model().ok_or_else(|| ApiError::not_yet("the model is being loaded; try again shortly"))
+    /// The models, whether they can serve now or not.
+    pub fn known_models(&self) -> Result<&[Arc<ServedModel>], ApiError> {
+        match self.models() {
+            [] => Err(ApiError::not_yet("the model is being loaded; try again shortly")),
+            models => Ok(models),
+        }
+    }
+
+    /// The model of this name, or the first, whether it can serve now or not.
+    pub fn known_model(&self, asked: Option<&str>) -> Result<&Arc<ServedModel>, ApiError> {
+        let models = self.known_models()?;
+        let Some(asked) = asked else { return Ok(&models[0]) };
+        let found = models.iter().find(|model| model.name == asked);
+        found.ok_or_else(|| {
+            let served: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
+            ApiError::unknown_model(asked, &served)
+        })
     }
 
     /// From now on requests are refused.
@@ -88,19 +106,30 @@ impl App {
         timeout(most, self.num_open.subscribe().wait_for(|num_open| *num_open == 0)).await.is_ok()
     }
 
-    /// The model, or why there is none to be had now.
-    pub fn serving(&self) -> Result<&Arc<ServedModel>, ApiError> {
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(ApiError::not_yet("the server is shutting down; ask another, or come again"));
+    /// The models, or why none of them is to be had now.
+    pub fn open_models(&self) -> Result<&[Arc<ServedModel>], ApiError> {
+        match self.draining.load(Ordering::Relaxed) {
+            true => Err(ApiError::not_yet("the server is shutting down; ask another, or come again")),
+            false => self.known_models(),
         }
-        let model = self.known_model()?;
-        if let Some(reason) = model.engine.stopped() {
-            return Err(ApiError::unavailable(&format!("the engine has stopped: {reason}")));
-        }
-        match model.engine.recovering() {
-            Some(reason) => Err(ApiError::not_yet(&reason)),
-            None => Ok(model),
-        }
+    }
+
+    /// The model of this name, or the first; or why it is not to be had now.
+    pub fn serving(&self, asked: Option<&str>) -> Result<&Arc<ServedModel>, ApiError> {
+        self.open_models()?;
+        let model = self.known_model(asked)?;
+        model.check_serving().map(|()| model)
+    }
+
+    /// The refusal of whoever would get no place, whichever model is asked.
+    pub fn full(&self) -> Option<ApiError> {
+        let models = self.open_models().ok()?;
+        let full = |model: &Arc<ServedModel>| {
+            model.check_serving().ok()?;
+            model.engine.check_full().err()
+        };
+        let refusals: Option<Vec<_>> = models.iter().map(full).collect();
+        refusals?.into_iter().next().map(ApiError::from)
     }
 }
 

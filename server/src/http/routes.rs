@@ -19,9 +19,10 @@ use super::accept::Limits;
 use super::access::Client;
 use super::error::{self, ApiError, json_response};
 use super::{App, health, metrics, page, stream};
+use crate::api::limits::LimitsQuery;
 use crate::api::live::LiveQuery;
 use crate::api::texts::{self, TextEndpoint};
-use crate::api::{self, Endpoint, Generation};
+use crate::api::{self, Endpoint, Generation, ServedModel};
 
 pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone + Send + 'static {
     let with_app = warp::any().map(move || app.clone());
@@ -35,20 +36,16 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let metrics = warp::path!("metrics").and(warp::get()).and(with_app.clone());
     let metrics = metrics.map(|app: Arc<App>| metrics::metrics(&app));
     let models = warp::path!("v1" / "models").and(warp::get()).and(with_app.clone());
-    let models = models.map(|app: Arc<App>| match app.serving() {
-        Ok(model) => json_response(&api::models::list(model)),
-        Err(error) => error.response(""),
-    });
+    let models = models.map(|app: Arc<App>| answer_get(served(&app).map(api::models::list)));
     let limits = warp::path!("v1" / "limits").and(warp::get()).and(with_app.clone());
-    let limits = limits.map(|app: Arc<App>| match app.serving() {
-        Ok(model) => json_response(&api::limits::report(model)),
-        Err(error) => error.response(""),
+    let limits = limits.and(warp::query()).map(|app: Arc<App>, query: LimitsQuery| {
+        answer_get(seen_models(&app, query.model.as_deref()).map(api::limits::reports))
     });
     let openapi = warp::path!("openapi.json").and(warp::get()).map(|| json_response(&api::openapi::document()));
     let seen = warp::path!("v1" / "live").and(warp::get()).and(with_app.clone()).and(warp::query());
-    let seen = seen.map(|app: Arc<App>, query: LiveQuery| match app.known_model() {
-        Ok(model) => json_response(&json!(api::live::report(model, &query))),
-        Err(error) => error.response(""),
+    let seen = seen.map(|app: Arc<App>, query: LiveQuery| {
+        let models = seen_models(&app, query.model.as_deref());
+        answer_get(models.map(|models| json!(api::live::report(models, &query))))
     });
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
@@ -69,6 +66,27 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let api = models.or(limits).unify().or(seen).unify().or(openapi).unify().or(generate).unify().or(texts).unify();
     let rest = page.or(file).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
+}
+
+/// The models, unless none of them serves.
+fn served(app: &App) -> Result<&[Arc<ServedModel>], ApiError> {
+    let models = app.open_models()?;
+    match models.iter().any(|model| model.check_serving().is_ok()) {
+        true => Ok(models),
+        false => models[0].check_serving().map(|()| models),
+    }
+}
+
+/// The model of this name, or all, whatever they are at.
+fn seen_models<'a>(app: &'a App, asked: Option<&str>) -> Result<&'a [Arc<ServedModel>], ApiError> {
+    match asked {
+        Some(_) => app.known_model(asked).map(std::slice::from_ref),
+        None => app.known_models(),
+    }
+}
+
+fn answer_get(answer: Result<Value, ApiError>) -> Response {
+    answer.map_or_else(|error| error.response(""), |value| json_response(&value))
 }
 
 async fn page_file(name: String) -> Result<Response, Rejection> {
@@ -102,8 +120,13 @@ where
     let answered = async {
         let body = read_body(&app.limits, &headers, None, body).await?;
         check_media_type(&headers)?;
-        let model = app.serving()?.clone();
-        app.work.run(body.len(), move || texts::answer(endpoint, &model, &parse(&body)?)).await
+        app.open_models()?;
+        let (num_bytes, of_app) = (body.len(), app.clone());
+        let answer = move || {
+            let body = parse(&body)?;
+            texts::answer(endpoint, of_app.serving(api::model_asked(&body)?)?, &body)
+        };
+        app.work.run(num_bytes, answer).await
     };
     match answered.await {
         Ok(value) => json_response(&value),
@@ -141,16 +164,18 @@ where
     B: Buf,
 {
     // Whoever would get no place in any case is not read.
-    let full = app.serving().ok().and_then(|model| model.engine.check_full().err()).map(ApiError::from);
-    let body = read_body(&app.limits, &headers, full, body).await?;
+    let body = read_body(&app.limits, &headers, app.full(), body).await?;
     check_media_type(&headers)?;
     let arrived = Instant::now();
-    let model = app.serving()?.clone();
-    let meter = client.meter.clone();
-    let (mut answer, jobs) = {
-        let model = model.clone();
-        app.work.run(body.len(), move || api::prepare(endpoint, &model, &client, &parse(&body)?)).await?
+    app.open_models()?;
+    let (meter, num_bytes, of_app) = (client.meter.clone(), body.len(), app.clone());
+    let prepare = move || {
+        let body = parse(&body)?;
+        let model = of_app.serving(api::model_asked(&body)?)?.clone();
+        let (answer, jobs) = api::prepare(endpoint, &model, &client, &body)?;
+        Ok((model, answer, jobs))
     };
+    let (model, mut answer, jobs) = app.work.run(num_bytes, prepare).await?;
     let trace = app.tracer.as_ref().and_then(|tracer| tracer.trace(&headers, &model.name));
     let generation = Generation::submit(&model, jobs, arrived, meter, trace);
     let generation = generation.map_err(|error| error.of_endpoint(endpoint))?;

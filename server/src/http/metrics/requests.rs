@@ -13,7 +13,7 @@ use super::{BucketCounts, register};
 use crate::traces::{EndedSequence, Trace};
 
 pub struct RequestMetrics {
-    pub(super) registry: Registry,
+    model: String,
     first_token: Histogram,
     next_token: Histogram,
     whole: Histogram,
@@ -35,15 +35,15 @@ const TOKENS: [f64; 12] = [1.0, 8.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 40
 
 impl RequestMetrics {
     pub fn new(model: &str) -> RequestMetrics {
-        let registry = Registry::new();
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
             let options = options.const_label("model_name", model).const_label("engine", "0");
-            register(&registry, Histogram::with_opts(options))
+            Histogram::with_opts(options).expect("a valid name")
         };
         let aborted =
             Opts::new("fullbore_requests_aborted_total", "Sequences whose client left, by what they were at.");
-        let aborted = register(&registry, IntCounterVec::new(aborted, &["phase"]));
+        let aborted = aborted.const_label("model_name", model);
+        let aborted = IntCounterVec::new(aborted, &["phase"]).expect("a valid name");
         for phase in ["queue", "prefill", "decode"] {
             // It is there from the start, at 0.
             aborted.with_label_values(&[phase]);
@@ -60,8 +60,16 @@ impl RequestMetrics {
             prompt_tokens: tokens("vllm:request_prompt_tokens", "Tokens of a prompt."),
             generated_tokens: tokens("vllm:request_generation_tokens", "Tokens of an answer."),
             aborted,
-            registry,
+            model: model.to_owned(),
         }
+    }
+
+    pub(super) fn register(&self, registry: &Registry) {
+        let times = [&self.first_token, &self.next_token, &self.whole, &self.queue, &self.prefill, &self.decode];
+        for histogram in times.into_iter().chain([&self.prompt_tokens, &self.generated_tokens]) {
+            register(registry, Ok(histogram.clone()));
+        }
+        register(registry, Ok(self.aborted.clone()));
     }
 
     /// Times to the first token, and between two.
@@ -151,6 +159,7 @@ impl Observer {
         let since_arrival = |then: Instant| (then - self.arrived).as_millis() as u64;
         tracing::info!(
             target: "fullbore::request",
+            model = self.metrics.model,
             request = self.request,
             reason = end.name(),
             phase = end.phase(),

@@ -6,8 +6,7 @@ use prometheus::{Gauge, GaugeVec, IntCounter, IntCounterVec, Opts, Registry};
 use super::register;
 use crate::api::ServedModel;
 
-pub fn registry(model: &ServedModel) -> Registry {
-    let registry = Registry::new();
+pub fn register_engine(registry: &Registry, model: &ServedModel) {
     let stats = model.engine.stats();
     let options = |name: &str, help: &str| {
         Opts::new(name, help).const_label("model_name", &model.name).const_label("engine", "0")
@@ -24,7 +23,7 @@ pub fn registry(model: &ServedModel) -> Registry {
         ),
     ];
     for (name, help, value) in gauges {
-        register(&registry, Gauge::with_opts(options(name, help))).set(value);
+        register(registry, Gauge::with_opts(options(name, help))).set(value);
     }
     let counters = [
         ("vllm:num_preemptions_total", "Sequences sent back to wait for others.", stats.num_preemptions),
@@ -34,18 +33,17 @@ pub fn registry(model: &ServedModel) -> Registry {
         ("vllm:prefix_cache_hits_total", "Those that the prefix cache had.", stats.cached_tokens),
     ];
     for (name, help, value) in counters {
-        register(&registry, IntCounter::with_opts(options(name, help))).inc_by(value);
+        register(registry, IntCounter::with_opts(options(name, help))).inc_by(value);
     }
     let ended = options("vllm:request_success_total", "Sequences that ended well, by how.");
-    let ended = register(&registry, IntCounterVec::new(ended, &["finished_reason"]));
+    let ended = register(registry, IntCounterVec::new(ended, &["finished_reason"]));
     for (reason, count) in [("stop", stats.num_stopped), ("length", stats.num_length), ("abort", stats.num_aborted)] {
         ended.with_label_values(&[reason]).inc_by(count);
     }
     let config = model.engine.config();
     let cache = options("vllm:cache_config_info", "How the KV cache is laid out; always 1.");
-    let cache = register(&registry, GaugeVec::new(cache, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]));
+    let cache = register(registry, GaugeVec::new(cache, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]));
     let prefix = if config.prefix_cache { "True" } else { "False" };
     let sizes = [config.block_size, config.num_blocks].map(|size| size.to_string());
     cache.with_label_values(&[&sizes[0], &sizes[1], prefix]).set(1.0);
-    registry
 }
