@@ -103,6 +103,8 @@ struct Source {
     agent: Agent,
     url: String,
     key: Option<String>,
+    /// All models without it.
+    model: Option<String>,
 }
 
 impl Source {
@@ -110,14 +112,18 @@ impl Source {
         let config = Agent::config_builder().timeout_global(Some(TIMEOUT)).http_status_as_error(false);
         let agent = config.build().new_agent();
         let key = args.api_key.clone().or_else(|| std::env::var(KEY_VARIABLE).ok());
-        Source { agent, url: args.url.trim_end_matches('/').to_owned(), key: key.filter(|key| !key.is_empty()) }
+        let url = args.url.trim_end_matches('/').to_owned();
+        Source { agent, url, key: key.filter(|key| !key.is_empty()), model: args.model.clone() }
     }
 
     /// What is newer than `after_ms`.
     fn ask(&self, after_ms: u64) -> Result<Live, TopError> {
         let url = self.url.clone();
         let unreachable = |source| TopError::Unreachable { url: self.url.clone(), source: Box::new(source) };
-        let mut request = self.agent.get(format!("{url}/v1/live?after={after_ms}"));
+        let mut request = self.agent.get(format!("{url}/v1/live")).query("after", after_ms.to_string());
+        if let Some(model) = &self.model {
+            request = request.query("model", model);
+        }
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }

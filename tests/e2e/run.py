@@ -357,6 +357,42 @@ def sigterm_lets_running_requests_end():
         assert server.process.wait(10) == 0
 
 
+def several_models_are_served():
+    small, second = "smollm2", "second"
+    with Server("cpu", "--model", f"{second}=smollm2,kv-memory=48MiB,max-model-len=512") as server:
+        cards = {card["id"]: card for card in json.loads(server.get("/v1/models")[1])["data"]}
+        assert [(name, card["max_model_len"], card["dtype"]) for name, card in cards.items()] == [
+            (small, 1024, "q4_1"), (second, 512, "q4_1")], cards
+        ask = {"messages": CHAT, "max_tokens": 16, "temperature": 0}
+        answers = [server.client.chat.completions.create(model=name, **ask) for name in cards]
+        assert [answer.model for answer in answers] == list(cards)
+        assert answers[0].choices[0].message.content == answers[1].choices[0].message.content, "the same weights"
+        try:
+            server.client.chat.completions.create(model="third", **ask)
+            raise AssertionError("an unknown model answered")
+        except openai.NotFoundError as error:
+            assert error.code == "model_not_found" and small in error.message and second in error.message, error
+        top = command("top", "--url", server.url, "--once", "--model", second)
+        assert top.startswith(f"{second} on ") and f"{small} on " not in top, top
+        assert f"{small} on " in command("top", "--url", server.url, "--once")
+        assert "third" in command("top", "--url", server.url, "--once", "--model", "third", status=1)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            prompt = list(range(100, 300))
+            running = [pool.submit(server.client.completions.create, model=name, prompt=prompt, max_tokens=100,
+                                   extra_body={"ignore_eos": True}) for name in cards]
+            until("both to run", lambda: all(server.gauge(f'fullbore_requests_running{{model_name="{name}"}}') == 1 for name in cards))
+            server.process.send_signal(signal.SIGTERM)
+            until("readiness to end", lambda: server.get("/health/ready")[0] == 503)
+            assert [request.result().usage.completion_tokens for request in running] == [100, 100]
+        assert server.process.wait(10) == 0
+    both = ["serve", "--device", "cpu", "--dry-run", "--model", "a=smollm2", "--model", "b=smollm2,kv-memory=64MiB"]
+    lines = command(*both).splitlines()
+    assert [line.split()[0] for line in lines if line][::7] == ["a", "b", "together"], lines
+    error = command(*both, "--kv-memory", "900GiB", status=1)
+    assert "together" in error and "(a 90" in error and ", b " in error, error
+    assert "two models are called a" in command(*both, "--model", "a=smollm2", status=1)
+
+
 def until(what, ready):
     deadline = time.monotonic() + 20
     while not ready():
@@ -365,7 +401,7 @@ def until(what, ready):
 
 
 COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_answered, models_are_fetched_or_named,
-            what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end]
+            what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end, several_models_are_served]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
           forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks,

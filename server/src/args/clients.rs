@@ -29,6 +29,9 @@ pub struct TopArgs {
     /// Where it wants one; FULLBORE_API_KEY in the environment is not seen by other users of this machine.
     #[arg(long)]
     pub api_key: Option<String>,
+    /// Of several models this one alone [default: all].
+    #[arg(long)]
+    pub model: Option<String>,
     /// Print one picture as text and end.
     #[arg(long)]
     pub once: bool,

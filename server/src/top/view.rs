@@ -47,13 +47,16 @@ const WORDS_WIDTH: usize = 54;
 const WINDOW_MS: u64 = 60_000;
 /// Rates are of so many, for a step may take longer than a second.
 const NUM_RATE_FRAMES: usize = 5;
+/// Lines of numbers of an engine that has little room: tokens, batch and queue.
+const NUM_SHORT_NUMBERS: usize = 5;
 
 pub fn picture(recent: &Recent, size: Size, paint: Paint) -> String {
-    let mut lines = Vec::new();
-    for engine in &recent.engines {
-        let share_of_rows = size.rows / recent.engines.len().max(1);
-        lines
-            .extend(View { engine, causes: &recent.causes, columns: size.columns.max(40), paint }.lines(share_of_rows));
+    let columns = size.columns.max(40);
+    let views = || recent.engines.iter().map(|engine| View { engine, causes: &recent.causes, columns, paint });
+    let share_of_rows = size.rows / recent.engines.len().max(1);
+    let mut lines: Vec<String> = views().flat_map(|view| view.lines(share_of_rows)).collect();
+    if lines.len() > size.rows && recent.engines.len() > 1 {
+        lines = views().flat_map(|view| view.short_lines()).collect();
     }
     lines.truncate(size.rows.max(1));
     lines.iter().map(|line| line.trim_end().to_owned() + "\n").collect()
@@ -67,10 +70,25 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    fn lines(&self, rows: usize) -> Vec<String> {
+    fn heading(&self) -> Vec<String> {
         let engine = self.engine;
-        let mut lines = vec![self.bold(&cut(&format!("{} on {}", engine.model, engine.device.name), self.columns))];
+        let title = cut(&format!("{} on {}", engine.model, engine.device.name), self.columns);
+        let mut lines = vec![self.bold(&title)];
         lines.extend(wrap(&engine.verdict, self.columns));
+        lines
+    }
+
+    /// Where several engines would not find room: without what is drawn over time.
+    fn short_lines(&self) -> Vec<String> {
+        let mut lines = self.heading();
+        lines.extend(self.legend());
+        lines.extend(self.numbers().into_iter().take(NUM_SHORT_NUMBERS));
+        lines.push(String::new());
+        lines
+    }
+
+    fn lines(&self, rows: usize) -> Vec<String> {
+        let mut lines = self.heading();
         lines.push(String::new());
         let numbers = self.numbers();
         let legend = self.legend();
@@ -316,6 +334,21 @@ between tokens p50 12 ms  p95 140 ms  p99 2.0 s       ███
 KV blocks      10 used, 20 cached, 30 free            ###ccccc........
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn several_engines_share_the_rows_or_are_told_in_short() {
+        let mut both = recent("small", vec![frame(1, [0.5, 0.5])]);
+        both.engines.extend(recent("large", vec![frame(1, [1.0, 0.0])]).engines);
+        let size = |rows| Size { columns: 70, rows };
+        let long = picture(&both, size(60), Paint::Plain);
+        assert_eq!(long.matches("device time, last 1 s").count(), 2, "{long}");
+        let short = picture(&both, size(24), Paint::Plain);
+        assert!(!short.contains("device time") && short.lines().count() <= 24, "{short}");
+        for words in ["small on a device\n", "large on a device\n"] {
+            let part = &short[short.find(words).expect("both are there")..];
+            assert!(part.contains("4 of 8") && part.contains("40 tokens a second"), "{short}");
+        }
     }
 
     #[test]
