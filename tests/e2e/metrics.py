@@ -19,7 +19,7 @@ from run import CHAT, Server, run, until
 
 DASHBOARD = pathlib.Path(__file__).parents[2] / "deploy" / "grafana.json"
 # What Grafana puts in place of its variables.
-VARIABLES = {"$__rate_interval": "1m", "$__range": "30m", "$instance": ".*"}
+VARIABLES = {"$__rate_interval": "1m", "$__range": "30m", "$instance": ".*", "$model": ".*"}
 
 
 def samples(server):
@@ -95,6 +95,7 @@ def every_request_is_one_line_of_the_log():
         stream.close()
         until("a line for each request", lambda: len(lines()) == 3)
         by_id = {line["request"]: line for line in lines()}
+        assert all(line["model"] == "smollm2" for line in lines()), lines()
         whole, stopped, left = by_id[first.id], by_id[again.id], by_id[gone]
         assert (whole["reason"], whole["generated_tokens"], whole["prompt_tokens"]) == ("length", 8, first.usage.prompt_tokens), whole
         assert whole["queue_ms"] <= whole["first_token_ms"] <= whole["total_ms"] and "phase" not in whole, whole
