@@ -32,6 +32,7 @@ use tokio::runtime::Runtime;
 
 mod access;
 mod anthropic;
+pub mod chaos;
 mod embeddings;
 mod limits;
 mod live;
@@ -1447,9 +1448,10 @@ fn a_key_is_a_tenant_and_shares_no_prefix() {
     }
 }
 
-/// A tenant that always has three requests under way, less than half of what runs at once, is served beside a flood
-/// as it is without: exact bounds are held in virtual time by `overload`; here it is the whole way over sockets. Steps
-/// are so long, and answers have so many, that it takes a hiccup of some 100 ms to be seen.
+/// A tenant that always has three requests under way, less than half of what runs at once, is served beside a flood as
+/// it is without: exact bounds are held in virtual time by `overload`; here it is the whole way over sockets. Time is
+/// counted in steps of the device, so that it does not matter how busy this machine is with other things; and they are
+/// so long that it takes a hiccup of some 100 ms to be seen, which may happen, but not again and again.
 #[test]
 fn a_flood_over_http_leaves_another_tenants_p99_as_it_was() {
     let cost = CostModel::line(30e6, 2e4, Prices::default());
@@ -1457,36 +1459,40 @@ fn a_flood_over_http_leaves_another_tenants_p99_as_it_was() {
     let mut setup = Setup { sim: SimOptions { cost, ..sleeping() }, costs: Some(folder.0.clone()), ..Setup::default() };
     // Hardly longer than without prompts.
     let latency = LatencyTarget::Stretch(105);
-    setup.config = EngineConfig { max_num_seqs: 8, max_queued_requests: 64, latency, ..setup.config };
+    setup.config = EngineConfig { max_num_seqs: 8, max_queued_requests: 96, latency, ..setup.config };
     save_prices(&setup, cost);
-    let server = setup.start();
+    let model = setup.plan().load().expect("the simulator loads");
+    let engine = model.engine.clone();
+    let server = Harness::serving(vec![model]);
     let quiet = json!({"prompt": "a quiet one", "max_tokens": 24, "ignore_eos": true, "user": "quiet"});
     let one = || {
-        let begun = Instant::now();
+        let begun = engine.stats().num_steps;
         server.complete(quiet.clone());
-        begun.elapsed().as_secs_f64() * 1e3
+        engine.stats().num_steps - begun
     };
     // Of 30 the worst is the 99th percentile.
-    let worst_ms = || {
-        let client = || (0..10).map(|_| one()).fold(0.0, f64::max);
+    let worst = || {
+        let client = || (0..10).map(|_| one()).max().expect("ten");
         std::thread::scope(|scope| {
             let clients: Vec<_> = (0..3).map(|_| scope.spawn(client)).collect();
-            clients.into_iter().map(|client| client.join().expect("it is served")).fold(0.0, f64::max)
+            clients.into_iter().map(|client| client.join().expect("it is served")).max().expect("three")
         })
     };
-    let alone_ms = worst_ms();
+    let alone = worst();
     let loud = json!({"prompt": "a loud one ".repeat(20), "max_tokens": 600, "ignore_eos": true, "user": "loud"});
     let flood: Vec<TcpStream> =
-        (0..48).map(|_| server.send(post("/v1/completions", loud.to_string().as_bytes()))).collect();
+        (0..80).map(|_| server.send(post("/v1/completions", loud.to_string().as_bytes()))).collect();
     server.wait_for("the flood", |server| server.metric("fullbore_requests_running") == 8.0);
     // Who has just begun is not sent back before it has advanced by a block of 16.
-    let steps = |server: &Harness| server.metric("fullbore_steps_total");
-    let begun = steps(&server);
-    server.wait_for("20 steps of it", |server| steps(server) >= begun + 20.0);
-    let flooded_ms = worst_ms();
+    let begun = engine.stats().num_steps;
+    server.wait_for("20 steps of it", |_| engine.stats().num_steps >= begun + 20);
+    let is_as_alone = || {
+        let flooded = worst();
+        println!("the worst of 30 took {alone} steps alone and {flooded} beside a flood");
+        5 * flooded <= 6 * alone
+    };
+    assert!((0..3).any(|_| is_as_alone()), "over 1.2 times as many steps");
     assert!(server.metric("fullbore_requests_waiting") > 8.0, "the flood was over too soon");
-    println!("worst of 30 alone {alone_ms:.1} ms, beside a flood {flooded_ms:.1} ms: {:.3}", flooded_ms / alone_ms);
-    assert!(flooded_ms < 1.2 * alone_ms, "{flooded_ms} ms after {alone_ms} ms");
     drop(flood);
 }
 
@@ -1679,6 +1685,30 @@ fn heads_and_bodies_that_trickle_are_cut_off() {
     drop(half);
     drop(server.send("\x16\x03\x01\x02 no HTTP at all\r\n\r\n"));
     assert_eq!(server.get("/health/live").status, 200);
+}
+
+/// Half a connection is none: who will hear nothing of an answer cannot be told from who has left.
+#[test]
+fn a_half_closed_connection_is_let_go_and_frees_its_blocks() {
+    let limits = Limits { max_connections: 4, ..Limits::default() };
+    let server = Setup { limits, pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() }.start();
+    for stream in [true, false] {
+        let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true, "stream": stream}).to_string();
+        let mut halves: Vec<_> = (0..3).map(|_| server.send(post("/v1/completions", body.as_bytes()))).collect();
+        server.wait_for("all to run", |server| server.metric("fullbore_requests_running") == 3.0);
+        halves.iter().for_each(|half| half.shutdown(Shutdown::Write).expect("an open connection"));
+        for half in &mut halves {
+            // What was said before that may still come, and an end does.
+            let _ = half.read_to_end(&mut Vec::new());
+        }
+        server.wait_for("the blocks", |server| server.metric("fullbore_kv_blocks{state=\"used\"}") == 0.0);
+        assert_eq!(server.metric("fullbore_requests_running"), 0.0);
+    }
+    assert_eq!(server.metric("fullbore_requests_finished_total{reason=\"aborted\"}"), 6.0);
+    // Nor do those keep a place that never said a word.
+    let silent: Vec<_> = (0..4).map(|_| server.connect()).collect();
+    silent.iter().for_each(|half| half.shutdown(Shutdown::Write).expect("an open connection"));
+    server.wait_for("a free connection", |server| server.get("/health/live").status == 200);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId
 use fullbore_engine::tensor::WeightFormat;
 use serde_json::{Value, json};
 
-use crate::http::{Harness, post, read_reply};
+use crate::http::{Harness, chaos, post, read_reply};
 use crate::ops::device_ids;
 
 /// A device by its id, and what takes it away.
@@ -236,5 +236,19 @@ fn a_server_whose_device_is_destroyed_says_so_and_serves_again() {
         assert!(lost > 0.7, "{id}: {lost} s without a device");
         let blocks = |state: &str| server.metric(&format!("fullbore_kv_blocks{{state=\"{state}\"}}"));
         server.wait_for("all blocks", |_| blocks("used") == 0.0 && blocks("free") + blocks("cached") == 256.0);
+    }
+}
+
+/// The same clients as on the simulator, on a device that computes.
+#[test]
+fn nothing_is_left_of_clients_while_the_device_is_destroyed() {
+    let id = device_ids().into_iter().next().expect("a device");
+    for seed in chaos::seeds() {
+        let (server, kill_switch) = serving(&id);
+        chaos::run(&server, 40, 256.0, seed, |random, nth| {
+            kill_switch.refuse(if nth == 0 { random.below(3) } else { 0 });
+            kill_switch.destroy();
+        });
+        assert!(kill_switch.num_opened() > 1);
     }
 }

@@ -846,3 +846,57 @@ impl RowSource for NoRows {
         panic!("the simulator reads no rows")
     }
 }
+
+/// In the queue, in its prompt and in its answer.
+#[test]
+fn who_leaves_has_freed_its_blocks_by_the_end_of_the_step() {
+    for pipeline_depth in [1, 2] {
+        let config = EngineConfig {
+            max_num_seqs: 2,
+            max_num_batched_tokens: 16,
+            max_model_len: 512,
+            block_size: 16,
+            num_blocks: 64,
+            pipeline_depth,
+            ..EngineConfig::default()
+        };
+        let mut engine = engine_on(SimBackend::new(SimOptions::default()), config);
+        let add = |engine: &mut Engine, first: u32, num_prompt_tokens: u32| {
+            let client = Client::new(usize::MAX);
+            let prompt = (0..num_prompt_tokens).map(|i| TokenId(8 + (97 * first + i) % (VOCAB_SIZE - 8))).collect();
+            engine.add(Request { prompt, max_tokens: 200, ..Request::default() }, Box::new(client.clone()));
+            client
+        };
+        let step = |engine: &mut Engine| {
+            engine.step().expect("the simulator is never lost");
+            engine.check();
+            (engine.stats().num_running, engine.stats().num_waiting, engine.stats().blocks.referenced)
+        };
+        let num_tokens = |client: &Client| {
+            client.events().iter().filter(|event| matches!(event, Event::Token { .. })).count() as u32
+        };
+        let answering = add(&mut engine, 1, 20);
+        while num_tokens(&answering) < 5 {
+            step(&mut engine);
+        }
+        let (prefilling, queued) = (add(&mut engine, 7, 300), add(&mut engine, 11, 40));
+        step(&mut engine);
+        step(&mut engine);
+        let (running, waiting, held) = step(&mut engine);
+        assert_eq!((running, waiting, num_tokens(&prefilling)), (2, 1, 0));
+        let of_answer = |answering: &Client| (20 + num_tokens(answering) + pipeline_depth).div_ceil(16);
+        assert!(held > of_answer(&answering), "{held} blocks");
+
+        queued.left.store(true, Ordering::Relaxed);
+        let (running, waiting, _) = step(&mut engine);
+        assert_eq!((running, waiting), (2, 0));
+        prefilling.left.store(true, Ordering::Relaxed);
+        let (running, _, held) = step(&mut engine);
+        assert_eq!(running, 1);
+        assert!((1..=of_answer(&answering)).contains(&held), "{held} blocks of {} tokens", num_tokens(&answering));
+        answering.left.store(true, Ordering::Relaxed);
+        assert_eq!(step(&mut engine), (0, 0, 0));
+        let blocks = engine.stats().blocks;
+        assert_eq!((blocks.free + blocks.cached, engine.stats().num_aborted), (blocks.total, 3));
+    }
+}
