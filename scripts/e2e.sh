@@ -27,7 +27,7 @@ cp tests/e2e/*.mjs "$FULLBORE_NODE/"
 scripts/browser.sh
 source target/browser/env
 failed=0
-for part in run page terminal metrics; do
+for part in run crowd page terminal metrics; do
   python3 "tests/e2e/$part.py" "$binary" || failed=1
 done
 exit $failed

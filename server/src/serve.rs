@@ -23,7 +23,7 @@ use crate::http::accept::{self, Door, Limits};
 use crate::http::access::Access;
 use crate::http::keys::{KeyError, Keys};
 use crate::http::tls::{Tls, TlsError};
-use crate::http::{App, routes};
+use crate::http::{App, descriptors, routes};
 use crate::live;
 use crate::start::{self, Plan, StartError};
 use crate::traces::Tracer;
@@ -205,6 +205,7 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
         }
     };
     let scheme = if entrance.tls.is_some() { "https" } else { "http" };
+    descriptors::make_room(entrance.limits.max_connections);
     let server = Server::start(args.host, args.port, entrance).await?;
     let models = args.models.0.clone();
     let load = tokio::task::spawn_blocking(move || load(&models, &shares));

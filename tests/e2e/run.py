@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ CHAT = [{"role": "user", "content": "Name three primary colours."}]
 class Server:
     """A running `fullbore serve`; `with` ends it."""
 
-    def __init__(self, device, *extra):
+    def __init__(self, device, *extra, descriptors=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -45,7 +46,8 @@ class Server:
         self.log = open(os.path.join(os.environ.get("TMPDIR", "/tmp"), f"fullbore-e2e-{port}.log"), "w+")
         command = [BINARY, "serve", "--model", "smollm2", "--device", device, "--port", str(port), "--max-num-seqs", "16",
                    "--max-model-len", "1024", "--kv-memory", "128MiB", "--no-saved-costs", *extra]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        limit = descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, descriptors))
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=limit)
         self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=300)
         deadline = time.monotonic() + 120
         while self.get("/health/ready")[0] != 200:
@@ -343,23 +345,34 @@ def keys_are_read_again_on_sighup():
             assert client.chat.completions.create(model="smollm2", messages=CHAT, max_tokens=2).usage.completion_tokens == 2
 
 
+def half_a_request(server):
+    """One of which not all has come: it is open, however fast others are, and however slow this machine."""
+    connection = socket.create_connection(server.url.removeprefix("http://").split(":"))
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                       b"content-length: 15\r\n\r\n{\"prompt\"")
+    return connection
+
+
 def sigterm_lets_running_requests_end():
-    with Server("cpu") as server:
+    with Server("cpu", "--drain-timeout", "300") as server:
         prompts = [list(range(100, 300)), list(range(400, 600))]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            running = [pool.submit(server.tokens, prompt, 100) for prompt in prompts]
+        with half_a_request(server) as begun, concurrent.futures.ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(server.tokens, prompt, 120) for prompt in prompts]
             until("both to run", lambda: server.gauge("fullbore_requests_running") == 2)
             server.process.send_signal(signal.SIGTERM)
             until("readiness to end", lambda: server.get("/health/ready")[0] == 503)
             status, body = server.post("/v1/completions", {"prompt": "x"})
             assert status == 503 and "shutting down" in body, (status, body)
-            assert [len(request.result()) for request in running] == [100, 100]
-        assert server.process.wait(10) == 0
+            assert [len(request.result()) for request in running] == [120, 120]
+            assert server.process.poll() is None
+            begun.sendall(b": \"x\"}")
+            assert begun.recv(4096).startswith(b"HTTP/1.1 503")
+        assert server.process.wait(20) == 0
 
 
 def several_models_are_served():
     small, second = "smollm2", "second"
-    with Server("cpu", "--model", f"{second}=smollm2,kv-memory=48MiB,max-model-len=512") as server:
+    with Server("cpu", "--drain-timeout", "300", "--model", f"{second}=smollm2,kv-memory=48MiB,max-model-len=512") as server:
         cards = {card["id"]: card for card in json.loads(server.get("/v1/models")[1])["data"]}
         assert [(name, card["max_model_len"], card["dtype"]) for name, card in cards.items()] == [
             (small, 1024, "q4_1"), (second, 512, "q4_1")], cards
@@ -376,7 +389,7 @@ def several_models_are_served():
         assert top.startswith(f"{second} on ") and f"{small} on " not in top, top
         assert f"{small} on " in command("top", "--url", server.url, "--once")
         assert "third" in command("top", "--url", server.url, "--once", "--model", "third", status=1)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with half_a_request(server), concurrent.futures.ThreadPoolExecutor(2) as pool:
             prompt = list(range(100, 300))
             running = [pool.submit(server.client.completions.create, model=name, prompt=prompt, max_tokens=100,
                                    extra_body={"ignore_eos": True}) for name in cards]

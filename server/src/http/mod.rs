@@ -18,6 +18,7 @@ use work::RequestWork;
 
 pub mod accept;
 pub mod access;
+pub mod descriptors;
 pub mod error;
 mod health;
 pub mod keys;

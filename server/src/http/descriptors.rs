@@ -1,0 +1,24 @@
+//! File descriptors, of which each connection takes one. Invariant: their limit is only ever raised, to what the
+//! connections that may be open need, and where the system forbids that it is said.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Beside connections: the model's files, the log, what a driver opens.
+const OTHERS: u64 = 256;
+
+/// Sees to it that so many connections can be open.
+pub fn make_room(max_connections: usize) {
+    let needed = max_connections as u64 + OTHERS;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= needed) {
+        return;
+    }
+    let raised = maximum.map_or(needed, |maximum| maximum.min(needed));
+    let result = setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum });
+    if result.is_err() || raised < needed {
+        tracing::warn!(
+            "this process may open {raised} files, and --max-connections {max_connections} needs {needed}: connections \
+             beyond wait to be accepted; raise the limit (ulimit -n), or lower --max-connections"
+        );
+    }
+}
