@@ -291,6 +291,34 @@ def a_key_is_asked_for(browser):
         assert said(tab)[0] == ["user", "Say something."]
 
 
+def a_model_is_chosen(browser):
+    with Server("sim", "--model", "other=smollm2,max-model-len=512") as server:
+        tab = fresh(browser, server)
+        choose = "((name) => (document.querySelector('#models').value = name, document.querySelector('#models').dispatchEvent(new Event('change'))))"
+        options = "[...document.querySelectorAll('#models option')].map(option => option.textContent)"
+        assert tab.evaluate(options) == ["smollm2", "other"] and "1,024 tokens of context" in tab.text("#model")
+        tab.evaluate(f"{choose}('other')")
+        assert "other on" in tab.text("#model") and "512 tokens of context" in tab.text("#model"), tab.text("#model")
+        send(tab, "Say something.")
+        said(tab)
+        assert "of 512 tokens of context" in tab.text("#context"), tab.text("#context")
+        generated = lambda model: server.gauge(f'fullbore_tokens_generated_total{{model_name="{model}"}}')
+        assert generated("other") > 0 and generated("smollm2") == 0
+        # The choice is kept; and the live view has its own, of which all is one.
+        tab.reload()
+        tab.until("document.querySelector('#model').textContent.startsWith('other on')")
+        tab.click("#to-live")
+        shown = "[...document.querySelectorAll('.panel')].filter(panel => !panel.hidden).map(panel => panel.querySelector('h2').textContent.split(' ')[0])"
+        tab.until(f"({shown}).length === 2")
+        assert tab.evaluate(options) == ["all", "smollm2", "other"] and tab.text("#model") == "2 models"
+        assert tab.evaluate(shown) == ["smollm2", "other"]
+        tab.evaluate(f"{choose}('other')")
+        assert tab.evaluate(shown) == ["other"] and "other on" in tab.text("#model")
+        tab.click("#to-chat")
+        assert tab.evaluate("document.querySelector('#models').value") == "other"
+        assert not tab.complaints(), tab.complaints()
+
+
 def errors_are_told(browser):
     with Server("sim") as server:
         tab = fresh(browser, server)
@@ -342,7 +370,7 @@ def main():
             tests = [screenshots] if FOLDER else ON_CPU
             results = [run("page", functools.wraps(test)(functools.partial(test, browser)), server) for test in tests]
         if not FOLDER:
-            results += [run("page", test, browser) for test in [a_key_is_asked_for, errors_are_told]]
+            results += [run("page", test, browser) for test in [a_key_is_asked_for, a_model_is_chosen, errors_are_told]]
     passed = sum(results)
     print(f"{passed} passed, {len(results) - passed} failed")
     sys.exit(0 if all(results) else 1)

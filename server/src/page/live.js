@@ -19,6 +19,8 @@ const root = document.getElementById("live");
 const note = document.getElementById("live-note");
 // By model.
 const panels = new Map();
+// The model whose panel alone is shown; `null` is all.
+let only = null;
 
 // Asks once a second while somebody looks.
 export async function watch(isWatched) {
@@ -39,8 +41,16 @@ export async function refresh() {
   }
 }
 
+export function showOnly(model) {
+  only = model;
+  panels.forEach((panel, name) => panel.show(only === null || name === only));
+}
+
 function panelOf(engine, causes) {
-  if (!panels.has(engine.model)) panels.set(engine.model, new Panel(engine, causes));
+  if (!panels.has(engine.model)) {
+    panels.set(engine.model, new Panel(engine, causes));
+    showOnly(only);
+  }
   return panels.get(engine.model);
 }
 
@@ -68,7 +78,12 @@ class Panel {
     this.at = null;
     const heading = make("h2", "", `${engine.model} on ${engine.device.name}`);
     const grid = make("div", "cards", ...this.cards.map((card) => card.element));
-    root.append(make("section", "panel", heading, this.verdict, this.changed, this.time.element, grid));
+    this.element = make("section", "panel", heading, this.verdict, this.changed, this.time.element, grid);
+    root.append(this.element);
+  }
+
+  show(isShown) {
+    this.element.hidden = !isShown;
   }
 
   update(engine) {
