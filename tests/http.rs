@@ -32,6 +32,7 @@ use tokio::runtime::Runtime;
 
 mod access;
 mod anthropic;
+mod bench;
 pub mod chaos;
 mod embeddings;
 mod limits;

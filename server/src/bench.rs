@@ -30,7 +30,7 @@ use crate::start::{self, Plan, StartError, USUAL_LEN};
 
 mod http;
 
-pub use http::http;
+pub use http::{http, measure_http};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchCommandError {

@@ -32,7 +32,14 @@ struct Served {
     tokenizer: Arc<Tokenizer>,
 }
 
+/// Prints what was measured.
 pub fn http(args: &HttpArgs) -> Result<(), BenchCommandError> {
+    println!("{}", measure_http(args)?);
+    Ok(())
+}
+
+/// One measurement after the other, by name.
+pub fn measure_http(args: &HttpArgs) -> Result<Value, BenchCommandError> {
     let mut report = Map::new();
     let mut measure = |of: HttpMeasure, name: &str, run: &dyn Fn() -> Result<Value, BenchCommandError>| {
         if args.only.is_none_or(|only| only == of) {
@@ -46,8 +53,7 @@ pub fn http(args: &HttpArgs) -> Result<(), BenchCommandError> {
     measure(HttpMeasure::Delay, "delay", &|| delay(args))?;
     measure(HttpMeasure::Rate, "rate", &|| rate(args))?;
     measure(HttpMeasure::LongPrompts, "long_prompts", &|| long_prompts(args))?;
-    println!("{}", Value::Object(report));
-    Ok(())
+    Ok(Value::Object(report))
 }
 
 /// A step takes long enough that all can connect while few tokens come.
@@ -100,7 +106,7 @@ fn long_prompts(args: &HttpArgs) -> Result<Value, BenchCommandError> {
     let served = Served::start(args, config, DECODER_STEP)?;
     let options = LongPrompts {
         num_clients: args.clients,
-        prompt_bytes: served.bytes_of(args.prompt_tokens),
+        prompt_bytes: served.bytes_of(args.prompt_tokens, args.clients.saturating_sub(1)),
         num_decoders: args.decoders,
         decoder_tokens,
         before: Duration::from_secs(u64::from(args.seconds)),
@@ -154,9 +160,9 @@ impl Served {
         Ok(Served { runtime, server: Some(server), steps, tokenizer })
     }
 
-    /// How long a text of ordinary words is that has so many tokens.
-    fn bytes_of(&self, num_tokens: u32) -> usize {
-        let sample = http::long_prompt(0, 1 << 16);
+    /// How long a prompt is that has so many tokens: that of client `nth`, for larger numbers have more of them.
+    fn bytes_of(&self, num_tokens: u32, nth: u32) -> usize {
+        let sample = http::long_prompt(nth, 1 << 16);
         let sample_tokens = self.tokenizer.encode(&sample, Special::AsText).len();
         (num_tokens as usize).saturating_mul(sample.len()) / sample_tokens.max(1)
     }
