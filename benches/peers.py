@@ -68,7 +68,7 @@ class LlamaCpp:
             # It leaves devices that are CPUs alone unless one is named.
             environment["GGML_VK_VISIBLE_DEVICES"] = "0"
             version = subprocess.run([args.llama_server, "--version"], capture_output=True, text=True).stderr
-            self.name = "llama.cpp with Vulkan, " + " ".join(version.split("version:")[-1].split()[:2])
+            self.name = "llama.cpp with Vulkan, " + version.split("version:")[-1].splitlines()[0].strip()
         else:
             script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "llama_cpp_server.py")
             command = [sys.executable, script, args.model, str(args.port), str(args.streams), str(threads), str(context)]

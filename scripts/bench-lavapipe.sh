@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Fullbore beside llama.cpp's Vulkan backend on the same software Vulkan, for each Mesa version: see benches/peers.md.
+# A run takes about 20 minutes, nearly all of it the peer's; RUNS=3 takes medians.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo build --release --locked -p fullbore
@@ -11,10 +12,10 @@ out=${1:-}
 for driver in target/lavapipe/*/icd.json; do
   mesa=$(basename "$(dirname "$driver")")
   echo "Mesa $mesa"
-  for shape in "16 32" "128 16"; do
-    read -r prompt output <<< "$shape"
-    VK_DRIVER_FILES=$PWD/$driver python3 benches/peers.py --model "$model" --device vulkan:llvmpipe --runs 3 \
-      --llama-server target/llama-vulkan/llama-server --prompt "$prompt" --output "$output" \
+  for shape in "16 32 16" "128 16 4"; do
+    read -r prompt output streams <<< "$shape"
+    VK_DRIVER_FILES=$PWD/$driver python3 benches/peers.py --model "$model" --device vulkan:llvmpipe --runs "${RUNS:-1}" \
+      --llama-server target/llama-vulkan/llama-server --prompt "$prompt" --output "$output" --streams "$streams" \
       ${out:+--out "$out-mesa-$mesa-$prompt-$output.json"}
   done
 done
