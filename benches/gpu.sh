@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # What a machine with a GPU measures in one call, without a network and within nine minutes: whether its kernels are
-# right, single ops beside the roofline, the prices of steps, the host's time of a step, what tuning finds, a model of
-# 8B's size with random weights, then tokens a second at several widths.
+# right, a model of 8B's size with random weights in each arithmetic, single ops beside the roofline, the host's time of
+# a step, the prices of steps, tokens a second at several widths, and what tuning finds. What matters most comes first,
+# because what would go past the nine minutes is left out.
 #
 #   benches/gpu.sh [--small] BINARY MODEL OUT [DEVICE]
 #
 # BINARY is a release build of fullbore, MODEL a GGUF file or a folder, OUT a folder for the results, DEVICE as in
-# `--device` (default: auto, which takes the best hardware GPU). Each run leaves JSON (and CSV, where it is a table) and
-# its log; `runs.csv` says how each went, `throughput.csv` what whole models reached. --small does a little of each, to
+# `--device` (default: auto, which takes the best hardware GPU). Each bench leaves JSON (and CSV, where it is a table),
+# any other run its text, and all of them a log; `runs.csv` says how each went, `throughput.csv` what whole models reached. --small does a little of each, to
 # see on software Vulkan that the script works.
 set -euo pipefail
 size=full
@@ -21,17 +22,18 @@ failed=0
 echo "run,status,seconds" > "$out/runs.csv"
 echo "run,output_tokens_per_s" > "$out/throughput.csv"
 
-# run NAME LIMIT ARGUMENTS...: its standard output is NAME.json. What would go past the deadline is left out.
+# run NAME LIMIT ARGUMENTS...: its standard output is NAME.json, or NAME.txt if it is not of a bench.
 run() {
-  local name=$1 limit=$2 begun=$SECONDS status=0 left=$((deadline - SECONDS))
+  local name=$1 limit=$2 begun=$SECONDS status=0 left=$((deadline - SECONDS)) type=txt
   shift 2
+  [ "$1" != bench ] || type=json
   if [ "$left" -lt 5 ]; then
     echo "$name,left out,0" >> "$out/runs.csv"
     echo "gpu: no time is left for $name" >&2
     return
   fi
   timeout -k 5 "$((limit < left ? limit : left))" "$binary" "$@" --device "$device" \
-    > "$out/$name.json" 2> "$out/$name.log" || status=$?
+    > "$out/$name.$type" 2> "$out/$name.log" || status=$?
   echo "$name,$status,$((SECONDS - begun))" >> "$out/runs.csv"
   if [ "$status" != 0 ]; then
     failed=1
@@ -60,20 +62,28 @@ if [ $size = small ]; then
   exit $failed
 fi
 run run 60 run "Name three primary colours." --model "$model" --max-tokens 48 --temperature 0
-run verify 90 verify
-run submit 30 bench submit
-for shapes in 1b 8b 70b; do
-  run ops-$shapes 40 bench ops --shapes $shapes --seconds 15 --csv "$out/ops-$shapes.csv"
+run verify 60 verify
+big=(--weights random --shape llama-3.1-8b --max-num-seqs 32 --max-num-batched-tokens 2048)
+offline 8b-decode-1 40 "${big[@]}" --num-requests 1 --prompt-tokens 16 --output-tokens 128
+offline 8b-decode-32 40 "${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128
+offline 8b-prefill 40 "${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1
+for arithmetic in matrix-units f16 integer-dot; do
+  run verify-$arithmetic 30 verify --arithmetic $arithmetic --only mat_mul
+  offline 8b-prefill-$arithmetic 40 "${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1 \
+    --arithmetic $arithmetic
 done
-run profile 60 bench profile --model "$model" --seconds 20 --output "$out/device.json"
+run ops-8b 30 bench ops --shapes 8b --seconds 15 --csv "$out/ops-8b.csv"
+run ops-8b-matrix-units 20 bench ops --shapes 8b --arithmetic matrix-units --m 16,64,512 --only mat_mul --seconds 5 \
+  --csv "$out/ops-8b-matrix-units.csv"
+run submit 20 bench submit
+run tune 45 tune --weights random --shape llama-3.1-8b --seconds 25
+offline 8b-decode-32-tuned 40 "${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128
+for shapes in 1b 70b; do
+  run ops-$shapes 25 bench ops --shapes $shapes --seconds 10 --csv "$out/ops-$shapes.csv"
+done
+run profile 40 bench profile --model "$model" --seconds 15 --output "$out/device.json"
 for requests in 1 4 16 64 256; do
-  offline offline-$requests 30 --model "$model" --num-requests $requests --max-num-seqs $requests \
+  offline offline-$requests 20 --model "$model" --num-requests $requests --max-num-seqs $requests \
     --max-num-batched-tokens 2048
 done
-big=(--weights random --shape llama-3.1-8b --max-num-seqs 32 --max-num-batched-tokens 2048)
-offline 8b-decode-1 60 "${big[@]}" --num-requests 1 --prompt-tokens 16 --output-tokens 128
-offline 8b-decode-32 60 "${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128
-offline 8b-prefill 60 "${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1
-run tune 60 tune --weights random --shape llama-3.1-8b --seconds 30
-offline 8b-decode-32-tuned 60 "${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128
 exit $failed
