@@ -11,8 +11,8 @@ step "lints"
 cargo clippy --locked --workspace --all-targets -- -D warnings
 
 step "build"
-cargo build --locked -p fullbore
-cargo test --locked --workspace --no-run
+# As `cargo test` builds below, so that nothing is compiled twice.
+cargo build --locked --workspace --lib --bins --tests
 
 step "models"
 scripts/models.sh
