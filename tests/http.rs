@@ -230,7 +230,16 @@ impl Setup {
         let backend = Box::new(Gated { sim: SimBackend::new(self.sim), gate });
         let costs = |folder: &PathBuf| SavedCosts::new(folder, backend.info(), &bundle.name, &config, &memory);
         let costs = self.costs.as_ref().map(costs);
-        Plan { name: "sim-model".to_owned(), bundle, backend, config, memory, costs, times: StartTimes::default() }
+        Plan {
+            name: "sim-model".to_owned(),
+            bundle,
+            backend,
+            config,
+            memory,
+            costs,
+            tuned_cost: None,
+            times: StartTimes::default(),
+        }
     }
 }
 

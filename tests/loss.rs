@@ -176,8 +176,16 @@ fn serving(id: &str) -> (Harness, KillSwitch) {
         ..EngineConfig::default()
     };
     let memory = start::memory_table(&bundle.config, &config, 0);
-    let plan =
-        Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
+    let plan = Plan {
+        name: "tiny".to_owned(),
+        bundle,
+        backend,
+        config,
+        memory,
+        costs: None,
+        tuned_cost: None,
+        times: StartTimes::default(),
+    };
     (Harness::serving(vec![plan.load().expect("a small model loads")]), kill_switch)
 }
 

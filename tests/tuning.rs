@@ -7,12 +7,12 @@ use std::path::PathBuf;
 
 use fullbore::args::DeviceArgs;
 use fullbore::devices;
-use fullbore::tuning::{SavedTuning, tuned};
+use fullbore::tuning::{SavedTuning, cost_of, tuned};
 use fullbore_engine::backend::Backend;
 use fullbore_engine::backend::wgpu::{ArithmeticChoice, Fault, Features, Tier, WgpuBackend, WgpuOptions};
 use fullbore_engine::op::{MatMul, Op};
 use fullbore_engine::tensor::WeightFormat;
-use fullbore_engine::tuning::{MatMulLine, MatMulShape};
+use fullbore_engine::tuning::{MatMulLine, MatMulShape, TunedMatMul};
 use fullbore_engine::verify::mat_mul::by_kernel;
 use fullbore_engine::verify::{Case, every_mat_mul_kernel};
 
@@ -24,7 +24,8 @@ const F32: ArithmeticChoice = ArithmeticChoice::F32;
 const SHAPE: MatMulShape = MatMulShape { format: WeightFormat::Q4_0, rows: 70, cols: 512 };
 
 fn open(tier: Option<Tier>, arithmetic: ArithmeticChoice, faults: Vec<Fault>) -> Box<dyn Backend> {
-    let options = WgpuOptions { selector: device_ids()[0].clone(), tier, arithmetic, faults, ..WgpuOptions::default() };
+    let selector = device_ids()[0].clone();
+    let options = WgpuOptions { selector, tier, arithmetic, faults, checked: true, ..WgpuOptions::default() };
     Box::new(WgpuBackend::open(&options).expect("a listed device opens"))
 }
 
@@ -128,6 +129,27 @@ fn table(backend: &dyn Backend) -> Vec<MatMulLine> {
     vec![line(Some(3), 1), line(None, 0)]
 }
 
+fn found(table: Vec<MatMulLine>) -> TunedMatMul {
+    TunedMatMul { shape: SHAPE, table, times: vec![(1, 4e4), (256, 9e5)] }
+}
+
+#[test]
+fn the_scheduler_begins_with_what_tuned_products_take() {
+    let folder = Folder::new("cost");
+    let backend = open(None, F32, Vec::new());
+    let saved = SavedTuning::new(&folder.0, backend.info()).expect("it has a choice");
+    let products = (vec![SHAPE, SHAPE], SHAPE);
+    let cost = |backend: &dyn Backend, products| cost_of(backend, &folder.0, products);
+    assert_eq!(cost(backend.as_ref(), &products), None, "nothing is tuned");
+    saved.keep(&[found(table(backend.as_ref()))]).expect("a folder to write to");
+    assert_eq!(cost(backend.as_ref(), &products), None, "the device has its own table still");
+    let backend = tuned(backend, &DeviceArgs::new("auto"), &folder.0, &[SHAPE], true).expect("the device is there");
+    let known = cost(backend.as_ref(), &products).expect("every product is tuned");
+    assert_eq!((known.curve()[0], known.curve()[8]), (8e4, 1.8e6));
+    let other = MatMulShape { rows: 71, ..SHAPE };
+    assert_eq!(cost(backend.as_ref(), &(vec![SHAPE], other)), None, "of no such output layer");
+}
+
 #[test]
 fn a_start_takes_what_was_kept_and_a_lost_device_has_it_still() {
     let folder = Folder::new("start");
@@ -140,7 +162,7 @@ fn a_start_takes_what_was_kept_and_a_lost_device_has_it_still() {
         backend.mat_mul_table(SHAPE)
     };
     assert_eq!(start(&[SHAPE]), own, "nothing is kept");
-    saved.keep(&vec![(SHAPE, kept.clone())]).expect("a folder to write to");
+    saved.keep(&[found(kept.clone())]).expect("a folder to write to");
     assert_eq!(start(&[SHAPE]), kept);
     assert_eq!(start(&[MatMulShape { rows: 71, ..SHAPE }]), own, "of no weight of this model");
 
@@ -149,7 +171,7 @@ fn a_start_takes_what_was_kept_and_a_lost_device_has_it_still() {
     assert_eq!(backend.mat_mul_table(SHAPE), kept);
 
     let unknown = MatMulLine::only("split 5x32").to_vec();
-    saved.keep(&vec![(SHAPE, unknown)]).expect("a folder to write to");
+    saved.keep(&[found(unknown)]).expect("a folder to write to");
     assert_eq!(start(&[SHAPE]), own, "no such kernel");
     fs::write(saved.path(), "{").expect("a file");
     assert_eq!(start(&[SHAPE]), own, "a damaged file");
@@ -161,7 +183,7 @@ fn a_tuned_kernel_that_is_wrong_is_left_out_at_start() {
     let right = open(Some(Tier::Base), F32, Vec::new());
     let (own, kept) = (right.mat_mul_table(SHAPE), table(right.as_ref()));
     let saved = SavedTuning::new(&folder.0, right.info()).expect("it has a choice");
-    saved.keep(&vec![(SHAPE, kept.clone())]).expect("a folder to write to");
+    saved.keep(&[found(kept.clone())]).expect("a folder to write to");
     let start = |verifies| {
         let fault =
             Fault { tier: Tier::Base, kernel: "mat_mul", from: "var total = vec4(0.0)", to: "var total = vec4(0.5)" };

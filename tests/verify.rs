@@ -131,8 +131,16 @@ fn load_within(max_memory_bytes: u64, config: EngineConfig) -> Result<(), String
     let bundle = Bundle::simulated();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
     let memory = memory_table(&bundle.config, &config, weights);
-    let plan =
-        Plan { name: "tiny".to_owned(), bundle, backend, config, memory, costs: None, times: StartTimes::default() };
+    let plan = Plan {
+        name: "tiny".to_owned(),
+        bundle,
+        backend,
+        config,
+        memory,
+        costs: None,
+        tuned_cost: None,
+        times: StartTimes::default(),
+    };
     plan.load_engine().map(|_| ()).map_err(|error| error.to_string())
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use fullbore_engine::backend::{Backend, WeightSpec};
 use fullbore_engine::op::{MatMul, Op};
 use fullbore_engine::tensor::{Tensor, Weight};
-use fullbore_engine::tuning::{MatMulKernel, MatMulLine, MatMulShape};
+use fullbore_engine::tuning::{MatMulKernel, MatMulLine, MatMulShape, TunedMatMul};
 
 use crate::ops::OpsError;
 use crate::ops::rig::Rig;
@@ -50,7 +50,7 @@ pub struct TunedClass {
 }
 
 /// The most rows of each class but the last.
-const CLASS_ENDS: [u32; 14] = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64];
+const CLASS_ENDS: [u32; 15] = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64];
 const LARGEST_END: u32 = CLASS_ENDS[CLASS_ENDS.len() - 1];
 /// Rows that stand for the last class.
 const MANY_ROWS: u32 = 256;
@@ -123,6 +123,14 @@ struct Candidate {
 impl Candidate {
     fn times(&self) -> Vec<f64> {
         self.measured.iter().map(|(_, samples)| median(&mut samples.clone()).expect("a pass")).collect()
+    }
+}
+
+impl TunedShape {
+    pub fn found(&self) -> TunedMatMul {
+        let mut times: Vec<(u32, f64)> = self.classes.iter().map(|class| (class.rows, class.ns)).collect();
+        times.dedup_by_key(|&mut (rows, _)| rows);
+        TunedMatMul { shape: self.shape, table: self.lines.clone(), times }
     }
 }
 

@@ -3,11 +3,13 @@
 //! Weights are read once a step, whatever the number of rows, so the price of rows is flat and then rises, with kinks
 //! where kernels change: a curve with knots at powers of two. Logits and context are priced beside it. Invariant: every
 //! price is finite and at least 0 and the curve never falls, so a step that grows never gets cheaper. Plain data of the
-//! plan tower: no clock, no device; who measures is [`fit`], and what is kept on disk is [`profile`].
+//! plan tower: no clock, no device; who measures is [`fit`], what is kept on disk is [`profile`], and what is known of
+//! a model before its first step is [`products`].
 
 use crate::op::ATTENTION_ROWS;
 
 pub mod fit;
+pub mod products;
 pub mod profile;
 
 pub use fit::CostFit;
@@ -199,6 +201,15 @@ impl CostModel {
 }
 
 const MAX_ROWS: u32 = 1 << (NUM_KNOTS - 1);
+
+/// On the straight lines through `points` of rows and nanoseconds, of which there are two or more; before the first and
+/// past the last the nearest line goes on.
+fn ns_on_lines(points: &[(u32, f64)], rows: u32) -> f64 {
+    let right = points.partition_point(|point| point.0 < rows).clamp(1, points.len() - 1);
+    let ((left_rows, left_ns), (right_rows, right_ns)) = (points[right - 1], points[right]);
+    let share = (f64::from(rows) - f64::from(left_rows)) / f64::from(right_rows - left_rows);
+    left_ns + (right_ns - left_ns) * share
+}
 
 #[cfg(test)]
 mod tests {

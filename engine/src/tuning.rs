@@ -43,6 +43,15 @@ pub struct MatMulLine {
     pub fills: bool,
 }
 
+/// What was found for a shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TunedMatMul {
+    pub shape: MatMulShape,
+    pub table: Vec<MatMulLine>,
+    /// Rows, and nanoseconds of a product by this table: at least two pairs, of rising rows and finite times.
+    pub times: Vec<(u32, f64)>,
+}
+
 impl MatMulLine {
     /// A table of one line.
     pub fn only(kernel: &str) -> [MatMulLine; 1] {

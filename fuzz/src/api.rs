@@ -46,7 +46,7 @@ fn served(template: &str) -> ServedModel {
     let memory = memory_table(&bundle.config, &config, 0);
     let backend = Box::new(SimBackend::new(SimOptions::default()));
     let (name, times) = ("sim-model".to_owned(), StartTimes::default());
-    let plan = Plan { name, bundle, backend, config, memory, costs: None, times };
+    let plan = Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times };
     plan.load().expect("the simulator loads")
 }
 

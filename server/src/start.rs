@@ -13,6 +13,7 @@ use std::time::Instant;
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError};
 use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
+use fullbore_engine::cost::CostModel;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes};
@@ -106,6 +107,8 @@ pub struct Plan {
     pub memory: MemoryTable,
     /// Where prices of steps are kept, if they are.
     pub costs: Option<SavedCosts>,
+    /// What is known of steps without those.
+    pub tuned_cost: Option<CostModel>,
     pub times: StartTimes,
 }
 
@@ -169,8 +172,15 @@ impl Opened {
         let keeps = !args.no_saved_costs && device.id != "sim";
         let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
         let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
-        Ok(Plan { name, bundle, backend, config, memory, costs, times })
+        let tuned_cost = if args.no_tuning { None } else { tuned_cost(backend.as_ref(), &bundle) };
+        Ok(Plan { name, bundle, backend, config, memory, costs, tuned_cost, times })
     }
+}
+
+/// What the model's products were seen to take when they were tuned on this device.
+fn tuned_cost(backend: &dyn Backend, bundle: &Bundle) -> Option<CostModel> {
+    let products = Weights::products(&bundle.config, &bundle.checkpoint)?;
+    tuning::cost_of(backend, &tuning::folder().ok()?, &products)
 }
 
 /// The model that `args` ask for, for a device of this id.
@@ -264,7 +274,7 @@ impl Plan {
         if let Some(neighbours) = neighbours {
             engine.set_neighbours(neighbours);
         }
-        if let Some(cost) = self.costs.as_ref().and_then(SavedCosts::read) {
+        if let Some(cost) = self.costs.as_ref().and_then(SavedCosts::read).or(self.tuned_cost) {
             engine.set_cost(cost);
         }
         let grammars = GrammarCompiler::new(tokenizer.clone(), stop_ids.clone(), engine.model().config.vocab_size);

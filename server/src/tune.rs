@@ -12,6 +12,7 @@ use fullbore_bench::tune::{TuneOptions, TunedShape, tune};
 use fullbore_engine::backend::{Backend, DeviceError};
 use fullbore_engine::model::Weights;
 use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::tuning::TunedMatMul;
 use fullbore_engine::verify::device::Device;
 use fullbore_engine::verify::mat_mul::by_kernel;
 use fullbore_engine::verify::{Check, twin};
@@ -60,10 +61,10 @@ pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
         cold_bytes: COLD_BYTES,
     };
     let tuned = tune(backend.as_mut(), &options, &mut |shape| print!("{shape}"))?;
-    let tables = tuned.into_iter().map(|TunedShape { shape, lines, .. }| (shape, lines)).collect();
+    let found = tuned.iter().map(TunedShape::found).collect::<Vec<TunedMatMul>>();
     let write = |source| TuneError::Write { path: saved.path().to_owned(), source };
-    saved.keep(&tables).map_err(write)?;
-    println!("{} shapes are tuned; the next start uses {}", tables.len(), saved.path().display());
+    saved.keep(&found).map_err(write)?;
+    println!("{} shapes are tuned; the next start uses {}", found.len(), saved.path().display());
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-//! Which matmul kernels are fastest on a device, kept in the cache folder from `fullbore tune` to the next starts.
+//! Which matmul kernels are fastest on a device, and what they take, kept in the cache folder from `fullbore tune` to
+//! the next starts.
 //!
 //! Invariant: a file is read only if it is whole and of this adapter, this driver and these kernels; any other is
 //! ignored with a warning, and the device's own choice stays. Nothing here measures.
@@ -9,8 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use fullbore_engine::backend::{Backend, DeviceInfo};
+use fullbore_engine::cost::CostModel;
+use fullbore_engine::cost::products::{ProductTimes, cost_of_products};
 use fullbore_engine::tensor::WeightFormat;
-use fullbore_engine::tuning::{MatMulLine, MatMulShape};
+use fullbore_engine::tuning::{MatMulLine, MatMulShape, TunedMatMul};
 use fullbore_engine::verify::Case;
 use fullbore_engine::verify::mat_mul::by_kernel;
 use fullbore_engine::verify::start::tried;
@@ -57,10 +60,8 @@ struct Entry {
     n: u32,
     k: u32,
     table: Vec<MatMulLine>,
+    ns_at_rows: Vec<(u32, f64)>,
 }
-
-/// A table for each shape that was tuned.
-pub type Tables = Vec<(MatMulShape, Vec<MatMulLine>)>;
 
 impl SavedTuning {
     /// In `folder`; `None` for a device that has no choice of kernels.
@@ -79,44 +80,49 @@ impl SavedTuning {
     }
 
     /// What was tuned before; nothing if there is no file, or one of no use.
-    pub fn read(&self) -> Tables {
+    pub fn read(&self) -> Vec<TunedMatMul> {
         match self.parse() {
-            Ok(tables) => tables,
+            Ok(found) => found,
             Err(problem) => {
                 let path = self.path.display();
                 tracing::warn!(%path, problem, "this tuning is of no use: `fullbore tune` makes a new one");
-                Tables::new()
+                Vec::new()
             }
         }
     }
 
-    fn parse(&self) -> Result<Tables, String> {
+    fn parse(&self) -> Result<Vec<TunedMatMul>, String> {
         let text = match fs::read_to_string(&self.path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Tables::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error.to_string()),
         };
         let file: File = serde_json::from_str(&text).map_err(|error| format!("it is damaged: {error}"))?;
         if file.device != self.device {
             return Err("it is of another device or driver, or of other kernels".to_owned());
         }
-        let table = |entry: Entry| {
+        let found = |entry: Entry| {
             let format = WeightFormat::from_name(&entry.format);
             let format = format.ok_or_else(|| format!("it has weights of {}", entry.format))?;
-            Ok((MatMulShape { format, rows: entry.n, cols: entry.k }, entry.table))
+            let rises = entry.ns_at_rows.windows(2).all(|pair| pair[0].0 < pair[1].0);
+            if !rises || entry.ns_at_rows.len() < 2 || entry.ns_at_rows.iter().any(|(_, ns)| !ns.is_finite()) {
+                return Err(format!("it has times of {:?}", entry.ns_at_rows));
+            }
+            let shape = MatMulShape { format, rows: entry.n, cols: entry.k };
+            Ok(TunedMatMul { shape, table: entry.table, times: entry.ns_at_rows })
         };
-        file.mat_muls.into_iter().map(table).collect()
+        file.mat_muls.into_iter().map(found).collect()
     }
 
-    /// Keeps `tables`, beside those of other shapes that are there.
-    pub fn keep(&self, tables: &Tables) -> io::Result<()> {
-        let is_new = |shape: &MatMulShape| tables.iter().any(|(new, _)| new == shape);
+    /// Keeps what was `found`, beside what there is of other shapes.
+    pub fn keep(&self, found: &[TunedMatMul]) -> io::Result<()> {
+        let is_new = |shape: MatMulShape| found.iter().any(|new| new.shape == shape);
         let mut all = self.read();
-        all.retain(|(shape, _)| !is_new(shape));
-        all.extend(tables.iter().cloned());
-        let entry = |(shape, table): (MatMulShape, Vec<MatMulLine>)| {
+        all.retain(|old| !is_new(old.shape));
+        all.extend(found.iter().cloned());
+        let entry = |TunedMatMul { shape, table, times }: TunedMatMul| {
             let MatMulShape { format, rows, cols } = shape;
-            Entry { format: format.name().to_owned(), n: rows, k: cols, table }
+            Entry { format: format.name().to_owned(), n: rows, k: cols, table, ns_at_rows: times }
         };
         let file = File { device: self.device.clone(), mat_muls: all.into_iter().map(entry).collect() };
         files::write_whole(&self.path, &(serde_json::json!(file).to_string() + "\n"))
@@ -133,15 +139,15 @@ pub fn tuned(
     verifies: bool,
 ) -> Result<Box<dyn Backend>, StartError> {
     let Some(saved) = SavedTuning::new(folder, backend.info()) else { return Ok(backend) };
-    let mut tables = saved.read();
-    tables.retain(|(shape, table)| shapes.contains(shape) && is_accepted(backend.as_mut(), *shape, table));
-    if tables.is_empty() {
+    let mut found = saved.read();
+    found.retain(|one| shapes.contains(&one.shape) && is_accepted(backend.as_mut(), one));
+    if found.is_empty() {
         return Ok(backend);
     }
     let path = saved.path().display();
     if verifies {
         let info = backend.info().clone();
-        match tried(&cases(backend.as_ref(), &tables), backend)? {
+        match tried(&cases(backend.as_ref(), &found), backend)? {
             Ok(right) => backend = right,
             Err(what) => {
                 tracing::warn!(%path, what, "a tuned kernel computes wrongly: going on as if nothing were tuned");
@@ -149,27 +155,44 @@ pub fn tuned(
             }
         }
     }
-    let (num_tuned, num_shapes) = (tables.len(), shapes.len());
+    let (num_tuned, num_shapes) = (found.len(), shapes.len());
     tracing::info!(%path, "matmul kernels as tuned for {num_tuned} of {num_shapes} shapes of weights");
     Ok(backend)
 }
 
 /// Hands `backend` a table; one that names what the backend does not have is passed over with a warning.
-fn is_accepted(backend: &mut dyn Backend, shape: MatMulShape, table: &[MatMulLine]) -> bool {
-    let result = backend.set_mat_mul_table(shape, table);
+fn is_accepted(backend: &mut dyn Backend, found: &TunedMatMul) -> bool {
+    let shape = found.shape;
+    let result = backend.set_mat_mul_table(shape, &found.table);
     if let Err(problem) = &result {
         tracing::warn!(?shape, problem, "a tuned table is of no use: run `fullbore tune` again");
     }
     result.is_ok()
 }
 
-/// Every kernel of `tables`, once for each format of weights.
-fn cases(backend: &dyn Backend, tables: &Tables) -> Vec<Case> {
+/// What steps of a model would take at the least, if each of its `products`, those of the layers and the output
+/// layer's, was tuned on this device with the tables that it has now.
+pub fn cost_of(
+    backend: &dyn Backend,
+    folder: &Path,
+    (layers, output): &(Vec<MatMulShape>, MatMulShape),
+) -> Option<CostModel> {
+    let found = SavedTuning::new(folder, backend.info())?.read();
+    let is_used = |one: &&TunedMatMul| backend.mat_mul_table(one.shape) == one.table;
+    let times = |shape: &MatMulShape| -> Option<&ProductTimes> {
+        found.iter().filter(is_used).find(|one| one.shape == *shape).map(|one| one.times.as_slice())
+    };
+    let layers = layers.iter().map(times).collect::<Option<Vec<_>>>()?;
+    Some(cost_of_products(&layers, times(output)?))
+}
+
+/// Every kernel of what was `found`, once for each format of weights.
+fn cases(backend: &dyn Backend, found: &[TunedMatMul]) -> Vec<Case> {
     let mut cases = Vec::new();
     for format in WeightFormat::ALL {
-        let of_format = tables.iter().filter(|(shape, _)| shape.format == format);
+        let of_format = found.iter().filter(|one| one.shape.format == format);
         let named: HashSet<&str> =
-            of_format.flat_map(|(_, table)| table.iter().map(|line| line.kernel.as_str())).collect();
+            of_format.flat_map(|one| one.table.iter().map(|line| line.kernel.as_str())).collect();
         let kernels = backend.mat_mul_kernels(format);
         let named = kernels.iter().filter(|kernel| named.contains(kernel.name.as_str()));
         cases.extend(named.map(|kernel| by_kernel(format, kernel)));
@@ -202,9 +225,9 @@ mod tests {
         SavedTuning::new(&folder.0, &device).expect("it has kernels")
     }
 
-    fn table(rows: u32, kernel: &str) -> (MatMulShape, Vec<MatMulLine>) {
+    fn table(rows: u32, kernel: &str) -> TunedMatMul {
         let shape = MatMulShape { format: WeightFormat::Q4K, rows, cols: 512 };
-        (shape, MatMulLine::only(kernel).to_vec())
+        TunedMatMul { shape, table: MatMulLine::only(kernel).to_vec(), times: vec![(1, 5e3), (64, 7.5e4)] }
     }
 
     #[test]
@@ -212,12 +235,12 @@ mod tests {
         let folder = Folder::new("again");
         let one = saved(&folder, "1", "a");
         assert!(one.read().is_empty());
-        one.keep(&vec![table(64, "split 4x32"), table(96, "tile 64x128")]).expect("a folder to write to");
-        one.keep(&vec![table(64, "split 8x32")]).expect("a folder to write to");
+        one.keep(&[table(64, "split 4x32"), table(96, "tile 64x128")]).expect("a folder to write to");
+        one.keep(&[table(64, "split 8x32")]).expect("a folder to write to");
         assert_eq!(one.read(), [table(96, "tile 64x128"), table(64, "split 8x32")]);
         assert!(saved(&folder, "2", "a").read().is_empty(), "another driver");
         assert!(saved(&folder, "1", "b").read().is_empty(), "other kernels");
-        saved(&folder, "1", "b").keep(&vec![table(32, "split 1x32")]).expect("it is replaced");
+        saved(&folder, "1", "b").keep(&[table(32, "split 1x32")]).expect("it is replaced");
         assert_eq!(saved(&folder, "1", "b").read(), [table(32, "split 1x32")]);
         assert_eq!(fs::read_dir(&folder.0).expect("the folder").count(), 1);
     }
@@ -226,7 +249,7 @@ mod tests {
     fn a_damaged_file_is_ignored_and_replaced() {
         let folder = Folder::new("damaged");
         let one = saved(&folder, "1", "a");
-        one.keep(&vec![table(64, "split 4x32")]).expect("a folder to write to");
+        one.keep(&[table(64, "split 4x32")]).expect("a folder to write to");
         let whole = fs::read(one.path()).expect("it was written");
         for length in 0..whole.len() - 1 {
             fs::write(one.path(), &whole[..length]).expect("a file");
@@ -234,7 +257,7 @@ mod tests {
         }
         fs::write(one.path(), [0xff; 64]).expect("a file");
         assert!(one.read().is_empty(), "no text");
-        one.keep(&vec![table(64, "split 4x32")]).expect("it is replaced");
+        one.keep(&[table(64, "split 4x32")]).expect("it is replaced");
         assert_eq!(fs::read(one.path()).expect("it was written"), whole);
     }
 

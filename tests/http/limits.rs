@@ -77,6 +77,7 @@ impl Provoked {
             config,
             memory,
             costs: None,
+            tuned_cost: None,
             times: StartTimes::default(),
         };
         // All of it but the engine, whose prices a plan does not know.

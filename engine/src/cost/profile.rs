@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::cost::{CostModel, NUM_KNOTS, Prices, StepShape};
+use crate::cost::{CostModel, NUM_KNOTS, Prices, StepShape, ns_on_lines};
 
 /// Of the form of the file.
 pub const VERSION: u32 = 1;
@@ -257,7 +257,7 @@ impl Section {
             ns_per_attended_token: self.price("ns_per_attended_token")?,
             ns_per_loaded_token: self.price("ns_per_loaded_token")?,
         };
-        Ok(CostModel::new(std::array::from_fn(|knot| ns_at(&points, 1 << knot)), prices))
+        Ok(CostModel::new(std::array::from_fn(|knot| ns_on_lines(&points, 1 << knot)), prices))
     }
 
     fn end(self) -> Result<(), BadProfile> {
@@ -266,14 +266,6 @@ impl Section {
             Some(name) => Err(self.bad(name, "is no field of a profile; remove it or correct its name")),
         }
     }
-}
-
-/// On the straight lines through `points`, of which there are two or more.
-fn ns_at(points: &[(u32, f64)], rows: u32) -> f64 {
-    let right = points.partition_point(|point| point.0 < rows).clamp(1, points.len() - 1);
-    let ((left_rows, left_ns), (right_rows, right_ns)) = (points[right - 1], points[right]);
-    let share = (f64::from(rows) - f64::from(left_rows)) / f64::from(right_rows - left_rows);
-    left_ns + (right_ns - left_ns) * share
 }
 
 #[cfg(test)]

@@ -128,6 +128,15 @@ impl Weights {
         shapes
     }
 
+    /// What a step multiplies by: each matrix of the layers, and the output layer's; `None` without the latter.
+    pub fn products(config: &ModelConfig, checkpoint: &Checkpoint) -> Option<(Vec<MatMulShape>, MatMulShape)> {
+        let num_ends = ENDS.iter().filter(|name| checkpoint.format(name).is_some()).count();
+        let specs = Self::specs(config, checkpoint);
+        let shape = |&WeightSpec { format, rows, cols, .. }: &WeightSpec| MatMulShape { format, rows, cols };
+        let layers = specs[..specs.len() - num_ends].iter().map(shape).collect();
+        specs.last().filter(|_| num_ends > 0).map(|output| (layers, shape(output)))
+    }
+
     /// Bytes that loading reads of matrices, as they are handed to a backend.
     pub fn file_bytes(config: &ModelConfig, checkpoint: &Checkpoint) -> u64 {
         let bytes = |name: &str, rows: u32, cols: u32| {

@@ -159,8 +159,8 @@ mod tests {
         let config = EngineConfig { max_model_len: 1024, num_blocks: 256, ..EngineConfig::default() };
         let memory = memory_table(&bundle.config, &config, 0);
         let backend = Box::new(SimBackend::new(SimOptions::default()));
-        let name = "sim".to_owned();
-        let plan = Plan { name, bundle, backend, config, memory, costs: None, times: StartTimes::default() };
+        let (name, times) = ("sim".to_owned(), StartTimes::default());
+        let plan = Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times };
         plan.load().expect("the simulator loads")
     }
 

@@ -152,7 +152,7 @@ impl Served {
         let steps = backend.steps();
         let memory = start::memory_table(&bundle.config, &config, 0);
         let (name, backend, times) = (bundle.name.clone(), Box::new(backend), StartTimes::default());
-        let model = Plan { name, bundle, backend, config, memory, costs: None, times }.load()?;
+        let model = Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times }.load()?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let server = runtime.block_on(Server::start(host, 0, Entrance::default())).map_err(Box::new)?;
