@@ -9,13 +9,16 @@
 // (ROWS, 256 * ROUNDS) activations in fours along K; at the end partial sums of four rows, by (four, split, lane).
 var<workgroup> memory: array<vec4<f32>, {{MEMORY}}>;
 
-// Stages K from `first` on; of rows beyond the last the last one.
+// Stages K from `first` on; of rows beyond the last the last one. A lane writes whole fours: to write a component may
+// write its neighbours too.
 fn stage(row: u32, first: u32, local: u32) {
-    for (var i = local; i < {{ROWS}}u * {{STAGE_K}}u; i += 256u) {
-        let k = first + i % {{STAGE_K}}u;
-        let x_row = min(row + i / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
-        let value = x[params.x + x_row + min(k, params.inner - 1u)];
-        memory[i / 4u][i % 4u] = select(0.0, value, k < params.inner);
+    for (var i = local; i < {{ROWS}}u * {{STAGE_K}}u / 4u; i += 256u) {
+        let k = first + i * 4u % {{STAGE_K}}u;
+        let x_row = params.x + min(row + i * 4u / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
+#for J 4
+        let value_{{J}} = select(0.0, x[x_row + min(k + {{J}}u, params.inner - 1u)], k + {{J}}u < params.inner);
+#endfor
+        memory[i] = vec4(value_0, value_1, value_2, value_3);
     }
 }
 

@@ -14,10 +14,12 @@ var<workgroup> partials: array<vec4<f32>, 256>;
 // Stages K from `first` on; of rows beyond the last the last one.
 fn stage(row: u32, first: u32, local: u32) {
     let k = first + local;
-    for (var i = 0u; i < {{ROWS}}u; i++) {
-        let x_row = min(row + i, params.num_rows - 1u) * params.inner;
-        let value = x[params.x + x_row + min(k, params.inner - 1u)];
-        memory[i / 4u * 256u + local][i % 4u] = rounded(select(0.0, value, k < params.inner));
+    for (var four = 0u; four < {{GROUPS}}u; four++) {
+#for R 4
+        let x_row_{{R}} = params.x + min(row + four * 4u + {{R}}u, params.num_rows - 1u) * params.inner;
+        let value_{{R}} = rounded(select(0.0, x[x_row_{{R}} + min(k, params.inner - 1u)], k < params.inner));
+#endfor
+        memory[four * 256u + local] = vec4(value_0, value_1, value_2, value_3);
     }
 }
 

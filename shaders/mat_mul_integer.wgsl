@@ -14,7 +14,9 @@ const ONES = 0x01010101u;
 var<workgroup> words: array<vec4<u32>, {{ROWS}} * {{ROUNDS}} * 16>;
 // (row, unit of the stage): the scale, then scaled sums of 16 values each.
 var<workgroup> factors: array<vec4<f32>, {{ROWS}} * {{ROUNDS}} * 8>;
+// Of what is being staged, by lane.
 var<workgroup> largest: array<f32, 256>;
+var<workgroup> staged: array<u32, 256>;
 // (split, lane), of four rows.
 var<workgroup> partials: array<vec4<f32>, 256>;
 
@@ -23,7 +25,8 @@ fn first_of(w: u32) -> u32 {
     return w / STEP * STEP * 4u + w % STEP;
 }
 
-// Stages units from `first` on, 32 of all rows at a time; of rows beyond the last the last one.
+// Stages units from `first` on, 32 of all rows at a time; of rows beyond the last the last one. Whole fours are
+// written, by one lane of eight: to write a component may write its neighbours too.
 fn stage(row: u32, first: u32, local: u32) {
     for (var chunk = 0u; chunk < {{CHUNKS}}u; chunk++) {
         let place = chunk * 32u + local / 8u;
@@ -44,19 +47,20 @@ fn stage(row: u32, first: u32, local: u32) {
             most = max(most, largest[local / 8u * 8u + other]);
         }
         let scale = most / 127.0;
-        let codes = round(values * select(127.0 / most, 0.0, most == 0.0));
-        words[place * 2u + w / 4u][w % 4u] = pack4xI8(vec4<i32>(codes));
+        // What is smaller has no inverse in f32.
+        let codes = round(values * select(127.0 / most, 0.0, most < 1e-36));
+        staged[local] = pack4xI8(vec4<i32>(codes));
         workgroupBarrier();
-        if w < 2u {
-            let half = words[place * 2u + w];
-            var sum = 0;
+        if w == 0u {
+#for H 2
+            var sum_{{H}} = 0;
 #for T 4
-            sum += dot4I8Packed(half[{{T}}], ONES);
+            let word_{{H}}_{{T}} = staged[local + {{H}}u * 4u + {{T}}u];
+            sum_{{H}} += dot4I8Packed(word_{{H}}_{{T}}, ONES);
 #endfor
-            factors[place][w + 1u] = scale * f32(sum);
-        }
-        if w == 2u {
-            factors[place][0] = scale;
+            words[place * 2u + {{H}}u] = vec4(word_{{H}}_0, word_{{H}}_1, word_{{H}}_2, word_{{H}}_3);
+#endfor
+            factors[place] = vec4(scale, scale * f32(sum_0), scale * f32(sum_1), 0.0);
         }
     }
 }

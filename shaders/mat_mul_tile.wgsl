@@ -5,9 +5,9 @@
 // here one after another, with the same bits. In f16 it does what `mat_mul_f16.wgsl` does.
 #include "mat_mul_io.wgsl"
 
-// (16 of K, 16 fours of rows)
+// Fours along K, which one lane writes whole. (4, 64 rows)
 var<workgroup> x_tile: array<vec4<f{{BITS}}>, 256>;
-// (16 of K, 32 fours of columns)
+// (4, 128 columns)
 var<workgroup> w_tile: array<vec4<f{{BITS}}>, 512>;
 
 @compute @workgroup_size(256)
@@ -30,22 +30,18 @@ fn main(
     let w_column = local % 128u;
     let w_part = local / 128u;
     let packed_column = min((column + w_column) / 32u, (params.shard_cols - 1u) / 32u) * 32u + local % 32u;
-    // What it computes: four rows, four columns and four columns 64 further on.
+    // What it computes: four rows, and eight columns 16 apart.
     let four_rows = local / 16u;
-    let four_columns = local % 16u;
-#for R 4
-#for C 2
-    var total_{{R}}_{{C}} = vec4(0.0);
-#endfor
+    let first_column = local % 16u;
+#for C 8
+    var total_{{C}} = vec4(0.0);
 #endfor
     for (var split = 0u; split < 8u; split++) {
-#for R 4
-#for C 2
-        var sum_{{R}}_{{C}} = vec4(0.0);
+#for C 8
+        var sum_{{C}} = vec4(0.0);
 #if BITS == 16
-        var of_unit_{{R}}_{{C}} = vec4(0.0h);
+        var of_unit_{{C}} = vec4(0.0h);
 #endif
-#endfor
 #endfor
         // By halves of a unit.
         for (var piece = split * 2u; piece < params.num_units * 2u; piece += select(15u, 1u, piece % 2u == 0u)) {
@@ -59,61 +55,49 @@ fn main(
             let x_{{J}} = select(0.0, x[x_from + min(k + {{J}}u, params.inner - 1u)], k + {{J}}u < params.inner);
 #endfor
             workgroupBarrier();
-#for J 4
 #if BITS == 16
-            x_tile[(x_part * 4u + {{J}}u) * 16u + x_row / 4u][x_row % 4u] = rounded(x_{{J}});
+            x_tile[x_part * 64u + x_row] = vec4(rounded(x_0), rounded(x_1), rounded(x_2), rounded(x_3));
 #else
-            x_tile[(x_part * 4u + {{J}}u) * 16u + x_row / 4u][x_row % 4u] = x_{{J}};
+            x_tile[x_part * 64u + x_row] = vec4(x_0, x_1, x_2, x_3);
 #endif
-#endfor
 #for H 2
-#for J 4
-            w_tile[(w_part * 8u + {{H}}u * 4u + {{J}}u) * 32u + w_column / 4u][w_column % 4u] =
-                f{{BITS}}(weights[{{H}}][{{J}}]);
-#endfor
+            w_tile[(w_part * 2u + {{H}}u) * 128u + w_column] = vec4<f{{BITS}}>(weights[{{H}}]);
 #endfor
             workgroupBarrier();
-            for (var first = 0u; first < 16u; first += 4u) {
-#for J 4
-                {
-                    let rows = x_tile[(first + {{J}}u) * 16u + four_rows];
-#for C 2
-                    let columns_{{C}} = w_tile[(first + {{J}}u) * 32u + {{C}}u * 16u + four_columns];
-#endfor
+            for (var four = 0u; four < 4u; four++) {
 #for R 4
-#for C 2
+                let x_of_{{R}} = x_tile[four * 64u + four_rows * 4u + {{R}}u];
+#endfor
+#for J 4
+                let rows_{{J}} = vec4(x_of_0[{{J}}], x_of_1[{{J}}], x_of_2[{{J}}], x_of_3[{{J}}]);
+#endfor
+#for C 8
+                let w_{{C}} = w_tile[four * 128u + {{C}}u * 16u + first_column];
+#for J 4
 #if BITS == 16
-                    of_unit_{{R}}_{{C}} = fma(vec4(rows[{{R}}]), columns_{{C}}, of_unit_{{R}}_{{C}});
+                of_unit_{{C}} = fma(rows_{{J}}, vec4(w_{{C}}[{{J}}]), of_unit_{{C}});
 #else
-                    sum_{{R}}_{{C}} = fma(vec4(rows[{{R}}]), columns_{{C}}, sum_{{R}}_{{C}});
+                sum_{{C}} = fma(rows_{{J}}, vec4(w_{{C}}[{{J}}]), sum_{{C}});
 #endif
 #endfor
-#endfor
-                }
 #endfor
             }
 #if BITS == 16
             if piece % 2u == 1u {
-#for R 4
-#for C 2
-                sum_{{R}}_{{C}} += vec4<f32>(of_unit_{{R}}_{{C}});
-                of_unit_{{R}}_{{C}} = vec4(0.0h);
-#endfor
+#for C 8
+                sum_{{C}} += vec4<f32>(of_unit_{{C}});
+                of_unit_{{C}} = vec4(0.0h);
 #endfor
             }
 #endif
         }
-#for R 4
-#for C 2
-        total_{{R}}_{{C}} += sum_{{R}}_{{C}};
-#endfor
+#for C 8
+        total_{{C}} += sum_{{C}};
 #endfor
     }
+#for C 8
 #for R 4
-#for C 2
-#for J 4
-    store(row + four_rows * 4u + {{R}}u, column + {{C}}u * 64u + four_columns * 4u + {{J}}u, total_{{R}}_{{C}}[{{J}}]);
-#endfor
+    store(row + four_rows * 4u + {{R}}u, column + {{C}}u * 16u + first_column, total_{{C}}[{{R}}]);
 #endfor
 #endfor
 }

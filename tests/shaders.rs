@@ -12,8 +12,13 @@ use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 use fullbore_engine::verify::attention::Planned;
-use fullbore_shaders::{Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier, compose, reflect};
+use fullbore_engine::verify::start::MAT_MUL_ROWS;
+use fullbore_shaders::{
+    Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MatrixUnits, Tier, compose, reflect, validate,
+};
 use half::f16;
+use naga::valid::{FunctionInfo, ModuleInfo};
+use naga::{AddressSpace, Statement, TypeInner};
 
 use crate::device::planned;
 use crate::random::Random;
@@ -29,6 +34,8 @@ fn every_variant_validates() {
             let (name, constants) = kernel.source(tier);
             let text = compose(name, &constants).unwrap_or_else(|error| panic!("{tier:?} {kernel:?}: {error}"));
             let reflection = reflect(&text, kernel.extras(tier)).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
+            let (module, info) = validate(&text, kernel.extras(tier)).expect("it was just reflected");
+            assert!(!writes_shared_components(&module, &info), "{tier:?} {kernel:?}: a vector in workgroup memory");
             assert!(reflection.workgroup_bytes <= MAX_GROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
             assert!(
                 reflection.workgroup_size.iter().product::<u32>() <= MAX_GROUP_LANES,
@@ -36,6 +43,67 @@ fn every_variant_validates() {
             );
             assert!(reflection.params_bytes <= 64, "{tier:?} {kernel:?}: {reflection:?}");
             assert!((1..=8).contains(&reflection.storage.len()), "{tier:?} {kernel:?}: {reflection:?}");
+        }
+    }
+}
+
+/// Whether a component of a vector in workgroup memory is written. WGSL lets such a write touch the whole vector, so
+/// that invocations that write its components side by side race, on Metal and DX12 indeed.
+fn writes_shared_components(module: &naga::Module, info: &ModuleInfo) -> bool {
+    fn writes(block: &naga::Block, info: &FunctionInfo, types: &naga::UniqueArena<naga::Type>) -> bool {
+        let inner = |block| writes(block, info, types);
+        block.iter().any(|statement| match statement {
+            Statement::Store { pointer, .. } => matches!(
+                info[*pointer].ty.inner_with(types),
+                TypeInner::ValuePointer { size: None, space: AddressSpace::WorkGroup, .. }
+            ),
+            Statement::Block(block) => inner(block),
+            Statement::If { accept, reject, .. } => inner(accept) || inner(reject),
+            Statement::Switch { cases, .. } => cases.iter().any(|case| inner(&case.body)),
+            Statement::Loop { body, continuing, .. } => inner(body) || inner(continuing),
+            _ => false,
+        })
+    }
+    let mut functions = module.functions.iter().map(|(handle, function)| (&function.body, &info[handle]));
+    let points = module.entry_points.iter().enumerate();
+    let mut points = points.map(|(index, point)| (&point.function.body, info.get_entry_point(index)));
+    functions.any(|(body, info)| writes(body, info, &module.types))
+        || points.any(|(body, info)| writes(body, info, &module.types))
+}
+
+#[test]
+fn a_written_component_of_workgroup_memory_is_seen() {
+    let seen = |statement: &str| {
+        let text = format!(
+            "var<workgroup> fours: array<vec4<f32>, 8>; var<workgroup> ones: array<f32, 8>;
+            fn put(i: u32) {{ if i > 1u {{ {statement} }} }}
+            @compute @workgroup_size(8) fn main(@builtin(local_invocation_index) i: u32) {{ put(i); }}"
+        );
+        let (module, info) = validate(&text, Extras::default()).unwrap_or_else(|error| panic!("{error}"));
+        writes_shared_components(&module, &info)
+    };
+    assert!(seen("fours[i / 4u][i % 4u] = 1.0;") && seen("fours[i].x = 1.0;"));
+    assert!(!seen("fours[i] = vec4(1.0);") && !seen("ones[i] = fours[i].x;"));
+    assert!(!seen("var own = vec4(0.0); own.x = 1.0; fours[i] = own;"));
+}
+
+/// Or a kernel that is wrong on a device is found by a client.
+#[test]
+fn a_start_tries_every_matmul_kernel_of_a_tiers_own_table() {
+    let units = MatrixUnits { size: 16, subgroup_lanes: 32 };
+    for tier in Tier::ALL {
+        for arithmetic in [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot, Arithmetic::MatrixUnits(units)] {
+            let choices = tier.mat_mul_choices(arithmetic);
+            let mut tried = Vec::new();
+            for mut left in MAT_MUL_ROWS {
+                while left > 0 {
+                    let choice = choices.iter().find(|choice| choice.max_rows >= left).expect("the last has no bound");
+                    tried.push(choice.variant);
+                    left -= choice.takes(left);
+                }
+            }
+            let missed = choices.iter().find(|choice| !tried.contains(&choice.variant));
+            assert_eq!(missed, None, "{tier:?} {arithmetic:?}");
         }
     }
 }
@@ -364,13 +432,13 @@ fn element_wise_ops_do_what_they_say() {
 #[test]
 fn a_grid_may_be_longer_than_one_dimension() {
     let mut rig = rigs().remove(0);
-    let count = 65_535 * 64 + 100;
-    let up: Vec<f32> = (0..count).map(|index| (index % 1000) as f32).collect();
-    let out = rig.zeros(1, count);
-    let gate_up = rig.floats(&[&vec![20.0; count as usize], &up[..]].concat(), 2 * count);
-    let op = GatedAct { gate_up, activation: Activation::Silu, out };
+    let (rows, cols) = (65_535 + 100, 3);
+    let ups: Vec<f32> = (0..rows * cols).map(|index| (index % 1000) as f32).collect();
+    let out = rig.zeros(rows, cols);
+    let gate_up: Vec<f32> = ups.chunks(cols as usize).flat_map(|ups| [&[20.0; 3], ups].concat()).collect();
+    let op = GatedAct { gate_up: rig.floats(&gate_up, 2 * cols), activation: Activation::Silu, out };
     let got = rig.run(&[Op::GatedAct(op)], out);
-    assert!(got.iter().zip(&up).all(|(got, up)| (got - 20.0 * up).abs() <= 1e-4 * up));
+    assert!(got.iter().zip(&ups).all(|(got, up)| (got - 20.0 * up).abs() <= 1e-4 * up));
 }
 
 #[test]
