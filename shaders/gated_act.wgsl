@@ -1,12 +1,15 @@
-// `out = activation(gate) * up`, element by element; one invocation an element.
+// `out = activation(gate) * up`; a workgroup makes up to `span` columns of a row. Rows are divided into a power of two
+// of parts, so that no lane divides to find its row: software Vulkan divides integers lane by lane.
 #include "grid.wgsl"
 
 struct Params {
     gate_up: u32,
     out: u32,
     // Of out.
+    rows: u32,
     cols: u32,
-    num_elements: u32,
+    parts_log2: u32,
+    span: u32,
     // 0: silu, 1: gelu by the tanh approximation.
     activation: u32,
 }
@@ -17,14 +20,12 @@ struct Params {
 // (tokens, cols)
 @group(0) @binding(1) var<storage, read_write> out: array<f32>;
 
-fn silu(v: f32) -> f32 {
-    return v / (1.0 + exp(-v));
-}
-
-// tanh is clamped because some drivers overflow beyond; at 10 it is 1 in f32.
-fn gelu_tanh(v: f32) -> f32 {
-    let inner = clamp(0.7978845608028654 * (v + 0.044715 * v * v * v), -10.0, 10.0);
-    return 0.5 * v * (1.0 + tanh(inner));
+// Both are v times a sigmoid: silu of v, gelu of 2y, for (1 + tanh(y)) / 2 is the sigmoid of 2y. The exponent is held
+// below what overflows f32, of which some drivers make no infinity.
+fn activated(v: f32) -> f32 {
+    let gelu = 1.5957691216057308 * (v + 0.044715 * v * v * v);
+    let exponent = select(-v, -gelu, params.activation == 1u);
+    return v / (1.0 + exp(min(exponent, 80.0)));
 }
 
 @compute @workgroup_size(64)
@@ -33,14 +34,16 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let i = workgroup_index(group, groups) * 64u + lane;
-    if i < params.num_elements {
-        let at = params.gate_up + i + i / params.cols * params.cols;
-        let g = gate_up[at];
-        var activated = silu(g);
-        if params.activation == 1u {
-            activated = gelu_tanh(g);
-        }
-        out[params.out + i] = activated * gate_up[at + params.cols];
+    let index = workgroup_index(group, groups);
+    let row = index >> params.parts_log2;
+    if row >= params.rows {
+        return;
+    }
+    let part = index & ((1u << params.parts_log2) - 1u);
+    let gate = params.gate_up + row * 2u * params.cols;
+    let to = params.out + row * params.cols;
+    let end = min((part + 1u) * params.span, params.cols);
+    for (var i = part * params.span + lane; i < end; i += 64u) {
+        out[to + i] = activated(gate_up[gate + i]) * gate_up[gate + params.cols + i];
     }
 }

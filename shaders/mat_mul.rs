@@ -177,7 +177,7 @@ impl Tier {
             Arithmetic::MatrixUnits(units) => {
                 let few = GPU_CHOICES.into_iter().filter(|choice| choice.max_rows < LEAST_MATRIX_ROWS);
                 let matrix = |rows| MatMulVariant::Matrix { units, rows };
-                few.chain([all(16, matrix(16)), all(u32::MAX, matrix(64))]).collect()
+                few.chain([all(16, matrix(16)), whole(matrix(64))]).collect()
             }
         }
     }

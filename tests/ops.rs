@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use fullbore_engine::backend::wgpu::{Tier, WgpuBackend, WgpuOptions, devices, mask_to_webgpu};
+use fullbore_engine::backend::wgpu::{Features, Tier, WgpuBackend, WgpuOptions, devices, mask_to_webgpu};
 use fullbore_engine::backend::{Backend, DeviceInfo};
 use fullbore_engine::op::{MulAdd, Op};
 use fullbore_engine::recording::Recording;
@@ -39,8 +39,7 @@ struct Lane {
     golden: Option<golden::Share>,
 }
 
-/// There is none with f16 masked, which would be the same as with it: no kernel may use f16 arithmetic. `reflect`
-/// allows no such capability, and `every_variant_validates` holds it.
+/// Other arithmetic than f32 has tests of its own in `tuning.rs`.
 fn lanes(device: &DeviceInfo) -> Vec<Lane> {
     let options = |tier, checked| {
         let selector = device.id.clone();
@@ -48,7 +47,7 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
     };
     // Every dispatch is submitted alone, and what can be divided is.
     let divided = |options| WgpuOptions { max_submit: Some(Duration::ZERO), ..options };
-    let masked = |options| WgpuOptions { mask: Some(mask_to_webgpu), ..options };
+    let masked = |options| WgpuOptions { mask: Some(mask_to_webgpu), without: Features::SHADER_F16, ..options };
     let lane = |name, options, golden| Lane { name, options, golden };
     let (whole, short) = (Some(golden::WHOLE), Some(golden::Share { num_cases: 1, max_tokens: 8 }));
     let lanes = [
@@ -56,8 +55,8 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
         lane("as it is served", options(None, false), None),
         lane("wide subgroups", options(Some(Tier::Subgroup), true), None),
         lane("no subgroups", options(Some(Tier::Base), true), None),
-        lane("WebGPU's limits", masked(options(None, false)), whole),
-        lane("WebGPU's limits, no subgroups", masked(options(Some(Tier::Base), true)), short),
+        lane("WebGPU's limits, no f16", masked(options(None, false)), whole),
+        lane("WebGPU's limits, no f16, no subgroups", masked(options(Some(Tier::Base), true)), short),
     ];
     // A device whose own tier is the plainest has no other.
     let has_others = device.tier != Tier::Base.name();

@@ -16,7 +16,7 @@ use crate::op::{
     MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
 use crate::recording::Recording;
-use crate::tensor::{BufferId, Weight};
+use crate::tensor::{BufferId, Tensor, Weight};
 use crate::tuning::MatMulShape;
 
 /// Buffers of a kernel at most, which is WebGPU's guarantee too.
@@ -59,8 +59,12 @@ pub struct Encoder<'a> {
 
 /// Of a workgroup whose kernel reads and writes a few elements a lane.
 const LIGHT_WORK: u64 = 1024;
-/// A weight is read once for all rows, which takes as long as so many rows.
-const WEIGHT_ROWS: u64 = 16;
+/// Columns that a workgroup of `gated_act` makes, at most: enough that it is worth its start.
+const GATED_ACT_COLUMNS: u32 = 256;
+/// A weight is read and decoded once for all rows, which takes as long as about so many rows: 3 to 4 on software
+/// Vulkan, as measured; by bandwidth and arithmetic 3 on a GPU inside a processor, 5 on the largest. Were it too many,
+/// a pace that was learnt while decoding would let prompts in for too long.
+const WEIGHT_ROWS: u64 = 4;
 /// So many rows at least stay in one dispatch of a matmul.
 const MIN_CUT_ROWS: u32 = 64;
 
@@ -298,19 +302,22 @@ impl Encoder<'_> {
     }
 
     fn gated_act(&mut self, op: &GatedAct) {
-        let num_elements = op.out.num_elements();
+        let Tensor { rows, cols, .. } = op.out;
         let activation = match op.activation {
             Activation::Silu => 0,
             Activation::GeluTanh => 1,
         };
+        let parts = cols.div_ceil(GATED_ACT_COLUMNS).next_power_of_two();
         let params = GatedActParams {
             gate_up: op.gate_up.offset,
             out: op.out.offset,
-            cols: op.out.cols,
-            num_elements,
+            rows,
+            cols,
+            parts_log2: parts.ilog2(),
+            span: cols.div_ceil(parts),
             activation,
         };
-        self.push_elements(Kernel::GatedAct, &[op.gate_up.buffer, op.out.buffer], &params, num_elements);
+        self.push(Kernel::GatedAct, &[op.gate_up.buffer, op.out.buffer], &params, rows * parts);
     }
 
     fn add_norm(&mut self, op: &AddNorm) {

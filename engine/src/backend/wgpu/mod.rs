@@ -49,8 +49,8 @@ use pipeline_cache::PipelineCache;
 use pipelines::{Kernel, Pipelines, uniform_layout};
 use stamps::Stamps;
 
-/// Dispatches of a recording at most, on tiers whose parameters lie in a buffer.
-const MAX_DISPATCHES: u64 = 8192;
+/// Dispatches of a submission at most: as many have room for their parameters where these lie in a buffer.
+const MAX_DISPATCHES: usize = 4096;
 /// Workgroups along one dimension at most (WebGPU's guarantee).
 const MAX_WORKGROUPS: u32 = 65_535;
 
@@ -168,17 +168,21 @@ impl WgpuBackend {
         Ok(())
     }
 
-    fn record_pass(&self, dispatches: Range<usize>, encoder: &mut wgpu::CommandEncoder) {
+    /// What is submitted next.
+    fn record_pass(&mut self, dispatches: Range<usize>, encoder: &mut wgpu::CommandEncoder) {
+        if let Some(uniforms) = &mut self.uniforms {
+            uniforms.write(&self.device.queue, &self.dispatches[dispatches.clone()]);
+        }
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        for (index, dispatch) in dispatches.clone().zip(&self.dispatches[dispatches]) {
+        for (index, dispatch) in self.dispatches[dispatches].iter().enumerate() {
             pass.set_pipeline(&self.pipelines.get(dispatch.kernel).pipeline);
             pass.set_bind_group(0, &self.bind_groups[&(dispatch.kernel, dispatch.buffers)], &[]);
             match &self.uniforms {
                 Some(uniforms) => pass.set_bind_group(1, &uniforms.group, &[(index * uniforms.stride) as u32]),
                 None => pass.set_immediates(0, bytemuck::cast_slice(&dispatch.params[..dispatch.num_params])),
             }
-            let x = dispatch.workgroups.min(MAX_WORKGROUPS);
-            pass.dispatch_workgroups(x, dispatch.workgroups.div_ceil(x), 1);
+            let y = dispatch.workgroups.div_ceil(MAX_WORKGROUPS);
+            pass.dispatch_workgroups(dispatch.workgroups.div_ceil(y), y, 1);
         }
     }
 }
@@ -196,7 +200,7 @@ impl Uniforms {
         let alignment = device.device.limits().min_uniform_buffer_offset_alignment as usize;
         let stride = params_bytes.next_multiple_of(alignment);
         let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
-        let buffer = buffers::create(device, "params", MAX_DISPATCHES * stride as u64, usage)?;
+        let buffer = buffers::create(device, "params", (MAX_DISPATCHES * stride) as u64, usage)?;
         let size = std::num::NonZeroU64::new(params_bytes as u64);
         let binding = wgpu::BufferBinding { buffer: &buffer, offset: 0, size };
         let group = device.device.create_bind_group(&wgpu::BindGroupDescriptor {
@@ -209,7 +213,7 @@ impl Uniforms {
 
     /// Takes effect before the next submit, after all earlier ones.
     fn write(&mut self, queue: &wgpu::Queue, dispatches: &[Dispatch]) {
-        assert!(dispatches.len() as u64 <= MAX_DISPATCHES, "{} dispatches in one recording", dispatches.len());
+        assert!(dispatches.len() <= MAX_DISPATCHES, "{} dispatches in one submission", dispatches.len());
         self.bytes.clear();
         for dispatch in dispatches {
             self.bytes.extend_from_slice(bytemuck::cast_slice(&dispatch.params));
@@ -262,9 +266,6 @@ impl Backend for WgpuBackend {
         let mut ops =
             Encoder { tier, mat_muls, weights: &self.weights, recording, max_work, out: &mut self.dispatches };
         recording.ops.iter().for_each(|op| ops.op(op));
-        if let Some(uniforms) = &mut self.uniforms {
-            uniforms.write(&self.device.queue, &self.dispatches);
-        }
         self.prepare()?;
         let place = self.num_submitted as usize % MAX_IN_FLIGHT;
         let mut encoder = self.encoder();
@@ -275,7 +276,7 @@ impl Backend for WgpuBackend {
             let (from, to) = (self.buffers.get(copy.from), self.buffers.get(copy.to));
             encoder.copy_buffer_to_buffer(from, copy.from_bytes, to, copy.to_bytes, copy.size_bytes);
         }
-        let mut submissions = pace::submissions(&self.dispatches, max_work);
+        let mut submissions = pace::submissions(&self.dispatches, max_work, MAX_DISPATCHES);
         let last = submissions.pop().expect("there is always one");
         self.num_submissions += submissions.len() as u64 + 1;
         let mut begun = None;

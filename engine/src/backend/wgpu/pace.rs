@@ -44,11 +44,13 @@ impl Pace {
     }
 }
 
-/// Dispatches by submission; one empty range where there are none, because copies and downloads are submitted too.
-pub(super) fn submissions(dispatches: &[Dispatch], max_work: u64) -> Vec<Range<usize>> {
+/// Dispatches by submission, at most `max_dispatches` in one; one empty range where there are none, because copies and
+/// downloads are submitted too.
+pub(super) fn submissions(dispatches: &[Dispatch], max_work: u64, max_dispatches: usize) -> Vec<Range<usize>> {
     let (mut ranges, mut first, mut work) = (Vec::new(), 0, 0u64);
     for (index, dispatch) in dispatches.iter().enumerate() {
-        if index > first && work.saturating_add(dispatch.work) > max_work {
+        let is_full = index - first == max_dispatches || work.saturating_add(dispatch.work) > max_work;
+        if index > first && is_full {
             ranges.push(first..index);
             (first, work) = (index, 0);
         }
@@ -74,10 +76,10 @@ mod tests {
     fn a_submission_takes_what_fits_and_at_least_one() {
         let dispatches = [3, 4, 3, 20, 1, u64::MAX, u64::MAX].map(dispatch);
         let sizes = |dispatches: &[Dispatch], max_work| -> Vec<usize> {
-            submissions(dispatches, max_work).into_iter().map(|range| range.len()).collect()
+            submissions(dispatches, max_work, 4).into_iter().map(|range| range.len()).collect()
         };
         assert_eq!(sizes(&dispatches, 10), [3, 1, 1, 1, 1]);
-        assert_eq!(sizes(&dispatches[..5], u64::MAX), [5]);
+        assert_eq!(sizes(&dispatches[..5], u64::MAX), [4, 1]);
         assert_eq!(sizes(&[], 10), [0]);
     }
 

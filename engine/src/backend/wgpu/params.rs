@@ -108,8 +108,10 @@ pub struct AttentionMergeParams {
 pub struct GatedActParams {
     pub gate_up: u32,
     pub out: u32,
+    pub rows: u32,
     pub cols: u32,
-    pub num_elements: u32,
+    pub parts_log2: u32,
+    pub span: u32,
     pub activation: u32,
 }
 

@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use fullbore_shaders::FILES;
+use fullbore_shaders::{Arithmetic, FILES, MatMulVariant, MatrixUnits, Tier};
 use siphasher::sip128::{Hasher128, SipHasher13};
 use wgpu::{Features, PipelineCacheDescriptor};
 
@@ -127,8 +127,15 @@ fn write(path: &Path, identity: &str, data: &[u8]) -> io::Result<()> {
 
 /// A name for all kernels as they are written now.
 pub(super) fn kernels() -> String {
-    let texts = hash(FILES.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]));
-    format!("fullbore {} {texts:032x}", env!("CARGO_PKG_VERSION"))
+    let texts = FILES.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
+    // What the texts are filled in with.
+    let units = MatrixUnits { size: 16, subgroup_lanes: 32 };
+    let arithmetics = [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot, Arithmetic::MatrixUnits(units)];
+    let variants = |tier: Tier| arithmetics.into_iter().flat_map(move |arithmetic| tier.mat_mul_variants(arithmetic));
+    let constants = |variant: MatMulVariant| format!("{variant:?} {:?}", variant.constants());
+    let constants: String = Tier::ALL.into_iter().flat_map(variants).map(constants).collect();
+    let kernels = hash(texts.chain([constants.as_bytes()]));
+    format!("fullbore {} {kernels:032x}", env!("CARGO_PKG_VERSION"))
 }
 
 /// The same in every run and on every machine.
