@@ -402,7 +402,7 @@ mod tests {
         assert_eq!(found.lines[3], line(Some(12), "eight", true));
         assert!(device.tables.is_empty(), "the device's own choice again");
         let text = found.to_string();
-        assert!(text.contains("M   9 to 12") && text.contains("26.0 us at 8, instead of 96.0 by one"), "{text}");
+        assert!(text.contains("M   9 to 10") && text.contains("26.0 us at 8, instead of 96.0 by one"), "{text}");
     }
 
     #[test]
