@@ -461,6 +461,13 @@ fn the_model_is_listed_with_what_it_takes() {
     let bundle = Bundle::simulated();
     let table = start::memory_table(&bundle.config, &Setup::default().config, 0);
     assert_eq!(card["memory_bytes"], table.total());
+    for path in ["/v1/models/sim-model", "/v1/models/sim%2Dmodel"] {
+        assert_eq!(server.get(path).ok(), *card, "{path}");
+    }
+    for path in ["/v1/models/owner/another", "/v1/models/%ff"] {
+        server.get(path).error(404);
+    }
+    assert_eq!(server.get("/v1/models/another").error(404)["code"], "model_not_found");
 }
 
 #[test]
@@ -1118,8 +1125,7 @@ fn large_bodies_are_refused_however_they_come() {
 #[test]
 fn paths_and_methods_that_are_not_there() {
     let server = Setup::default().start();
-    for path in ["/nothing", "/v1", "/v1/", "/v1/nothing", "/v1/models/x", "/v1/completions/x", "/health/x", "/../etc"]
-    {
+    for path in ["/nothing", "/v1", "/v1/", "/v1/nothing", "/v1/models/", "/v1/completions/x", "/health/x", "/../etc"] {
         assert_eq!(server.get(path).error(404)["code"], "not_found", "{path}");
     }
     for path in ["/v1/completions", "/v1/chat/completions"] {

@@ -98,6 +98,7 @@ class Server:
 def models_are_listed(server):
     ids = [model.id for model in server.client.models.list().data]
     assert ids == ["smollm2"], ids
+    assert server.client.models.retrieve("smollm2").id == "smollm2"
 
 
 def page_is_served(server):

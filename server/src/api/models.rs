@@ -1,4 +1,4 @@
-//! `/v1/models`: what is served. Invariant: `memory_bytes` is the total of the model's table printed at start.
+//! `/v1/models`: what is served, all of it or by name. Invariant: `memory_bytes` is the total of the model's table printed at start.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ pub fn list(models: &[Arc<ServedModel>]) -> Value {
     json!({"object": "list", "data": models.iter().map(|model| card(model)).collect::<Vec<_>>()})
 }
 
-fn card(model: &ServedModel) -> Value {
+pub fn card(model: &ServedModel) -> Value {
     let config = model.engine.config();
     json!({
         "id": model.name,

@@ -16,6 +16,10 @@ pub fn document() -> Value {
         if let Some((_, parameters)) = QUERIES.iter().find(|(known, _)| known == path) {
             get["parameters"] = parameters.iter().map(|&(name, kind, what)| parameter(name, kind, what)).collect();
         }
+        if path.ends_with("{model}") {
+            let model = json!({"name": "model", "in": "path", "required": true, "schema": {"type": "string"}});
+            get["parameters"] = json!([model]);
+        }
         paths.insert((*path).to_owned(), json!({"get": get}));
     }
     for Post { path, summary, body, answer, streams } in posts() {
@@ -58,6 +62,7 @@ const GETS: &[(&str, &str, &str)] = &[
     ("/v1/limits", "Where the device's time went, and what holds it back", "Object"),
     ("/v1/live", "What engines were at in the last minutes, second by second", "Object"),
     ("/v1/models", "The models that there are", "Models"),
+    ("/v1/models/{model}", "One of them", "Object"),
 ];
 
 /// Name, type, and what it is.
@@ -228,7 +233,8 @@ mod tests {
         };
         let routes: BTreeSet<String> = routes.map(path).filter(|path| !is_asset(path)).collect();
         let document = document();
-        let told: BTreeSet<String> = document["paths"].as_object().expect("paths").keys().cloned().collect();
+        let told: BTreeSet<String> =
+            document["paths"].as_object().expect("paths").keys().map(|path| path.replace("/{model}", "")).collect();
         assert_eq!(told, routes);
     }
 

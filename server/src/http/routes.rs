@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use bytes::Buf;
 use futures_util::{Stream, StreamExt};
+use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
 use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
-use warp::path::FullPath;
+use warp::path::{FullPath, Tail};
 use warp::reject::Rejection;
 use warp::reply::{Reply, Response};
 
@@ -37,6 +38,8 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let metrics = metrics.map(|app: Arc<App>| metrics::metrics(&app));
     let models = warp::path!("v1" / "models").and(warp::get()).and(with_app.clone());
     let models = models.map(|app: Arc<App>| answer_get(served(&app).map(api::models::list)));
+    let card = warp::path!("v1" / "models" / ..).and(warp::path::tail()).and(warp::get()).and(with_app.clone());
+    let card = card.and_then(model_card);
     let limits = warp::path!("v1" / "limits").and(warp::get()).and(with_app.clone());
     let limits = limits.and(warp::query()).map(|app: Arc<App>, query: LimitsQuery| {
         answer_get(seen_models(&app, query.model.as_deref()).map(api::limits::reports))
@@ -63,7 +66,19 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         .and(warp::body::stream())
         .then(generate_reply);
     let health = live.or(ready).unify().or(healthy).unify();
-    let api = models.or(limits).unify().or(seen).unify().or(openapi).unify().or(generate).unify().or(texts).unify();
+    let api = models
+        .or(card)
+        .unify()
+        .or(limits)
+        .unify()
+        .or(seen)
+        .unify()
+        .or(openapi)
+        .unify()
+        .or(generate)
+        .unify()
+        .or(texts)
+        .unify();
     let rest = page.or(file).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
 }
@@ -75,6 +90,16 @@ fn served(app: &App) -> Result<&[Arc<ServedModel>], ApiError> {
         true => Ok(models),
         false => models[0].check_serving().map(|()| models),
     }
+}
+
+/// The name may have slashes, as they are or escaped.
+async fn model_card(name: Tail, app: Arc<App>) -> Result<Response, Rejection> {
+    let name = percent_decode_str(name.as_str()).decode_utf8().map_err(|_| warp::reject::not_found())?;
+    if name.is_empty() {
+        return Err(warp::reject::not_found());
+    }
+    let model = served(&app).and_then(|_| app.known_model(Some(&name)));
+    Ok(answer_get(model.map(|model| api::models::card(model))))
 }
 
 /// The model of this name, or all, whatever they are at.
