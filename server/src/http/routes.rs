@@ -95,9 +95,6 @@ fn served(app: &App) -> Result<&[Arc<ServedModel>], ApiError> {
 /// The name may have slashes, as they are or escaped.
 async fn model_card(name: Tail, app: Arc<App>) -> Result<Response, Rejection> {
     let name = percent_decode_str(name.as_str()).decode_utf8().map_err(|_| warp::reject::not_found())?;
-    if name.is_empty() {
-        return Err(warp::reject::not_found());
-    }
     let model = served(&app).and_then(|_| app.known_model(Some(&name)));
     Ok(answer_get(model.map(|model| api::models::card(model))))
 }
