@@ -1,4 +1,5 @@
-//! `/v1/models`: what is served, all of it or by name. Invariant: `memory_bytes` is the total of the model's table printed at start.
+//! `/v1/models`: what is served, all of it or by name. Invariant: `memory_bytes` is the total of the model's table
+//! printed at start.
 
 use std::sync::Arc;
 
