@@ -107,13 +107,15 @@ const fn integer(rows: u32, columns: u32) -> MatMulVariant {
 const GPU_CHOICES: [MatMulChoice; 5] =
     [all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(MatMulVariant::Tile)];
 
-/// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them.
-const LAVAPIPE_CHOICES: [MatMulChoice; 6] = [
+/// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them; twice 6 are faster
+/// than 8 and the rest.
+const LAVAPIPE_CHOICES: [MatMulChoice; 7] = [
     all(1, subgroup(1)),
     all(2, subgroup(2)),
     all(4, subgroup(4)),
     all(6, subgroup(6)),
     all(8, subgroup(8)),
+    all(12, subgroup(6)),
     whole(subgroup(8)),
 ];
 
