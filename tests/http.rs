@@ -15,7 +15,7 @@ use fullbore::http::accept::Limits;
 use fullbore::http::access::Access;
 use fullbore::http::tls::Tls;
 use fullbore::serve::{Entrance, Server};
-use fullbore::start::{self, Plan, StartTimes};
+use fullbore::start::{self, Plan};
 use fullbore::traces::Tracer;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
@@ -226,20 +226,12 @@ impl Setup {
         let mut bundle = Bundle::simulated();
         (self.bundle)(&mut bundle);
         let config = self.config;
-        let memory = start::memory_table(&bundle.config, &config, 0);
         let backend = Box::new(Gated { sim: SimBackend::new(self.sim), gate });
-        let costs = |folder: &PathBuf| SavedCosts::new(folder, backend.info(), &bundle.name, &config, &memory);
-        let costs = self.costs.as_ref().map(costs);
-        Plan {
-            name: "sim-model".to_owned(),
-            bundle,
-            backend,
-            config,
-            memory,
-            costs,
-            tuned_cost: None,
-            times: StartTimes::default(),
-        }
+        let plan = Plan::of("sim-model", bundle, backend, config, 0);
+        let costs = |folder: &PathBuf| {
+            SavedCosts::new(folder, plan.backend.info(), &plan.bundle.name, &plan.config, &plan.memory)
+        };
+        Plan { costs: self.costs.as_ref().map(costs), ..plan }
     }
 }
 

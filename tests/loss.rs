@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fullbore::start::{self, Plan, StartTimes};
+use fullbore::start::Plan;
 use fullbore_engine::backend::wgpu::{KillSwitch, WgpuBackend, WgpuOptions};
 use fullbore_engine::backend::{Backend, DeviceError};
 use fullbore_engine::bundle::Bundle;
@@ -175,17 +175,7 @@ fn serving(id: &str) -> (Harness, KillSwitch) {
         max_logit_rows: 2,
         ..EngineConfig::default()
     };
-    let memory = start::memory_table(&bundle.config, &config, 0);
-    let plan = Plan {
-        name: "tiny".to_owned(),
-        bundle,
-        backend,
-        config,
-        memory,
-        costs: None,
-        tuned_cost: None,
-        times: StartTimes::default(),
-    };
+    let plan = Plan::of("tiny", bundle, backend, config, 0);
     (Harness::serving(vec![plan.load().expect("a small model loads")]), kill_switch)
 }
 

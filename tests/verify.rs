@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use fullbore::args::{DeviceArgs, VerifyArgs};
-use fullbore::start::{Plan, StartTimes, memory_table};
+use fullbore::start::{Plan, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{Fault, Features, OpenError, Tier, WgpuBackend, WgpuOptions};
@@ -130,17 +130,7 @@ fn load_within(max_memory_bytes: u64, config: EngineConfig) -> Result<(), String
     let backend: Box<dyn Backend> = Box::new(WgpuBackend::open(&options).expect("a listed device opens"));
     let bundle = Bundle::simulated();
     let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
-    let memory = memory_table(&bundle.config, &config, weights);
-    let plan = Plan {
-        name: "tiny".to_owned(),
-        bundle,
-        backend,
-        config,
-        memory,
-        costs: None,
-        tuned_cost: None,
-        times: StartTimes::default(),
-    };
+    let plan = Plan::of("tiny", bundle, backend, config, weights);
     plan.load_engine().map(|_| ()).map_err(|error| error.to_string())
 }
 

@@ -8,7 +8,7 @@ use fullbore::api::texts::{self, TextEndpoint};
 use fullbore::api::{self, Answer, Delta, Endpoint, Event as Frame, Generation, Handed, Jobs, ServedModel};
 use fullbore::http::access::Client;
 use fullbore::http::error::ApiError;
-use fullbore::start::{Plan, StartTimes, memory_table};
+use fullbore::start::Plan;
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
@@ -43,11 +43,8 @@ fn served(template: &str) -> ServedModel {
         num_blocks: 64,
         ..EngineConfig::default()
     };
-    let memory = memory_table(&bundle.config, &config, 0);
     let backend = Box::new(SimBackend::new(SimOptions::default()));
-    let (name, times) = ("sim-model".to_owned(), StartTimes::default());
-    let plan = Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times };
-    plan.load().expect("the simulator loads")
+    Plan::of("sim-model", bundle, backend, config, 0).load().expect("the simulator loads")
 }
 
 /// `FAMILY PATH`, the first line of an input; what is not known is the first of its kind.

@@ -245,6 +245,13 @@ fn check_widths(model: &ModelConfig, config: &EngineConfig) -> Result<(), StartE
 }
 
 impl Plan {
+    /// Of what is given, `weights` bytes of it; nothing is known from earlier runs, nor kept for later ones.
+    pub fn of(name: &str, bundle: Bundle, backend: Box<dyn Backend>, config: EngineConfig, weights: u64) -> Plan {
+        let memory = memory_table(&bundle.config, &config, weights);
+        let (name, times) = (name.to_owned(), StartTimes::default());
+        Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times }
+    }
+
     /// Refuses what the device's memory, where that is known, cannot hold.
     pub fn check_memory(&self) -> Result<(), StartError> {
         let device = self.backend.info();

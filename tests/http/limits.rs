@@ -69,17 +69,7 @@ impl Provoked {
         }
         let config = self.config;
         let (bundle, backend) = (Bundle::simulated(), Box::new(SimBackend::new(SimOptions::default())));
-        let memory = start::memory_table(&bundle.config, &config, 0);
-        let plan = Plan {
-            name: "sim-model".to_owned(),
-            bundle,
-            backend,
-            config,
-            memory,
-            costs: None,
-            tuned_cost: None,
-            times: StartTimes::default(),
-        };
+        let plan = Plan::of("sim-model", bundle, backend, config, 0);
         // All of it but the engine, whose prices a plan does not know.
         let model = plan.load().expect("the simulator loads");
         let engine = EngineHandle::spawn(engine);

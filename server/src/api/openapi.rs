@@ -157,16 +157,13 @@ mod tests {
     use super::super::{Endpoint, ServedModel, model_asked, prepare};
     use super::*;
     use crate::http::access::Client;
-    use crate::start::{Plan, StartTimes, memory_table};
+    use crate::start::Plan;
 
     fn served() -> ServedModel {
         let bundle = Bundle { pooling: Some(Pooling::Last), ..Bundle::simulated() };
         let config = EngineConfig { max_model_len: 1024, num_blocks: 256, ..EngineConfig::default() };
-        let memory = memory_table(&bundle.config, &config, 0);
         let backend = Box::new(SimBackend::new(SimOptions::default()));
-        let (name, times) = ("sim".to_owned(), StartTimes::default());
-        let plan = Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times };
-        plan.load().expect("the simulator loads")
+        Plan::of("sim", bundle, backend, config, 0).load().expect("the simulator loads")
     }
 
     /// Names of a schema and of the objects within it that are read field by field.

@@ -22,7 +22,7 @@ use super::BenchCommandError;
 use crate::args::{HttpArgs, HttpMeasure, Profile, latency_target};
 use crate::fetch;
 use crate::serve::{Entrance, Server};
-use crate::start::{self, Plan, StartError, StartTimes};
+use crate::start::{Plan, StartError};
 
 /// A server that listens and serves, until it is dropped.
 struct Served {
@@ -150,9 +150,8 @@ impl Served {
         };
         let backend = Telltale::new(SimBackend::new(sim), id);
         let steps = backend.steps();
-        let memory = start::memory_table(&bundle.config, &config, 0);
-        let (name, backend, times) = (bundle.name.clone(), Box::new(backend), StartTimes::default());
-        let model = Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times }.load()?;
+        let name = bundle.name.clone();
+        let model = Plan::of(&name, bundle, Box::new(backend), config, 0).load()?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let server = runtime.block_on(Server::start(host, 0, Entrance::default())).map_err(Box::new)?;
