@@ -175,6 +175,7 @@ fn towers_do_not_see_each_other() {
 fn unsafe_code_stays_in_its_places() {
     let places = [
         "engine/src/backend/cpu/avx2.rs",
+        "engine/src/backend/cpu/avx2/x86.rs",
         "engine/src/backend/wgpu/arithmetic.rs",
         "engine/src/backend/wgpu/pipeline_cache.rs",
         "engine/src/backend/wgpu/pipelines.rs",
