@@ -1,0 +1,158 @@
+//! Connections: used again, dropped, slow, deaf, half closed, too many.
+
+use super::*;
+
+#[test]
+fn a_connection_serves_one_request_after_the_other() {
+    let server = Setup::default().start();
+    let mut stream = server.connect();
+    for _ in 0..3 {
+        let body = br#"{"prompt": "x", "max_tokens": 2}"#;
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(&[head.as_bytes(), body].concat()).expect("the server reads");
+        let mut bytes = Vec::new();
+        let mut part = [0; 4096];
+        while !bytes.ends_with(b"}}") {
+            let length = stream.read(&mut part).expect("an answer");
+            assert!(length > 0, "closed after {}", String::from_utf8_lossy(&bytes));
+            bytes.extend_from_slice(&part[..length]);
+        }
+        assert_eq!(parse_reply(&bytes).ok()["usage"]["completion_tokens"].as_u64().map(|used| used <= 2), Some(true));
+    }
+}
+
+#[test]
+fn a_dropped_connection_frees_its_blocks() {
+    let server = Setup { pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() }.start();
+    for stream in [true, false] {
+        let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true, "stream": stream, "n": 2});
+        let mut connection = server.send(post("/v1/completions", body.to_string().as_bytes()));
+        server.wait_for("both choices to run", |server| server.metric("fullbore_requests_running") == 2.0);
+        assert!(server.metric("fullbore_kv_blocks{state=\"used\"}") >= 2.0);
+        if stream {
+            connection.read_exact(&mut [0; 64]).expect("a beginning");
+        }
+        connection.shutdown(Shutdown::Both).expect("an open connection");
+        drop(connection);
+        // 900 steps would take 1.8 s at least.
+        let left = Instant::now();
+        server.wait_for("the blocks", |server| server.metric("fullbore_kv_blocks{state=\"used\"}") == 0.0);
+        assert!(left.elapsed() < Duration::from_millis(1500), "it ran on for {:?}", left.elapsed());
+        assert_eq!(server.metric("fullbore_requests_running"), 0.0);
+    }
+    assert_eq!(server.metric("fullbore_requests_finished_total{reason=\"aborted\"}"), 4.0);
+}
+
+#[test]
+fn a_slow_client_holds_up_nobody_and_misses_nothing() {
+    let server = Setup::default().start();
+    let body = json!({"prompt": "slow", "max_tokens": 900, "temperature": 0, "ignore_eos": true, "stream": true,
+        "return_token_ids": true, "logprobs": 5});
+    let mut slow = server.send(post("/v1/completions", body.to_string().as_bytes()));
+    server.wait_for("the whole answer", |server| server.metric("fullbore_tokens_generated_total") >= 900.0);
+    let (expected, _) = greedy(&server, "slow", 900);
+    // Now it reads, in small pieces.
+    let mut bytes = Vec::new();
+    let mut part = [0; 997];
+    while let Ok(length @ 1..) = slow.read(&mut part) {
+        bytes.extend_from_slice(&part[..length]);
+    }
+    let events = events(&parse_reply(&bytes).body, true);
+    let got: Vec<u64> = events.iter().flat_map(|event| ids(&event["choices"][0]["token_ids"])).collect();
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn a_client_that_never_reads_is_let_go() {
+    let limits = Limits { write_timeout: Duration::from_millis(300), max_connections: 8, ..Limits::default() };
+    let server = Setup { limits, ..Setup::default() }.start();
+    // More than the system's buffers between us take.
+    let body = json!({"prompt": vec!["deaf"; 8], "max_tokens": 900, "ignore_eos": true, "stream": true, "logprobs": 20,
+        "return_token_ids": true, "n": 2});
+    let deaf: Vec<_> = (0..2).map(|_| server.send(post("/v1/completions", body.to_string().as_bytes()))).collect();
+    server.wait_for("both to begin", |server| server.metric("fullbore_requests_running") > 0.0);
+    server.wait_for("their end", |server| server.metric("fullbore_requests_running") == 0.0);
+    // Their connections are free for others.
+    server.wait_for("eight free connections", |server| {
+        let open: Vec<_> = (0..8).map(|_| server.send("GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")).collect();
+        open.into_iter().all(|mut stream| {
+            let mut status = [0; 12];
+            stream.read_exact(&mut status).is_ok() && status.ends_with(b"200")
+        })
+    });
+    drop(deaf);
+}
+
+#[test]
+fn connections_over_the_cap_are_told_so() {
+    let limits = Limits { max_connections: 2, ..Limits::default() };
+    let server = Setup { limits, ..Setup::default() }.start();
+    let mut open: Vec<TcpStream> = (0..2).map(|_| server.connect()).collect();
+    for stream in &mut open {
+        stream.write_all(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n").expect("the server reads");
+        stream.read_exact(&mut [0; 16]).expect("it is served");
+    }
+    let refused = server.get("/health/live");
+    assert!(refused.error(503)["message"].as_str().expect("text").contains("connections"));
+    assert!(refused.head.contains("retry-after: "), "{}", refused.head);
+    drop(open);
+    server.wait_for("a free connection", |server| server.get("/health/live").status == 200);
+    assert!(server.metric("fullbore_connections_refused_total") >= 1.0);
+}
+
+#[test]
+fn heads_and_bodies_that_trickle_are_cut_off() {
+    let limits = Limits {
+        head_timeout: Duration::from_millis(200),
+        body_timeout: Duration::from_millis(300),
+        max_connections: 8,
+        ..Limits::default()
+    };
+    let server = Setup { limits, ..Setup::default() }.start();
+    // Eight of them take every connection.
+    let mut trickles: Vec<_> = (0..8).map(|_| server.send("GET /health/live HTTP/1.1\r\nx-slow: ")).collect();
+    let begin = Instant::now();
+    for stream in &mut trickles {
+        let mut rest = Vec::new();
+        // A reset is as good an end as a close.
+        let _ = stream.read_to_end(&mut rest);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    server.wait_for("a free connection", |server| server.get("/health/live").status == 200);
+    let body = server
+        .send("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n{\"pro");
+    assert_eq!(read_reply(body).error(408)["code"], "request_timeout");
+    // One that ends early is no request, and no harm.
+    let half = server.send("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"pro");
+    half.shutdown(Shutdown::Write).expect("an open connection");
+    drop(half);
+    drop(server.send("\x16\x03\x01\x02 no HTTP at all\r\n\r\n"));
+    assert_eq!(server.get("/health/live").status, 200);
+}
+
+/// Half a connection is none: who will hear nothing of an answer cannot be told from who has left.
+#[test]
+fn a_half_closed_connection_is_let_go_and_frees_its_blocks() {
+    let limits = Limits { max_connections: 4, ..Limits::default() };
+    let server = Setup { limits, pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() }.start();
+    for stream in [true, false] {
+        let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true, "stream": stream}).to_string();
+        let mut halves: Vec<_> = (0..3).map(|_| server.send(post("/v1/completions", body.as_bytes()))).collect();
+        server.wait_for("all to run", |server| server.metric("fullbore_requests_running") == 3.0);
+        halves.iter().for_each(|half| half.shutdown(Shutdown::Write).expect("an open connection"));
+        for half in &mut halves {
+            // What was said before that may still come, and an end does.
+            let _ = half.read_to_end(&mut Vec::new());
+        }
+        server.wait_for("the blocks", |server| server.metric("fullbore_kv_blocks{state=\"used\"}") == 0.0);
+        assert_eq!(server.metric("fullbore_requests_running"), 0.0);
+    }
+    assert_eq!(server.metric("fullbore_requests_finished_total{reason=\"aborted\"}"), 6.0);
+    // Nor do those keep a place that never said a word.
+    let silent: Vec<_> = (0..4).map(|_| server.connect()).collect();
+    silent.iter().for_each(|half| half.shutdown(Shutdown::Write).expect("an open connection"));
+    server.wait_for("a free connection", |server| server.get("/health/live").status == 200);
+}
