@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, RowSource, Ticket, WeightSpec};
 use fullbore_engine::batch::CopyDirection::{ToDevice, ToHost};
 use fullbore_engine::batch::{BlockCopy, Slice};
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
@@ -20,7 +21,7 @@ use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::{Embed, MatMul, NON_FINITE, Op, SAMPLED_BY_SLOT, SampleRow};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Share, Sink, TokenId, token_mask};
-use fullbore_engine::tensor::{BufferId, KvType, Tensor, Weight, WeightFormat};
+use fullbore_engine::tensor::{KvType, Tensor, WeightFormat};
 
 use crate::device::Device;
 use crate::random::Random;
@@ -464,33 +465,13 @@ struct Breakable {
     broken: Arc<AtomicBool>,
 }
 
-impl Backend for Breakable {
-    fn info(&self) -> &DeviceInfo {
-        self.sim.info()
+impl Around for Breakable {
+    fn inner(&self) -> &dyn Backend {
+        &self.sim
     }
 
-    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        self.sim.alloc(label, size_bytes)
-    }
-
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.sim.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.sim.write(buffer, offset_bytes, data)
-    }
-
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.sim.load_weight(spec, source)
-    }
-
-    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        self.sim.weight_bytes(spec)
-    }
-
-    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        self.sim.submit(recording)
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut self.sim
     }
 
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
@@ -500,18 +481,6 @@ impl Backend for Breakable {
             out.fill(0xff);
         }
         Ok(ran)
-    }
-
-    fn settle(&mut self) -> LoadTimes {
-        self.sim.settle()
-    }
-
-    fn reopen(&mut self) -> Result<(), DeviceError> {
-        self.sim.reopen()
-    }
-
-    fn now(&self) -> Instant {
-        self.sim.now()
     }
 }
 

@@ -3,13 +3,12 @@
 //! `golden/tiny/`, by `golden/tiny.py`.
 
 use std::collections::HashSet;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
+use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, LoadError, RowSource, WeightSpec};
 use fullbore_engine::batch::PackedBatch;
 use fullbore_engine::batch::attention::AttentionPlan;
 use fullbore_engine::bundle::Bundle;
@@ -21,9 +20,8 @@ use fullbore_engine::format::safetensors::SafetensorsDir;
 use fullbore_engine::model::config::{Family, RopeConfig, RopeScaling};
 use fullbore_engine::model::{Checkpoint, Inputs, Model, ModelConfig, Weights};
 use fullbore_engine::op::{AddNorm, NONE, Op, RopeStyle, SampleRow};
-use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, MAX_LOGPROBS, Request, SamplingParams, TokenId, TokenLogprobs, token_mask};
-use fullbore_engine::tensor::{BufferId, Weight, WeightFormat};
+use fullbore_engine::tensor::{Weight, WeightFormat};
 use serde_json::{Value, json};
 
 use crate::gguf_file::{GgufFile, array, f32, text, typed, u32};
@@ -280,25 +278,17 @@ struct Counting {
     weight_bytes: u64,
 }
 
-impl Backend for Counting {
-    fn info(&self) -> &DeviceInfo {
-        self.sim.info()
+impl Around for Counting {
+    fn inner(&self) -> &dyn Backend {
+        &self.sim
     }
 
-    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        self.sim.alloc(label, size_bytes)
-    }
-
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.sim.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.sim.write(buffer, offset_bytes, data)
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut self.sim
     }
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.weight_bytes += self.weight_bytes(spec);
+        self.weight_bytes += Around::weight_bytes(self, spec);
         // Across the matrices' ends, and not one byte more.
         let row_bytes = spec.format.row_bytes(spec.cols) as usize;
         let mut left = spec.rows as usize;
@@ -312,26 +302,6 @@ impl Backend for Counting {
 
     fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
         u64::from(spec.rows.div_ceil(32)) * 32 * spec.format.row_bytes(spec.cols)
-    }
-
-    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        self.sim.submit(recording)
-    }
-
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
-        self.sim.wait(ticket, out)
-    }
-
-    fn settle(&mut self) -> LoadTimes {
-        self.sim.settle()
-    }
-
-    fn reopen(&mut self) -> Result<(), DeviceError> {
-        self.sim.reopen()
-    }
-
-    fn now(&self) -> Instant {
-        self.sim.now()
     }
 }
 

@@ -1,21 +1,20 @@
 //! What finds a device that computes wrongly, gives out or is too small. Needs Vulkan drivers: fails without one.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use fullbore::args::{DeviceArgs, VerifyArgs};
 use fullbore::start::{Plan, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
+use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{Fault, Features, OpenError, Tier, WgpuBackend, WgpuOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, Ticket};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::memory::capacity;
 use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
-use fullbore_engine::tensor::{BufferId, KvType, Weight, WeightFormat};
+use fullbore_engine::tensor::{BufferId, KvType, WeightFormat};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
 use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
@@ -225,9 +224,13 @@ fn is_over(left: &mut Option<u32>) -> bool {
     over
 }
 
-impl Backend for Failing {
-    fn info(&self) -> &DeviceInfo {
-        self.cpu.info()
+impl Around for Failing {
+    fn inner(&self) -> &dyn Backend {
+        &self.cpu
+    }
+
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut self.cpu
     }
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
@@ -238,43 +241,11 @@ impl Backend for Failing {
         self.cpu.alloc(label, size_bytes)
     }
 
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.cpu.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.cpu.write(buffer, offset_bytes, data)
-    }
-
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.cpu.load_weight(spec, source)
-    }
-
-    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        self.cpu.weight_bytes(spec)
-    }
-
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
         if is_over(&mut self.submits_left) {
             return Err(DeviceError::Lost { device: "failing".to_owned(), reason: "unplugged".to_owned() });
         }
         self.cpu.submit(recording)
-    }
-
-    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
-        self.cpu.wait(ticket, out)
-    }
-
-    fn settle(&mut self) -> LoadTimes {
-        self.cpu.settle()
-    }
-
-    fn reopen(&mut self) -> Result<(), DeviceError> {
-        self.cpu.reopen()
-    }
-
-    fn now(&self) -> Instant {
-        self.cpu.now()
     }
 }
 

@@ -8,10 +8,9 @@ use std::ops::{Range, Sub};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::around::Around;
+use fullbore_engine::backend::{Backend, DeviceError, Ticket};
 use fullbore_engine::recording::Recording;
-use fullbore_engine::tensor::{BufferId, Weight, WeightFormat};
-use fullbore_engine::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 /// What a [`Stopwatch`] shows; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -60,29 +59,13 @@ impl Stopwatch {
     }
 }
 
-impl Backend for Stopwatch {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+impl Around for Stopwatch {
+    fn inner(&self) -> &dyn Backend {
+        &*self.inner
     }
 
-    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(label, size_bytes)
-    }
-
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.inner.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.inner.write(buffer, offset_bytes, data)
-    }
-
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.inner.load_weight(spec, source)
-    }
-
-    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        self.inner.weight_bytes(spec)
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut *self.inner
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
@@ -101,29 +84,5 @@ impl Backend for Stopwatch {
         reading.inside += elapsed;
         reading.busy += ran.end - ran.start;
         Ok(ran)
-    }
-
-    fn settle(&mut self) -> LoadTimes {
-        self.inner.settle()
-    }
-
-    fn reopen(&mut self) -> Result<(), DeviceError> {
-        self.inner.reopen()
-    }
-
-    fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
-        self.inner.mat_mul_kernels(format)
-    }
-
-    fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
-        self.inner.mat_mul_table(shape)
-    }
-
-    fn set_mat_mul_table(&mut self, shape: MatMulShape, table: &[MatMulLine]) -> Result<(), String> {
-        self.inner.set_mat_mul_table(shape, table)
-    }
-
-    fn now(&self) -> Instant {
-        self.inner.now()
     }
 }

@@ -17,15 +17,15 @@ use fullbore::http::tls::Tls;
 use fullbore::serve::{Entrance, Server};
 use fullbore::start::Plan;
 use fullbore::traces::Tracer;
+use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, Ticket};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::cost::profile::{DeviceProfile, ProfiledDevice, ProfiledLimits, ProfiledModel};
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::request::Share;
-use fullbore_engine::tensor::{BufferId, Weight};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -71,29 +71,13 @@ pub(super) struct Gated {
     pub(super) gate: Gate,
 }
 
-impl Backend for Gated {
-    fn info(&self) -> &DeviceInfo {
-        self.sim.info()
+impl Around for Gated {
+    fn inner(&self) -> &dyn Backend {
+        &self.sim
     }
 
-    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        self.sim.alloc(label, size_bytes)
-    }
-
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.sim.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.sim.write(buffer, offset_bytes, data)
-    }
-
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.sim.load_weight(spec, source)
-    }
-
-    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        self.sim.weight_bytes(spec)
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut self.sim
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
@@ -119,10 +103,6 @@ impl Backend for Gated {
             std::thread::sleep(time);
         }
         Ok(if matches!(pace, Pace::Each(_)) { begun..Instant::now() } else { ran })
-    }
-
-    fn settle(&mut self) -> LoadTimes {
-        self.sim.settle()
     }
 
     fn reopen(&mut self) -> Result<(), DeviceError> {

@@ -7,11 +7,10 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
+use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::sim::SimBackend;
-use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use fullbore_engine::backend::{Backend, DeviceError, Ticket};
 use fullbore_engine::op::CHOSEN_WORDS;
-use fullbore_engine::recording::Recording;
-use fullbore_engine::tensor::{BufferId, Weight};
 
 /// One character a token, and none that JSON writes otherwise.
 const LETTERS: &[u8] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
@@ -82,33 +81,13 @@ pub fn made_at(ended: &[Instant], letter: u8, received: Instant) -> Option<Insta
     Some(ended[last.checked_sub(age)?])
 }
 
-impl Backend for Telltale {
-    fn info(&self) -> &DeviceInfo {
-        self.sim.info()
+impl Around for Telltale {
+    fn inner(&self) -> &dyn Backend {
+        &self.sim
     }
 
-    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        self.sim.alloc(label, size_bytes)
-    }
-
-    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        self.sim.alloc_host(label, size_bytes)
-    }
-
-    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
-        self.sim.write(buffer, offset_bytes, data)
-    }
-
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
-        self.sim.load_weight(spec, source)
-    }
-
-    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        self.sim.weight_bytes(spec)
-    }
-
-    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
-        self.sim.submit(recording)
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        &mut self.sim
     }
 
     /// Rows are all that a step downloads where nobody asks for more.
@@ -121,18 +100,6 @@ impl Backend for Telltale {
             row[..id.len()].copy_from_slice(&id);
         }
         Ok(ran)
-    }
-
-    fn settle(&mut self) -> LoadTimes {
-        self.sim.settle()
-    }
-
-    fn reopen(&mut self) -> Result<(), DeviceError> {
-        self.sim.reopen()
-    }
-
-    fn now(&self) -> Instant {
-        self.sim.now()
     }
 }
 

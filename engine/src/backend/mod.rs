@@ -28,6 +28,7 @@ use crate::recording::{BufferCopy, Recording};
 use crate::tensor::{BufferId, Weight, WeightFormat};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
+pub mod around;
 pub mod cpu;
 pub mod sim;
 #[cfg(feature = "wgpu")]
