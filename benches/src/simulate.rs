@@ -66,7 +66,7 @@ mod tests {
     use fullbore_engine::cost::{CostModel, Prices};
 
     use super::*;
-    use crate::workload::{Arrivals, Lengths, SHAREGPT, generate};
+    use crate::workload::{Arrivals, Lengths, SHAREGPT, Segment, generate};
 
     /// 10 ms a step, 1 ms more for each row after the first.
     fn profile() -> DeviceProfile {
@@ -107,7 +107,7 @@ mod tests {
             arrival: Duration::from_secs(arrival_s),
             prompt_tokens: 100,
             output_tokens: 5,
-            hash_ids: Vec::new(),
+            segments: Vec::new(),
         };
         let report = run(config(), &[request(1, 0), request(2, 60)], PlayOptions::default());
         // Chunks of 64 and 36 rows, each with half a millisecond of the host; then 4 steps of one row.
@@ -170,7 +170,7 @@ mod tests {
         assert!(report.kv.max_share > 0.95 && report.kv.mean_share > 0.5, "{report}");
         assert_eq!((report.prefix_hit_share, report.num_completed), (0.0, 8));
         for request in &mut requests {
-            request.hash_ids = vec![3, 100 + u64::from(request.row)];
+            request.segments = [3, 100 + u64::from(request.row)].map(|id| Segment { id, num_tokens: 512 }).to_vec();
             request.arrival = Duration::from_secs(30 * u64::from(request.row - 1));
         }
         let report = run(scarce, &requests, PlayOptions::default());

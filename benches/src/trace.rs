@@ -1,9 +1,10 @@
 //! Trace files: when real requests came and how long they were.
 //!
-//! Two forms, told apart by the first character. CSV with the header `TIMESTAMP,ContextTokens,GeneratedTokens`
-//! (AzurePublicDataset), where a timestamp is seconds or `2023-11-16 18:17:03.9799600`; and JSON lines with `timestamp`
-//! in milliseconds, `input_length`, `output_length` and perhaps `hash_ids` (Mooncake). Invariant: a row that does not
-//! fit its form is refused with file, row and field; nothing is passed over in silence.
+//! Two forms, told apart by the first character. CSV with the columns `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`
+//! (AzurePublicDataset) or `Timestamp`, `Request tokens`, `Response tokens` (BurstGPT), where a timestamp is seconds or
+//! `2023-11-16 18:17:03.9799600`; and JSON lines with `timestamp` in milliseconds, `input_length`, `output_length` and
+//! perhaps `hash_ids` (Mooncake). Invariant: a row that does not fit its form is refused with file, row and field;
+//! nothing is passed over in silence.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use std::{fs, io};
 
 use serde_json::Value;
 
-use crate::workload::{PlannedRequest, TOKENS_PER_HASH};
+use crate::workload::{PlannedRequest, Segment};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
@@ -23,7 +24,19 @@ pub enum TraceError {
     File { path: PathBuf, problem: String },
 }
 
-const HEADER: [&str; 3] = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"];
+/// Names of the columns for time, prompt and output.
+const HEADERS: [[&str; 3]; 2] =
+    [["TIMESTAMP", "ContextTokens", "GeneratedTokens"], ["Timestamp", "Request tokens", "Response tokens"]];
+
+/// Where a CSV file has them.
+struct Columns {
+    names: [&'static str; 3],
+    at: [usize; 3],
+    num_columns: usize,
+}
+
+/// Tokens of a prompt that share a hash id, as in Mooncake's traces (Qin et al. 2025).
+const TOKENS_PER_HASH: u32 = 512;
 
 /// What is wrong with one row.
 type BadField = (&'static str, String);
@@ -48,15 +61,16 @@ fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Vec<PlannedRequest>,
     let text = text.trim_start_matches('\u{feff}');
     let is_json = text.trim_start().starts_with('{');
     let mut lines = (1..).zip(text.lines());
-    if !is_json {
-        let header: Vec<&str> = lines.next().map_or(Vec::new(), |(_, line)| line.split(',').map(str::trim).collect());
-        if header != HEADER {
-            return Err(file(format!("has neither the header {} nor JSON lines", HEADER.join(","))));
-        }
-    }
+    let columns = match is_json {
+        true => None,
+        false => Some(Columns::of(lines.next().map_or("", |(_, line)| line)).ok_or_else(|| {
+            let [azure, burst_gpt] = HEADERS.map(|names| names.join(","));
+            file(format!("has neither the header {azure}, nor {burst_gpt} among its columns, nor JSON lines"))
+        })?),
+    };
     let mut rows = Vec::new();
     for (row, line) in lines.filter(|(_, line)| !line.trim().is_empty()).take(limit) {
-        let parsed = if is_json { json_row(line) } else { csv_row(line) };
+        let parsed = columns.as_ref().map_or_else(|| json_row(line), |columns| columns.row(line));
         let bad = |(field, problem)| TraceError::Row { path: path.to_owned(), row, field, problem };
         let (time_s, request) = parsed.map_err(bad)?;
         rows.push((time_s, PlannedRequest { row, ..request }));
@@ -73,28 +87,43 @@ fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Vec<PlannedRequest>,
     Ok(rows.into_iter().map(at).collect())
 }
 
-/// Seconds of any epoch, and the request.
-fn csv_row(line: &str) -> Result<(f64, PlannedRequest), BadField> {
-    let fields: Vec<&str> = line.split(',').map(str::trim).collect();
-    let &[timestamp, prompt_tokens, output_tokens] = fields.as_slice() else {
-        return Err((HEADER[fields.len().min(2)], format!("does not fit: the row has {} fields, not 3", fields.len())));
-    };
-    let seconds = match timestamp.parse::<f64>() {
-        Ok(seconds) => Some(seconds).filter(|seconds| (0.0..MAX_SECONDS).contains(seconds)),
-        Err(_) => date_time(timestamp),
-    };
-    let wrong_time =
-        || (HEADER[0], format!("is {timestamp:?}; write seconds, or a time like 2023-11-16 18:17:03.9799600"));
-    let count = |field, text: &str| match text.parse::<u32>() {
-        Ok(count) if count > 0 => Ok(count),
-        _ => Err((field, format!("is {text:?}; it must be a number of tokens, at least 1"))),
-    };
-    let request = PlannedRequest {
-        prompt_tokens: count(HEADER[1], prompt_tokens)?,
-        output_tokens: count(HEADER[2], output_tokens)?,
-        ..PlannedRequest::default()
-    };
-    Ok((seconds.ok_or_else(wrong_time)?, request))
+impl Columns {
+    fn of(header: &str) -> Option<Columns> {
+        let found: Vec<&str> = header.split(',').map(str::trim).collect();
+        let columns = |names: [&'static str; 3]| {
+            let [time, prompt, output] = names.map(|name| found.iter().position(|found| *found == name));
+            Some(Columns { names, at: [time?, prompt?, output?], num_columns: found.len() })
+        };
+        HEADERS.into_iter().find_map(columns)
+    }
+
+    /// Seconds of any epoch, and the request.
+    fn row(&self, line: &str) -> Result<(f64, PlannedRequest), BadField> {
+        let Columns { names: [time, prompt, output], at, num_columns } = *self;
+        let fields: Vec<&str> = line.split(',').map(str::trim).collect();
+        if fields.len() != num_columns {
+            let missing = (0..3).find(|&nth| at[nth] >= fields.len()).unwrap_or(2);
+            let problem = format!("does not fit: the row has {} fields, not {num_columns}", fields.len());
+            return Err((self.names[missing], problem));
+        }
+        let [timestamp, prompt_tokens, output_tokens] = at.map(|at| fields[at]);
+        let seconds = match timestamp.parse::<f64>() {
+            Ok(seconds) => Some(seconds).filter(|seconds| (0.0..MAX_SECONDS).contains(seconds)),
+            Err(_) => date_time(timestamp),
+        };
+        let wrong_time =
+            || (time, format!("is {timestamp:?}; write seconds, or a time like 2023-11-16 18:17:03.9799600"));
+        let count = |field, text: &str| match text.parse::<u32>() {
+            Ok(count) if count > 0 => Ok(count),
+            _ => Err((field, format!("is {text:?}; it must be a number of tokens, at least 1"))),
+        };
+        let request = PlannedRequest {
+            prompt_tokens: count(prompt, prompt_tokens)?,
+            output_tokens: count(output, output_tokens)?,
+            ..PlannedRequest::default()
+        };
+        Ok((seconds.ok_or_else(wrong_time)?, request))
+    }
 }
 
 /// Some 300,000 years: what a `Duration` surely takes.
@@ -154,7 +183,8 @@ fn json_row(line: &str) -> Result<(f64, PlannedRequest), BadField> {
         return Err(("hash_ids", problem));
     }
     let output_tokens = count("output_length")?;
-    let request = PlannedRequest { prompt_tokens, output_tokens, hash_ids, ..PlannedRequest::default() };
+    let segments = hash_ids.into_iter().map(|id| Segment { id, num_tokens: TOKENS_PER_HASH }).collect();
+    let request = PlannedRequest { prompt_tokens, output_tokens, segments, ..PlannedRequest::default() };
     Ok((time_ms.ok_or_else(wrong_time)? / 1e3, request))
 }
 
@@ -187,8 +217,16 @@ mod tests {
         let json = "{\"timestamp\": 3000, \"input_length\": 600, \"output_length\": 5, \"hash_ids\": [0, 14]}\n\
                     {\"timestamp\": 4500.0, \"input_length\": 9, \"output_length\": 1}\n";
         let rows = parsed(json).expect("it is right");
-        assert_eq!((rows[0].hash_ids.as_slice(), rows[0].prompt_tokens), ([0, 14].as_slice(), 600));
-        assert_eq!((rows[1].arrival, rows[1].hash_ids.len()), (Duration::from_millis(1500), 0));
+        let segments = [0, 14].map(|id| Segment { id, num_tokens: TOKENS_PER_HASH });
+        assert_eq!((rows[0].segments.as_slice(), rows[0].prompt_tokens), (segments.as_slice(), 600));
+        assert_eq!((rows[1].arrival, rows[1].segments.len()), (Duration::from_millis(1500), 0));
+        let burst_gpt = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n\
+                         5,ChatGPT,472,18,490,Conversation log\n45.5,GPT-4,1087,230,1317,API log\n";
+        let rows = parsed(burst_gpt).expect("it is right");
+        assert_eq!((rows[0].prompt_tokens, rows[0].output_tokens), (472, 18));
+        assert_eq!((rows[1].arrival, rows[1].prompt_tokens), (Duration::from_millis(40_500), 1087));
+        let failed = parsed(&burst_gpt.replace("472,18", "472,0")).expect_err("no output");
+        assert!(failed.starts_with("a.trace, row 2: `Response tokens` is \"0\""), "{failed}");
         assert_eq!(parse(Path::new("a.trace"), json.as_bytes(), 1).expect("it is right").len(), 1);
     }
 

@@ -3,6 +3,7 @@
 //! Invariant: a workload is a pure function of its seed, the same on every machine. Prompts share a prefix only where a
 //! trace says so, so that no prefix cache flatters a run.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -43,25 +44,34 @@ pub struct PlannedRequest {
     pub arrival: Duration,
     pub prompt_tokens: u32,
     pub output_tokens: u32,
-    /// One number for each `TOKENS_PER_HASH` tokens of the prompt; equal numbers stand for equal tokens. Empty for a
-    /// prompt of its own.
-    pub hash_ids: Vec<u64>,
+    /// What its prompt begins with, in order; the rest, or all of it, is its own.
+    pub segments: Vec<Segment>,
 }
 
-/// Tokens of a prompt that share a hash id, as in Mooncake's traces (Qin et al. 2025).
-pub const TOKENS_PER_HASH: u32 = 512;
+/// A stretch of a prompt that other prompts may have too: equal ids stand for equal tokens, as far as both go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub id: u64,
+    pub num_tokens: u32,
+}
 
 impl PlannedRequest {
+    /// Others may have the beginning of its prompt.
+    pub fn shares_prefix(&self) -> bool {
+        !self.segments.is_empty()
+    }
+
     /// Greedy and without stop ids: it generates exactly its length.
     pub fn request(&self, vocab_size: u32, seed: u64) -> Request {
-        let mut prompt = Vec::with_capacity(self.prompt_tokens as usize);
-        let mut fill = |mut random: SplitMix64, end: u32| {
+        let mut prompt: Vec<TokenId> = Vec::with_capacity(self.prompt_tokens as usize);
+        let mut fill = |mut random: SplitMix64, num_tokens: u32| {
+            let end = self.prompt_tokens.min(prompt.len() as u32 + num_tokens);
             while prompt.len() < end as usize {
                 prompt.push(TokenId(random.below(vocab_size)));
             }
         };
-        for (block, &hash_id) in (1..).zip(&self.hash_ids) {
-            fill(SplitMix64::of(seed, hash_id, 1), self.prompt_tokens.min(block * TOKENS_PER_HASH));
+        for segment in &self.segments {
+            fill(SplitMix64::of(seed, segment.id, 1), segment.num_tokens);
         }
         fill(SplitMix64::of(seed, u64::from(self.row), 0), self.prompt_tokens);
         Request { id: format!("row-{}", self.row), prompt, max_tokens: self.output_tokens, ..Request::default() }
@@ -79,7 +89,7 @@ pub enum Arrivals {
     Burst { size: u32, every_s: f64 },
 }
 
-/// How long generated requests are, in tokens.
+/// How long generated requests are, in tokens, and what they have in common.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Lengths {
     Fixed {
@@ -97,19 +107,42 @@ pub enum Lengths {
         output: f64,
         sigma: f64,
     },
+    /// One of `groups` beginnings of `prefix` tokens, in turn, then `prompt` tokens of their own.
+    Shared {
+        groups: u32,
+        prefix: u32,
+        prompt: u32,
+        output: u32,
+    },
+    /// Conversations beside each other, turn by turn: a prompt has the `system` tokens of all, and `added` tokens a
+    /// turn. Answers before it are `output` drawn tokens each, not what a model said.
+    Turns {
+        turns: u32,
+        system: u32,
+        added: u32,
+        output: u32,
+    },
 }
 
 /// The mean lengths of ShareGPT's conversations in Kwon et al. 2023; the spread is ours.
 pub const SHAREGPT: Lengths = Lengths::LogNormal { prompt: 161.0, output: 338.0, sigma: 1.0 };
+/// The means of AzurePublicDataset's code trace of 2023, and the spread of its prompts.
+pub const CODE: Lengths = Lengths::LogNormal { prompt: 2048.0, output: 28.0, sigma: 1.36 };
+/// Ours, as are the next two.
+pub const LONG: Lengths = Lengths::Uniform { prompt: (8192, 32_768), output: (64, 256) };
+pub const CHAT: Lengths = Lengths::Turns { turns: 6, system: 150, added: 60, output: 180 };
+/// A tool's description before all, and what it brings in each turn.
+pub const AGENT: Lengths = Lengths::Turns { turns: 12, system: 2000, added: 400, output: 60 };
+
+/// By the words of the command line.
+const NAMED: [(&str, Lengths); 5] =
+    [("sharegpt", SHAREGPT), ("code", CODE), ("long", LONG), ("chat", CHAT), ("agent", AGENT)];
 
 /// `num_requests` requests; generated ones are one row each.
 pub fn generate(arrivals: Arrivals, lengths: Lengths, num_requests: u32, seed: u64) -> Vec<PlannedRequest> {
     let mut random = SplitMix64::of(seed, 0, 2);
-    let planned = (1..=num_requests).map(|row| {
-        let (prompt_tokens, output_tokens) = lengths.draw(&mut random);
-        PlannedRequest { row, prompt_tokens, output_tokens, ..PlannedRequest::default() }
-    });
-    let mut requests: Vec<PlannedRequest> = planned.collect();
+    let plan = |row| PlannedRequest { row, ..lengths.plan(row - 1, num_requests, &mut random) };
+    let mut requests: Vec<PlannedRequest> = (1..=num_requests).map(plan).collect();
     arrivals.set(&mut requests, seed);
     requests
 }
@@ -134,9 +167,10 @@ impl Arrivals {
 }
 
 impl Lengths {
-    /// Prompt and output, at least 1 each.
-    fn draw(self, random: &mut SplitMix64) -> (u32, u32) {
-        match self {
+    /// Request `index` of so many.
+    fn plan(self, index: u32, num_requests: u32, random: &mut SplitMix64) -> PlannedRequest {
+        let mut segments = Vec::new();
+        let (prompt_tokens, output_tokens) = match self {
             Lengths::Fixed { prompt, output } => (prompt, output),
             Lengths::Uniform { prompt, output } => (random.between(prompt), random.between(output)),
             Lengths::LogNormal { prompt, output, sigma } => {
@@ -147,6 +181,50 @@ impl Lengths {
                 };
                 (draw(prompt), draw(output))
             }
+            Lengths::Shared { groups, prefix, prompt, output } => {
+                segments.push(Segment { id: u64::from(index % groups), num_tokens: prefix });
+                (prefix.saturating_add(prompt), output)
+            }
+            Lengths::Turns { turns, system, added, output } => {
+                let num_conversations = num_requests.div_ceil(turns);
+                let (turn, conversation) = (index / num_conversations, index % num_conversations);
+                let id = |of: u32| 1 + u64::from(conversation) * u64::from(turns) + u64::from(of);
+                let before = added.saturating_add(output);
+                segments.push(Segment { id: 0, num_tokens: system });
+                segments.extend((0..turn).map(|of| Segment { id: id(of), num_tokens: before }));
+                segments.push(Segment { id: id(turn), num_tokens: added });
+                (segments.iter().map(|segment| segment.num_tokens).fold(0, u32::saturating_add), output)
+            }
+        };
+        PlannedRequest { prompt_tokens, output_tokens, segments, ..PlannedRequest::default() }
+    }
+}
+
+/// As the command line has it.
+impl fmt::Display for Arrivals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Arrivals::AtOnce => write!(f, "at-once"),
+            Arrivals::Poisson { per_s } => write!(f, "poisson:{per_s}"),
+            Arrivals::Burst { size, every_s } => write!(f, "burst:{size}:{every_s}"),
+        }
+    }
+}
+
+/// As the command line has it.
+impl fmt::Display for Lengths {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((name, _)) = NAMED.iter().find(|(_, named)| named == self) {
+            return write!(f, "{name}");
+        }
+        match *self {
+            Lengths::Fixed { prompt, output } => write!(f, "fixed:{prompt}:{output}"),
+            Lengths::Uniform { prompt: (a, b), output: (c, d) } => write!(f, "uniform:{a}-{b}:{c}-{d}"),
+            Lengths::LogNormal { prompt, output, sigma } => write!(f, "lognormal:{prompt}:{output}:{sigma}"),
+            Lengths::Shared { groups, prefix, prompt, output } => {
+                write!(f, "shared:{groups}:{prefix}:{prompt}:{output}")
+            }
+            Lengths::Turns { turns, system, added, output } => write!(f, "turns:{turns}:{system}:{added}:{output}"),
         }
     }
 }
@@ -180,9 +258,13 @@ impl FromStr for Lengths {
             count(first).zip(count(last)).filter(|(first, last)| first <= last)
         };
         let number = |text: &str| text.parse().ok().filter(|value: &f64| value.is_finite() && *value > 0.0);
+        let four = |words: [&str; 4]| {
+            let counts: Vec<u32> = words.into_iter().filter_map(count).collect();
+            <[u32; 4]>::try_from(counts).ok()
+        };
         let parts: Vec<&str> = text.split(':').collect();
-        let lengths = match parts.as_slice() {
-            ["sharegpt"] => Some(SHAREGPT),
+        let lengths = match *parts.as_slice() {
+            [name] => NAMED.iter().find(|(known, _)| *known == name).map(|(_, lengths)| *lengths),
             ["fixed", prompt, output] => {
                 count(prompt).zip(count(output)).map(|(prompt, output)| Lengths::Fixed { prompt, output })
             }
@@ -193,13 +275,23 @@ impl FromStr for Lengths {
                 let means = number(prompt).zip(number(output));
                 means.zip(number(sigma)).map(|((prompt, output), sigma)| Lengths::LogNormal { prompt, output, sigma })
             }
+            ["shared", a, b, c, d] => four([a, b, c, d]).map(|[groups, prefix, prompt, output]| Lengths::Shared {
+                groups,
+                prefix,
+                prompt,
+                output,
+            }),
+            ["turns", a, b, c, d] => {
+                four([a, b, c, d]).map(|[turns, system, added, output]| Lengths::Turns { turns, system, added, output })
+            }
             _ => None,
         };
         lengths.ok_or_else(|| format!("{text} is none of {LENGTHS}"))
     }
 }
 
-const LENGTHS: &str = "sharegpt, fixed:PROMPT:OUTPUT, uniform:A-B:C-D, lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA";
+const LENGTHS: &str = "sharegpt, code, long, chat, agent, fixed:PROMPT:OUTPUT, uniform:A-B:C-D, \
+    lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, shared:GROUPS:PREFIX:PROMPT:OUTPUT, turns:TURNS:SYSTEM:ADDED:OUTPUT";
 
 /// SplitMix64 (Steele, Lea and Flood 2014): enough for token ids, and the same on every machine.
 pub struct SplitMix64(pub u64);
@@ -258,20 +350,37 @@ mod tests {
     }
 
     #[test]
-    fn equal_hash_ids_are_equal_tokens() {
-        let planned = |row, prompt_tokens, hash_ids: &[u64]| {
-            let hash_ids = hash_ids.to_vec();
-            PlannedRequest { row, prompt_tokens, output_tokens: 1, hash_ids, ..PlannedRequest::default() }
+    fn equal_segments_are_equal_tokens() {
+        let planned = |row, prompt_tokens, segments: &[(u64, u32)]| {
+            let segments = segments.iter().map(|&(id, num_tokens)| Segment { id, num_tokens }).collect();
+            PlannedRequest { row, prompt_tokens, output_tokens: 1, segments, ..PlannedRequest::default() }
         };
-        let first = planned(1, 1100, &[7, 8, 9]).request(1000, 1).prompt;
-        let second = planned(2, 1100, &[7, 8, 10]).request(1000, 1).prompt;
-        let short = planned(3, 600, &[7, 8]).request(1000, 1).prompt;
+        let first = planned(1, 1100, &[(7, 512), (8, 512), (9, 512)]).request(1000, 1).prompt;
+        let second = planned(2, 1100, &[(7, 512), (8, 512), (10, 512)]).request(1000, 1).prompt;
+        let short = planned(3, 600, &[(7, 512), (8, 512)]).request(1000, 1).prompt;
         let own = planned(4, 1100, &[]).request(1000, 1).prompt;
         assert_eq!((first.len(), short.len(), own.len()), (1100, 600, 1100));
         assert_eq!(first[..1024], second[..1024]);
         assert_eq!(first[..600], short[..]);
         assert_ne!(first[1024..1040], second[1024..1040]);
         assert_ne!(first[..16], own[..16]);
+    }
+
+    #[test]
+    fn a_turn_begins_with_the_one_before_and_conversations_differ() {
+        let lengths = Lengths::Turns { turns: 3, system: 10, added: 4, output: 6 };
+        let requests = generate(Arrivals::AtOnce, lengths, 6, 1);
+        let prompts: Vec<_> = requests.iter().map(|request| request.request(1000, 1).prompt).collect();
+        assert_eq!(prompts.iter().map(Vec::len).collect::<Vec<_>>(), [14, 14, 24, 24, 34, 34]);
+        assert_eq!(prompts[0][..], prompts[2][..14]);
+        assert_eq!(prompts[2][..], prompts[4][..24]);
+        assert_eq!(prompts[0][..10], prompts[1][..10], "the system prompt is everybody's");
+        assert_ne!(prompts[0][10..], prompts[1][10..]);
+        let shared = generate(Arrivals::AtOnce, Lengths::Shared { groups: 2, prefix: 8, prompt: 3, output: 1 }, 4, 1);
+        let prompts: Vec<_> = shared.iter().map(|request| request.request(1000, 1).prompt).collect();
+        assert_eq!((&prompts[0][..8], prompts[0].len()), (&prompts[2][..8], 11));
+        assert_ne!(prompts[0][..8], prompts[1][..8]);
+        assert_ne!(prompts[0][8..], prompts[2][8..]);
     }
 
     #[test]
@@ -312,11 +421,17 @@ mod tests {
         assert_eq!("fixed:128:64".parse(), Ok(Lengths::Fixed { prompt: 128, output: 64 }));
         assert_eq!("uniform:1-9:2-3".parse(), Ok(Lengths::Uniform { prompt: (1, 9), output: (2, 3) }));
         assert_eq!("lognormal:161:338:1".parse(), Ok(SHAREGPT));
+        assert_eq!("turns:12:2000:400:60".parse(), Ok(AGENT));
+        for lengths in ["sharegpt", "code", "long", "chat", "agent", "fixed:1:2", "uniform:1-2:3-4", "shared:1:2:3:4"] {
+            assert_eq!(lengths.parse::<Lengths>().map(|read| read.to_string()), Ok(lengths.to_owned()));
+        }
         for wrong in ["poisson", "poisson:0", "poisson:-1", "poisson:inf", "burst:0:1", "burst:4", "often"] {
             let sentence = wrong.parse::<Arrivals>().expect_err("it is wrong");
             assert!(sentence.contains(wrong) && sentence.contains("poisson:PER-SECOND"), "{sentence}");
         }
-        for wrong in ["fixed:0:1", "uniform:9-1:1-2", "uniform:1:2", "lognormal:1:2", "lognormal:1:2:-1", "short"] {
+        for wrong in
+            ["fixed:0:1", "uniform:9-1:1-2", "uniform:1:2", "lognormal:1:2", "lognormal:1:2:-1", "short", "turns:1:2:3"]
+        {
             let sentence = wrong.parse::<Lengths>().expect_err("it is wrong");
             assert!(sentence.contains(wrong), "{sentence}");
         }
