@@ -37,6 +37,7 @@ mod page;
 mod parameters;
 mod refusals;
 mod responses;
+mod results;
 mod sampling;
 mod several;
 mod structured;

@@ -1,17 +1,21 @@
 //! Fullbore's benchmarks: workloads, the run that measures one, and the statistics of what came out.
 //!
 //! Invariant: a workload is a pure function of its seed. Nothing here opens a device or starts a server: an engine is
-//! driven as the server drives it, through its handle or step by step; `http` alone is a client of a server, and only
-//! `ops` and `tune` record ops themselves.
+//! driven as the server drives it, through its handle or step by step; `http` and `serve` are clients of a server, and
+//! only `ops` and `tune` record ops themselves.
 
 pub mod grammar;
 pub mod http;
+pub mod latency;
 mod nobody;
 pub mod offline;
 pub mod ops;
+pub mod page;
 pub mod play;
 pub mod profile;
 pub mod report;
+pub mod result;
+pub mod serve;
 pub mod simulate;
 pub mod statistics;
 pub mod stopwatch;

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use fullbore_engine::engine::EngineStats;
 use fullbore_engine::limits::Cause;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
 use fullbore_engine::worker::{EngineHandle, SubmitError};
 
+use crate::result::{Run, hash_of};
 use crate::statistics::quantile;
 use crate::stopwatch::{Dial, Reading};
 use crate::workload::Workload;
@@ -36,7 +38,7 @@ pub struct OfflineReport {
     /// Of `elapsed_s`, in which the engine was not blocked waiting for the device: about the most that the device can
     /// have waited, where `submit` does not block.
     pub not_blocked_share: f64,
-    /// Seconds of the engine's life by what they are charged to, those before the first request included.
+    /// Seconds of the run by what they are charged to.
     pub device_seconds: BTreeMap<&'static str, f64>,
     pub verdict: String,
 }
@@ -51,10 +53,10 @@ pub enum BenchError {
     EngineGone,
 }
 
-/// Submits all of `workload`, waits for its end and ends the engine, whose device is behind the stopwatch of `dial`.
+/// Submits all of `workload` to an idle engine, whose device is behind the stopwatch of `dial`, and waits for its end.
 pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<OfflineReport, BenchError> {
     let requests = workload.requests(engine.vocab_size());
-    let before = dial.read();
+    let (before, charged) = (dial.read(), engine.stats().limits.total);
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
     let timestamps = |index| -> Box<dyn Sink> { Box::new(Timestamps { index, sender: sender.clone() }) };
@@ -87,18 +89,31 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
     let elapsed = start.elapsed();
     let Reading { busy, blocked, .. } = dial.read() - before;
     let rest = |part: Duration| 1.0 - part.as_secs_f64() / elapsed.as_secs_f64();
-    // Its last step is told to clients first.
-    engine.shutdown();
-    let stats = engine.stats();
+    let stats = idle(engine);
     let total = &stats.limits.total;
     Ok(OfflineReport {
-        host_waiting_share: total.host_ns() as f64 / 1e9 / elapsed.as_secs_f64(),
+        host_waiting_share: (total.host_ns() - charged.host_ns()) as f64 / 1e9 / elapsed.as_secs_f64(),
         not_busy_share: rest(busy),
         not_blocked_share: rest(blocked),
-        device_seconds: Cause::ALL.into_iter().map(|cause| (cause.name(), total.seconds(cause))).collect(),
+        device_seconds: Cause::ALL
+            .into_iter()
+            .map(|cause| (cause.name(), total.seconds(cause) - charged.seconds(cause)))
+            .collect(),
         verdict: engine.verdict(&stats).sentence,
         ..report(&traces, workload, start, elapsed)
     })
+}
+
+/// What is told of an engine once nothing runs: its last step is told to clients first.
+fn idle(engine: &EngineHandle) -> EngineStats {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        let stats = engine.stats();
+        if stats.num_running + stats.num_waiting == 0 || Instant::now() > deadline {
+            return stats;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duration) -> OfflineReport {
@@ -116,7 +131,7 @@ fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duratio
         ttft_ms_p99: quantile(&mut ttft_ms, 0.99).unwrap_or(0.0),
         tpot_ms_mean: gaps.iter().sum::<f64>() / gaps.len().max(1) as f64,
         cached_tokens: traces.iter().map(|trace| trace.cached_tokens).sum(),
-        output_hash: format!("{:016x}", fnv1a(traces.iter().flat_map(|trace| &trace.ids))),
+        output_hash: hash_of(traces.iter().flat_map(|trace| &trace.ids).copied()),
         ..OfflineReport::default()
     }
 }
@@ -127,6 +142,35 @@ struct Trace {
     last: Option<Instant>,
     ids: Vec<u32>,
     cached_tokens: u64,
+}
+
+impl OfflineReport {
+    /// As a result file has it.
+    pub fn to_run(&self) -> Run {
+        let mut run = Run { output_hash: Some(self.output_hash.clone()), ..Run::default() };
+        for (name, value) in [
+            ("duration_s", self.elapsed_s),
+            ("output_tokens_per_s", self.output_tokens_per_s),
+            ("total_tokens_per_s", (self.prompt_tokens + self.output_tokens) as f64 / self.elapsed_s),
+            ("ttft_p50_ms", self.ttft_ms_p50),
+            ("ttft_p99_ms", self.ttft_ms_p99),
+            ("tpot_mean_ms", self.tpot_ms_mean),
+            ("cached_share", self.cached_share()),
+        ] {
+            run.metric(name, value);
+        }
+        self.device_seconds.iter().for_each(|(cause, seconds)| run.metric(&format!("device_{cause}_s"), *seconds));
+        run.count("requests", u64::from(self.num_requests));
+        run.count("prompt_tokens", self.prompt_tokens);
+        run.count("output_tokens", self.output_tokens);
+        run.invalid
+            .extend((self.cached_tokens > 0).then(|| format!("{} tokens came from a cache", self.cached_tokens)));
+        run
+    }
+
+    fn cached_share(&self) -> f64 {
+        self.cached_tokens as f64 / self.prompt_tokens.max(1) as f64
+    }
 }
 
 impl Trace {
@@ -153,10 +197,4 @@ impl Sink for Timestamps {
     fn is_closed(&self) -> bool {
         false
     }
-}
-
-/// Fowler, Noll and Vo's hash, 64 bits.
-fn fnv1a<'a>(ids: impl Iterator<Item = &'a u32>) -> u64 {
-    let bytes = ids.flat_map(|id| id.to_le_bytes());
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }

@@ -9,6 +9,7 @@ use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::tensor::{KvType, WeightFormat};
 
 mod access;
+mod bench;
 mod clients;
 mod device;
 mod grammar;
@@ -19,6 +20,7 @@ mod serve;
 mod telemetry;
 
 pub use access::AccessArgs;
+pub use bench::{LatencyArgs, PromptForm, ReportArgs, ResultArgs, ServeBenchArgs, StartupArgs, SweepArgs, TargetArgs};
 pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
 pub use grammar::GrammarArgs;
@@ -67,6 +69,18 @@ pub enum Command {
 pub enum BenchCommand {
     /// All requests at once, no HTTP: prints tokens a second as JSON.
     Offline(BenchArgs),
+    /// One request at a time, no HTTP: prefill and decode at batch 1.
+    Latency(LatencyArgs),
+    /// A server under load, over HTTP: one of our own, one that runs, or either beside others: percentiles and ratios.
+    Serve(Box<ServeBenchArgs>),
+    /// The same under more and more load, up to the knee.
+    Sweep(Box<SweepArgs>),
+    /// From nothing to the first token, phase by phase.
+    Startup(StartupArgs),
+    /// Make a page, or Markdown, of result files.
+    Report(ReportArgs),
+    /// Print the JSON schema of result files.
+    Schema,
     /// What steps cost on this device: writes the profile that `fullbore simulate` reads.
     Profile(ProfileArgs),
     /// Play a workload in real time, no HTTP: the same report as `fullbore simulate`.
@@ -208,6 +222,12 @@ pub struct BenchArgs {
     pub prompt_tokens: u32,
     #[arg(long, default_value_t = 64)]
     pub output_tokens: u32,
+    /// Measure so many times over, on other prompts each time: a line each.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// Write a result file too; a valid one has 3 --runs at least.
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 /// How much longer than without prompts a step may take in which answers go on.
@@ -260,6 +280,9 @@ pub struct OpsArgs {
     /// Write the table to a file too, as CSV.
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
+    /// Measure twice more, and write a result file.
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
     /// Measure for so many seconds; every op is run at least once.
     #[arg(long, default_value_t = 30)]
     pub seconds: u64,
@@ -284,14 +307,15 @@ pub struct Rows(pub Vec<u32>);
 /// Which requests come when.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct WorkloadArgs {
-    /// A trace: CSV of TIMESTAMP,ContextTokens,GeneratedTokens, or JSON lines of timestamp, input_length,
-    /// output_length and perhaps hash_ids. With --arrivals its lengths alone count, over and over.
-    #[arg(long, required_unless_present = "arrivals")]
+    /// A trace: CSV in the form of AzurePublicDataset or BurstGPT, or JSON lines in that of Mooncake. With --arrivals
+    /// its lengths alone count, over and over.
+    #[arg(long)]
     pub trace: Option<PathBuf>,
     /// at-once, poisson:PER-SECOND, burst:SIZE:SECONDS, instead of the times of a trace.
     #[arg(long)]
     pub arrivals: Option<Arrivals>,
-    /// sharegpt, fixed:PROMPT:OUTPUT, uniform:A-B:C-D, lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA.
+    /// sharegpt, code, long, chat (turns), agent (turns of tools), fixed:PROMPT:OUTPUT, uniform:A-B:C-D,
+    /// lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, shared:GROUPS:PREFIX:PROMPT:OUTPUT, turns:TURNS:SYSTEM:ADDED:OUTPUT.
     #[arg(long, default_value = "sharegpt", conflicts_with = "trace")]
     pub lengths: Lengths,
     /// Requests, at most [default: all rows of the trace, or 1000].
@@ -300,13 +324,20 @@ pub struct WorkloadArgs {
     /// Arrivals come so many times as fast.
     #[arg(long, default_value_t = 1.0, value_parser = parse_speedup)]
     pub speedup: f64,
+    /// Of lengths, arrivals and token ids.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// How they are played where no server lets them in.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PlayArgs {
+    #[command(flatten)]
+    pub workload: WorkloadArgs,
     /// Turn away what --max-queued-requests, --max-queued-tokens or --max-queue-ms do not let in, by the rules of a
     /// server that has one tenant; otherwise it waits before the door.
     #[arg(long)]
     pub refuse_when_full: bool,
-    /// Of lengths, arrivals and token ids.
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -317,7 +348,7 @@ pub struct TraceArgs {
     #[arg(long)]
     pub device_profile: Option<PathBuf>,
     #[command(flatten)]
-    pub workload: WorkloadArgs,
+    pub play: PlayArgs,
 }
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -329,7 +360,7 @@ pub struct SimulateArgs {
     #[arg(long)]
     pub model: Option<String>,
     #[command(flatten)]
-    pub workload: WorkloadArgs,
+    pub play: PlayArgs,
     /// Requests that run at once, at most [default: the profile's; so are the next four].
     #[arg(long)]
     pub max_num_seqs: Option<u32>,

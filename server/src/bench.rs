@@ -7,14 +7,14 @@ use std::{fs, io};
 
 use fullbore_bench::grammar::{self, GrammarBenchError, GrammarOptions};
 use fullbore_bench::http::HttpBenchError;
-use fullbore_bench::offline::{self, BenchError};
+use fullbore_bench::offline::BenchError;
 use fullbore_bench::ops::{self, ModelShape, OpsError, OpsOptions};
 use fullbore_bench::play::{self, Clock, PlayError};
 use fullbore_bench::profile::{self, Measured, ProfileError};
 use fullbore_bench::report::ServingReport;
-use fullbore_bench::stopwatch::Stopwatch;
+use fullbore_bench::result::{MIN_RUNS, ResultError};
+use fullbore_bench::serve::ServeBenchError;
 use fullbore_bench::submit;
-use fullbore_bench::workload::Workload;
 use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
@@ -22,15 +22,23 @@ use fullbore_engine::cost::{CostModel, DeviceProfile, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::{GrammarCompiler, GrammarError, GrammarSource};
 
-use crate::args::{BenchArgs, EngineArgs, GrammarArgs, OpsArgs, Profile, ProfileArgs, Shapes, SubmitArgs, TraceArgs};
+use crate::args::{EngineArgs, GrammarArgs, OpsArgs, Profile, ProfileArgs, Shapes, SubmitArgs, TraceArgs};
 use crate::devices::{self, DeviceChoiceError};
 use crate::serve::ServeError;
 use crate::simulate::{WorkloadError, play_options, requests};
-use crate::start::{self, Plan, StartError, USUAL_LEN};
+use crate::start::{self, StartError};
 
 mod http;
+mod latency;
+mod loopback;
+mod report;
+mod result;
+mod serve;
 
 pub use http::{http, measure_http};
+pub use latency::{latency, measure_latency, measure_startup, offline, startup};
+pub use report::{report, schema};
+pub use serve::{measure_serve, measure_sweep, serve, sweep};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchCommandError {
@@ -56,30 +64,20 @@ pub enum BenchCommandError {
     Http(#[from] HttpBenchError),
     #[error(transparent)]
     Serve(#[from] Box<ServeError>),
+    #[error(transparent)]
+    ServeBench(#[from] ServeBenchError),
+    #[error(transparent)]
+    Result(#[from] ResultError),
+    #[error("none of the {0} requests fits into max_model_len, {1} tokens; take shorter --lengths")]
+    AllTooLong(usize, u64),
+    #[error("a sweep makes its own arrivals; leave --arrivals and --speedup out")]
+    SweepArrivals,
     #[error("cannot start the server's threads: {0}")]
     Runtime(#[from] io::Error),
     #[error("the bench's own schema does not compile: {0}")]
     Schema(#[from] GrammarError),
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
-}
-
-/// All requests at once, one line of JSON.
-pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
-    let mut engine_args = args.engine.clone();
-    // All are submitted at once, and a place is worth `USUAL_LEN` tokens unless more is asked for.
-    let num_places = args.num_requests.saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
-    engine_args.max_queued_requests = engine_args.max_queued_requests.max(num_places);
-    let plan = start::plan(&engine_args, None)?;
-    let stopwatch = Stopwatch::new(plan.backend);
-    let dial = stopwatch.dial();
-    let model = Plan { backend: Box::new(stopwatch), ..plan }.load()?;
-    let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
-    let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
-    let report = offline::run(&model.engine, workload, &dial);
-    model.end();
-    println!("{}", serde_json::json!(report?));
-    Ok(())
 }
 
 /// Measures the device and writes its profile.
@@ -155,6 +153,13 @@ pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
     if let Some(path) = &args.csv {
         fs::write(path, report.csv()).map_err(|source| BenchCommandError::Write { path: path.clone(), source })?;
     }
+    if let Some(path) = &args.output {
+        let mut reports = vec![report];
+        for _ in 1..MIN_RUNS {
+            reports.push(ops::measure(backend.as_mut(), &options, &mut progress)?);
+        }
+        result::of_ops(&reports, backend.info()).write(path)?;
+    }
     Ok(())
 }
 
@@ -222,7 +227,7 @@ pub fn trace(args: &TraceArgs) -> Result<(), BenchCommandError> {
 }
 
 pub fn play_trace(args: &TraceArgs) -> Result<ServingReport, BenchCommandError> {
-    let requests = requests(&args.workload)?;
+    let requests = requests(&args.play.workload)?;
     let costs = args.device_profile.as_deref().map(DeviceProfile::open).transpose()?.map(|profile| profile.cost);
     let mut engine = start::plan(&args.engine, None)?.load_engine()?;
     if let Some(costs) = costs {
@@ -230,5 +235,5 @@ pub fn play_trace(args: &TraceArgs) -> Result<ServingReport, BenchCommandError> 
         engine.config().check_target_at(&costs).map_err(StartError::from)?;
     }
     let clock = Clock::Real(Instant::now());
-    Ok(play::play(&mut engine, &requests, &clock, play_options(&args.workload))?)
+    Ok(play::play(&mut engine, &requests, &clock, play_options(&args.play))?)
 }

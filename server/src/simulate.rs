@@ -13,7 +13,7 @@ use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::cost::profile::{ProfileError, ProfiledLimits};
 use fullbore_engine::memory::capacity::{self, BudgetTooSmall};
 
-use crate::args::{SimulateArgs, WorkloadArgs, latency_target};
+use crate::args::{PlayArgs, SimulateArgs, WorkloadArgs, latency_target};
 use crate::fetch::{self, FetchError};
 use crate::start::queued_tokens;
 
@@ -62,7 +62,7 @@ pub fn simulate(args: &SimulateArgs) -> Result<(), SimulateCommandError> {
 
 pub fn report(args: &SimulateArgs) -> Result<ServingReport, SimulateCommandError> {
     let mut profile = DeviceProfile::open(&args.profile)?;
-    let requests = requests(&args.workload)?;
+    let requests = requests(&args.play.workload)?;
     let mut max_positions = u32::MAX;
     if let Some(model) = &args.model {
         let model = Bundle::open(&fetch::fetch(model)?)?.config;
@@ -74,7 +74,7 @@ pub fn report(args: &SimulateArgs) -> Result<ServingReport, SimulateCommandError
     if config.max_num_batched_tokens > measured {
         tracing::warn!("steps of more than {measured} rows were not measured; what they take is extrapolated");
     }
-    Ok(simulate::simulate(&profile, config, &requests, play_options(&args.workload))?)
+    Ok(simulate::simulate(&profile, config, &requests, play_options(&args.play))?)
 }
 
 /// The profile's limits, where the command line gives no other.
@@ -166,6 +166,6 @@ const DEFAULT_REQUESTS: u32 = 1000;
 /// Some 31 years, well within what a clock of nanoseconds counts.
 const MAX_ARRIVAL: Duration = Duration::from_secs(1_000_000_000);
 
-pub fn play_options(args: &WorkloadArgs) -> PlayOptions {
-    PlayOptions { refuse_when_full: args.refuse_when_full, seed: args.seed }
+pub fn play_options(args: &PlayArgs) -> PlayOptions {
+    PlayOptions { refuse_when_full: args.refuse_when_full, seed: args.workload.seed }
 }

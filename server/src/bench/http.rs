@@ -3,7 +3,7 @@
 //! Invariant: every measurement has a server of its own, with the limits of `fullbore serve` but for what the
 //! measurement itself is about.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,18 +16,15 @@ use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::model::ModelConfig;
 use fullbore_engine::text::{Special, Tokenizer};
 use serde_json::{Map, Value, json};
-use tokio::runtime::Runtime;
 
 use super::BenchCommandError;
+use super::loopback::Loopback;
 use crate::args::{HttpArgs, HttpMeasure, Profile, latency_target};
 use crate::fetch;
-use crate::serve::{Entrance, Server};
 use crate::start::{Plan, StartError};
 
-/// A server that listens and serves, until it is dropped.
 struct Served {
-    runtime: Runtime,
-    server: Option<Server>,
+    server: Loopback,
     steps: Steps,
     tokenizer: Arc<Tokenizer>,
 }
@@ -152,11 +149,7 @@ impl Served {
         let steps = backend.steps();
         let name = bundle.name.clone();
         let model = Plan::of(&name, bundle, Box::new(backend), config, 0).load()?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
-        let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let server = runtime.block_on(Server::start(host, 0, Entrance::default())).map_err(Box::new)?;
-        server.set_models(vec![model]);
-        Ok(Served { runtime, server: Some(server), steps, tokenizer })
+        Ok(Served { server: Loopback::start(model, 0)?, steps, tokenizer })
     }
 
     /// How long a prompt is that has so many tokens: that of client `nth`, for larger numbers have more of them.
@@ -167,15 +160,7 @@ impl Served {
     }
 
     fn address(&self) -> SocketAddr {
-        self.server.as_ref().expect("until it is dropped").address()
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        if let Some(server) = self.server.take() {
-            self.runtime.block_on(server.shutdown(Duration::ZERO));
-        }
+        self.server.address()
     }
 }
 

@@ -48,6 +48,11 @@ impl StartTimes {
         self.phases.push((phase, now - self.ended, parts.0.clone()));
         self.ended = now;
     }
+
+    /// Each by its name, in the order of their ends.
+    pub fn phases(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        self.phases.iter().map(|&(phase, took, _)| (phase, took))
+    }
 }
 
 impl fmt::Display for StartTimes {

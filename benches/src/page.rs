@@ -1,0 +1,117 @@
+//! Result files as one page: HTML that needs nothing else, or Markdown.
+//!
+//! Invariant: every number on it is in a result file, and what is missing or doubtful is said, not left out. Nothing
+//! here measures.
+
+use view::{Named, View};
+
+mod figures;
+mod html;
+mod markdown;
+mod plot;
+mod view;
+
+/// One file with its plots and its styles, light or dark as its reader has it.
+pub fn html(results: &[Named]) -> String {
+    let (figures, without) = figures::figures(results);
+    html::page(&View::of(results).also_missing(without), &figures)
+}
+
+/// The same tables.
+pub fn markdown(results: &[Named]) -> String {
+    markdown::page(&View::of(results))
+}
+
+impl View {
+    fn also_missing(mut self, sentences: Vec<String>) -> View {
+        self.missing.extend(sentences);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::result::{BenchResult, Device, Measurement, Run, Target};
+
+    use super::*;
+
+    fn target(name: &str, adapter: Option<&str>) -> Target {
+        let device = adapter.map(|adapter| Device {
+            id: "vulkan:0".to_owned(),
+            name: adapter.to_owned(),
+            driver: "a driver 1.0".to_owned(),
+            tier: "base".to_owned(),
+            arithmetic: "f32".to_owned(),
+            memory_bytes: None,
+        });
+        let memory_bytes = device.iter().map(|_| ("weights".to_owned(), 100 << 20)).collect();
+        let (name, model) = (name.to_owned(), Some("a-model".to_owned()));
+        Target { name, model, device, memory_bytes, ..Target::default() }
+    }
+
+    fn measurement(target: &str, concurrency: f64, rate: f64) -> Measurement {
+        let run = |times: f64| {
+            let metrics = [
+                ("output_tokens_per_s", rate * times),
+                ("tpot_p50_ms", 5.0 * concurrency),
+                ("device_computing_s", 3.0),
+                ("device_slots_s", 1.0),
+            ];
+            Run { metrics: metrics.map(|(name, value)| (name.to_owned(), value)).into(), ..Run::default() }
+        };
+        Measurement {
+            target: target.to_owned(),
+            at: [("concurrency".to_owned(), concurrency)].into(),
+            runs: [0.9, 1.0, 1.1].map(run).into(),
+            ..Measurement::default()
+        }
+    }
+
+    fn results() -> Vec<Named> {
+        let mut result = BenchResult::begin("sweep", 1);
+        result.targets = vec![target("own", Some("An <odd> GPU")), target("a peer", None)];
+        result.measurements = [1.0, 2.0]
+            .into_iter()
+            .flat_map(|clients| [measurement("own", clients, 40.0 * clients), measurement("a peer", clients, 20.0)])
+            .collect();
+        result.software.build = "release".to_owned();
+        result.finish();
+        vec![("a.json".to_owned(), result)]
+    }
+
+    #[test]
+    fn the_page_says_what_was_measured_and_what_was_not() {
+        let page = html(&results());
+        for part in [
+            "An &lt;odd&gt; GPU",
+            "a peer",
+            "Throughput against latency",
+            "Where the device&#39;s time went",
+            "concurrency 2",
+            "Not measured on An &lt;odd&gt; GPU: batch 1",
+            "There is no op: no share of the roofline",
+            "One device alone",
+        ] {
+            assert!(page.contains(part), "{part} is not in {page}");
+        }
+        assert!(!page.contains("<odd>") && !page.contains("NaN"), "{page}");
+        assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script src"), "{page}");
+        // 80 to 20, run by run.
+        assert!(page.contains("<td class=\"number\">4"), "{page}");
+    }
+
+    #[test]
+    fn what_is_not_valid_is_not_shown_as_if_it_were() {
+        let mut results = results();
+        results[0].1.invalid.push("the target died".to_owned());
+        results[0].1.finish();
+        assert!(html(&results).contains("a.json is not valid: the target died"));
+        let text = markdown(&results);
+        assert!(text.contains("a.json is not valid: the target died") && text.contains("| no |"), "{text}");
+    }
+
+    #[test]
+    fn no_results_make_a_page_that_says_so() {
+        assert!(html(&[]).contains("There is no sweep"));
+    }
+}

@@ -1,0 +1,250 @@
+//! What the page says, in whatever form it is written: tables by device, ratios, figures, and what is missing.
+
+use std::collections::BTreeMap;
+
+use crate::result::table::{loads, number};
+use crate::result::{BenchResult, Measurement, Spread, Target};
+
+/// All that result files come to.
+pub struct View {
+    pub devices: Vec<DeviceTable>,
+    pub ratios: Table,
+    pub starts: Table,
+    /// Sentences.
+    pub missing: Vec<String>,
+    pub sources: Vec<Source>,
+}
+
+/// What was measured on one device, or of one peer.
+pub struct DeviceTable {
+    pub name: String,
+    /// Driver, kernels and machine.
+    pub about: String,
+    pub table: Table,
+}
+
+#[derive(Default)]
+pub struct Table {
+    pub head: Vec<String>,
+    pub rows: Vec<Vec<Cell>>,
+}
+
+#[derive(Clone, Default)]
+pub struct Cell {
+    pub text: String,
+    /// The spread of the runs.
+    pub spread: Option<String>,
+    pub is_number: bool,
+}
+
+/// A result file, and everything needed to repeat it.
+pub struct Source {
+    pub file: String,
+    pub facts: Vec<(&'static str, String)>,
+    pub invalid: Vec<String>,
+}
+
+/// The columns of a device's table, where it has any of it.
+const COLUMNS: [(&str, &str); 11] = [
+    ("output_tokens_per_s", "output tokens/s"),
+    ("goodput_requests_per_s", "good requests/s"),
+    ("prefill_tokens_per_s", "prefill tokens/s"),
+    ("decode_tokens_per_s", "decode tokens/s"),
+    ("ttft_p50_ms", "first token, ms"),
+    ("ttft_p99_ms", "p99"),
+    ("tpot_p50_ms", "a token, ms"),
+    ("tpot_mean_ms", "a token, mean ms"),
+    ("itl_p99_ms", "gap p99, ms"),
+    ("e2e_p50_ms", "request, ms"),
+    ("cached_share", "from cache"),
+];
+
+const RATIOS: [(&str, &str); 5] = [
+    ("output_tokens_per_s", "output tokens/s"),
+    ("goodput_requests_per_s", "good requests/s"),
+    ("ttft_p50_ms", "first token"),
+    ("tpot_p50_ms", "a token"),
+    ("e2e_p50_ms", "request"),
+];
+
+/// Benches that every device should have.
+const WANTED: [(&str, &str); 5] = [
+    ("latency", "batch 1 (`bench latency`)"),
+    ("serve", "a server under load (`bench serve`)"),
+    ("sweep", "the knee (`bench sweep`)"),
+    ("startup", "the start (`bench startup`)"),
+    ("ops", "single ops beside the roofline (`bench ops`)"),
+];
+
+pub type Named = (String, BenchResult);
+
+impl View {
+    pub fn of(results: &[Named]) -> View {
+        View {
+            devices: devices(results),
+            ratios: ratios(results),
+            starts: starts(results),
+            missing: missing(results),
+            sources: results.iter().map(source).collect(),
+        }
+    }
+}
+
+/// What a target is called on the page: its adapter, else its own name.
+pub fn device_name(target: &Target) -> &str {
+    target.device.as_ref().map_or(&target.name, |device| &device.name)
+}
+
+/// What is asked, in few words.
+pub fn load_of(result: &BenchResult, measurement: &Measurement) -> String {
+    let lengths = result.workload.get("lengths").and_then(|lengths| lengths.as_str()).map(str::to_owned);
+    let tokens = |name: &str| result.workload.get(name).and_then(|value| value.as_u64());
+    let lengths = lengths.or_else(|| {
+        let (prompt, output) = (tokens("prompt_tokens")?, tokens("output_tokens")?);
+        Some(format!("{prompt} + {output} tokens"))
+    });
+    let at = loads(&measurement.at).trim_start_matches(", ").to_owned();
+    let at = if result.bench == "latency" { "batch 1".to_owned() } else { at };
+    [lengths.unwrap_or_default(), at].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
+/// What a line of a table is made of.
+type Row<'a> = (&'a BenchResult, &'a Measurement, &'a Target);
+
+fn devices(results: &[Named]) -> Vec<DeviceTable> {
+    let mut found: BTreeMap<(String, String), Vec<Row>> = BTreeMap::new();
+    for (_, result) in results.iter().filter(|(_, result)| !["ops", "startup"].contains(&result.bench.as_str())) {
+        for measurement in &result.measurements {
+            let Some(target) = result.target(&measurement.target) else { continue };
+            let key = (device_name(target).to_owned(), about(result, target));
+            found.entry(key).or_default().push((result, measurement, target));
+        }
+    }
+    let table =
+        |((name, about), rows): ((String, String), Vec<_>)| DeviceTable { name, about, table: device_rows(&rows) };
+    found.into_iter().map(table).collect()
+}
+
+fn about(result: &BenchResult, target: &Target) -> String {
+    let device = target.device.as_ref().map(|device| {
+        let [driver, tier, arithmetic] = [&device.driver, &device.tier, &device.arithmetic];
+        format!("{driver}; {tier} kernels, {arithmetic}")
+    });
+    let engine = target.version.clone().unwrap_or_default();
+    let machine = machine(result);
+    let parts = [device.unwrap_or(engine), machine];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+fn machine(result: &BenchResult) -> String {
+    let cpu = result.machine.cpu.clone().unwrap_or_else(|| result.machine.system.clone());
+    format!("{cpu}, {} threads", result.machine.num_threads)
+}
+
+fn device_rows(rows: &[Row]) -> Table {
+    let has = |name: &str| rows.iter().any(|(_, measurement, _)| measurement.summary.contains_key(name));
+    let columns: Vec<_> = COLUMNS.into_iter().filter(|(name, _)| has(name)).collect();
+    let mut head = vec!["bench".to_owned(), "model".to_owned(), "load".to_owned()];
+    head.extend(columns.iter().map(|(_, title)| (*title).to_owned()));
+    head.push("valid".to_owned());
+    let row = |(result, measurement, target): &Row| {
+        let model = [&target.model, &target.weights].into_iter().flatten().cloned().collect::<Vec<_>>().join(" ");
+        let mut cells = vec![word(&result.bench), word(&model), word(&load_of(result, measurement))];
+        cells.extend(columns.iter().map(|(name, _)| cell(measurement.summary.get(*name))));
+        cells.push(word(if result.valid { "yes" } else { "no" }));
+        cells
+    };
+    Table { head, rows: rows.iter().map(row).collect() }
+}
+
+fn word(text: &str) -> Cell {
+    Cell { text: text.to_owned(), ..Cell::default() }
+}
+
+fn cell(spread: Option<&Spread>) -> Cell {
+    let Some(Spread { median, min, max }) = spread else { return Cell { text: "–".to_owned(), ..Cell::default() } };
+    let spread = (min != max).then(|| format!("{} to {}", number(*min), number(*max)));
+    Cell { text: number(*median), spread, is_number: true }
+}
+
+fn ratios(results: &[Named]) -> Table {
+    let all = || results.iter().flat_map(|(_, result)| result.comparisons.iter().map(move |of| (result, of)));
+    let columns: Vec<_> =
+        RATIOS.into_iter().filter(|(name, _)| all().any(|(_, of)| of.ratios.contains_key(*name))).collect();
+    let mut head: Vec<String> = ["target", "beside", "load"].map(str::to_owned).into();
+    head.extend(columns.iter().map(|(_, title)| (*title).to_owned()));
+    let row = |(result, of): (&BenchResult, &crate::result::Comparison)| {
+        let called = |name: &str| result.target(name).map_or(name.to_owned(), |target| device_name(target).to_owned());
+        let at = Measurement { at: of.at.clone(), ..Measurement::default() };
+        let mut cells = vec![word(&called(&of.target)), word(&called(&of.against)), word(&load_of(result, &at))];
+        cells.extend(columns.iter().map(|(name, _)| cell(of.ratios.get(*name))));
+        cells
+    };
+    Table { head, rows: all().map(row).collect() }
+}
+
+fn starts(results: &[Named]) -> Table {
+    let head = ["device", "model", "ready, s", "first token, s"].map(str::to_owned).into();
+    let startups = results.iter().filter(|(_, result)| result.bench == "startup");
+    let rows = startups.flat_map(|(_, result)| {
+        result.measurements.iter().map(|measurement| {
+            let target = result.target(&measurement.target);
+            let model = target.and_then(|target| target.model.clone()).unwrap_or_default();
+            let [ready, first] = ["ready_s", "first_token_s"].map(|name| cell(measurement.summary.get(name)));
+            vec![word(target.map_or(&measurement.target, device_name)), word(&model), ready, first]
+        })
+    });
+    Table { head, rows: rows.collect() }
+}
+
+fn missing(results: &[Named]) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for (file, result) in results.iter().filter(|(_, result)| !result.valid) {
+        sentences.push(format!("{file} is not valid: {}.", result.invalid.join("; ")));
+    }
+    let mut devices: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (_, result) in results {
+        for target in result.targets.iter().filter(|target| target.device.is_some()) {
+            devices.entry(device_name(target)).or_default().push(&result.bench);
+        }
+    }
+    for (device, benches) in &devices {
+        let lacks: Vec<&str> =
+            WANTED.iter().filter(|(bench, _)| !benches.contains(bench)).map(|(_, title)| *title).collect();
+        if !lacks.is_empty() {
+            sentences.push(format!("Not measured on {device}: {}.", lacks.join(", ")));
+        }
+    }
+    if results.iter().all(|(_, result)| result.comparisons.is_empty()) {
+        sentences.push("No other engine was measured beside this one (`--against URL`).".to_owned());
+    }
+    if devices.len() == 1 {
+        sentences.push("One device alone was measured.".to_owned());
+    }
+    let machines: std::collections::BTreeSet<String> = results.iter().map(|(_, result)| machine(result)).collect();
+    if machines.len() == 1 {
+        sentences.push(format!("One machine alone was measured: {}.", machines.into_iter().collect::<String>()));
+    }
+    sentences
+}
+
+fn source((file, result): &Named) -> Source {
+    let BenchResult { software, machine: of, .. } = result;
+    let commit = software.commit.as_deref().unwrap_or("unknown");
+    let load = of.load_average.map_or(String::new(), |load| format!(", load average {load} when it began"));
+    let runs = result.measurements.iter().map(|measurement| measurement.runs.len()).min().unwrap_or(0);
+    let hashes = result.measurements.iter().flat_map(|measurement| &measurement.runs);
+    let hashes: Vec<&str> = hashes.filter_map(|run| run.output_hash.as_deref()).take(MAX_HASHES).collect();
+    let facts = vec![
+        ("bench", format!("{}, {runs} runs, seed {}", result.bench, result.seed)),
+        ("begun", result.begun_at.clone()),
+        ("command", result.command.join(" ")),
+        ("program", format!("fullbore {}, {} build, commit {commit}", software.version, software.build)),
+        ("machine", format!("{}; {}{load}", machine(result), of.system)),
+        ("output", if hashes.is_empty() { "no token ids".to_owned() } else { hashes.join(", ") }),
+    ];
+    Source { file: file.clone(), facts, invalid: result.invalid.clone() }
+}
+
+/// Of one file, shown.
+const MAX_HASHES: usize = 4;

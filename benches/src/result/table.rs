@@ -1,0 +1,128 @@
+//! A result for people at a terminal: a table for each load, ratios, and what is doubtful.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::{BenchResult, Spread};
+use crate::serve::knee;
+
+/// What is shown of all that is in a result, in this order, and what it is called.
+pub const SHOWN: [(&str, &str); 21] = [
+    ("output_tokens_per_s", "output, tokens/s"),
+    ("total_tokens_per_s", "prompts and output, tokens/s"),
+    ("requests_per_s", "requests/s"),
+    ("goodput_requests_per_s", "good requests/s"),
+    ("good_share", "good requests, share"),
+    ("prefill_tokens_per_s", "prefill, tokens/s"),
+    ("decode_tokens_per_s", "decode, tokens/s"),
+    ("ttft_p50_ms", "first token p50, ms"),
+    ("ttft_p99_ms", "first token p99, ms"),
+    ("itl_p50_ms", "between tokens p50, ms"),
+    ("itl_p99_ms", "between tokens p99, ms"),
+    ("tpot_mean_ms", "a token after the first, ms"),
+    ("tpot_p50_ms", "a token after the first p50, ms"),
+    ("e2e_p50_ms", "whole request p50, ms"),
+    ("e2e_p99_ms", "whole request p99, ms"),
+    ("cached_share", "prompt from cache, share"),
+    ("ready_s", "ready, s"),
+    ("first_token_s", "first token from the start, s"),
+    ("roofline_share", "of the roofline, share"),
+    ("late_p99_ms", "sent late p99, ms"),
+    ("client_core_share", "client's share of a core"),
+];
+
+impl fmt::Display for BenchResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for measurement in &self.measurements {
+            writeln!(f, "\n{}{}", measurement.target, loads(&measurement.at))?;
+            writeln!(
+                f,
+                "{:<34}{:>12}{:>12}{:>12}",
+                format!("{} runs", measurement.runs.len()),
+                "median",
+                "least",
+                "most"
+            )?;
+            write_spreads(f, &measurement.summary)?;
+        }
+        for comparison in &self.comparisons {
+            writeln!(f, "\n{} beside {}{}", comparison.target, comparison.against, loads(&comparison.at))?;
+            writeln!(f, "{:<34}{:>12}{:>12}{:>12}", "ratio, run by run", "median", "least", "most")?;
+            write_spreads(f, &comparison.ratios)?;
+        }
+        if self.bench == "sweep" {
+            for target in &self.targets {
+                if let Some(knee) = knee(&target.name, "output_tokens_per_s", &self.measurements) {
+                    writeln!(f, "\n{}: the knee is at{}", target.name, loads(&knee.at).replacen(',', "", 1))?;
+                }
+            }
+        }
+        match self.valid {
+            true => writeln!(f, "\nvalid"),
+            false => {
+                writeln!(f, "\nnot valid:")?;
+                self.invalid.iter().try_for_each(|reason| writeln!(f, "  {reason}"))
+            }
+        }
+    }
+}
+
+/// `, concurrency 16`; of numbers as few digits as tell them.
+pub fn loads(at: &BTreeMap<String, f64>) -> String {
+    at.iter().map(|(name, value)| format!(", {} {}", name.replace('_', " "), number(*value))).collect()
+}
+
+/// Three digits at least, and none that say nothing.
+pub fn number(value: f64) -> String {
+    let size = value.abs();
+    match value {
+        _ if size >= 1000.0 => grouped(value.round()),
+        _ if size >= 100.0 => format!("{value:.0}"),
+        _ if value.fract() == 0.0 => format!("{value:.0}"),
+        _ if size >= 10.0 => format!("{value:.1}"),
+        _ if size >= 0.01 => format!("{value:.3}").trim_end_matches('0').trim_end_matches('.').to_owned(),
+        _ => format!("{value:.2e}"),
+    }
+}
+
+fn grouped(value: f64) -> String {
+    let digits = format!("{:.0}", value.abs());
+    let sign = if value < 0.0 { "-" } else { "" };
+    let first = (digits.len() - 1) % 3 + 1;
+    let rest: String =
+        digits.as_bytes()[first..].chunks(3).map(|group| format!(",{}", String::from_utf8_lossy(group))).collect();
+    format!("{sign}{}{rest}", &digits[..first])
+}
+
+fn write_spreads(f: &mut fmt::Formatter<'_>, spreads: &BTreeMap<String, Spread>) -> fmt::Result {
+    for (name, title) in SHOWN {
+        if let Some(Spread { median, min, max }) = spreads.get(name) {
+            let [median, min, max] = [median, min, max].map(|value| number(*value));
+            writeln!(f, "{title:<34}{median:>12}{min:>12}{max:>12}")?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_as_few_digits_as_tell_them() {
+        for (value, text) in [
+            (0.0, "0"),
+            (16.0, "16"),
+            (0.5, "0.5"),
+            (1.234_56, "1.235"),
+            (12.34, "12.3"),
+            (123.4, "123"),
+            (1234.5, "1,235"),
+            (1_234_567.0, "1,234,567"),
+            (-1234.0, "-1,234"),
+            (0.000_123, "1.23e-4"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! `fullbore bench offline`, `latency` and `startup`: one engine in this process, without HTTP.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use fullbore_bench::latency as batch_1;
+use fullbore_bench::offline::{self, BenchError};
+use fullbore_bench::result::{BenchResult, Measurement, Run};
+use fullbore_bench::stopwatch::{Dial, Stopwatch};
+use fullbore_bench::workload::Workload;
+use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
+use serde_json::json;
+
+use super::BenchCommandError;
+use super::result::{finish, target_of};
+use crate::api::ServedModel;
+use crate::args::{BenchArgs, EngineArgs, LatencyArgs, StartupArgs};
+use crate::start::{self, Plan, USUAL_LEN};
+
+/// All requests at once, one line of JSON a run.
+pub fn offline(args: &BenchArgs) -> Result<(), BenchCommandError> {
+    let mut engine_args = args.engine.clone();
+    // All are submitted at once, and a place is worth `USUAL_LEN` tokens unless more is asked for.
+    let num_places = args.num_requests.saturating_mul(args.prompt_tokens.div_ceil(USUAL_LEN).max(1));
+    engine_args.max_queued_requests = engine_args.max_queued_requests.max(num_places);
+    let BenchArgs { num_requests, prompt_tokens, output_tokens, .. } = *args;
+    let workload = Workload { num_requests, prompt_tokens, output_tokens, seed: 1 };
+    let result = measure("offline", &engine_args, workload, args.runs, |model, workload, dial| {
+        let report = offline::run(&model.engine, workload, dial)?;
+        println!("{}", json!(report));
+        Ok(report.to_run())
+    })?;
+    args.output.as_deref().map_or(Ok(()), |path| Ok(result.write(path)?))
+}
+
+pub fn latency(args: &LatencyArgs) -> Result<(), BenchCommandError> {
+    finish(&measure_latency(args)?, &args.result)
+}
+
+pub fn measure_latency(args: &LatencyArgs) -> Result<BenchResult, BenchCommandError> {
+    let LatencyArgs { num_requests, prompt_tokens, output_tokens, seed, .. } = *args;
+    let workload = Workload { num_requests, prompt_tokens, output_tokens, seed };
+    measure("latency", &args.engine, workload, args.result.runs, |model, workload, dial| {
+        batch_1::run(&model.engine, workload, dial)
+    })
+}
+
+/// Runs `run` so many times on one engine, on prompts of their own, after one of a single request.
+fn measure(
+    bench: &str,
+    args: &EngineArgs,
+    workload: Workload,
+    num_runs: u32,
+    mut run: impl FnMut(&ServedModel, Workload, &Dial) -> Result<Run, BenchError>,
+) -> Result<BenchResult, BenchCommandError> {
+    let mut result = BenchResult::begin(bench, workload.seed);
+    let plan = start::plan(args, None)?;
+    let stopwatch = Stopwatch::new(plan.backend);
+    let dial = stopwatch.dial();
+    let model = Plan { backend: Box::new(stopwatch), ..plan }.load()?;
+    result.targets = vec![target_of(&model)];
+    let Workload { num_requests, prompt_tokens, output_tokens, seed } = workload;
+    let lengths = [("num_requests", num_requests), ("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)];
+    result.workload = lengths.map(|(name, value)| (name.to_owned(), json!(value))).into();
+    let with_seed = |nth: u32| Workload { seed: seed ^ (u64::from(nth) << 48), ..workload };
+    let runs = (0..num_runs).map(|nth| run(&model, with_seed(nth), &dial)).collect::<Result<_, _>>();
+    model.end();
+    let target = result.targets[0].name.clone();
+    result.measurements = vec![Measurement { target, runs: runs?, ..Measurement::default() }];
+    result.finish();
+    Ok(result)
+}
+
+pub fn startup(args: &StartupArgs) -> Result<(), BenchCommandError> {
+    finish(&measure_startup(args)?, &args.result)
+}
+
+/// Starts as often as asked; every start but the first finds what the one before left in the caches.
+pub fn measure_startup(args: &StartupArgs) -> Result<BenchResult, BenchCommandError> {
+    let mut result = BenchResult::begin("startup", STARTUP_SEED);
+    let mut runs = Vec::new();
+    for _ in 0..args.result.runs {
+        let begun = Instant::now();
+        let model = start::plan(&args.engine, None)?.load()?;
+        let ready = begun.elapsed();
+        let first = first_token(&model);
+        result.targets = vec![target_of(&model)];
+        let mut run = Run::default();
+        model.times.phases().for_each(|(phase, took)| run.metric(&format!("start_{phase}_s"), took.as_secs_f64()));
+        model.end();
+        run.metric("ready_s", ready.as_secs_f64());
+        run.metric("first_token_s", (ready + first?).as_secs_f64());
+        runs.push(run);
+    }
+    result.workload = BTreeMap::from([("prompt_tokens".to_owned(), json!(STARTUP_PROMPT_TOKENS))]);
+    let target = result.targets[0].name.clone();
+    result.measurements = vec![Measurement { target, runs, ..Measurement::default() }];
+    result.finish();
+    Ok(result)
+}
+
+const STARTUP_SEED: u64 = 1;
+const STARTUP_PROMPT_TOKENS: u32 = 8;
+
+/// What the first token of a short prompt takes.
+fn first_token(model: &ServedModel) -> Result<Duration, BenchError> {
+    let begun = Instant::now();
+    let workload =
+        Workload { num_requests: 1, prompt_tokens: STARTUP_PROMPT_TOKENS, output_tokens: 1, seed: STARTUP_SEED };
+    let (sender, receiver) = mpsc::sync_channel(8);
+    for request in workload.requests(model.engine.vocab_size()) {
+        model.engine.submit_one(request, Box::new(First(sender.clone())))?;
+    }
+    drop(sender);
+    match receiver.recv() {
+        Ok(Ok(at)) => Ok(at.saturating_duration_since(begun)),
+        Ok(Err(reason)) => Err(BenchError::Failed { index: 0, reason }),
+        Err(_) => Err(BenchError::EngineGone),
+    }
+}
+
+/// Tells when the first token came, or why none did.
+struct First(mpsc::SyncSender<Result<Instant, String>>);
+
+impl Sink for First {
+    fn event(&mut self, event: Event) -> Flow {
+        let told = match event {
+            Event::Token { .. } => Ok(Instant::now()),
+            Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
+                Err(reason)
+            }
+            _ => return Flow::Continue,
+        };
+        // Whoever waits has gone, or has been told.
+        let _ = self.0.try_send(told);
+        Flow::Stop
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,111 @@
+//! What a result file says of a model of ours, and where it goes.
+
+use std::collections::BTreeMap;
+
+use fullbore_bench::ops::OpsReport;
+use fullbore_bench::result::{BenchResult, Device, Measurement, Run, Target};
+use fullbore_engine::backend::DeviceInfo;
+use fullbore_engine::config::{EngineConfig, LatencyTarget};
+use fullbore_engine::memory::capacity::MemoryTable;
+use serde_json::{Value, json};
+
+use super::BenchCommandError;
+use crate::api::ServedModel;
+use crate::args::ResultArgs;
+
+/// Called after its device.
+pub fn target_of(model: &ServedModel) -> Target {
+    let device = device_of(model.engine.device());
+    Target {
+        name: format!("fullbore {}", device.id),
+        url: None,
+        version: Some(format!("fullbore {}", env!("CARGO_PKG_VERSION"))),
+        model: Some(model.name.clone()),
+        weights: Some(model.dtype.name().to_owned()),
+        device: Some(device),
+        limits: limits_of(model.engine.config()),
+        memory_bytes: memory_of(&model.memory),
+    }
+}
+
+pub fn device_of(device: &DeviceInfo) -> Device {
+    let DeviceInfo { id, name, driver, tier, arithmetic, memory_bytes, .. } = device.clone();
+    Device { id, name, driver, tier, arithmetic, memory_bytes }
+}
+
+fn limits_of(config: &EngineConfig) -> BTreeMap<String, Value> {
+    let latency = match config.latency {
+        LatencyTarget::None => json!("none"),
+        LatencyTarget::Milliseconds(ms) => json!(format!("{ms} ms")),
+        LatencyTarget::Stretch(percent) => json!(format!("{percent} %")),
+    };
+    let fields = [
+        ("max_num_seqs", json!(config.max_num_seqs)),
+        ("max_num_batched_tokens", json!(config.max_num_batched_tokens)),
+        ("max_model_len", json!(config.max_model_len)),
+        ("kv_type", json!(config.kv_type.name())),
+        ("block_size", json!(config.block_size)),
+        ("num_blocks", json!(config.num_blocks)),
+        ("num_host_blocks", json!(config.num_host_blocks)),
+        ("max_queued_requests", json!(config.max_queued_requests)),
+        ("pipeline_depth", json!(config.pipeline_depth)),
+        ("prefix_cache", json!(config.prefix_cache)),
+        ("latency_target", latency),
+    ];
+    fields.map(|(name, value)| (name.to_owned(), value)).into()
+}
+
+fn memory_of(memory: &MemoryTable) -> BTreeMap<String, u64> {
+    let MemoryTable { weights, kv, scratch, tables, .. } = *memory;
+    [("weights", weights), ("kv", kv), ("scratch", scratch), ("tables", tables)]
+        .map(|(name, bytes)| (name.to_owned(), bytes))
+        .into()
+}
+
+/// What single ops measured, so many times over: a measurement for each op and M.
+pub fn of_ops(reports: &[OpsReport], device: &DeviceInfo) -> BenchResult {
+    let mut result = BenchResult::begin("ops", 0);
+    let name = format!("fullbore {}", device.id);
+    let Some(first) = reports.first() else { return result };
+    result.targets = vec![Target {
+        name: name.clone(),
+        version: Some(format!("fullbore {}", env!("CARGO_PKG_VERSION"))),
+        weights: Some(first.format.to_owned()),
+        device: Some(device_of(device)),
+        ..Target::default()
+    }];
+    result.workload = [("shapes", json!(first.shape.model)), ("peaks", json!(first.peaks))]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+    let measurement = |nth: usize| {
+        let op = &first.ops[nth];
+        let run = |report: &OpsReport| {
+            let (mut run, op) = (Run::default(), &report.ops[nth]);
+            run.metric("median_us", op.median_ns / 1e3);
+            run.metric("bytes_per_s", op.bytes_per_s);
+            run.metric("flops_per_s", op.flops_per_s);
+            run.metric("roofline_share", op.roofline_share);
+            run
+        };
+        Measurement {
+            target: name.clone(),
+            subject: Some(format!("{} {}", op.name, op.shape)),
+            at: [("m".to_owned(), f64::from(op.m))].into(),
+            runs: reports.iter().map(run).collect(),
+            ..Measurement::default()
+        }
+    };
+    result.measurements = (0..first.ops.len()).map(measurement).collect();
+    result.finish();
+    result
+}
+
+/// Tells people on standard error, and puts the result where it was asked for.
+pub fn finish(result: &BenchResult, args: &ResultArgs) -> Result<(), BenchCommandError> {
+    eprint!("{result}");
+    match &args.output {
+        Some(path) => result.write(path)?,
+        None => println!("{}", result.to_json()),
+    }
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! `fullbore bench serve` and `sweep`: a server of our own on a device, or one at a URL, and others beside it, under
+//! the same load.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fullbore_bench::grammar;
+use fullbore_bench::result::{BenchResult, Measurement, Run, Target};
+use fullbore_bench::serve::endpoint::{Card, Endpoint};
+use fullbore_bench::serve::load::Pace;
+use fullbore_bench::serve::{
+    self, Bench, Form, Level, Prompts, ServeBenchError, ServeOptions, Side, TextOf, before_knee,
+};
+use fullbore_bench::workload::{Arrivals, PlannedRequest};
+use fullbore_engine::request::TokenId;
+use fullbore_engine::text::{Special, Tokenizer};
+use serde_json::{Map, Value, json};
+
+use super::BenchCommandError;
+use super::loopback::Loopback;
+use super::result::{finish, target_of};
+use crate::args::{EngineArgs, PromptForm, ServeBenchArgs, SweepArgs, TargetArgs, WorkloadArgs};
+use crate::serve::KEY_VARIABLE;
+use crate::simulate::requests;
+use crate::start;
+
+pub fn serve(args: &ServeBenchArgs) -> Result<(), BenchCommandError> {
+    finish(&measure_serve(args)?, &args.result)
+}
+
+pub fn measure_serve(args: &ServeBenchArgs) -> Result<BenchResult, BenchCommandError> {
+    let has_times = args.workload.arrivals.is_some() || args.workload.trace.is_some();
+    let level = match args.concurrency {
+        None if has_times => open(&args.workload)?,
+        concurrency => closed(&args.workload, concurrency.unwrap_or(DEFAULT_CONCURRENCY))?,
+    };
+    measure("serve", &args.targets, &args.workload, args.result.runs, vec![level], &|_| true)
+}
+
+pub fn sweep(args: &SweepArgs) -> Result<(), BenchCommandError> {
+    finish(&measure_sweep(args)?, &args.result)
+}
+
+pub fn measure_sweep(args: &SweepArgs) -> Result<BenchResult, BenchCommandError> {
+    if args.workload.arrivals.is_some() || args.workload.speedup != 1.0 {
+        return Err(BenchCommandError::SweepArrivals);
+    }
+    let at_rate = |&per_s: &f64| {
+        let arrivals = Some(Arrivals::Poisson { per_s });
+        let limit = args.workload.limit.or(Some((per_s * SWEEP_SECONDS).ceil().max(8.0) as u32));
+        open(&WorkloadArgs { arrivals, limit, ..args.workload.clone() })
+    };
+    let levels: Result<Vec<Level>, _> = match (args.rate.is_empty(), args.concurrency.is_empty()) {
+        (false, _) => args.rate.iter().map(at_rate).collect(),
+        (true, false) => args.concurrency.iter().map(|&clients| closed(&args.workload, clients)).collect(),
+        (true, true) => SWEEP.into_iter().map(|clients| closed(&args.workload, clients)).collect(),
+    };
+    let num_sides = 1 + args.targets.against.len();
+    let metric = if args.targets.slo.is_some() { "goodput_requests_per_s" } else { "output_tokens_per_s" };
+    let goes_on = |measurements: &[Measurement]| args.all || before_knee(num_sides, metric, measurements);
+    measure("sweep", &args.targets, &args.workload, args.result.runs, levels?, &goes_on)
+}
+
+const DEFAULT_CONCURRENCY: u32 = 16;
+const SWEEP: [u32; 7] = [1, 2, 4, 8, 16, 32, 64];
+/// Of arrivals at one rate of a sweep.
+const SWEEP_SECONDS: f64 = 30.0;
+/// Requests of a client in a closed loop, and of an open loop that is made up.
+const REQUESTS_PER_CLIENT: u32 = 4;
+const DEFAULT_REQUESTS: u32 = 100;
+
+fn closed(workload: &WorkloadArgs, clients: u32) -> Result<Level, BenchCommandError> {
+    let limit = workload.limit.or(Some((clients.saturating_mul(REQUESTS_PER_CLIENT)).max(8)));
+    let workload = WorkloadArgs { arrivals: Some(Arrivals::AtOnce), limit, ..workload.clone() };
+    let at = BTreeMap::from([("concurrency".to_owned(), f64::from(clients))]);
+    Ok(Level { at, requests: requests(&workload)?, pace: Pace::Closed(clients) })
+}
+
+fn open(workload: &WorkloadArgs) -> Result<Level, BenchCommandError> {
+    let limit = workload.limit.or(workload.trace.is_none().then_some(DEFAULT_REQUESTS));
+    let requests = requests(&WorkloadArgs { limit, ..workload.clone() })?;
+    let seconds = requests.last().map_or(0.0, |request| request.arrival.as_secs_f64());
+    let offered = match workload.arrivals {
+        Some(Arrivals::Poisson { per_s }) => Some(per_s * workload.speedup),
+        _ => (seconds > 0.0).then(|| (requests.len() - 1) as f64 / seconds),
+    };
+    let at = offered.map(|per_s| ("rate_per_s".to_owned(), per_s)).into_iter().collect();
+    Ok(Level { at, requests, pace: Pace::Open })
+}
+
+fn measure(
+    bench: &str,
+    args: &TargetArgs,
+    workload: &WorkloadArgs,
+    num_runs: u32,
+    mut levels: Vec<Level>,
+    goes_on: serve::GoesOn,
+) -> Result<BenchResult, BenchCommandError> {
+    let mut result = BenchResult::begin(bench, workload.seed);
+    let setup = Setup::start(args, workload.seed, most_at_once(&levels))?;
+    let num_left_out = leave_out_too_long(&mut levels, setup.max_model_len)?;
+    result.workload = described(args, workload, &levels, num_left_out);
+    let options = ServeOptions {
+        num_runs,
+        num_warm_up: args.warm_up,
+        slo: args.slo.unwrap_or_default(),
+        patience: Duration::from_secs(args.patience.max(1)),
+    };
+    let mut progress = |target: &str, at: &BTreeMap<String, f64>, run: u32, measured: &Run| {
+        let at = at.iter().map(|(name, value)| format!("{name} {value:.3}")).collect::<Vec<_>>().join(", ");
+        let rate = measured.metrics.get("output_tokens_per_s").copied().unwrap_or(0.0);
+        let doubts =
+            if measured.invalid.is_empty() { String::new() } else { format!("; {}", measured.invalid.join("; ")) };
+        eprintln!("{target}, {at}, run {run} of {num_runs}: {rate:.1} tokens/s{doubts}");
+    };
+    let bench = Bench { sides: &setup.sides, prompts: &setup.prompts, options: &options };
+    // Where the signal cannot be listened to, nothing stops it but its end.
+    let interrupt = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    serve::measure(bench, &levels, goes_on, &mut progress, interrupt, &mut result)?;
+    Ok(result)
+}
+
+/// Requests that may be open at the same time.
+fn most_at_once(levels: &[Level]) -> u32 {
+    let most = |level: &Level| match level.pace {
+        Pace::Closed(clients) => clients,
+        Pace::Open => level.requests.len() as u32,
+    };
+    levels.iter().map(most).max().unwrap_or(0)
+}
+
+/// What no target could take; says how many.
+fn leave_out_too_long(levels: &mut [Level], max_model_len: u64) -> Result<usize, BenchCommandError> {
+    let length = |request: &PlannedRequest| u64::from(request.prompt_tokens) + u64::from(request.output_tokens);
+    let mut num_left_out = 0;
+    for level in levels {
+        let before = level.requests.len();
+        level.requests.retain(|request| length(request) <= max_model_len);
+        if level.requests.is_empty() {
+            return Err(BenchCommandError::AllTooLong(before, max_model_len));
+        }
+        num_left_out += before - level.requests.len();
+    }
+    Ok(num_left_out)
+}
+
+fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], num_left_out: usize) -> BTreeMap<String, Value> {
+    let all: Vec<&PlannedRequest> = levels.iter().flat_map(|level| &level.requests).collect();
+    let mean = |length: fn(&PlannedRequest) -> u32| {
+        all.iter().map(|request| f64::from(length(request))).sum::<f64>() / all.len().max(1) as f64
+    };
+    let trace = of.trace.as_deref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy().into_owned());
+    let fields = [
+        ("lengths", json!(trace.clone().unwrap_or_else(|| of.lengths.to_string()))),
+        ("trace", json!(trace)),
+        ("arrivals", json!(of.arrivals.map(|arrivals| arrivals.to_string()))),
+        ("speedup", json!(of.speedup)),
+        ("requests_per_run", json!(levels.iter().map(|level| level.requests.len()).collect::<Vec<_>>())),
+        ("left_out_too_long", json!(num_left_out)),
+        ("prompt_tokens_mean", json!(mean(|request| request.prompt_tokens))),
+        ("output_tokens_mean", json!(mean(|request| request.output_tokens))),
+        ("prompts", json!(format!("{:?}", args.prompts).to_lowercase())),
+        ("constrained", json!(args.constrained)),
+        ("slo", args.slo.map_or(Value::Null, |slo| slo.to_json())),
+        ("warm_up_requests", json!(args.warm_up)),
+        ("shares_prefixes", json!(all.iter().any(|request| request.shares_prefix()))),
+    ];
+    fields.map(|(name, value)| (name.to_owned(), value)).into()
+}
+
+/// Everything that is measured, for as long as this lives.
+struct Setup {
+    sides: Vec<Side>,
+    prompts: Prompts,
+    /// Of the target that takes the least; of others it is not known.
+    max_model_len: u64,
+    _own: Option<Loopback>,
+}
+
+impl Setup {
+    fn start(args: &TargetArgs, seed: u64, most_at_once: u32) -> Result<Setup, BenchCommandError> {
+        let (mut sides, mut own, mut max_model_len) = (Vec::new(), None, u64::MAX);
+        let (tokenizer, vocab_size) = if args.url.is_none() {
+            let (loopback, side, tokenizer, vocab_size) = start_own(&args.engine, most_at_once)?;
+            max_model_len = side.record.limits["max_model_len"].as_u64().unwrap_or(u64::MAX);
+            sides.push(side);
+            own = Some(loopback);
+            (tokenizer, vocab_size)
+        } else {
+            let bundle = start::open_bundle(&args.engine.model, &args.engine.model.device.name)?;
+            (bundle.tokenizer.clone(), bundle.config.vocab_size)
+        };
+        for url in args.url.iter().chain(&args.against) {
+            let (side, longest) = remote(args, url)?;
+            max_model_len = max_model_len.min(longest.unwrap_or(u64::MAX));
+            sides.push(side);
+        }
+        let json_schema = args.constrained.then(|| serde_json::from_str(grammar::SCHEMA).expect("it is ours"));
+        let form = match args.prompts {
+            PromptForm::Ids => Form::Ids,
+            PromptForm::Text => Form::Text,
+            PromptForm::Chat => Form::Chat,
+        };
+        let text: Option<Arc<dyn TextOf>> = Some(Arc::new(Texts(tokenizer)));
+        let prompts = Prompts { vocab_size, seed, form, json_schema, text };
+        Ok(Setup { sides, prompts, max_model_len, _own: own })
+    }
+}
+
+type Own = (Loopback, Side, Arc<Tokenizer>, u32);
+
+fn start_own(args: &EngineArgs, most_at_once: u32) -> Result<Own, BenchCommandError> {
+    // What a closed loop sends is let in; of the places one tenant gets seven eighths.
+    let max_queued_requests = args.max_queued_requests.max(most_at_once.saturating_mul(8).div_ceil(7));
+    let model = start::plan(&EngineArgs { max_queued_requests, ..args.clone() }, None)?.load()?;
+    let (record, tokenizer) = (target_of(&model), model.tokenizer.clone());
+    let (name, vocab_size) = (model.name.clone(), model.engine.vocab_size());
+    let loopback = Loopback::start(model, most_at_once as usize)?;
+    let endpoint = Endpoint::new(&format!("http://{}", loopback.address()), None).map_err(ServeBenchError::from)?;
+    let endpoint = Arc::new(endpoint);
+    let side = Side { endpoint, model: name, record, extra: Map::new(), is_fullbore: true };
+    Ok((loopback, side, tokenizer, vocab_size))
+}
+
+/// A server at `URL` or `NAME=URL`, and the longest request that it takes, where it says so.
+fn remote(args: &TargetArgs, spec: &str) -> Result<(Side, Option<u64>), BenchCommandError> {
+    let (name, url) = spec.split_once('=').filter(|(name, _)| !name.contains('/')).unwrap_or((spec, spec));
+    let key = args.api_key.clone().or_else(|| std::env::var(KEY_VARIABLE).ok()).filter(|key| !key.is_empty());
+    let endpoint = Endpoint::new(url, key).map_err(ServeBenchError::from)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let asked = runtime.block_on(endpoint.card(args.served_model.as_deref(), CARD_PATIENCE));
+    let Card { model, fields, server } = asked.map_err(ServeBenchError::from)?;
+    let owner = fields["owned_by"].as_str().unwrap_or_default().to_owned();
+    let scalars = fields.as_object().into_iter().flatten().filter(|(_, value)| value.is_number() || value.is_boolean());
+    // Some call a model by its path.
+    let file = Path::new(&model).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let record = Target {
+        name: name.to_owned(),
+        url: Some(url.to_owned()),
+        version: server.or_else(|| (!owner.is_empty()).then(|| owner.clone())),
+        model: Some(file),
+        weights: fields["dtype"].as_str().map(str::to_owned),
+        limits: scalars.map(|(name, value)| (name.clone(), value.clone())).collect(),
+        ..Target::default()
+    };
+    let extra = args.extra.clone().unwrap_or_default();
+    let side = Side { endpoint: Arc::new(endpoint), model, record, extra, is_fullbore: owner == "fullbore" };
+    Ok((side, fields["max_model_len"].as_u64()))
+}
+
+const CARD_PATIENCE: Duration = Duration::from_secs(10);
+
+struct Texts(Arc<Tokenizer>);
+
+impl TextOf for Texts {
+    fn text(&self, ids: &[u32]) -> String {
+        self.0.decode(&ids.iter().copied().map(TokenId).collect::<Vec<_>>())
+    }
+
+    fn num_tokens(&self, text: &str) -> usize {
+        self.0.encode(text, Special::AsText).len()
+    }
+}

@@ -1,0 +1,318 @@
+//! `fullbore bench serve`, `sweep`, `latency`, `startup` and `report` at small sizes: what they count, what they refuse
+//! to believe, and that what they write is what the schema says. Nothing that a clock says.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use clap::Parser;
+use fullbore::args::{Args, BenchCommand, Command, ReportArgs};
+use fullbore::bench::{measure_latency, measure_serve, measure_startup, measure_sweep, report};
+use fullbore_bench::result::{BenchResult, SCHEMA};
+
+use super::*;
+
+fn command(words: &str) -> BenchCommand {
+    let words = ["fullbore", "bench"].into_iter().chain(words.split_whitespace());
+    let args = Args::try_parse_from(words).unwrap_or_else(|error| panic!("{error}"));
+    let Command::Bench { command } = args.command else { panic!("bench is bench") };
+    command
+}
+
+/// The result of a bench on the simulator, after a check that it is what the schema says.
+fn result(words: &str) -> Result<BenchResult, String> {
+    let words = format!("{words} --device sim");
+    let measured = match command(&words) {
+        BenchCommand::Serve(args) => measure_serve(&args),
+        BenchCommand::Sweep(args) => measure_sweep(&args),
+        BenchCommand::Latency(args) => measure_latency(&args),
+        BenchCommand::Startup(args) => measure_startup(&args),
+        other => panic!("{other:?} has no result"),
+    };
+    let measured = measured.map_err(|error| error.to_string())?;
+    let schema: Value = serde_json::from_str(SCHEMA).expect("JSON");
+    let value: Value = serde_json::from_str(&measured.to_json()).expect("JSON");
+    check(&value, &schema, &schema, "result");
+    Ok(measured)
+}
+
+/// As much of JSON Schema as ours uses.
+fn check(value: &Value, schema: &Value, root: &Value, at: &str) {
+    let fields = schema.as_object().expect("a schema is an object");
+    for (keyword, wanted) in fields {
+        let holds = match keyword.as_str() {
+            "type" => {
+                let types = wanted.as_array().cloned().unwrap_or_else(|| vec![wanted.clone()]);
+                types.iter().any(|wanted| match wanted.as_str().expect("a name") {
+                    "object" => value.is_object(),
+                    "array" => value.is_array(),
+                    "string" => value.is_string(),
+                    "integer" => value.is_u64() || value.is_i64(),
+                    "number" => value.is_number(),
+                    "boolean" => value.is_boolean(),
+                    "null" => value.is_null(),
+                    other => panic!("{other} is no type"),
+                })
+            }
+            "const" => value == wanted,
+            "enum" => wanted.as_array().expect("values").contains(value),
+            "minimum" => value.as_f64() >= wanted.as_f64(),
+            "required" => {
+                wanted.as_array().expect("names").iter().all(|name| value.get(name.as_str().expect("a name")).is_some())
+            }
+            "$ref" => {
+                let path = wanted.as_str().and_then(|path| path.strip_prefix('#')).expect("of this file");
+                check(value, root.pointer(path).expect("it is there"), root, at);
+                true
+            }
+            "anyOf" => wanted.as_array().expect("schemas").iter().any(|schema| match schema.get("$ref") {
+                Some(_) => {
+                    value.is_object() && {
+                        check(value, schema, root, at);
+                        true
+                    }
+                }
+                None => value.is_null(),
+            }),
+            "items" => {
+                value.as_array().into_iter().flatten().for_each(|item| check(item, wanted, root, &format!("{at}[]")));
+                true
+            }
+            "properties" | "additionalProperties" => {
+                let known = fields.get("properties").and_then(Value::as_object);
+                for (name, field) in value.as_object().into_iter().flatten() {
+                    let at = format!("{at}.{name}");
+                    match (known.and_then(|known| known.get(name)), fields.get("additionalProperties")) {
+                        (Some(schema), _) => check(field, schema, root, &at),
+                        (None, Some(Value::Bool(false))) => panic!("{at} is not in the schema"),
+                        (None, Some(schema)) => check(field, schema, root, &at),
+                        (None, None) => {}
+                    }
+                }
+                true
+            }
+            "$schema" | "$defs" | "title" | "description" => true,
+            "pattern" => value.as_str().is_some_and(|text| text.len() == "2026-11-28T16:51:22Z".len()),
+            other => panic!("{other} is not checked"),
+        };
+        assert!(holds, "{at} is {value}, and the schema has {keyword} {wanted}");
+    }
+}
+
+/// What makes a result of a debug build doubtful, and nothing else.
+fn only_debug(result: &BenchResult) {
+    let doubts: Vec<&String> = result.invalid.iter().filter(|doubt| !doubt.contains("debug build")).collect();
+    // A busy machine sends late.
+    let doubts: Vec<_> =
+        doubts.into_iter().filter(|doubt| !doubt.contains("late") && !doubt.contains("busy")).collect();
+    assert!(doubts.is_empty(), "{doubts:?}");
+}
+
+#[test]
+fn a_server_of_ours_is_measured_and_a_seed_makes_the_same_requests() {
+    let words = "serve --concurrency 4 --limit 8 --lengths fixed:16:5 --warm-up 1 --slo ttft=60000,itl=60000";
+    let [first, second] = [result(words), result(words)].map(|result| result.expect("a result"));
+    only_debug(&first);
+    let [measurement] = &first.measurements[..] else { panic!("one target, one load") };
+    assert_eq!((measurement.at["concurrency"], measurement.runs.len()), (4.0, 3));
+    for run in &measurement.runs {
+        let counts = ["completed", "by_ids", "prompt_tokens", "output_tokens"].map(|name| run.counts[name]);
+        assert_eq!(counts, [8, 8, 8 * 16, 8 * 5], "{:?}", run.counts);
+        assert_eq!((run.metrics["good_share"], run.metrics["cached_share"]), (1.0, 0.0));
+        assert!(run.metrics["device_computing_s"] >= 0.0 && run.metrics["ttft_p50_ms"] > 0.0);
+    }
+    let hashes = |result: &BenchResult| -> Vec<_> {
+        result.measurements[0].runs.iter().map(|run| run.output_hash.clone().expect("ids")).collect()
+    };
+    assert_eq!(hashes(&first), hashes(&second));
+    assert_ne!(hashes(&first)[0], hashes(&first)[1], "prompts of a run are its own");
+    assert_eq!(first.targets[0].limits["max_num_seqs"], 32);
+}
+
+#[test]
+fn two_servers_get_the_same_requests_and_their_ratio_is_told() {
+    let peer = Setup::default().start();
+    let words = format!(
+        "serve --against peer=http://{}/v1 --arrivals poisson:500 --lengths uniform:4-20:2-6 --limit 12 --runs 2",
+        peer.address
+    );
+    let result = result(&words).expect("a result");
+    let [own, other] = &result.measurements[..] else { panic!("two targets") };
+    assert_eq!(other.target, "peer");
+    for (own, other) in own.runs.iter().zip(&other.runs) {
+        assert_eq!((own.counts["completed"], other.counts["completed"]), (12, 12));
+        assert_eq!(own.output_hash, other.output_hash, "the same prompts, the same model");
+    }
+    let [comparison] = &result.comparisons[..] else { panic!("one pair") };
+    assert!(comparison.ratios["output_tokens_per_s"].median > 0.0);
+    assert!(result.invalid.iter().any(|doubt| doubt.starts_with("2 whole runs")), "{:?}", result.invalid);
+}
+
+#[test]
+fn texts_chats_and_schemas_are_sent_too() {
+    for words in ["--prompts text", "--prompts chat", "--prompts chat --constrained"] {
+        let words =
+            format!("serve {words} --concurrency 2 --limit 4 --lengths fixed:12:6 --runs 1 --max-model-len 512");
+        let result = result(&words).expect("a result");
+        let run = &result.measurements[0].runs[0];
+        assert_eq!(run.counts["completed"], 4, "{words}: {:?}", run.invalid);
+        assert!(run.counts["retokenized_tokens"] > 0, "{words}");
+    }
+}
+
+#[test]
+fn a_sweep_goes_up_and_a_page_is_made_of_it() {
+    let folder = std::env::temp_dir().join(format!("fullbore-results-{}", std::process::id()));
+    let sweep = result("sweep --concurrency 1,2,4 --all --limit 4 --lengths fixed:8:4").expect("a result");
+    let at: Vec<f64> = sweep.measurements.iter().map(|measurement| measurement.at["concurrency"]).collect();
+    assert_eq!(at, [1.0, 2.0, 4.0]);
+    let latency = result("latency --num-requests 2 --prompt-tokens 16 --output-tokens 4").expect("a result");
+    let run = &latency.measurements[0].runs[0];
+    assert!(run.metrics["prefill_tokens_per_s"] > 0.0 && run.metrics["decode_tokens_per_s"] > 0.0);
+    assert_eq!((latency.measurements[0].runs.len(), run.counts["output_tokens"]), (3, 8));
+    let startup = result("startup").expect("a result");
+    assert!(
+        startup.measurements[0].summary["first_token_s"].median >= startup.measurements[0].summary["ready_s"].median
+    );
+    let write = |(name, result): (&str, BenchResult)| {
+        let path = folder.join(name);
+        result.write(&path).expect("a file");
+        path
+    };
+    let results = [("sweep.json", sweep), ("latency.json", latency), ("startup.json", startup)].map(write).to_vec();
+    for name in ["report.html", "report.md"] {
+        let output = folder.join(name);
+        report(&ReportArgs { results: results.clone(), output: output.clone() }).expect("a page");
+        let page = std::fs::read_to_string(output).expect("a file");
+        for part in ["batch 1", "concurrency 4", "Starts", "sweep.json", "Not measured on"] {
+            assert!(page.contains(part), "{name} has no {part}: {page}");
+        }
+    }
+    std::fs::write(folder.join("broken.json"), "{}").expect("a file");
+    let wrong = ReportArgs { results: vec![folder.join("broken.json")], output: folder.join("x.html") };
+    assert!(report(&wrong).expect_err("no result").to_string().contains("broken.json"));
+    std::fs::remove_dir_all(folder).expect("it is ours");
+}
+
+/// A server that gives answer n of a list to its nth request; what it is asked for models it always tells. An empty
+/// answer closes the connection, and after the last answer nobody listens.
+fn fake(answers: Vec<String>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let next = Arc::new(AtomicUsize::new(0));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().take(64) {
+            let Ok(mut stream) = stream else { break };
+            let mut reader = BufReader::new(stream.try_clone().expect("a socket"));
+            let (mut line, mut length, mut path) = (String::new(), 0, String::new());
+            while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
+                if path.is_empty() {
+                    path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+                }
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().unwrap_or(0);
+                }
+                line.clear();
+            }
+            reader.read_exact(&mut vec![0; length]).expect("a body");
+            let (kind, body) = match path.as_str() {
+                "/v1/models" => ("application/json", r#"{"data":[{"id":"fake"}]}"#.to_owned()),
+                _ => ("text/event-stream", answers[next.fetch_add(1, Ordering::Relaxed)].clone()),
+            };
+            let head = match body.strip_prefix("500 ") {
+                Some(_) => "500 Internal Server Error",
+                None => "200 OK",
+            };
+            let body = body.trim_start_matches("500 ");
+            if !body.is_empty() {
+                let raw = format!("HTTP/1.1 {head}\r\ncontent-type: {kind}\r\nconnection: close\r\n\r\n{body}");
+                stream.write_all(raw.as_bytes()).expect("it listens");
+            }
+            if next.load(Ordering::Relaxed) == answers.len() {
+                break;
+            }
+        }
+    });
+    address
+}
+
+fn events(texts: &[&str], ending: &str) -> String {
+    let event = |text: &&str| format!("data: {}\n\n", json!({"choices": [{"text": text}]}));
+    texts.iter().map(event).collect::<String>() + ending
+}
+
+const USAGE: &str =
+    "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":3}}\n\ndata: [DONE]\n\n";
+
+/// The one run of a bench against a server that gives these answers, one client after the other.
+fn run_against(answers: Vec<String>, num_requests: usize) -> BenchResult {
+    let words = format!(
+        "serve --url fake=http://{} --concurrency 1 --limit {num_requests} --lengths fixed:4:3 --runs 1 --warm-up 0",
+        fake(answers)
+    );
+    result(&words).expect("a result")
+}
+
+#[test]
+fn servers_that_misbehave_are_told_of_with_counts() {
+    let whole = events(&["a", "b", "c"], USAGE);
+    let answers = vec![
+        whole.clone(),
+        events(&["a", "b", "c", "d"], USAGE),
+        events(&["a", "b"], ""),
+        "data: no JSON\n\n".to_owned(),
+        "500 {\"error\": {\"message\": \"it hurts\"}}".to_owned(),
+        "data: {\"error\": {\"message\": \"device lost\"}}\n\n".to_owned(),
+        events(&["a"], "data: {\"choices\":[],\"usage\":{\"completion_tokens\":1}}\n\ndata: [DONE]\n\n"),
+        whole,
+    ];
+    let result = run_against(answers, 8);
+    let run = &result.measurements[0].runs[0];
+    for (name, count) in [
+        ("requests", 8),
+        ("completed", 3),
+        ("by_usage", 3),
+        ("beyond_max_tokens", 1),
+        ("truncated", 1),
+        ("unreadable", 1),
+        ("refused", 1),
+        ("failed", 1),
+        ("short", 1),
+        ("output_tokens", 7),
+    ] {
+        assert_eq!(run.counts.get(name), Some(&count), "{name}: {:?}", run.counts);
+    }
+    assert!(!result.valid && run.output_hash.is_none());
+    let doubts = result.invalid.join("\n");
+    for part in
+        ["it answers 500: it hurts", "device lost", "after max_tokens", "1 of 8 requests ended before the length"]
+    {
+        assert!(doubts.contains(part), "{part}: {doubts}");
+    }
+}
+
+#[test]
+fn a_target_that_dies_does_not_make_a_whole_run() {
+    let result = run_against(vec![events(&["a", "b", "c"], USAGE), String::new()], 40);
+    let counts = &result.measurements[0].runs[0].counts;
+    assert_eq!(counts["completed"], 1);
+    assert!(counts["unreachable"] >= 10 && counts["not_sent"] > 0, "{counts:?}");
+    assert!(!result.valid && result.invalid.join("").contains("the target was gone"), "{:?}", result.invalid);
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_in_a_sentence() {
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
+    let wrong = [
+        (format!("serve --url http://{free}"), free.to_string()),
+        ("serve --url https://localhost".to_owned(), "TLS".to_owned()),
+        ("serve --trace /no/such.csv".to_owned(), "/no/such.csv".to_owned()),
+        ("serve --lengths fixed:9000000:1 --max-model-len 512".to_owned(), "max_model_len".to_owned()),
+        ("sweep --arrivals at-once".to_owned(), "--arrivals".to_owned()),
+    ];
+    for (words, part) in wrong {
+        let sentence = result(&words).expect_err(&words);
+        assert!(sentence.contains(&part), "{words}: {sentence}");
+    }
+}
