@@ -2,7 +2,7 @@
 
 use super::figures::Figure;
 use super::plot::NUM_COLOURS;
-use super::view::{Cell, DeviceTable, Source, Table, View};
+use super::view::{Cell, DeviceTable, Head, Source, Table, View};
 
 const STYLE: &str = include_str!("page.css");
 
@@ -15,6 +15,8 @@ pub fn page(view: &View, figures: &[Figure]) -> String {
     body +=
         &format!("{files} of {devices}. Numbers are medians of whole runs; below each, from the least to the most.");
     body += "</p></header><main>";
+    let heads: String = view.heads.iter().map(head).collect();
+    body += &format!("<section class=\"heads\">{heads}</section>");
     if !view.ratios.rows.is_empty() {
         let lead = "The same requests in the same run, turn and turn about. For rates more is better, for times less.";
         body += &section("Beside other engines", lead, &table(&view.ratios));
@@ -45,6 +47,16 @@ pub fn page(view: &View, figures: &[Figure]) -> String {
 fn section(title: &str, lead: &str, content: &str) -> String {
     let lead = if lead.is_empty() { String::new() } else { format!("<p class=\"lead\">{}</p>", escaped(lead)) };
     format!("<section><h2>{}</h2>{lead}{content}</section>\n", escaped(title))
+}
+
+fn head(head: &Head) -> String {
+    let fact = |(number, what): &(String, String)| {
+        let (value, unit) = number.split_once(' ').unwrap_or((number, ""));
+        let (value, unit, what) = (escaped(value), escaped(unit), escaped(what));
+        format!("<p><b>{value}</b> {unit}<small>{what}</small></p>")
+    };
+    let facts: String = head.facts.iter().map(fact).collect();
+    format!("<article><h3>{}</h3>{facts}</article>", escaped(&head.name))
 }
 
 fn figure(figure: &Figure) -> String {

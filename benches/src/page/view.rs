@@ -7,12 +7,20 @@ use crate::result::{BenchResult, Measurement, Spread, Target};
 
 /// All that result files come to.
 pub struct View {
+    pub heads: Vec<Head>,
     pub devices: Vec<DeviceTable>,
     pub ratios: Table,
     pub starts: Table,
     /// Sentences.
     pub missing: Vec<String>,
     pub sources: Vec<Source>,
+}
+
+/// A device or a peer in a few numbers.
+pub struct Head {
+    pub name: String,
+    /// A number with its unit, and what it is.
+    pub facts: Vec<(String, String)>,
 }
 
 /// What was measured on one device, or of one peer.
@@ -81,6 +89,7 @@ pub type Named = (String, BenchResult);
 impl View {
     pub fn of(results: &[Named]) -> View {
         View {
+            heads: heads(results),
             devices: devices(results),
             ratios: ratios(results),
             starts: starts(results),
@@ -106,6 +115,35 @@ pub fn load_of(result: &BenchResult, measurement: &Measurement) -> String {
     let at = loads(&measurement.at).trim_start_matches(", ").to_owned();
     let at = if result.bench == "latency" { "batch 1".to_owned() } else { at };
     [lengths.unwrap_or_default(), at].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
+/// A number, and the load that gave it.
+type Best = Option<(f64, String)>;
+
+/// The most that each reached, what it gives a single request, and how soon it is ready.
+fn heads(results: &[Named]) -> Vec<Head> {
+    let mut heads: BTreeMap<String, [Best; 3]> = BTreeMap::new();
+    for (_, result) in results {
+        for measurement in &result.measurements {
+            let Some(target) = result.target(&measurement.target) else { continue };
+            let facts = heads.entry(device_name(target).to_owned()).or_default();
+            let load = load_of(result, measurement);
+            let metrics = [("output_tokens_per_s", false), ("decode_tokens_per_s", false), ("ready_s", true)];
+            for (fact, (metric, is_less_better)) in facts.iter_mut().zip(metrics) {
+                let Some(Spread { median, .. }) = measurement.summary.get(metric) else { continue };
+                let is_better = |(best, _): &(f64, String)| (median < best) == is_less_better && median != best;
+                if fact.as_ref().is_none_or(is_better) {
+                    *fact = Some((*median, load.clone()));
+                }
+            }
+        }
+    }
+    let head = |(name, [most, alone, ready]): (String, [Best; 3])| {
+        let rate = |(rate, load): (f64, String)| (format!("{} tokens/s", number(rate)), load);
+        let ready = ready.map(|(seconds, _)| (format!("{} s", number(seconds)), "until ready".to_owned()));
+        Head { name, facts: most.map(rate).into_iter().chain(alone.map(rate)).chain(ready).collect() }
+    };
+    heads.into_iter().map(head).filter(|head| !head.facts.is_empty()).collect()
 }
 
 /// What a line of a table is made of.
