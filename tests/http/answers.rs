@@ -84,10 +84,11 @@ fn streamed_chunks_add_up_to_the_whole() {
     let server = Setup::default().start();
     for n in [1, 3] {
         let ask = json!({"prompt": ["Alpha", "Beta gamma"], "n": n, "max_tokens": 24, "temperature": 0.9, "seed": 5,
-            "ignore_eos": true, "return_token_ids": true, "logprobs": 2, "echo": true,
-            "stream_options": {"include_usage": true}});
+            "ignore_eos": true, "return_token_ids": true, "logprobs": 2, "echo": true});
         let whole = server.complete(ask.clone());
-        let events = server.stream("/v1/completions", ask);
+        let mut with_usage = ask;
+        with_usage["stream_options"] = json!({"include_usage": true});
+        let events = server.stream("/v1/completions", with_usage);
         let (last, chunks) = events.split_last().expect("events");
         assert_eq!((&last["choices"], &last["usage"]), (&json!([]), &whole["usage"]));
         assert_eq!(whole["choices"].as_array().expect("choices").len(), 2 * n);

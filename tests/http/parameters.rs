@@ -1,5 +1,5 @@
 //! Fields of completions and chats that few clients send: the best of several, a prompt's log-probabilities, usage in
-//! every chunk, and those that are known and refused.
+//! every chunk, integers written as floats, and those that are known and refused.
 
 use super::*;
 
@@ -97,6 +97,28 @@ fn usage_may_be_in_every_chunk() {
         body["stream_options"] = json!({"continuous_usage_stats": true});
         assert!(server.stream(path, body).iter().all(|event| event.get("usage").is_none()));
     }
+}
+
+#[test]
+fn integers_may_be_written_as_floats() {
+    let server = Setup::default().start();
+    let ask = json!({"prompt": [20, 21, 22], "max_tokens": 4, "min_tokens": 2, "n": 2, "best_of": 3, "top_k": 40,
+        "seed": 7, "logprobs": 2, "stop_token_ids": [99], "allowed_token_ids": [70, 71, 72, 73, 74], "priority": -1,
+        "return_token_ids": true});
+    fn as_float(value: &Value) -> Value {
+        match value {
+            Value::Array(items) => items.iter().map(as_float).collect(),
+            value => value.as_i64().map_or(value.clone(), |number| json!(number as f64)),
+        }
+    }
+    let fields = ask.as_object().expect("an object");
+    let floats: Value = fields.iter().map(|(name, value)| (name.clone(), as_float(value))).collect();
+    assert_eq!((&floats["seed"], &floats["prompt"]), (&json!(7.0), &json!([20.0, 21.0, 22.0])));
+    assert!(floats["max_tokens"].is_f64());
+    assert_eq!(server.complete(floats)["choices"], server.complete(ask)["choices"]);
+    // Not every integer is a float there.
+    let large = json!({"prompt": "x", "max_tokens": 1, "seed": 9_007_199_254_740_994.0});
+    assert_eq!(server.post("/v1/completions", &large).error(400)["param"], "seed");
 }
 
 #[test]

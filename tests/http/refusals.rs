@@ -21,11 +21,14 @@ fn bad_fields_are_named() {
         (json!({"min_p": 2}), "min_p"),
         (json!({"seed": "x"}), "seed"),
         (json!({"seed": 1e30}), "seed"),
+        (json!({"seed": 0.5}), "seed"),
         (json!({"max_tokens": -5}), "max_tokens"),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": 1e30}), "max_tokens"),
         (json!({"max_tokens": 4_000_000_000u32}), "max_tokens"),
         (json!({"max_tokens": "7"}), "max_tokens"),
+        (json!({"max_tokens": 7.5}), "max_tokens"),
+        (json!({"max_tokens": -1.0}), "max_tokens"),
         (json!({"max_completion_tokens": -1}), "max_completion_tokens"),
         (json!({"n": 0}), "n"),
         (json!({"n": 1_000_000_000}), "n"),
@@ -33,6 +36,11 @@ fn bad_fields_are_named() {
         (json!({"stream": "yes"}), "stream"),
         (json!({"stream_options": 1}), "stream_options"),
         (json!({"stream_options": {"include_usage": 1}}), "include_usage"),
+        (json!({"stream_options": {"include_usage": true}}), "stream_options"),
+        (json!({"stream_options": {"include_usage": false}, "stream": false}), "stream_options"),
+        (json!({"min_tokens": -1}), "min_tokens"),
+        (json!({"min_tokens": 2}), "min_tokens"),
+        (json!({"min_tokens": 17, "max_tokens": null}), "min_tokens"),
         (json!({"stop": 5}), "stop"),
         (json!({"stop": ""}), "stop"),
         (json!({"stop": ["a", 5]}), "stop"),
@@ -111,6 +119,9 @@ fn bad_fields_are_named() {
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"reasoning_effort": 5}), "reasoning_effort"),
+        (json!({"stream_options": {"include_usage": true}}), "stream_options"),
+        (json!({"min_tokens": 2}), "min_tokens"),
+        (json!({"min_tokens": 1024, "max_tokens": null}), "min_tokens"),
     ];
     for (change, name) in chats {
         let mut body = json!({"messages": message(json!("x")), "max_tokens": 1});
@@ -123,7 +134,7 @@ fn bad_fields_are_named() {
     server.complete(
         json!({"prompt": "x", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1,
         "repetition_penalty": 1, "allowed_token_ids": null, "suffix": null, "stop": null, "max_tokens": null,
-        "temperature": null}),
+        "temperature": null, "min_tokens": 16, "stream_options": {}}),
     );
     server.chat(json!({"messages": message(json!("x")), "max_tokens": 1, "tools": [], "tool_choice": "none",
         "response_format": {"type": "text"}, "logprobs": false, "top_logprobs": 0}));

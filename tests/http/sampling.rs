@@ -103,8 +103,7 @@ fn stop_strings_end_a_text_wherever_they_begin() {
         let expected = &text[..text.find(&stop).expect("it is there")];
         for stop in [json!(stop), json!([stop]), json!(["never in it", stop])] {
             let ask = json!({"prompt": "stop strings", "max_tokens": 64, "temperature": 0, "ignore_eos": true,
-                "stop": stop,
-                "stream_options": {"include_usage": true}});
+                "stop": stop});
             let reply = server.complete(ask.clone());
             assert_eq!(
                 (&reply["choices"][0]["text"], &reply["choices"][0]["finish_reason"]),
@@ -112,7 +111,9 @@ fn stop_strings_end_a_text_wherever_they_begin() {
             );
             let used = reply["usage"]["completion_tokens"].as_u64().expect("usage");
             assert!(used < 64, "the sequence ran on to {used}");
-            let events = server.stream("/v1/completions", ask);
+            let mut with_usage = ask;
+            with_usage["stream_options"] = json!({"include_usage": true});
+            let events = server.stream("/v1/completions", with_usage);
             let parts = events.iter().filter_map(|event| event["choices"][0]["text"].as_str());
             assert_eq!(parts.collect::<String>(), expected);
             assert_eq!(events.last().expect("events")["usage"], reply["usage"]);

@@ -48,7 +48,7 @@ impl Chat {
         let RenderedChat { ids, text } = self.render(model)?;
         let thought = thought(template, &text);
         let grammar = self.grammar(model, template, constraint.as_ref(), thought)?;
-        let max_tokens = sampling.max_tokens.unwrap_or_else(|| Sampling::rest_of_context(model, ids.len()));
+        let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
         let reply = Some(self.reply(template, thought)).filter(|reply| *reply != ReplyFormat::default());
         let prompt = Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo: None, grammar, reply };
         Ok(Jobs { jobs: sampling.jobs(id, vec![prompt]), places })

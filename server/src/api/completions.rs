@@ -34,7 +34,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
     let prompt = |input: Input| {
         let ids = ids(model, "prompt", &input)?;
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
-        let max_tokens = sampling.max_tokens.unwrap_or_else(default);
+        let max_tokens = sampling.max_tokens(default)?;
         let echo = echo.then(|| Echo { text: text(model, &input, &ids), logprobs });
         // The best are found by it.
         let logprobs = logprobs.or(best_of.map(|_| 0));

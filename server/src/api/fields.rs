@@ -32,7 +32,7 @@ impl<'a> Fields<'a> {
 
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
         let expected = format!("an integer from {} to {}", range.start(), range.end());
-        self.read(name, expected, |value| value.as_i64().filter(|number| range.contains(number)))
+        self.read(name, expected, |value| integer(value).filter(|number| range.contains(number)))
     }
 
     pub fn number(&self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>, ApiError> {
@@ -63,6 +63,14 @@ impl<'a> Fields<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// A number without a fraction, however it is written: to JSON `16`, `16.0` and `1.6e1` are the same. Beyond 2^53,
+/// where not every integer is a float, none is read from one.
+pub fn integer(value: &Value) -> Option<i64> {
+    const MAX_EXACT: f64 = (1_u64 << 53) as f64;
+    let whole = || value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() <= MAX_EXACT);
+    value.as_i64().or_else(|| whole().map(|number| number as i64))
 }
 
 pub fn unsupported(name: &str) -> ApiError {

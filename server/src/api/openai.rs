@@ -144,6 +144,13 @@ impl OpenAiAnswer {
             Ok(options.map(|options| options.bool(name)).transpose()?.flatten().unwrap_or(false))
         };
         let include_usage = option("include_usage")?;
+        // As in vLLM, not without the other.
+        let continuous_usage = option("continuous_usage_stats")? && include_usage;
+        let stream = fields.bool("stream")?.unwrap_or(false);
+        if options.is_some_and(|options| !options.0.is_empty()) && !stream {
+            let message = "stream_options is for streams alone; set stream to true, or leave it out";
+            return Err(ApiError::invalid("stream_options", message));
+        }
         let best = match endpoint {
             Endpoint::Completions => super::completions::best_of(fields)?,
             _ => None,
@@ -153,10 +160,9 @@ impl OpenAiAnswer {
             id: id.to_owned(),
             created: unix_seconds(),
             model: model.name.clone(),
-            stream: fields.bool("stream")?.unwrap_or(false),
+            stream,
             include_usage,
-            // As in vLLM, not without the other.
-            continuous_usage: option("continuous_usage_stats")? && include_usage,
+            continuous_usage,
             return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
             logprobs: fields.get("logprobs").is_some_and(|logprobs| *logprobs != false),
             best,

@@ -36,7 +36,7 @@ pub struct Own<'a> {
 
 /// How tokens are chosen, and whom for.
 pub struct Sampling {
-    pub max_tokens: Option<u32>,
+    max_tokens: Option<u32>,
     n: u32,
     params: SamplingParams,
     stops: Vec<String>,
@@ -100,6 +100,18 @@ impl Sampling {
         })
     }
 
+    /// What a prompt's choices have at most: what was asked for, or else `default`.
+    pub fn max_tokens(&self, default: impl FnOnce() -> u32) -> Result<u32, ApiError> {
+        let max_tokens = self.max_tokens.unwrap_or_else(default);
+        match self.params.min_tokens {
+            min_tokens if min_tokens > max_tokens => {
+                let message = format!("min_tokens is {min_tokens}, and the answer has at most {max_tokens}; lower it");
+                Err(ApiError::invalid("min_tokens", message))
+            }
+            _ => Ok(max_tokens),
+        }
+    }
+
     /// What is left of the model's context after a prompt; at least 1, so that a prompt that fills it is refused.
     pub fn rest_of_context(model: &ServedModel, num_prompt_tokens: usize) -> u32 {
         let num_prompt_tokens = u32::try_from(num_prompt_tokens).unwrap_or(u32::MAX);
@@ -151,7 +163,7 @@ impl Sampling {
 /// A number of the client's, of any sign, or one of ours.
 fn seed(fields: &Fields) -> Result<u64, ApiError> {
     let Some(value) = fields.get("seed") else { return Ok(random()) };
-    let seed = value.as_u64().or(value.as_i64().map(|seed| seed as u64));
+    let seed = value.as_u64().or(fields::integer(value).map(|seed| seed as u64));
     seed.ok_or_else(|| wrong("seed", value, "an integer of 64 bits"))
 }
 
@@ -243,7 +255,7 @@ fn early_tokens(model: &ServedModel, allowed: Option<&[u32]>, stop_ids: &[TokenI
 /// One token id of a list in field `name`.
 pub fn token_id(model: &ServedModel, name: &str, value: &Value) -> Result<TokenId, ApiError> {
     let vocab_size = model.engine.vocab_size();
-    let id = value.as_u64().filter(|&id| id < u64::from(vocab_size));
+    let id = fields::integer(value).filter(|id| (0..i64::from(vocab_size)).contains(id));
     let expected = || format!("token ids below {vocab_size}, or text");
     id.map(|id| TokenId(id as u32)).ok_or_else(|| fields::wrong(name, value, expected()))
 }

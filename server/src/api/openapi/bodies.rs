@@ -55,6 +55,11 @@ fn body(groups: &[Fields], required: &[&str]) -> Value {
     body
 }
 
+fn described(mut schema: Value, description: &str) -> Value {
+    schema["description"] = description.into();
+    schema
+}
+
 fn tokens(least: i64) -> Value {
     integer(least, i64::from(u32::MAX))
 }
@@ -88,7 +93,7 @@ fn sampling() -> Fields {
                 "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
         ),
         ("allowed_token_ids", ids(json!({"minItems": 1}))),
-        ("min_tokens", tokens(0)),
+        ("min_tokens", described(tokens(0), "At most as many as the answer may have")),
         ("ignore_eos", bool()),
         ("stop_token_ids", ids(json!({"maxItems": MAX_STOPS}))),
         ("priority", integer(i64::from(i32::MIN), i64::from(i32::MAX))),
@@ -103,12 +108,13 @@ fn stops() -> Value {
 
 /// What OpenAI's older endpoints read beside it.
 fn openai() -> Fields {
+    let stream_options = object(&[("include_usage", bool()), ("continuous_usage_stats", bool())]);
     vec![
         ("max_completion_tokens", tokens(1)),
         ("n", integer(1, MAX_CHOICES as i64)),
         ("stop", stops()),
         ("user", string()),
-        ("stream_options", object(&[("include_usage", bool()), ("continuous_usage_stats", bool())])),
+        ("stream_options", described(stream_options, "Only where stream is true")),
         ("return_token_ids", bool()),
         ("prompt_logprobs", integer(0, MAX_LOGPROBS)),
     ]
