@@ -129,9 +129,10 @@ impl MessageAnswer {
         let has_called = self.parts.ended.iter().any(|part| part.kind() == PartKind::Call);
         Some(match self.finish_reason? {
             "length" => "max_tokens",
+            // Also within a call.
+            _ if self.stop.is_some() => "stop_sequence",
             // Also where the client chose the function.
             _ if has_called => "tool_use",
-            _ if self.stop.is_some() => "stop_sequence",
             _ => "end_turn",
         })
     }

@@ -48,6 +48,8 @@ pub struct Reply {
     /// Not yet known to be what.
     held: String,
     num_calls: usize,
+    /// Of the last call there is no end.
+    is_cut_off: bool,
     has_thought: bool,
 }
 
@@ -73,12 +75,12 @@ impl Reply {
             Thought::Possible => State::Start,
             Thought::Begun => State::Thought,
         };
-        Reply { format, state, held: String::new(), num_calls: 0, has_thought: false }
+        Reply { format, state, held: String::new(), num_calls: 0, is_cut_off: false, has_thought: false }
     }
 
-    /// Why a text that was not cut off has ended.
+    /// Why a text has ended that is not too long; a stop string may have ended it within a call.
     pub fn finish_reason(&self) -> &'static str {
-        match self.num_calls > 0 && !self.format.ends_as_text {
+        match self.num_calls > 0 && !self.is_cut_off && !self.format.ends_as_text {
             true => "tool_calls",
             false => "stop",
         }
@@ -107,8 +109,9 @@ impl Reply {
         while self.step(&mut pieces, true) {}
         if let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) {
             // A call that was cut off stays what it was; what never told its name is text.
-            if !scanner.has_begun() {
-                pieces.content += &scanner.into_raw();
+            match scanner.has_begun() {
+                true => self.is_cut_off = true,
+                false => pieces.content += &scanner.into_raw(),
             }
         }
         pieces
@@ -231,7 +234,9 @@ impl Reply {
             self.held = text[mark.len()..].to_owned();
             return true;
         }
-        if text.is_empty() || marks.iter().any(|mark| mark.starts_with(text)) && !is_end {
+        // At the end a mark behind a call was cut off, and is none of the text.
+        let may_be_mark = marks.iter().any(|mark| mark.starts_with(text));
+        if text.is_empty() || may_be_mark && (!is_end || self.num_calls > 0) {
             if is_end {
                 self.held.clear();
             }
@@ -383,6 +388,16 @@ mod tests {
         assert_eq!(parse(&hermes, not_json), expect("", not_json, &[]));
         let cut_off = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1";
         assert_eq!(parse(&hermes, cut_off), expect("", "", &[("f", "{\"a\": 1")]));
+        let reason = |text: &str| {
+            let mut reply = Reply::new(hermes.clone());
+            said(&mut reply, &[text]);
+            reply.finish_reason()
+        };
+        assert_eq!([plain, two, cut_off].map(reason), ["stop", "tool_calls", "stop"]);
+        for rest in ["</tool_ca", "</tool_call>", "</tool_call>\n<tool"] {
+            let cut_off = format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{}}}}\n{rest}");
+            assert_eq!(parse(&hermes, &cut_off), expect("", "", &[("f", "{}")]), "{rest}");
+        }
         let mistral = format(Thought::Never, Some(CallFormat::Mistral));
         let two = "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": [1]}}, {\"name\": \"g\", \"arguments\": {}}]";
         assert_eq!(parse(&mistral, two), expect("", "", &[("f", "{\"a\": [1]}"), ("g", "{}")]));
