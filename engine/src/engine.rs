@@ -38,7 +38,7 @@ mod warm_up;
 
 use pooled::Pooled;
 use step::{InFlight, Step, Submitted, record, record_forward};
-pub use times::{Part, StepParts};
+pub use times::{Part, StepParts, StepTokens};
 
 pub struct Engine {
     config: EngineConfig,
@@ -129,10 +129,13 @@ pub struct EngineStats {
     pub num_stopped: u64,
     pub num_length: u64,
     pub num_failed: u64,
+    /// Of those, the ones that a row of the model's output failed which was not finite.
+    pub num_not_finite: u64,
     /// Times that the device was lost.
     pub num_device_losses: u64,
     pub last_step_ms: f64,
     pub total_step_ms: f64,
+    pub step_tokens: StepTokens,
     /// Steps, part by part.
     pub step_parts: StepParts,
     /// Where the device's time went.
@@ -463,6 +466,7 @@ impl Engine {
             }
         };
         *count += 1;
+        self.stats.num_not_finite += u64::from(word == sampling::NOT_FINITE);
         self.count_end(&client);
         self.stats.prompt_tokens += u64::from(usage.prompt_tokens);
         self.stats.cached_tokens += u64::from(usage.cached_tokens);

@@ -29,6 +29,24 @@ pub struct StepParts {
     pub read_back: Part,
 }
 
+/// How many tokens steps had, those of prompts and of answers together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTokens {
+    pub sum: u64,
+    /// Steps that had at most 1, 2, 4, ... tokens, and more than those before; the last has all that had more.
+    pub num_steps: [u64; StepTokens::NUM_BUCKETS],
+}
+
+impl StepTokens {
+    pub const NUM_BUCKETS: usize = 16;
+
+    fn add(&mut self, num_tokens: u32) {
+        let bucket = num_tokens.max(1).next_power_of_two().trailing_zeros() as usize;
+        self.num_steps[bucket.min(Self::NUM_BUCKETS - 1)] += 1;
+        self.sum += u64::from(num_tokens);
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Part {
     pub num: u64,
@@ -151,6 +169,7 @@ impl Engine {
         self.stats.last_step_ms = self.last_step.device_ns as f64 / 1e6;
         self.stats.total_step_ms += self.stats.last_step_ms;
         self.stats.num_steps += 1;
+        self.stats.step_tokens.add(shape.num_tokens);
         let num_prefill_tokens = step.trace.num_prefill_tokens();
         self.meter.stepped(num_prefill_tokens, self.last_step.device_ns, step.trace.is_full_of_prompts());
         self.stats.prefill_tokens += u64::from(num_prefill_tokens);

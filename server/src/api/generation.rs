@@ -19,7 +19,7 @@ use super::ServedModel;
 use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
 use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
-use crate::http::metrics::Observer;
+use crate::http::metrics::{Choices, Observer};
 use crate::http::rates::Meter;
 use crate::traces::Trace;
 
@@ -167,9 +167,13 @@ impl Generation {
         for job in &jobs {
             model.engine.config().fits(&job.request, model.engine.vocab_size())?;
         }
+        let mut of_prompt = Arc::new(Choices::new(model.metrics.clone()));
         for (index, job) in jobs.into_iter().enumerate() {
             let (sender, receiver) = channel(job.request.max_tokens as usize + 3);
-            let observer = Observer::new(model.metrics.clone(), &job.request, arrived, trace.clone());
+            if job.nth == 0 {
+                of_prompt = Arc::new(Choices::new(model.metrics.clone()));
+            }
+            let observer = Observer::new(of_prompt.clone(), &job.request, arrived, trace.clone());
             choices.push(Choice::new(model, index, &job, receiver, observer.stopped()));
             let num_prompt_tokens = job.request.prompt.len() as u32;
             let sink = ChannelSink { sender, observer, meter: meter.clone(), num_prompt_tokens };

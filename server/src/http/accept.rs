@@ -205,7 +205,7 @@ async fn answer<S>(
 where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
 {
-    let open = app.open_request();
+    let mut open = app.open_request(&request);
     let origin = app.access.allowed_origin(&request);
     let client = app.access.admit(&request);
     let meter = client.as_ref().ok().and_then(|client| client.meter.clone());
@@ -227,7 +227,7 @@ where
     if let Some(origin) = origin {
         access::allow(response.headers_mut(), origin);
     }
-    app.metrics.count_response(response.status());
+    open.answered(&response);
     Ok(response.map(|body| Answer { body, _open: open }))
 }
 

@@ -28,6 +28,10 @@ pub struct ApiError {
     pub retry_after: Option<u64>,
 }
 
+/// In the extensions of a response that is an error: what is counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Refusal(pub &'static str);
+
 /// Where errors are Anthropic's.
 const MESSAGES_PATH: &str = "/v1/messages";
 
@@ -145,6 +149,11 @@ impl ApiError {
         }
     }
 
+    fn refusal(&self) -> Refusal {
+        let other = if self.param.is_some() { "invalid_field" } else { "invalid_request" };
+        Refusal(self.code.unwrap_or(other))
+    }
+
     pub fn json(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind(), "param": self.param, "code": self.code}})
     }
@@ -169,6 +178,7 @@ impl ApiError {
             path.strip_prefix(MESSAGES_PATH).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         let mut response = json_response(&if is_anthropic { self.anthropic_json() } else { self.json() });
         *response.status_mut() = self.status;
+        response.extensions_mut().insert(self.refusal());
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }

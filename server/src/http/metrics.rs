@@ -5,43 +5,80 @@
 use fullbore_engine::engine::{EngineStats, StepParts};
 use fullbore_engine::limits::Cause;
 use prometheus::core::Collector;
-use prometheus::{CounterVec, Encoder, Gauge, GaugeVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
-use warp::http::StatusCode;
+use prometheus::{
+    CounterVec, Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder,
+};
+use warp::http;
 use warp::http::header::{CONTENT_TYPE, HeaderValue};
 use warp::reply::Response;
 
 use super::App;
+use super::error::Refusal;
 use crate::api::ServedModel;
 
+mod asked;
+mod observer;
 mod quantiles;
 mod requests;
 mod vllm;
 
+pub use asked::Asked;
+pub use observer::Observer;
 pub use quantiles::{BucketCounts, Quantiles};
-pub use requests::{Observer, RequestMetrics};
+pub use requests::{Choices, RequestMetrics};
 
 pub struct HttpMetrics {
     registry: Registry,
     responses: IntCounterVec,
     refused_connections: IntCounter,
+    refused_requests: IntCounterVec,
+    requests: IntCounterVec,
+    durations: HistogramVec,
 }
+
+/// What vLLM's dashboard takes means of.
+const REQUEST_SECONDS: [f64; 9] = [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 
 impl Default for HttpMetrics {
     fn default() -> HttpMetrics {
         let registry = Registry::new();
         let responses = Opts::new("fullbore_http_responses_total", "HTTP responses by status.");
         let refused = "Connections refused because too many were open.";
+        let refusals = Opts::new("fullbore_requests_refused_total", "Requests answered with an error, by its cause.");
+        let requests = Opts::new("http_requests_total", "Requests of the API that were answered.");
+        let durations =
+            HistogramOpts::new("http_request_duration_seconds", "From their heads to the end of the answer.");
+        let durations = durations.buckets(REQUEST_SECONDS.to_vec());
         HttpMetrics {
             responses: register(&registry, IntCounterVec::new(responses, &["status"])),
             refused_connections: register(&registry, IntCounter::new("fullbore_connections_refused_total", refused)),
+            refused_requests: register(&registry, IntCounterVec::new(refusals, &["cause"])),
+            requests: register(&registry, IntCounterVec::new(requests, &["handler", "method", "status"])),
+            durations: register(&registry, HistogramVec::new(durations, &["handler", "method"])),
             registry,
         }
     }
 }
 
 impl HttpMetrics {
-    pub fn count_response(&self, status: StatusCode) {
+    pub fn count_response<B>(&self, asked: &Asked, response: &http::Response<B>) {
+        let status = response.status();
         self.responses.with_label_values(&[status.as_str()]).inc();
+        if let Some(Refusal(cause)) = response.extensions().get() {
+            self.refused_requests.with_label_values(&[*cause]).inc();
+        }
+        if let Some(labels) = asked.labels() {
+            let class = format!("{}xx", status.as_u16() / 100);
+            self.requests.with_label_values(&[labels[0], labels[1], class.as_str()]).inc();
+        }
+    }
+
+    /// The last of its answer has been sent, or is not wanted any more.
+    pub fn count_sent(&self, asked: &Asked) {
+        if let Some(labels) = asked.labels() {
+            self.durations.with_label_values(&labels).observe(asked.since.elapsed().as_secs_f64());
+        }
     }
 
     pub fn count_refused_connection(&self) {

@@ -11,9 +11,10 @@ use crate::traces::Tracer;
 use accept::Limits;
 use access::Access;
 use error::ApiError;
-use metrics::HttpMetrics;
+use metrics::{Asked, HttpMetrics};
 use tokio::sync::watch;
 use tokio::time::timeout;
+use warp::http::{Request, Response};
 use work::RequestWork;
 
 pub mod accept;
@@ -46,7 +47,10 @@ pub struct App {
 }
 
 /// A request while its answer is not sent.
-pub struct OpenRequest(Arc<App>);
+pub struct OpenRequest {
+    app: Arc<App>,
+    asked: Asked,
+}
 
 impl App {
     pub fn new(limits: Limits, access: Access, tracer: Option<Tracer>) -> App {
@@ -97,9 +101,9 @@ impl App {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    pub fn open_request(self: &Arc<App>) -> OpenRequest {
+    pub fn open_request<B>(self: &Arc<App>, request: &Request<B>) -> OpenRequest {
         self.num_open.send_modify(|num_open| *num_open += 1);
-        OpenRequest(self.clone())
+        OpenRequest { app: self.clone(), asked: Asked::new(request) }
     }
 
     /// Until no request is open; `false` if `most` is over before.
@@ -134,8 +138,16 @@ impl App {
     }
 }
 
+impl OpenRequest {
+    /// Its answer is known, and yet to be sent.
+    pub fn answered<B>(&mut self, response: &Response<B>) {
+        self.app.metrics.count_response(&self.asked, response);
+    }
+}
+
 impl Drop for OpenRequest {
     fn drop(&mut self) {
-        self.0.num_open.send_modify(|num_open| *num_open -= 1);
+        self.app.metrics.count_sent(&self.asked);
+        self.app.num_open.send_modify(|num_open| *num_open -= 1);
     }
 }
