@@ -1,4 +1,4 @@
-//! Who shares what with whom: keys, prefixes, floods.
+//! Who shares what with whom, and who goes first: keys, prefixes, floods, priorities.
 
 use super::*;
 
@@ -89,4 +89,39 @@ fn a_flood_over_http_leaves_another_tenants_p99_as_it_was() {
     assert!((0..3).any(|_| is_as_alone()), "over 1.2 times as many steps");
     assert!(server.metric("fullbore_requests_waiting") > 8.0, "the flood was over too soon");
     drop(flood);
+}
+
+/// As in vLLM: whoever has the lower value, and among equals whoever came first.
+#[test]
+fn a_lower_priority_is_served_first() {
+    let mut setup = Setup { pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() };
+    setup.config.max_num_seqs = 1;
+    let server = setup.start();
+    let ask = |priority: i64| {
+        let body = json!({"prompt": "x", "max_tokens": 150, "ignore_eos": true, "priority": priority});
+        server.send(post("/v1/completions", body.to_string().as_bytes()))
+    };
+    let first = ask(0);
+    server.wait_for("the first to run", |server| server.metric("fullbore_requests_running") == 1.0);
+    server.gate.set(Pace::Stalled);
+    let mut waiting = Vec::new();
+    for (num_before, priority) in [5, 0, -5, 0].into_iter().enumerate() {
+        waiting.push((priority, num_before, ask(priority)));
+        let comes = |server: &Harness| server.metric("fullbore_requests_waiting") == (num_before + 1) as f64;
+        server.wait_for("it to wait", comes);
+    }
+    waiting.sort_by_key(|&(priority, num_before, _)| (priority, num_before));
+    server.gate.set(Pace::Each(Duration::from_millis(2)));
+    read_reply(first).ok();
+    let mut later = waiting.into_iter().map(|(_, _, stream)| stream).collect::<Vec<_>>().into_iter();
+    while let Some(next) = later.next() {
+        read_reply(next).ok();
+        // Each takes 300 ms: nothing was said to any of the others yet.
+        for stream in later.as_slice() {
+            stream.set_nonblocking(true).expect("an open connection");
+            let silent = stream.peek(&mut [0]).err().map(|error| error.kind());
+            assert_eq!(silent, Some(ErrorKind::WouldBlock));
+            stream.set_nonblocking(false).expect("an open connection");
+        }
+    }
 }
