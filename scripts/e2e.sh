@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs official clients under target/python and target/node and what browser.sh finds, and runs tests/e2e against
 # the binary given. What is installed is pinned here, and kept until a pin changes.
+#
+#   scripts/e2e.sh [BINARY] [--rewrite]     with it, only what official clients are told is written anew (tests/golden)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 binary=${1:-target/debug/fullbore}
@@ -26,8 +28,9 @@ fi
 cp tests/e2e/*.mjs "$FULLBORE_NODE/"
 scripts/browser.sh
 source target/browser/env
+if [ "${2:-}" = --rewrite ]; then exec python3 tests/e2e/transcripts.py "$binary" --rewrite; fi
 failed=0
-for part in run crowd page terminal metrics; do
+for part in run transcripts crowd page terminal metrics; do
   python3 "tests/e2e/$part.py" "$binary" || failed=1
 done
 exit $failed
