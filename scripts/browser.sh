@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Finds Chromium, and Prometheus' promtool, for the end-to-end tests; what is missing is fetched from Debian and unpacked
-# under target/browser: nothing is installed, and no root is needed.
+# Finds Chromium, Prometheus' promtool and wrk, for the end-to-end tests; what is missing is fetched from Debian and
+# unpacked under target/browser: nothing is installed, and no root is needed.
 #
-#   target/browser/env   what to source: CHROMIUM (a command line) and PROMTOOL
+#   target/browser/env   what to source: CHROMIUM and WRK (command lines) and PROMTOOL
 #
 # Packages come from the mirror that this machine's apt already uses, checked by apt against Debian's keyring.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$PWD/target/browser
-[ -f "$out/env" ] && exit 0
+grep -q WRK "$out/env" 2>/dev/null && exit 0
 say() { echo "browser: $*" >&2; }
 
 chromium=$(command -v chromium || command -v chromium-headless-shell || true)
 promtool=$(command -v promtool || true)
+wrk=$(command -v wrk || true)
 mkdir -p "$out"
-if [ -n "$chromium" ] && [ -n "$promtool" ]; then
-  printf 'export CHROMIUM=%q\nexport PROMTOOL=%q\n' "$chromium" "$promtool" > "$out/env"
+if [ -n "$chromium" ] && [ -n "$promtool" ] && [ -n "$wrk" ]; then
+  printf 'export CHROMIUM=%q\nexport PROMTOOL=%q\nexport WRK=%q\n' "$chromium" "$promtool" "$wrk" > "$out/env"
   exit 0
 fi
 
-command -v apt-get >/dev/null || { say "apt-get is missing: install chromium and prometheus, for the tests of the page and of the metrics"; exit 1; }
+command -v apt-get >/dev/null || { say "apt-get is missing: install chromium, prometheus and wrk, for the tests of the page, of the metrics and under load"; exit 1; }
 mirror=$(apt-get -o Debug::NoLocking=1 --print-uris update 2>/dev/null | sed -n "s#^'\(.*\)/dists/bookworm/InRelease'.*#\1#p" | head -n 1 || true)
 [ -n "$mirror" ] || { say "this machine's apt has no bookworm source, so there is no mirror to ask; add one to /etc/apt/sources.list"; exit 1; }
 work=$out/work
@@ -34,10 +35,10 @@ options=(-qq -o Debug::NoLocking=1 -o Dir::State="$work/state" -o Dir::State::st
 say "reading package lists"
 apt-get "${options[@]}" update >&2
 
-say "fetching Chromium, a font and promtool"
+say "fetching Chromium, a font, promtool and wrk"
 # What the base system has in every case; unpacking it would shadow the machine's own.
 base='^(libc6|libcrypt1|libgcc-s1|gcc-12-base|libstdc\+\+6|python3.*|libpython3.*|perl.*|libperl.*|debconf|dpkg|tar|tzdata|ucf|sensible-utils)$'
-(cd "$work/debs" && apt-get "${options[@]}" --print-uris install chromium-headless-shell fonts-dejavu-core fontconfig-config \
+(cd "$work/debs" && apt-get "${options[@]}" --print-uris install chromium-headless-shell fonts-dejavu-core fontconfig-config wrk \
   | sed -n "s/^'[^']*' \([^ _]*\)_.*/\1/p" | sort -u | while read -r name; do [[ $name =~ $base ]] || echo "$name"; done \
   | xargs apt-get "${options[@]}" download >&2
   apt-get "${options[@]}" download prometheus >&2)
@@ -61,6 +62,7 @@ cat > "$out/fonts.conf" <<EOF
 EOF
 program=$(find "$root/usr/lib" -name 'chromium-headless-shell' -o -name headless_shell | head -n 1)
 [ -n "$program" ] || { say "the package chromium-headless-shell holds no program of that name"; exit 1; }
-printf 'export CHROMIUM=%q\nexport PROMTOOL=%q\n' \
-  "env LD_LIBRARY_PATH=$libraries FONTCONFIG_FILE=$out/fonts.conf $program" "$root/usr/bin/promtool" > "$out/env"
-say "unpacked $("$root/usr/bin/promtool" --version 2>&1 | head -n 1) and $(basename "$program")"
+printf 'export CHROMIUM=%q\nexport PROMTOOL=%q\nexport WRK=%q\n' \
+  "env LD_LIBRARY_PATH=$libraries FONTCONFIG_FILE=$out/fonts.conf $program" "$root/usr/bin/promtool" \
+  "env LD_LIBRARY_PATH=$libraries $root/usr/bin/wrk" > "$out/env"
+say "unpacked $("$root/usr/bin/promtool" --version 2>&1 | head -n 1), wrk and $(basename "$program")"

@@ -30,7 +30,7 @@ scripts/browser.sh
 source target/browser/env
 if [ "${2:-}" = --rewrite ]; then exec python3 tests/e2e/transcripts.py "$binary" --rewrite; fi
 failed=0
-for part in run transcripts crowd page terminal metrics; do
+for part in run transcripts crowd load page terminal metrics; do
   python3 "tests/e2e/$part.py" "$binary" || failed=1
 done
 exit $failed
