@@ -18,10 +18,10 @@ export class History {
     while (this.frames[0]?.at_ms < oldest) this.frames.shift();
   }
 
-  // The span that is shown, in milliseconds: it grows in steps, so that a young server's charts are not all empty.
+  // The span that is shown, in milliseconds: it grows by minutes, so that a young server's charts are not half empty.
   get span() {
     const age = this.frames.length > 0 ? this.newest - this.frames[0].at_ms : 0;
-    return [60_000, 120_000, KEPT_MS].find((span) => age <= span) ?? KEPT_MS;
+    return Math.min(Math.max(Math.ceil(age / 60_000), 1) * 60_000, KEPT_MS);
   }
 
   // Those of the span that is shown.
