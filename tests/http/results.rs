@@ -1,6 +1,7 @@
 //! `fullbore bench serve`, `sweep`, `latency`, `startup` and `report` at small sizes: what they count, what they refuse
 //! to believe, and that what they write is what the schema says. Nothing that a clock says.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -9,7 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command, ReportArgs};
 use fullbore::bench::{measure_latency, measure_serve, measure_startup, measure_sweep, report};
-use fullbore_bench::result::{BenchResult, SCHEMA};
+use fullbore_bench::result::{BenchResult, Run, SCHEMA, Target};
+use fullbore_bench::serve::endpoint::Endpoint;
+use fullbore_bench::serve::load::Pace as LoadPace;
+use fullbore_bench::serve::tally::Slo;
+use fullbore_bench::serve::{Bench, Form, Level, Prompts, ServeBenchError, ServeOptions, Side, measure};
+use fullbore_bench::workload::{Arrivals, Lengths, generate};
+use serde_json::Map;
 
 use super::*;
 
@@ -299,6 +306,46 @@ fn a_target_that_dies_does_not_make_a_whole_run() {
     assert_eq!(counts["completed"], 1);
     assert!(counts["unreachable"] >= 10 && counts["not_sent"] > 0, "{counts:?}");
     assert!(!result.valid && result.invalid.join("").contains("the target was gone"), "{:?}", result.invalid);
+}
+
+/// Measures three runs of four requests, until `num_whole` of them are whole and steps end no more.
+fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
+    let harness = Setup { pace: if num_whole == 0 { Pace::Stalled } else { Pace::Free }, ..Setup::default() }.start();
+    let endpoint = Endpoint::new(&format!("http://{}", harness.address), None).expect("a URL");
+    let record = Target { name: "sim".to_owned(), ..Target::default() };
+    let (endpoint, model, extra) = (Arc::new(endpoint), "sim-model".to_owned(), Map::new());
+    let sides = [Side { endpoint, model, record, extra, is_fullbore: true }];
+    let prompts = Prompts { vocab_size: 256, seed: 1, form: Form::Ids, json_schema: None, text: None };
+    let patience = Duration::from_secs(30);
+    let options = ServeOptions { num_runs: 3, num_warm_up: 0, slo: Slo::default(), patience };
+    let requests = generate(Arrivals::AtOnce, Lengths::Fixed { prompt: 8, output: 4 }, 4, 1);
+    let levels = [Level { at: BTreeMap::new(), requests, pace: LoadPace::Closed(2) }];
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let mut sender = Some(sender);
+    let gate = harness.gate.clone();
+    let mut interrupt = |run: u32| {
+        if let Some(sender) = sender.take_if(|_| run == num_whole) {
+            gate.set(Pace::Stalled);
+            sender.send(()).expect("the bench listens");
+        }
+    };
+    interrupt(0);
+    let mut progress = |_: &str, _: &BTreeMap<String, f64>, run: u32, _: &Run| interrupt(run);
+    let stop = async { receiver.await.expect("the sender is kept") };
+    let mut result = BenchResult::begin("serve", 1);
+    let bench = Bench { sides: &sides, prompts: &prompts, options: &options };
+    measure(bench, &levels, &|_| true, &mut progress, stop, &mut result)?;
+    Ok(result)
+}
+
+#[test]
+fn an_interrupt_leaves_the_runs_that_were_whole() {
+    let result = interrupted_after(2).expect("two runs");
+    let [measurement] = &result.measurements[..] else { panic!("one target, one load") };
+    assert_eq!(measurement.runs.iter().map(|run| run.counts["completed"]).collect::<Vec<_>>(), [4, 4]);
+    assert!(!result.valid && result.invalid[0].starts_with("interrupted"), "{:?}", result.invalid);
+    let sentence = interrupted_after(0).expect_err("no run").to_string();
+    assert!(sentence.contains("nothing to tell"), "{sentence}");
 }
 
 #[test]
