@@ -31,6 +31,9 @@ pub const SHOWN: [(&str, &str); 21] = [
     ("client_core_share", "client's share of a core"),
 ];
 
+/// The last of them are the client's, and no target's.
+const NUM_OF_CLIENT: usize = 2;
+
 impl fmt::Display for BenchResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for measurement in &self.measurements {
@@ -43,12 +46,12 @@ impl fmt::Display for BenchResult {
                 "least",
                 "most"
             )?;
-            write_spreads(f, &measurement.summary)?;
+            write_spreads(f, &measurement.summary, &SHOWN)?;
         }
         for comparison in &self.comparisons {
             writeln!(f, "\n{} beside {}{}", comparison.target, comparison.against, loads(&comparison.at))?;
             writeln!(f, "{:<34}{:>12}{:>12}{:>12}", "ratio, run by run", "median", "least", "most")?;
-            write_spreads(f, &comparison.ratios)?;
+            write_spreads(f, &comparison.ratios, &SHOWN[..SHOWN.len() - NUM_OF_CLIENT])?;
         }
         if self.bench == "sweep" {
             for target in &self.targets {
@@ -81,6 +84,7 @@ pub fn number(value: f64) -> String {
         _ if value.fract() == 0.0 => format!("{value:.0}"),
         _ if size >= 10.0 => format!("{value:.1}"),
         _ if size >= 0.01 => format!("{value:.3}").trim_end_matches('0').trim_end_matches('.').to_owned(),
+        _ if size >= 1e-3 => format!("{value:.4}"),
         _ => format!("{value:.2e}"),
     }
 }
@@ -94,9 +98,11 @@ fn grouped(value: f64) -> String {
     format!("{sign}{}{rest}", &digits[..first])
 }
 
-fn write_spreads(f: &mut fmt::Formatter<'_>, spreads: &BTreeMap<String, Spread>) -> fmt::Result {
-    for (name, title) in SHOWN {
-        if let Some(Spread { median, min, max }) = spreads.get(name) {
+type Shown = (&'static str, &'static str);
+
+fn write_spreads(f: &mut fmt::Formatter<'_>, spreads: &BTreeMap<String, Spread>, shown: &[Shown]) -> fmt::Result {
+    for (name, title) in shown {
+        if let Some(Spread { median, min, max }) = spreads.get(*name) {
             let [median, min, max] = [median, min, max].map(|value| number(*value));
             writeln!(f, "{title:<34}{median:>12}{min:>12}{max:>12}")?;
         }
@@ -120,7 +126,8 @@ mod tests {
             (1234.5, "1,235"),
             (1_234_567.0, "1,234,567"),
             (-1234.0, "-1,234"),
-            (0.000_123, "1.23e-4"),
+            (0.001_234, "0.0012"),
+            (0.000_012_3, "1.23e-5"),
         ] {
             assert_eq!(number(value), text);
         }

@@ -48,9 +48,12 @@ pub fn tally(asks: &[Ask], outcomes: &[Option<Outcome>], facts: &Facts) -> Run {
     let mut tally = Tally { run: Run::default(), samples: Samples::default(), facts };
     tally.count(asks, outcomes);
     let duration = tally.samples.last.saturating_duration_since(facts.begun);
-    tally.rates(duration);
-    tally.percentiles();
-    tally.doubts(asks, outcomes, duration);
+    // Of a run without an answer there is nothing to tell but how it failed.
+    if tally.run.counts["completed"] > 0 {
+        tally.rates(duration);
+        tally.percentiles();
+    }
+    tally.doubts(asks, outcomes);
     tally.run
 }
 
@@ -167,7 +170,7 @@ impl Tally<'_> {
         }
     }
 
-    fn doubts(&mut self, asks: &[Ask], outcomes: &[Option<Outcome>], duration: Duration) {
+    fn doubts(&mut self, asks: &[Ask], outcomes: &[Option<Outcome>]) {
         let (counts, metrics) = (&self.run.counts, &self.run.metrics);
         let count = |name: &str| counts.get(name).copied().unwrap_or(0);
         let mut doubts = Vec::new();
@@ -195,8 +198,7 @@ impl Tally<'_> {
         if !self.facts.shares_prefixes && cached_share > MAX_CACHED_SHARE {
             doubts.push(format!("{:.1} % of prompt tokens came from a cache, unasked", cached_share * 100.0));
         }
-        let client = self.facts.client.unwrap_or_default().as_secs_f64() / duration.as_secs_f64().max(1e-9);
-        if client > MAX_CLIENT_SHARE {
+        if let Some(client) = metrics.get("client_core_share").filter(|share| **share > MAX_CLIENT_SHARE) {
             let percent = client * 100.0;
             doubts.push(format!("the client's thread was busy for {percent:.0} % of the time: it may be the limit"));
         }
@@ -363,6 +365,8 @@ mod tests {
             assert!(all.contains(part), "{part}: {all}");
         }
         assert_eq!(run.metrics["good_share"], 0.4, "what failed was asked for too");
+        let none = tally(&asks[..1], &[failed(Failure::Truncated)], &facts(begun, "ttft=1000"));
+        assert!(none.metrics.is_empty() && none.invalid.len() == 1, "{none:?}");
         let asked = Facts { shares_prefixes: true, ..facts(begun, "ttft=1000") };
         assert!(!tally(&asks, &outcomes, &asked).invalid.join("").contains("cache"));
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fullbore_bench::grammar;
+use fullbore_bench::result::table::loads;
 use fullbore_bench::result::{BenchResult, Measurement, Run, Target};
 use fullbore_bench::serve::endpoint::{Card, Endpoint};
 use fullbore_bench::serve::load::Pace;
@@ -109,11 +110,10 @@ fn measure(
         patience: Duration::from_secs(args.patience.max(1)),
     };
     let mut progress = |target: &str, at: &BTreeMap<String, f64>, run: u32, measured: &Run| {
-        let at = at.iter().map(|(name, value)| format!("{name} {value:.3}")).collect::<Vec<_>>().join(", ");
         let rate = measured.metrics.get("output_tokens_per_s").copied().unwrap_or(0.0);
         let doubts =
             if measured.invalid.is_empty() { String::new() } else { format!("; {}", measured.invalid.join("; ")) };
-        eprintln!("{target}, {at}, run {run} of {num_runs}: {rate:.1} tokens/s{doubts}");
+        eprintln!("{target}{}, run {run} of {num_runs}: {rate:.1} tokens/s{doubts}", loads(at));
     };
     let bench = Bench { sides: &setup.sides, prompts: &setup.prompts, options: &options };
     // Where the signal cannot be listened to, nothing stops it but its end.
