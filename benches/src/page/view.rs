@@ -53,7 +53,7 @@ pub struct Source {
 }
 
 /// The columns of a device's table, where it has any of it.
-const COLUMNS: [(&str, &str); 11] = [
+const COLUMNS: [(&str, &str); 10] = [
     ("output_tokens_per_s", "output tokens/s"),
     ("goodput_requests_per_s", "good requests/s"),
     ("prefill_tokens_per_s", "prefill tokens/s"),
@@ -61,7 +61,6 @@ const COLUMNS: [(&str, &str); 11] = [
     ("ttft_p50_ms", "first token, ms"),
     ("ttft_p99_ms", "p99"),
     ("tpot_p50_ms", "a token, ms"),
-    ("tpot_mean_ms", "a token, mean ms"),
     ("itl_p99_ms", "gap p99, ms"),
     ("e2e_p50_ms", "request, ms"),
     ("cached_share", "from cache"),
@@ -180,7 +179,7 @@ fn machine(result: &BenchResult) -> String {
 }
 
 fn device_rows(rows: &[Row]) -> Table {
-    let has = |name: &str| rows.iter().any(|(_, measurement, _)| measurement.summary.contains_key(name));
+    let has = |name: &str| rows.iter().any(|(_, measurement, _)| spread_of(measurement, name).is_some());
     let columns: Vec<_> = COLUMNS.into_iter().filter(|(name, _)| has(name)).collect();
     let mut head = vec!["bench".to_owned(), "model".to_owned(), "load".to_owned()];
     head.extend(columns.iter().map(|(_, title)| (*title).to_owned()));
@@ -188,11 +187,17 @@ fn device_rows(rows: &[Row]) -> Table {
     let row = |(result, measurement, target): &Row| {
         let model = [&target.model, &target.weights].into_iter().flatten().cloned().collect::<Vec<_>>().join(" ");
         let mut cells = vec![word(&result.bench), word(&model), word(&load_of(result, measurement))];
-        cells.extend(columns.iter().map(|(name, _)| cell(measurement.summary.get(*name))));
+        cells.extend(columns.iter().map(|(name, _)| cell(spread_of(measurement, name))));
         cells.push(word(if result.valid { "yes" } else { "no" }));
         cells
     };
     Table { head, rows: rows.iter().map(row).collect() }
+}
+
+/// Benches that know no median of a token's time have its mean.
+fn spread_of<'a>(measurement: &'a Measurement, name: &str) -> Option<&'a Spread> {
+    let mean = || measurement.summary.get("tpot_mean_ms").filter(|_| name == "tpot_p50_ms");
+    measurement.summary.get(name).or_else(mean)
 }
 
 fn word(text: &str) -> Cell {
