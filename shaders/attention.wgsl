@@ -4,7 +4,8 @@
 // Scores: a lane holds one position of the KV tile (or TOKENS of them, TILE_LANES apart). Values: a lane holds pairs of
 // elements of the head (fours where they are quantised), TILE_LANES of them apart. Tiles are 32 positions aligned to
 // absolute positions, and cuts are CUT of them: each begins from nothing, and is merged with what earlier ones gave, or
-// left to `attention_merge.wgsl`, which takes the same steps. So a row's numbers depend on its own sequence alone.
+// left to a later dispatch, whose workgroups behind the items take the same steps (`attention_merge.wgsl`). So a row's
+// numbers depend on its own sequence alone.
 #include "grid.wgsl"
 
 struct Params {
@@ -13,7 +14,9 @@ struct Params {
     table: u32,
     out: u32,
     partials: u32,
+    merges: u32,
     num_items: u32,
+    num_merges: u32,
     // Workgroups that share the rows of an item.
     row_groups: u32,
     num_heads: u32,
@@ -39,6 +42,8 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> out: array<vec2<f32>>;
 // (cuts, num_heads * (head_dim + 2)): values, largest score, sum of weights.
 @group(0) @binding(6) var<storage, read_write> partials: array<vec2<f32>>;
+// (split rows, 3): row of out, first cut, number of cuts.
+@group(0) @binding(7) var<storage, read> merges: array<u32>;
 
 const LOWEST = -3.0e38;
 const NONE = 0xffffffffu;
@@ -86,6 +91,8 @@ fn capped(score: f32) -> f32 {
     return params.soft_cap * tanh(clamp(score / params.soft_cap, -10.0, 10.0));
 }
 
+#include "attention_merge.wgsl"
+
 @compute @workgroup_size({{TILE_LANES}})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -98,6 +105,7 @@ fn main(
     let row_group = index / (params.num_heads / {{HEADS}}u) % params.row_groups;
     let item = index / (params.num_heads / {{HEADS}}u) / params.row_groups;
     if item >= params.num_items {
+        merge(index - params.num_items * params.row_groups * (params.num_heads / {{HEADS}}u), lane);
         return;
     }
     let item_at = params.items + item * 7u;

@@ -1,7 +1,7 @@
 //! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
 //!
 //! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
-//! like its op (`sample` and `attention` have two, one after the other, and `mat_mul` several: for few rows, for many,
+//! like its op (`sample` has two, one after the other, and `mat_mul` several: for few rows, for many,
 //! for software Vulkan, and for other arithmetic than f32). This crate knows no wgpu, no device and no weight file.
 //!
 //! ```text

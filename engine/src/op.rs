@@ -137,7 +137,7 @@ pub struct Attention {
     /// of one sequence. Without a partial the item covers all that its rows see, and `out` is written. With one the
     /// item has one row and covers whole cuts of what that sees; the others are covered by other items.
     pub items: Tensor,
-    /// Items, from the first, that have one row: backends may treat them apart.
+    /// Items, from the first, that have one row, and among them all that have a partial: backends may treat them apart.
     pub num_single_rows: u32,
     /// u32 (split rows, `ATTENTION_MERGE_WORDS`): a row of q, and where in `partials` its cuts begin and how many there
     /// are. Without split rows there is nothing to merge.

@@ -1,12 +1,13 @@
 //! A step's attention as a work list: one for each window that layers have, made once for all of them.
 //!
-//! Invariant: every row is in the items of one list exactly once at each position that it sees, and a list is at most
-//! `MAX_SPLIT_ITEMS` longer than there are rows. Which rows are spread over several items changes no bit of them (see
-//! [`ATTENTION_CUT`]); it is decided here by shape alone. This file knows no device.
+//! Invariant: every row is in the items of one list exactly once at each position that it sees, a row that is alone in
+//! its slice before all others, and a list is at most `MAX_SPLIT_ITEMS` longer than there are rows. Which rows are
+//! spread over several items changes no bit of them (see [`ATTENTION_CUT`]); it is decided here by shape alone. This
+//! file knows no device.
 
 use std::ops::Range;
 
-use crate::op::{ATTENTION_CUT, ATTENTION_ROWS, ATTENTION_TILE, NONE};
+use crate::op::{ATTENTION_CUT, ATTENTION_ITEM_WORDS, ATTENTION_ROWS, ATTENTION_TILE, NONE};
 
 /// Workgroups, one an item and KV head, that keep a large device busy: with fewer, long contexts are split.
 const MIN_WORKGROUPS: u32 = 512;
@@ -61,31 +62,24 @@ impl AttentionPlan {
         self.merges.clear();
         let cuts_per_item = cuts_per_item(slices.clone(), window, limits.num_kv_heads);
         let mut num_partials = 0;
-        let mut leads = true;
-        self.num_single_rows = 0;
-        for slice in slices {
+        for row in slices.clone().filter(|slice| slice.num_rows == 1) {
+            let seen = seen(&row, window);
+            let cuts = cuts(&seen);
+            let num_cuts = cuts.end - cuts.start;
+            if num_cuts > cuts_per_item && num_partials + num_cuts <= limits.num_partials {
+                self.split(row, &seen, cuts_per_item, num_partials);
+                num_partials += num_cuts;
+            } else {
+                self.push(row, seen, NONE);
+            }
+        }
+        self.num_single_rows = self.items.len() as u32 / ATTENTION_ITEM_WORDS;
+        for slice in slices.filter(|slice| slice.num_rows > 1) {
             for first in (0..slice.num_rows).step_by(ATTENTION_ROWS as usize) {
+                let (first_row, position) = (slice.first_row + first, slice.position + first);
                 let num_rows = ATTENTION_ROWS.min(slice.num_rows - first);
-                let item = QueryRows {
-                    first_row: slice.first_row + first,
-                    num_rows,
-                    position: slice.position + first,
-                    ..slice
-                };
-                let seen = seen(&item, window);
-                let cuts = cuts(&seen);
-                let num_cuts = cuts.end - cuts.start;
-                let may_split = slice.num_rows == 1 && num_partials + num_cuts <= limits.num_partials;
-                let num_items = if may_split && num_cuts > cuts_per_item {
-                    self.split(item, &seen, cuts_per_item, num_partials);
-                    num_partials += num_cuts;
-                    num_cuts.div_ceil(cuts_per_item)
-                } else {
-                    self.push(item, seen, NONE);
-                    1
-                };
-                leads &= num_rows == 1;
-                self.num_single_rows += if leads { num_items } else { 0 };
+                let item = QueryRows { first_row, num_rows, position, ..slice };
+                self.push(item, seen(&item, window), NONE);
             }
         }
     }
@@ -135,7 +129,7 @@ fn cuts(seen: &Range<u32>) -> Range<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::op::{ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS};
+    use crate::op::ATTENTION_MERGE_WORDS;
 
     /// Seeded; below `limit`.
     fn draws(seed: u32) -> impl FnMut(u32) -> u32 {
@@ -146,14 +140,14 @@ mod tests {
         }
     }
 
-    /// Decodes, then chunks, of random lengths and positions.
+    /// Decodes, then chunks, some of them of one row, of random lengths and positions.
     fn batch(draw: &mut impl FnMut(u32) -> u32) -> Vec<QueryRows> {
         let mut first_row = 0;
         let num_decodes = draw(20);
         let max_position = [40, 300, 5000, 100_000][draw(4) as usize];
         (0..1 + num_decodes + draw(4))
             .map(|slot| {
-                let num_rows = if slot < num_decodes { 1 } else { 1 + draw(40) };
+                let num_rows = if slot < num_decodes || draw(3) == 0 { 1 } else { 1 + draw(40) };
                 let rows = QueryRows { first_row, num_rows, slot, position: draw(max_position) };
                 first_row += num_rows;
                 rows
@@ -175,7 +169,9 @@ mod tests {
             let mut items = items.iter();
             let mut merges = plan.merges.chunks_exact(ATTENTION_MERGE_WORDS as usize);
             let mut next_partial = 0;
-            for slice in &slices {
+            let (singles, others): (Vec<&QueryRows>, Vec<&QueryRows>) =
+                slices.iter().partition(|slice| slice.num_rows == 1);
+            for slice in singles.into_iter().chain(others) {
                 let mut row = 0;
                 while row < slice.num_rows {
                     let item = items.next().expect("an item for each row");

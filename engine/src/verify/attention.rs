@@ -111,15 +111,15 @@ pub fn attention(kv_type: KvType, heads: Heads) -> Case {
         let num_values = (num_tokens * num_kv_heads * head_dim) as usize;
         let (k, v) = (random.floats(num_values), random.floats(num_values));
         let slots = device.u32(num_tokens, 1, &slots)?;
-        // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and another decode.
+        // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and its last token in another.
         let chunk = if num_positions > ATTENTION_CUT + 4 { ATTENTION_CUT - 4 } else { 28 };
-        let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, 40)];
+        let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, num_positions - 2)];
         let rows = rows.map(|(first_row, num_rows, slot, position)| QueryRows { first_row, num_rows, slot, position });
         let num_heads = num_kv_heads * group;
         let tensor = |words: &[u32], cols: u32| device.u32(words.len() as u32 / cols, cols, words);
         let Planned { items, num_single_rows, merges, partials } =
             Planned::new(&rows, window, cache, num_heads, 8, tensor)?;
-        assert!(window > 0 || merges.rows == u32::from(num_positions > ATTENTION_CUT), "who is split");
+        assert!(window > 0 || merges.rows == 2 * u32::from(num_positions > ATTENTION_CUT), "who is split");
         let q = device.random(13, num_heads * head_dim, random)?;
         let out = device.unwritten(13, num_heads * head_dim)?;
         let attention = Attention {

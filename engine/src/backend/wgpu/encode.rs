@@ -229,34 +229,25 @@ impl Encoder<'_> {
         self.push(Kernel::RopeKv(cache.kv_type, cache.head_dim), &buffers, &params, num_items);
     }
 
-    /// Items of one row, then the others, then what was split.
+    /// Items of one row; then the others, and beside them the merging of what was split among the former: two
+    /// dispatches at most, unless they must be divided.
     fn attention(&mut self, op: &Attention) {
-        self.attention_items(op, 0..op.num_single_rows, 1);
-        self.attention_items(op, op.num_single_rows..op.items.rows, ATTENTION_ROWS);
-        let buffers = [op.merges.buffer, op.partials.buffer, op.out.buffer];
-        let params = AttentionMergeParams {
-            merges: op.merges.offset,
-            partials: op.partials.offset,
-            out: op.out.offset,
-            num_merges: op.merges.rows,
-            num_heads: op.num_heads,
-            head_dim: op.cache.head_dim,
-        };
-        self.push_elements(Kernel::AttentionMerge, &buffers, &params, op.merges.rows * op.out.cols);
+        self.attention_items(op, 0..op.num_single_rows, 1, 0);
+        self.attention_items(op, op.num_single_rows..op.items.rows, ATTENTION_ROWS, op.merges.rows);
     }
 
-    /// In several dispatches, where one would be too much.
-    fn attention_items(&mut self, op: &Attention, items: Range<u32>, rows_of_item: u32) {
+    /// In several dispatches, where one would be too much; the last one merges.
+    fn attention_items(&mut self, op: &Attention, items: Range<u32>, rows_of_item: u32, num_merges: u32) {
         let (mut first, mut work) = (items.start, 0);
         for item in items.clone() {
             let of_item = self.attention_work(op, item);
             if item > first && work + of_item > self.max_work {
-                self.attention_range(op, first..item, rows_of_item, work);
+                self.attention_range(op, first..item, rows_of_item, 0, work);
                 (first, work) = (item, 0);
             }
             work += of_item;
         }
-        self.attention_range(op, first..items.end, rows_of_item, work);
+        self.attention_range(op, first..items.end, rows_of_item, num_merges, work);
     }
 
     /// Of one item: its rows and heads over the positions that it sees, K and V. A list that the recording does not
@@ -272,20 +263,23 @@ impl Encoder<'_> {
         u64::from(num_rows) * u64::from(num_positions) * values
     }
 
-    fn attention_range(&mut self, op: &Attention, items: Range<u32>, rows_of_item: u32, work: u64) {
+    fn attention_range(&mut self, op: &Attention, items: Range<u32>, rows_of_item: u32, num_merges: u32, work: u64) {
         let cache = op.cache;
         let group = op.num_heads / cache.num_kv_heads;
         let variant = AttentionVariant::new(self.tier, cache.kv_type, cache.head_dim, group, rows_of_item);
         let row_groups = rows_of_item.div_ceil(variant.rows);
-        let buffers =
-            [op.q.buffer, cache.k, cache.v, op.items.buffer, op.table.buffer, op.out.buffer, op.partials.buffer];
+        let [q, items_buffer, table] = [op.q, op.items, op.table].map(|tensor| tensor.buffer);
+        let [out, partials, merges] = [op.out, op.partials, op.merges].map(|tensor| tensor.buffer);
+        let buffers = [q, cache.k, cache.v, items_buffer, table, out, partials, merges];
         let params = AttentionParams {
             q: op.q.offset,
             items: op.items.offset + items.start * ATTENTION_ITEM_WORDS,
             table: op.table.offset,
             out: op.out.offset,
             partials: op.partials.offset,
+            merges: op.merges.offset,
             num_items: items.end - items.start,
+            num_merges,
             row_groups,
             num_heads: op.num_heads,
             num_kv_heads: cache.num_kv_heads,
@@ -297,8 +291,10 @@ impl Encoder<'_> {
         };
         // The kernel writes pairs of elements.
         assert!(op.out.offset.is_multiple_of(2) && op.partials.offset.is_multiple_of(2), "{op:?}");
-        let workgroups = (items.end - items.start) * row_groups * (op.num_heads / variant.heads);
-        self.push_work(Kernel::Attention(variant), &buffers, &params, workgroups, work);
+        let of_items = (items.end - items.start) * row_groups * (op.num_heads / variant.heads);
+        let of_merges = (num_merges * op.out.cols / 2).div_ceil(self.tier.attention_lanes());
+        let work = work + u64::from(of_merges) * LIGHT_WORK;
+        self.push_work(Kernel::Attention(variant), &buffers, &params, of_items + of_merges, work);
     }
 
     fn gated_act(&mut self, op: &GatedAct) {
@@ -402,3 +398,6 @@ pub fn rows_per_shard(tile_words: u64, max_bytes: u64) -> u32 {
     let tiles = (max_bytes / (tile_words * 4)).max(1);
     u32::try_from(tiles * u64::from(TILE)).unwrap_or(u32::MAX / TILE * TILE)
 }
+
+#[cfg(test)]
+mod tests;

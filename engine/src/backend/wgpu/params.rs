@@ -81,7 +81,9 @@ pub struct AttentionParams {
     pub table: u32,
     pub out: u32,
     pub partials: u32,
+    pub merges: u32,
     pub num_items: u32,
+    pub num_merges: u32,
     pub row_groups: u32,
     pub num_heads: u32,
     pub num_kv_heads: u32,
@@ -90,17 +92,6 @@ pub struct AttentionParams {
     pub window: u32,
     pub scale: f32,
     pub soft_cap: f32,
-}
-
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-pub struct AttentionMergeParams {
-    pub merges: u32,
-    pub partials: u32,
-    pub out: u32,
-    pub num_merges: u32,
-    pub num_heads: u32,
-    pub head_dim: u32,
 }
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -199,7 +190,6 @@ mod tests {
             Kernel::MatMul(..) => fields::<MatMulParams>(),
             Kernel::RopeKv(..) => fields::<RopeKvParams>(),
             Kernel::Attention(..) => fields::<AttentionParams>(),
-            Kernel::AttentionMerge => fields::<AttentionMergeParams>(),
             Kernel::GatedAct => fields::<GatedActParams>(),
             Kernel::AddNorm => fields::<AddNormParams>(),
             Kernel::ResetCounts => fields::<ResetCountsParams>(),

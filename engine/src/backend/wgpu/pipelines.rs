@@ -29,7 +29,6 @@ pub enum Kernel {
     /// How the cache stores elements, and elements of a head.
     RopeKv(KvType, u32),
     Attention(AttentionVariant),
-    AttentionMerge,
     GatedAct,
     AddNorm,
     ResetCounts,
@@ -91,10 +90,9 @@ fn part(kv_type: KvType) -> u32 {
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 8] = [
+    const GENERAL: [Kernel; 7] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
-        Kernel::AttentionMerge,
         Kernel::GatedAct,
         Kernel::AddNorm,
         Kernel::ResetCounts,
@@ -167,7 +165,6 @@ impl Kernel {
                 constants.extend(variant.constants(tier.attention_lanes()));
                 "attention"
             }
-            Kernel::AttentionMerge => "attention_merge",
             Kernel::GatedAct => "gated_act",
             Kernel::AddNorm => "add_norm",
             Kernel::ResetCounts => "reset_counts",

@@ -1,0 +1,93 @@
+//! How many dispatches a layer takes in steps of every kind: each costs a device time of its own, whatever it computes.
+
+use fullbore_shaders::Arithmetic;
+
+use super::*;
+use crate::backend::sim::{SimBackend, SimOptions};
+use crate::batch::PackedBatch;
+use crate::batch::attention::{AttentionPlan, QueryRows};
+use crate::config::EngineConfig;
+use crate::model::{Checkpoint, Inputs, Model, ModelConfig};
+use crate::op::SampleRow;
+use crate::tensor::WeightFormat;
+
+/// What the whole of a layer may take.
+const MAX_DISPATCHES: usize = 10;
+
+/// A model whose weights are one shard each.
+struct Layers {
+    model: Model,
+    num_layers: usize,
+    weights: Vec<Vec<Shard>>,
+}
+
+impl Layers {
+    fn new(shape: &str) -> Layers {
+        let config = ModelConfig::of_shape(shape).expect("a known shape");
+        let num_layers = config.num_layers as usize;
+        let limits = EngineConfig { max_model_len: 8192, ..EngineConfig::default() }.state_limits();
+        let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::Q4_0 };
+        let mut backend = SimBackend::new(SimOptions::default());
+        let model = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}).expect("it loads");
+        // More than any model has; what a dispatch reads is not looked at.
+        let shard = vec![Shard { buffer: BufferId(0), first_row: 0, num_rows: 1 }];
+        Layers { model, num_layers, weights: vec![shard; 1000] }
+    }
+
+    /// Dispatches from the first layer's norm to what the last one adds, by layer.
+    fn count(&self, tier: Tier, slices: &[(u32, u32)]) -> usize {
+        let mut first_row = 0;
+        let slice = |(slot, &(num_rows, position)): (usize, &(u32, u32))| {
+            let rows = QueryRows { first_row, num_rows, slot: slot as u32, position };
+            first_row += num_rows;
+            rows
+        };
+        let rows: Vec<QueryRows> = slices.iter().enumerate().map(slice).collect();
+        let mut plan = AttentionPlan::default();
+        let limits = &self.model.attention;
+        plan.fill(rows.iter().copied(), 0, limits);
+        let num_tokens = first_row as usize;
+        let batch = PackedBatch {
+            ids: vec![1; num_tokens],
+            positions: vec![0; num_tokens],
+            slots: vec![0; num_tokens],
+            attention: vec![plan; limits.windows.len()],
+            table_updates: vec![0, 1],
+            logit_rows: vec![0],
+            sample_rows: vec![SampleRow::IDLE],
+            extras: vec![0],
+            ..PackedBatch::default()
+        };
+        let mut recording = self.model.recording();
+        self.model.record(&Inputs::upload(&batch, &mut recording), &mut recording).expect("a row of logits");
+        let mat_muls = MatMulTables::new(tier, Arithmetic::F32);
+        let is_first = |op: &Op| matches!(op, Op::RmsNorm(_));
+        let is_last = |op: &Op| matches!(op, Op::AddNorm(AddNorm { rows: Some(_), .. }));
+        let [begin, end] = [recording.ops.iter().position(is_first), recording.ops.iter().position(is_last)];
+        let ops = &recording.ops[begin.expect("the first norm")..end.expect("the last norm")];
+        let mut out = Vec::new();
+        let (weights, max_work) = (&self.weights, u64::MAX);
+        let mut encoder =
+            Encoder { tier, mat_muls: &mat_muls, weights, recording: &recording, max_work, out: &mut out };
+        ops.iter().for_each(|op| encoder.op(op));
+        assert_eq!(out.len() % self.num_layers, 0, "{slices:?}");
+        out.len() / self.num_layers
+    }
+}
+
+#[test]
+fn no_step_takes_more_dispatches_a_layer_than_its_bound() {
+    let decodes = |num: usize, position| vec![(1, position); num];
+    for shape in ["llama-3.2-1b", "llama-3.1-8b"] {
+        let layers = Layers::new(shape);
+        for tier in Tier::ALL {
+            let count = |slices: &[(u32, u32)]| layers.count(tier, slices);
+            assert_eq!(count(&decodes(16, 20)), 9, "{shape}: decodes");
+            assert_eq!(count(&[(64, 0)]), 9, "{shape}: a prompt");
+            assert_eq!(count(&decodes(2, 5000)), 10, "{shape}: long contexts, which are split");
+            assert_eq!(count(&[decodes(4, 20), vec![(28, 0)]].concat()), 10, "{shape}: decodes and a prompt");
+            let worst = [decodes(3, 5000), vec![(28, 900), (1, 700)]].concat();
+            assert_eq!(count(&worst), MAX_DISPATCHES, "{shape}: split decodes, a prompt and the last token of one");
+        }
+    }
+}
