@@ -207,7 +207,7 @@ pub struct VerifyArgs {
 pub struct TuneArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Measure for about so many seconds; everything that may suit is tried at least three times.
+    /// Measure for about so many seconds; longer if every choice needs it, which rests on nine rounds at least.
     #[arg(long, default_value_t = 60)]
     pub seconds: u64,
 }

@@ -1,14 +1,15 @@
 //! `fullbore tune`: tries the matmul kernels that a model could use on a device, and keeps the fastest for later
 //! starts.
 //!
-//! Invariant: a kernel that computes wrongly is named and never chosen. Nothing is kept of a run that fails.
+//! Invariant: a kernel that computes wrongly is named and never chosen. Nothing is kept of a run that fails, nor what
+//! is no faster as a whole.
 
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use fullbore_bench::ops::OpsError;
-use fullbore_bench::tune::{TuneOptions, TunedShape, tune};
+use fullbore_bench::tune::{StepProducts, TuneOptions, Tuned, TunedShape, tune};
 use fullbore_engine::backend::{Backend, DeviceError};
 use fullbore_engine::model::Weights;
 use fullbore_engine::tensor::WeightFormat;
@@ -54,18 +55,36 @@ pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
     let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
     let (mut backend, wrong) = try_kernels(backend, &formats)?;
     let wrong_of = |format| wrong.iter().filter(|(of, _)| *of == format).map(|(_, name)| name.clone()).collect();
+    let products = match Weights::products(&bundle.config, &bundle.checkpoint) {
+        Some((layers, output)) => StepProducts { layers, output: Some(output) },
+        None => StepProducts { layers: shapes.clone(), output: None },
+    };
     let options = TuneOptions {
         wrong: shapes.iter().map(|shape| wrong_of(shape.format)).collect(),
         shapes,
+        products,
         time: Duration::from_secs(args.seconds),
         cold_bytes: COLD_BYTES,
     };
-    let tuned = tune(backend.as_mut(), &options, &mut |shape| print!("{shape}"))?;
-    let found = tuned.iter().map(TunedShape::found).collect::<Vec<TunedMatMul>>();
+    let tuned = tune(backend.as_mut(), &options, &mut |part| print!("{part}"))?;
+    let found = tuned.shapes.iter().map(TunedShape::found).collect::<Vec<TunedMatMul>>();
     let write = |source| TuneError::Write { path: saved.path().to_owned(), source };
     saved.keep(&found).map_err(write)?;
+    println!("{}", verdict(&tuned));
     println!("{} shapes are tuned; the next start uses {}", found.len(), saved.path().display());
     Ok(())
+}
+
+/// What is kept as a whole, and why.
+fn verdict(tuned: &Tuned) -> String {
+    let kept = tuned.steps.iter().filter(|step| step.is_kept).count();
+    match tuned.steps.len() {
+        0 => "nothing is faster than the device's own choice beyond the noise: its tables stay, with their times"
+            .to_owned(),
+        all => {
+            format!("of {all} numbers of rows with other kernels, {kept} are kept: their steps are faster as a whole")
+        }
+    }
 }
 
 /// Kernels by what they compute wrongly.
