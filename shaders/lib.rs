@@ -27,7 +27,7 @@ pub type Constants = Vec<(&'static str, u32)>;
 pub enum Tier {
     /// Needs nothing beyond WebGPU: no subgroups, parameters in a uniform buffer.
     Base,
-    /// Subgroups of at least 8 lanes, parameters as immediates.
+    /// Parameters as immediates, and subgroups of whatever width for matrix units.
     Subgroup,
     /// As `Subgroup`, for software Vulkan, where a load costs 15 multiply-adds and a barrier 70: one subgroup of 8 is a
     /// workgroup, nothing goes through workgroup memory. `sample.wgsl` alone is as on other tiers: it searches there.

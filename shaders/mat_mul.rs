@@ -4,7 +4,7 @@
 //! Invariant: all variants of a tier that compute in f32 add in the same order, and so do all in f16, so that any table
 //! gives the same bits.
 
-use crate::{Constants, TILE, Tier};
+use crate::{Constants, MAX_GROUP_LANES, TILE, Tier};
 
 /// What matmuls compute with. All but `F32` may change tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -25,7 +25,7 @@ pub enum Arithmetic {
 pub struct MatrixUnits {
     /// Rows and columns of each: 8 or 16.
     pub size: u32,
-    /// Of every subgroup.
+    /// Of every subgroup: a power of two from 4 to 128.
     pub subgroup_lanes: u32,
 }
 
@@ -56,7 +56,7 @@ pub enum MatMulVariant {
     F16Tile,
     /// `mat_mul_integer.wgsl`: as `Split`, by dot products of bytes.
     Integer { rows: u32, columns: u32 },
-    /// `mat_mul_matrix.wgsl`: of four subgroups, 16 rows or 64.
+    /// `mat_mul_matrix.wgsl`: of two or four subgroups, 16 rows or 64.
     Matrix { units: MatrixUnits, rows: u32 },
 }
 
@@ -303,16 +303,19 @@ impl MatMulVariant {
                 ]
             }
             MatMulVariant::Matrix { units, rows } => {
-                let (size, subgroups_n) = (units.size, if rows == 16 { 4 } else { 2 });
+                // Four, or as many as a workgroup has room for; few rows have all of them side by side.
+                let (size, subgroups) = (units.size, (MAX_GROUP_LANES / units.subgroup_lanes).min(4));
+                let subgroups_n = if rows == 16 { subgroups } else { 2 };
                 vec![
                     ("MATRIX", 1),
                     ("SIZE", size),
                     ("ROWS", rows),
                     ("COLUMNS", self.columns()),
                     ("SUBGROUP_LANES", units.subgroup_lanes),
-                    ("GROUP_LANES", 4 * units.subgroup_lanes),
+                    ("GROUP_LANES", subgroups * units.subgroup_lanes),
+                    ("SUBGROUPS", subgroups),
                     ("SUBGROUPS_N", subgroups_n),
-                    ("TILES_M", rows / (4 / subgroups_n) / size),
+                    ("TILES_M", rows / (subgroups / subgroups_n) / size),
                     ("TILES_N", self.columns() / subgroups_n / size),
                     ("STEPS", 32 / size),
                 ]
@@ -320,5 +323,29 @@ impl MatMulVariant {
         };
         constants.push(("BITS", if self.is_f16() { 16 } else { 32 }));
         constants
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_matrices_of_all_subgroups_are_those_of_the_workgroup_at_every_width() {
+        let widths = [4, 8, 16, 32, 64, 128];
+        for (size, subgroup_lanes, rows) in [8, 16]
+            .into_iter()
+            .flat_map(|size| widths.into_iter().flat_map(move |lanes| [16, 64].map(|rows| (size, lanes, rows))))
+        {
+            let variant = MatMulVariant::Matrix { units: MatrixUnits { size, subgroup_lanes }, rows };
+            let constants = variant.constants();
+            let of = |name: &str| constants.iter().find(|(found, _)| *found == name).expect("a constant").1;
+            let what = format!("{size} x {size}, {subgroup_lanes} lanes, {rows} rows");
+            assert_eq!(of("GROUP_LANES"), of("SUBGROUPS") * subgroup_lanes, "{what}");
+            assert!(of("GROUP_LANES") <= MAX_GROUP_LANES && of("SUBGROUPS") >= 2, "{what}");
+            let subgroups_m = of("SUBGROUPS") / of("SUBGROUPS_N");
+            let covered = (subgroups_m * of("TILES_M") * size, of("SUBGROUPS_N") * of("TILES_N") * size);
+            assert_eq!(covered, (rows, variant.columns()), "{what}");
+        }
     }
 }

@@ -1,5 +1,5 @@
-// `out = x @ weight^T + bias` on matrix units: a workgroup of four subgroups computes ROWS rows of COLUMNS columns, a
-// subgroup TILES_M x TILES_N matrices of SIZE x SIZE.
+// `out = x @ weight^T + bias` on matrix units: a workgroup of SUBGROUPS subgroups computes ROWS rows of COLUMNS
+// columns, a subgroup TILES_M x TILES_N matrices of SIZE x SIZE.
 //
 // Both operands go through workgroup memory as f16, a unit of 32 of K at a time; sums are f32. In which order a matrix
 // unit adds is its own affair, so that the bits of a row are not those of other kernels.
@@ -12,7 +12,7 @@ var<workgroup> x_tile: array<f16, {{ROWS}} * 40>;
 // (COLUMNS, STRIDE)
 var<workgroup> w_tile: array<f16, {{COLUMNS}} * 40>;
 // A matrix of each subgroup, on its way out.
-var<workgroup> results: array<f32, 4 * {{SIZE}} * {{SIZE}}>;
+var<workgroup> results: array<f32, {{SUBGROUPS}} * {{SIZE}} * {{SIZE}}>;
 
 @compute @workgroup_size({{GROUP_LANES}})
 fn main(

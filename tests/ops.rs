@@ -58,8 +58,8 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
         lane("WebGPU's limits, no f16", masked(options(None, false)), whole),
         lane("WebGPU's limits, no f16, no subgroups", masked(options(Some(Tier::Base), true)), short),
     ];
-    // A device whose own tier is the plainest has no other.
-    let has_others = device.tier != Tier::Base.name();
+    // The tiers for GPUs differ by little, and software Vulkan that is not lavapipe is too slow for several.
+    let has_others = device.tier == Tier::Lavapipe.name();
     lanes.into_iter().filter(|lane| has_others || lane.options.tier.is_none()).collect()
 }
 
@@ -92,8 +92,8 @@ fn every_op_is_near_its_twin_on_every_driver_in_every_lane() {
     }
 }
 
-/// SwiftShader has subgroups of 4, fewer than any tier with subgroups takes, and no 16-bit storage. It is far too slow
-/// for a whole model. Drivers are chosen when a process first asks for them, so that it takes one of its own.
+/// SwiftShader has subgroups of 4, the fewest that there are, and no 16-bit storage. It is far too slow for a whole
+/// model. Drivers are chosen when a process first asks for them, so that it takes one of its own.
 #[test]
 fn every_op_is_near_its_twin_on_swiftshader() {
     let driver = std::env::var_os("SWIFTSHADER_ICD").expect("no SwiftShader: run `make test`, which fetches it");

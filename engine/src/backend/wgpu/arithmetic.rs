@@ -73,9 +73,10 @@ impl Abilities {
         if !self.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
             return Err("matrix units, which the device does not have or its driver does not offer".to_owned());
         }
+        // A workgroup is so many subgroups, and wgpu does not let a pipeline choose their width.
         let (least, most) = self.subgroup_lanes;
-        if least != most || !(8..=32).contains(&most) {
-            return Err(format!("subgroups of one width from 8 to 32 lanes: the device has {least} to {most}"));
+        if least != most || !(4..=128).contains(&most) || !most.is_power_of_two() {
+            return Err(format!("subgroups of one width from 4 to 128 lanes: the device has {least} to {most}"));
         }
         let is_offered = |size: &u32| {
             let fits = |offer: &CooperativeMatrixProperties| {
@@ -139,7 +140,9 @@ mod tests {
         let both = [offer(8, F16, F32), offer(16, F16, F32)];
         let granted = |size, subgroup_lanes| Ok(Arithmetic::MatrixUnits(MatrixUnits { size, subgroup_lanes }));
         assert_eq!(grant(&both, features, (32, 32), Tier::Subgroup), granted(16, 32));
-        assert_eq!(grant(&both[..1], features, (8, 8), Tier::Subgroup), granted(8, 8));
+        for lanes in [4, 8, 16, 32, 64, 128] {
+            assert_eq!(grant(&both[..1], features, (lanes, lanes), Tier::Subgroup), granted(8, lanes));
+        }
         let refused = |matrices: &[CooperativeMatrixProperties], features, lanes, tier, what: &str| {
             let problem = grant(matrices, features, lanes, tier).expect_err("not granted");
             assert!(problem.contains(what), "{problem}");

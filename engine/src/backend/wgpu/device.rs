@@ -172,12 +172,8 @@ pub(super) fn host_memory_bytes() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// Whether every subgroup lies inside one row of 32 invocations, and has 8 lanes to hand values round.
-fn has_fitting_subgroups(info: &wgpu::AdapterInfo) -> bool {
-    info.subgroup_min_size >= 8 && info.subgroup_max_size <= 32
-}
-
-/// The first that an adapter with these features lacks of what a tier needs, in words.
+/// The first that an adapter with these features lacks of what a tier needs, in words. The subgroup tier's kernels take
+/// subgroups of any width; a workgroup of the lavapipe tier's is one subgroup of 8.
 fn missing_feature(tier: Tier, features: Features, info: &wgpu::AdapterInfo) -> Option<String> {
     if tier == Tier::Base {
         return None;
@@ -188,10 +184,8 @@ fn missing_feature(tier: Tier, features: Features, info: &wgpu::AdapterInfo) -> 
         }
     }
     let (least, most) = (info.subgroup_min_size, info.subgroup_max_size);
-    if !has_fitting_subgroups(info) {
-        return Some(format!("subgroups of 8 to 32 lanes: it has {least} to {most}"));
-    }
-    (tier == Tier::Lavapipe && most != 8).then(|| format!("subgroups of 8 lanes: it has {least} to {most}"))
+    (tier == Tier::Lavapipe && (least, most) != (8, 8))
+        .then(|| format!("subgroups of 8 lanes: it has {least} to {most}"))
 }
 
 fn natural_tier(features: Features, info: &wgpu::AdapterInfo) -> Tier {
@@ -378,5 +372,35 @@ impl Device {
     pub fn out_of_memory(&self, what: &str, needed_bytes: u64) -> DeviceError {
         let (device, what) = (self.info.id.clone(), what.to_owned());
         DeviceError::OutOfMemory { device, what, needed_bytes, taken_bytes: self.taken_bytes.load(Ordering::Relaxed) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapter(device_type: wgpu::DeviceType, least: u32, most: u32) -> wgpu::AdapterInfo {
+        let mut info = wgpu::AdapterInfo::new(device_type, wgpu::Backend::Vulkan);
+        (info.subgroup_min_size, info.subgroup_max_size) = (least, most);
+        info
+    }
+
+    /// What GPUs have: 4 (some Mali), 8 to 32 (Intel), 32, 32 to 64 (RDNA), 64 (GCN, CDNA), 128 (Adreno).
+    const WIDTHS: [(u32, u32); 8] = [(4, 4), (8, 8), (8, 32), (16, 16), (32, 32), (32, 64), (64, 64), (128, 128)];
+
+    #[test]
+    fn a_gpu_gets_the_subgroup_tier_whatever_its_width() {
+        let features = Features::SUBGROUP | Features::IMMEDIATES;
+        for (least, most) in WIDTHS {
+            for device_type in [wgpu::DeviceType::DiscreteGpu, wgpu::DeviceType::IntegratedGpu] {
+                let gpu = adapter(device_type, least, most);
+                assert_eq!(natural_tier(features, &gpu), Tier::Subgroup, "{least} to {most}");
+                assert_eq!(natural_tier(Features::SUBGROUP, &gpu), Tier::Base, "no immediates");
+                assert_eq!(natural_tier(Features::IMMEDIATES, &gpu), Tier::Base, "no subgroups");
+            }
+            let software = natural_tier(features, &adapter(wgpu::DeviceType::Cpu, least, most));
+            assert_eq!(software == Tier::Lavapipe, (least, most) == (8, 8), "{least} to {most}");
+            assert!(software != Tier::Base, "{least} to {most}");
+        }
     }
 }
