@@ -12,8 +12,10 @@ use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
+use fullbore_engine::op::{MulAdd, Op};
+use fullbore_engine::recording::Recording;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId};
-use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::tensor::{Tensor, WeightFormat};
 use serde_json::{Value, json};
 
 use crate::http::{Harness, chaos, post, read_reply};
@@ -99,6 +101,30 @@ fn engine_on(mut backend: Box<dyn Backend>) -> Engine {
 fn run(engine: &mut Engine) {
     while engine.step().expect("the device is there") {
         engine.check();
+    }
+}
+
+/// A driver that neither ends nor resets what hangs would be waited for for ever.
+#[test]
+fn a_device_that_hangs_is_lost_and_opened_anew() {
+    for selector in device_ids() {
+        // A fifth of a second of software Vulkan at the least.
+        let max_wait = Some(Duration::from_millis(1));
+        let options = WgpuOptions { selector: selector.clone(), max_wait, ..WgpuOptions::default() };
+        let mut backend = WgpuBackend::open(&options).expect("a listed device opens");
+        let upload = backend.alloc("upload", 4).expect("a few bytes");
+        let buffer = backend.alloc("x", 1 << 22).expect("a few bytes");
+        let x = Tensor { buffer, ..Tensor::f32(upload, 1, 1 << 20) };
+        let mut recording = Recording::new(upload);
+        recording.push(Op::MulAdd(MulAdd { x, scale: 0.5, offset: 1.0, rounds: 1 << 13 }));
+        let ticket = backend.submit(&recording).expect("it is there");
+        let error = backend.wait(ticket, &mut Vec::new()).expect_err("it takes too long").to_string();
+        assert!(error.contains("was lost: it has not done one submission in 1ms"), "{error}");
+        let again = backend.submit(&recording).expect_err("it is lost");
+        assert!(matches!(again, DeviceError::Lost { .. }), "{again}");
+        backend.reopen().expect("the same device");
+        assert_eq!(backend.info().id, selector);
+        backend.submit(&Recording::new(backend.alloc("upload", 4).expect("a few bytes"))).expect("it is there");
     }
 }
 

@@ -123,6 +123,8 @@ fn gpu(
         arithmetic: wanted.arithmetic,
         cache_folder: fetch::cache_folder().ok().map(|folder| folder.join("pipelines")),
         max_submit: wanted.max_submit(),
+        max_wait: wanted.max_wait(),
+        checked: wanted.safe_shaders,
         ..adapters::WgpuOptions::default()
     };
     Ok(Box::new(adapters::WgpuBackend::open(&options)?))

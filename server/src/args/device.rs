@@ -20,15 +20,26 @@ pub struct DeviceArgs {
     /// are meant to be faster and may change tokens.
     #[arg(long, default_value = adapters::ArithmeticChoice::F32.name(), value_parser = parse_arithmetic)]
     pub arithmetic: adapters::ArithmeticChoice,
+    /// Compile a GPU's kernels with checks of every access and loop: slower, for a driver that is not trusted.
+    #[arg(long)]
+    pub safe_shaders: bool,
 }
 
 /// Half of what Windows allows.
 const MAX_SUBMIT_MS: u64 = 1000;
+/// After so long at one submission a GPU counts as hung.
+const HANG: Duration = Duration::from_secs(120);
 
 impl DeviceArgs {
     /// The defaults of the command line for `name`.
     pub fn new(name: &str) -> DeviceArgs {
-        DeviceArgs { name: name.to_owned(), max_submit_ms: MAX_SUBMIT_MS, arithmetic: adapters::ArithmeticChoice::F32 }
+        let (name, arithmetic) = (name.to_owned(), adapters::ArithmeticChoice::F32);
+        DeviceArgs { name, max_submit_ms: MAX_SUBMIT_MS, arithmetic, safe_shaders: false }
+    }
+
+    /// What is long beside a submission, even a device's first ones; none where submissions are not split.
+    pub fn max_wait(&self) -> Option<Duration> {
+        self.max_submit().map(|max_submit| HANG.max(max_submit * 4))
     }
 
     pub fn max_submit(&self) -> Option<Duration> {

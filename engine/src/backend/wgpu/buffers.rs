@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use fullbore_shaders::TILE;
 use rayon::prelude::*;
-use wgpu::{BufferUsages, Features, MapMode, PollType};
+use wgpu::{BufferUsages, Features, MapMode};
 
 use super::device::Device;
 use super::encode::{Shard, rows_per_shard};
@@ -116,8 +116,7 @@ impl Buffers {
     /// Hands over what has been written, so that staging memory does not pile up while loading.
     fn flush(&self) -> Result<(), DeviceError> {
         self.device.queue.submit([]);
-        self.device.device.poll(PollType::wait_indefinitely()).map_err(|error| self.device.lost(&error.to_string()))?;
-        self.device.check()
+        self.device.wait(None)
     }
 }
 

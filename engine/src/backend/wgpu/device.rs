@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fullbore_shaders::{Arithmetic, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
-use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds};
+use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds, PollError, PollType, SubmissionIndex};
 
 use super::MAX_WORKGROUPS;
 use super::arithmetic::{self, Abilities, ArithmeticChoice};
@@ -44,6 +44,8 @@ pub struct WgpuOptions {
     pub cache_folder: Option<PathBuf>,
     /// What a submission may take, about; `None` for as long as it takes.
     pub max_submit: Option<Duration>,
+    /// What a submission may take before the device counts as hung, which is a loss; `None` for as long as it takes.
+    pub max_wait: Option<Duration>,
     /// Memory that the device has for us, where it shall have no more; for tests.
     pub max_memory_bytes: Option<u64>,
     /// Features that it shall not have, for tests.
@@ -104,6 +106,7 @@ pub(super) struct Device {
     pub checked: bool,
     pub faults: Vec<Fault>,
     pub max_shard_bytes: u64,
+    max_wait: Option<Duration>,
     max_memory_bytes: u64,
     /// By buffers; of a device that is open nothing is given back.
     taken_bytes: Arc<AtomicU64>,
@@ -337,6 +340,7 @@ impl Device {
             checked,
             faults,
             max_shard_bytes,
+            max_wait: options.max_wait,
             max_memory_bytes: options.max_memory_bytes.unwrap_or(u64::MAX),
             taken_bytes: Arc::default(),
             lost,
@@ -349,6 +353,25 @@ impl Device {
             Some(reason) => Err(self.lost(reason)),
             None => Ok(()),
         }
+    }
+
+    /// Until the device has done `submission`, or all that it was given.
+    pub fn wait(&self, submission: Option<SubmissionIndex>) -> Result<(), DeviceError> {
+        let done = self.device.poll(PollType::Wait { submission_index: submission, timeout: self.max_wait });
+        self.check()?;
+        match done {
+            Ok(_) => Ok(()),
+            Err(PollError::Timeout) => Err(self.hung()),
+            Err(error) => Err(self.lost(&error.to_string())),
+        }
+    }
+
+    /// It is left as it is: to let go of a device waits until it is idle, which a hung one never is.
+    fn hung(&self) -> DeviceError {
+        std::mem::forget((self.device.clone(), self.queue.clone()));
+        let reason = format!("it has not done one submission in {:?}", self.max_wait.unwrap_or_default());
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.clone());
+        self.lost(&reason)
     }
 
     pub fn lost(&self, reason: &str) -> DeviceError {

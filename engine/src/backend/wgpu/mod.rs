@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use fullbore_shaders::TILE;
 pub use fullbore_shaders::Tier;
 pub use wgpu::Features;
-use wgpu::{BindGroup, BufferUsages, PollType};
+use wgpu::{BindGroup, BufferUsages};
 
 use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
@@ -80,8 +80,8 @@ pub struct WgpuBackend {
 }
 
 struct InFlight {
-    /// The last of it.
-    submission: wgpu::SubmissionIndex,
+    /// In their order: each may take its time.
+    submissions: Vec<wgpu::SubmissionIndex>,
     submitted_at: Instant,
     work: u64,
 }
@@ -276,15 +276,16 @@ impl Backend for WgpuBackend {
             let (from, to) = (self.buffers.get(copy.from), self.buffers.get(copy.to));
             encoder.copy_buffer_to_buffer(from, copy.from_bytes, to, copy.to_bytes, copy.size_bytes);
         }
-        let mut submissions = pace::submissions(&self.dispatches, max_work, MAX_DISPATCHES);
-        let last = submissions.pop().expect("there is always one");
-        self.num_submissions += submissions.len() as u64 + 1;
+        let mut parts = pace::submissions(&self.dispatches, max_work, MAX_DISPATCHES);
+        let last = parts.pop().expect("there is always one");
+        self.num_submissions += parts.len() as u64 + 1;
         let mut begun = None;
-        for dispatches in submissions {
+        let mut submissions = Vec::new();
+        for dispatches in parts {
             self.record_pass(dispatches, &mut encoder);
             let commands = std::mem::replace(&mut encoder, self.encoder()).finish();
             begun.get_or_insert_with(Instant::now);
-            self.device.queue.submit([commands]);
+            submissions.push(self.device.queue.submit([commands]));
         }
         self.record_pass(last, &mut encoder);
         let stamps = self.stamps.as_ref().map(|stamps| stamps.end(place, &mut encoder));
@@ -293,9 +294,9 @@ impl Backend for WgpuBackend {
         let commands = encoder.finish();
         // A software device may have done it before `submit` returns.
         let submitted_at = begun.unwrap_or_else(Instant::now);
-        let submission = self.device.queue.submit([commands]);
+        submissions.push(self.device.queue.submit([commands]));
         let work = self.dispatches.iter().fold(0, |work: u64, dispatch| work.saturating_add(dispatch.work));
-        self.in_flight.push_back(InFlight { submission, submitted_at, work });
+        self.in_flight.push_back(InFlight { submissions, submitted_at, work });
         readback.map();
         self.num_submitted += 1;
         Ok(Ticket(self.num_submitted - 1))
@@ -304,10 +305,9 @@ impl Backend for WgpuBackend {
     fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
         let num_waited = self.num_submitted - self.in_flight.len() as u64;
         assert_eq!(ticket.0, num_waited, "tickets are waited for once each and in order");
-        let InFlight { submission, submitted_at, work } = self.in_flight.pop_front().expect("a recording is in flight");
-        let done = self.device.device.poll(PollType::Wait { submission_index: Some(submission), timeout: None });
-        self.device.check()?;
-        done.map_err(|error| self.device.lost(&error.to_string()))?;
+        let InFlight { submissions, submitted_at, work } =
+            self.in_flight.pop_front().expect("a recording is in flight");
+        submissions.into_iter().try_for_each(|submission| self.device.wait(Some(submission)))?;
         let seen = Instant::now();
         let place = ticket.0 as usize % MAX_IN_FLIGHT;
         let stamped = self.readbacks[place].take(&self.device, out)?;
