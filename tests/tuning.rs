@@ -139,15 +139,15 @@ fn the_scheduler_begins_with_what_tuned_products_take() {
     let backend = open(None, F32, Vec::new());
     let saved = SavedTuning::new(&folder.0, backend.info()).expect("it has a choice");
     let products = (vec![SHAPE, SHAPE], SHAPE);
-    let cost = |backend: &dyn Backend, products| cost_of(backend, &folder.0, products);
-    assert_eq!(cost(backend.as_ref(), &products), None, "nothing is tuned");
+    let start = |backend| tuned(backend, &DeviceArgs::new("auto"), &folder.0, &[SHAPE], true).expect("it is there");
+    let (backend, found_before) = start(backend);
+    assert_eq!(cost_of(&found_before, &products), None, "nothing is tuned");
     saved.keep(&[found(table(backend.as_ref()))]).expect("a folder to write to");
-    assert_eq!(cost(backend.as_ref(), &products), None, "the device has its own table still");
-    let backend = tuned(backend, &DeviceArgs::new("auto"), &folder.0, &[SHAPE], true).expect("the device is there");
-    let known = cost(backend.as_ref(), &products).expect("every product is tuned");
+    let (_, used) = start(backend);
+    let known = cost_of(&used, &products).expect("every product is tuned");
     assert_eq!((known.curve()[0], known.curve()[8]), (8e4, 1.8e6));
     let other = MatMulShape { rows: 71, ..SHAPE };
-    assert_eq!(cost(backend.as_ref(), &(vec![SHAPE], other)), None, "of no such output layer");
+    assert_eq!(cost_of(&used, &(vec![SHAPE], other)), None, "of no such output layer");
 }
 
 #[test]
@@ -157,16 +157,16 @@ fn a_start_takes_what_was_kept_and_a_lost_device_has_it_still() {
     let (own, kept) = (backend.mat_mul_table(SHAPE), table(backend.as_ref()));
     let saved = SavedTuning::new(&folder.0, backend.info()).expect("it has a choice");
     let start = |shapes: &[MatMulShape]| {
-        let backend = tuned(open(None, F32, Vec::new()), &DeviceArgs::new("auto"), &folder.0, shapes, true)
-            .expect("the device is there");
-        backend.mat_mul_table(SHAPE)
+        let started = tuned(open(None, F32, Vec::new()), &DeviceArgs::new("auto"), &folder.0, shapes, true);
+        started.expect("the device is there").0.mat_mul_table(SHAPE)
     };
     assert_eq!(start(&[SHAPE]), own, "nothing is kept");
     saved.keep(&[found(kept.clone())]).expect("a folder to write to");
     assert_eq!(start(&[SHAPE]), kept);
     assert_eq!(start(&[MatMulShape { rows: 71, ..SHAPE }]), own, "of no weight of this model");
 
-    let mut backend = tuned(backend, &DeviceArgs::new("auto"), &folder.0, &[SHAPE], true).expect("the device is there");
+    let started = tuned(backend, &DeviceArgs::new("auto"), &folder.0, &[SHAPE], true);
+    let (mut backend, _) = started.expect("the device is there");
     backend.reopen().expect("the same device");
     assert_eq!(backend.mat_mul_table(SHAPE), kept);
 
@@ -189,7 +189,7 @@ fn a_tuned_kernel_that_is_wrong_is_left_out_at_start() {
             Fault { tier: Tier::Base, kernel: "mat_mul", from: "var total = vec4(0.0)", to: "var total = vec4(0.5)" };
         let backend =
             tuned(open(Some(Tier::Base), F32, vec![fault]), &DeviceArgs::new("auto"), &folder.0, &[SHAPE], verifies);
-        backend.expect("the device is there").mat_mul_table(SHAPE)
+        backend.expect("the device is there").0.mat_mul_table(SHAPE)
     };
     assert_eq!(start(true), own);
     assert_eq!(start(false), kept);

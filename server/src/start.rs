@@ -18,6 +18,7 @@ use fullbore_engine::engine::Engine;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes};
 use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
+use fullbore_engine::tuning::TunedMatMul;
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
 use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -118,6 +119,8 @@ struct Opened {
     args: EngineArgs,
     bundle: Bundle,
     backend: Box<dyn Backend>,
+    /// Its tables that are not its own, with what products take.
+    tuned: Vec<TunedMatMul>,
     /// Bytes that they will take.
     weights: u64,
     times: StartTimes,
@@ -142,18 +145,18 @@ impl Opened {
         times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
         let backend = if args.no_verify { backend } else { verified(backend, &bundle, &args.model)? };
         let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
-        let mut backend = match tuning::folder() {
+        let (mut backend, tuned) = match tuning::folder() {
             Ok(folder) if !args.no_tuning => {
                 tuning::tuned(backend, &args.model.device, &folder, &shapes, !args.no_verify)?
             }
-            _ => backend,
+            _ => (backend, Vec::new()),
         };
         times.end("verify", &Parts::of(backend.settle()));
         let weights = Weights::size_bytes(&bundle.config, &bundle.checkpoint, backend.as_ref());
         let names_itself = args.model.shape.is_some() || Path::new(&args.model.model).exists();
         let default_name = if names_itself { &bundle.name } else { &args.model.model };
         let name = served_name.unwrap_or(default_name).to_owned();
-        Ok(Opened { name, args: args.clone(), bundle, backend, weights, times })
+        Ok(Opened { name, args: args.clone(), bundle, backend, tuned, weights, times })
     }
 
     /// What the device has, where the size of the cache depends on it and it is known.
@@ -163,7 +166,7 @@ impl Opened {
     }
 
     fn plan(self, room: Room) -> Result<Plan, StartError> {
-        let Opened { name, args, bundle, backend, weights, times } = self;
+        let Opened { name, args, bundle, backend, tuned, weights, times } = self;
         let device = backend.info();
         let config = config::engine_config(&args, &bundle, weights, room, device.max_buffer_bytes)?;
         check_widths(&bundle.config, &config)?;
@@ -172,15 +175,10 @@ impl Opened {
         let keeps = !args.no_saved_costs && device.id != "sim";
         let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
         let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
-        let tuned_cost = if args.no_tuning { None } else { tuned_cost(backend.as_ref(), &bundle) };
+        let products = Weights::products(&bundle.config, &bundle.checkpoint);
+        let tuned_cost = products.and_then(|products| tuning::cost_of(&tuned, &products));
         Ok(Plan { name, bundle, backend, config, memory, costs, tuned_cost, times })
     }
-}
-
-/// What the model's products were seen to take when they were tuned on this device.
-fn tuned_cost(backend: &dyn Backend, bundle: &Bundle) -> Option<CostModel> {
-    let products = Weights::products(&bundle.config, &bundle.checkpoint)?;
-    tuning::cost_of(backend, &tuning::folder().ok()?, &products)
 }
 
 /// The model that `args` ask for, for a device of this id.

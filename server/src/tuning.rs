@@ -129,6 +129,9 @@ impl SavedTuning {
     }
 }
 
+/// A device, and the tables of it that are not its own.
+pub type Tuned = (Box<dyn Backend>, Vec<TunedMatMul>);
+
 /// `backend` with what is kept for it in `folder`, if that fits the `shapes` of weights that will be loaded; and if
 /// `verifies`, only where the kernels in it compute what the plain cpu does.
 pub fn tuned(
@@ -137,12 +140,12 @@ pub fn tuned(
     folder: &Path,
     shapes: &[MatMulShape],
     verifies: bool,
-) -> Result<Box<dyn Backend>, StartError> {
-    let Some(saved) = SavedTuning::new(folder, backend.info()) else { return Ok(backend) };
+) -> Result<Tuned, StartError> {
+    let Some(saved) = SavedTuning::new(folder, backend.info()) else { return Ok((backend, Vec::new())) };
     let mut found = saved.read();
     found.retain(|one| shapes.contains(&one.shape) && is_accepted(backend.as_mut(), one));
     if found.is_empty() {
-        return Ok(backend);
+        return Ok((backend, found));
     }
     let path = saved.path().display();
     if verifies {
@@ -151,13 +154,13 @@ pub fn tuned(
             Ok(right) => backend = right,
             Err(what) => {
                 tracing::warn!(%path, what, "a tuned kernel computes wrongly: going on as if nothing were tuned");
-                return Ok(devices::again(&info, wanted)?);
+                return Ok((devices::again(&info, wanted)?, Vec::new()));
             }
         }
     }
     let (num_tuned, num_shapes) = (found.len(), shapes.len());
     tracing::info!(%path, "matmul kernels as tuned for {num_tuned} of {num_shapes} shapes of weights");
-    Ok(backend)
+    Ok((backend, found))
 }
 
 /// Hands `backend` a table; one that names what the backend does not have is passed over with a warning.
@@ -170,17 +173,11 @@ fn is_accepted(backend: &mut dyn Backend, found: &TunedMatMul) -> bool {
     result.is_ok()
 }
 
-/// What steps of a model would take at the least, if each of its `products`, those of the layers and the output
-/// layer's, was tuned on this device with the tables that it has now.
-pub fn cost_of(
-    backend: &dyn Backend,
-    folder: &Path,
-    (layers, output): &(Vec<MatMulShape>, MatMulShape),
-) -> Option<CostModel> {
-    let found = SavedTuning::new(folder, backend.info())?.read();
-    let is_used = |one: &&TunedMatMul| backend.mat_mul_table(one.shape) == one.table;
+/// What steps of a model would take at the least, if each of its products, those of the layers and the output layer's,
+/// is among what is `tuned`.
+pub fn cost_of(tuned: &[TunedMatMul], (layers, output): &(Vec<MatMulShape>, MatMulShape)) -> Option<CostModel> {
     let times = |shape: &MatMulShape| -> Option<&ProductTimes> {
-        found.iter().filter(is_used).find(|one| one.shape == *shape).map(|one| one.times.as_slice())
+        tuned.iter().find(|one| one.shape == *shape).map(|one| one.times.as_slice())
     };
     let layers = layers.iter().map(times).collect::<Option<Vec<_>>>()?;
     Some(cost_of_products(&layers, times(output)?))
