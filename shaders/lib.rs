@@ -108,7 +108,7 @@ pub const ELEMENT_LANES: u32 = 64;
 pub const MUL_ADD_ELEMENTS: u32 = 1024;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 28] = [
+pub const FILES: [(&str, &str); 29] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
@@ -124,6 +124,7 @@ pub const FILES: [(&str, &str); 28] = [
     ("mat_mul_integer.wgsl", include_str!("mat_mul_integer.wgsl")),
     ("mat_mul_io.wgsl", include_str!("mat_mul_io.wgsl")),
     ("mat_mul_matrix.wgsl", include_str!("mat_mul_matrix.wgsl")),
+    ("mat_mul_place.wgsl", include_str!("mat_mul_place.wgsl")),
     ("mat_mul_subgroup.wgsl", include_str!("mat_mul_subgroup.wgsl")),
     ("mat_mul_tile.wgsl", include_str!("mat_mul_tile.wgsl")),
     ("mul_add.wgsl", include_str!("mul_add.wgsl")),

@@ -29,20 +29,10 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let index = workgroup_index(group, groups);
-    // Row tiles lie side by side, so that a cache serves the weights again.
-    let column = index / params.row_tiles * {{COLUMNS}}u * 32u;
-    if column >= params.shard_cols {
-        return;
-    }
-    let lane = local % 32u;
-    let own_split = local / 32u;
-    let row = params.first_row + index % params.row_tiles * {{ROWS}}u;
+#include "mat_mul_place.wgsl"
     // Of four rows.
     let live_groups = (params.num_rows - row + 3u) / 4u;
 #for C COLUMNS
-    // A tile beyond the last is the last.
-    let column_{{C}} = min(column / 32u + {{C}}u, (params.shard_cols - 1u) / 32u) * 32u + lane;
 #for G GROUPS
     var sum_{{G}}_{{C}} = vec4(0.0);
 #endfor

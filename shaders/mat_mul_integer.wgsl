@@ -103,18 +103,8 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) local: u32,
 ) {
-    let index = workgroup_index(group, groups);
-    // Row tiles lie side by side, so that a cache serves the weights again.
-    let column = index / params.row_tiles * {{COLUMNS}}u * 32u;
-    if column >= params.shard_cols {
-        return;
-    }
-    let lane = local % 32u;
-    let own_split = local / 32u;
-    let row = params.first_row + index % params.row_tiles * {{ROWS}}u;
+#include "mat_mul_place.wgsl"
 #for C COLUMNS
-    // A tile beyond the last is the last.
-    let column_{{C}} = min(column / 32u + {{C}}u, (params.shard_cols - 1u) / 32u) * 32u + lane;
 #for G GROUPS
 #for R GROUP_ROWS
     var sum_{{G}}_{{R}}_{{C}} = 0.0;
