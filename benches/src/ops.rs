@@ -71,7 +71,7 @@ pub struct OpsReport {
 
 #[derive(Clone, Debug, Serialize)]
 pub struct MeasuredOp {
-    /// `mat_mul ffn_gate`.
+    /// `mat_mul ffn_gate_up`.
     pub name: String,
     /// N and K of a matmul.
     pub shape: String,
@@ -180,6 +180,7 @@ fn cliffs(ops: &[MeasuredOp]) -> Vec<Cliff> {
 mod tests {
     use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
     use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::tensor::KvType;
 
     use super::*;
 
@@ -199,8 +200,20 @@ mod tests {
         let mut cpu = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
         let report = measure(&mut cpu, &options(), &mut |_, _| {}).expect("it computes");
         let names: Vec<(&str, u32)> = report.ops.iter().map(|op| (op.name.as_str(), op.m)).collect();
-        let many =
-            ["mat_mul attn_q", "mat_mul attn_k", "mat_mul ffn_gate", "mat_mul ffn_down", "rms_norm", "gated_act"];
+        let many = [
+            "mat_mul attn_qkv",
+            "mat_mul attn_output",
+            "mat_mul ffn_gate_up",
+            "mat_mul ffn_down",
+            "embed",
+            "rms_norm",
+            "add_norm",
+            "rope_kv f16",
+            "rope_kv q4_0",
+            "prefill f16",
+            "prefill q8_0",
+            "gated_act",
+        ];
         for (name, m) in many.into_iter().flat_map(|name| [(name, 1), (name, 2), (name, 70)]) {
             assert!(names.contains(&(name, m)), "{name} at {m} among {names:?}");
         }
@@ -210,15 +223,26 @@ mod tests {
             |line: &str| line.split('"').step_by(2).map(|part| part.matches(',').count()).sum::<usize>() + 1;
         assert!(csv.lines().all(|line| num_fields(line) == 8), "{csv}");
         // One row a sequence, and 64 at most.
-        for (name, m) in ["mat_mul output", "attention", "sample"].into_iter().flat_map(|name| [(name, 1), (name, 2)]) {
+        let few = ["mat_mul output", "attention f16", "attention q8_0", "attention q4_0", "sample"];
+        for (name, m) in few.into_iter().flat_map(|name| [(name, 1), (name, 2)]) {
             assert!(names.contains(&(name, m)) && !names.contains(&(name, 70)), "{name} at {m} among {names:?}");
         }
         for op in &report.ops {
             assert!(op.best_ns > 0.0 && op.best_ns <= op.median_ns && op.roofline_share > 0.0, "{op:?}");
         }
-        let query = report.ops.iter().find(|op| op.name == "mat_mul attn_q" && op.m == 2).expect("it is there");
+        let counted = |name: &str, m| {
+            let found = report.ops.iter().find(|op| op.name == name && op.m == m).expect("it is there");
+            (found.bytes, found.flops)
+        };
         // 64 x 64 weights in blocks of 18 bytes, x and the output.
-        assert_eq!((query.bytes, query.flops), (64 * 64 / 32 * 18 + 2 * 64 * 4 * 2, 2 * 2 * 64 * 64));
+        assert_eq!(counted("mat_mul attn_output", 2), (64 * 64 / 32 * 18 + 2 * 64 * 4 * 2, 2 * 2 * 64 * 64));
+        // Two rows of 64 are read, added to, written, and written again as they are normed.
+        assert_eq!(counted("add_norm", 2), (4 * 2 * 64 * 4 + 64 * 4, 5 * 2 * 64));
+        // One KV head of 32 elements, K and V of 40 positions each; q and the output.
+        let of_head = u64::from(KvType::Q4_0.head_words(32)) * 4;
+        assert_eq!(counted("attention q4_0", 2), (2 * 40 * 2 * of_head + 2 * 2 * 64 * 4, 4 * 2 * 40 * 64));
+        // The 70 rows of a prompt of 70 see 1 to 70 of it, and load it once.
+        assert_eq!(counted("prefill f16", 70), (70 * 2 * 64 + 2 * 70 * 64 * 4, 4 * 70 * 71 / 2 * 64));
         assert!(report.to_string().contains("mat_mul ffn_down"), "{report}");
     }
 
@@ -227,7 +251,7 @@ mod tests {
         let mut cpu = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
         let options = OpsOptions { format: WeightFormat::Q4K, only: "mat_mul".to_owned(), ..options() };
         match measure(&mut cpu, &options, &mut |_, _| {}) {
-            Err(error @ OpsError::Nothing { .. }) => assert!(error.to_string().contains("attn_q"), "{error}"),
+            Err(error @ OpsError::Nothing { .. }) => assert!(error.to_string().contains("attn_qkv"), "{error}"),
             other => panic!("rows of 64 in blocks of 256: {other:?}"),
         }
     }

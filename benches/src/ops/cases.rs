@@ -1,16 +1,14 @@
 //! Which ops are measured: each with its tensors on the device, and what it must read, write and compute.
 
 use fullbore_engine::backend::{DeviceError, WeightSpec};
-use fullbore_engine::batch::attention::QueryRows;
-use fullbore_engine::op::{
-    ATTENTION_CUT, Activation, Attention, CHOSEN_WORDS, GatedAct, MAX_TOP, MatMul, Op, RmsNorm, SAMPLE_ROW_WORDS,
-    Sample, SampleRow, slice_cols,
-};
-use fullbore_engine::tensor::{KvTensor, KvType, Tensor};
-use fullbore_engine::verify::attention::Planned;
+use fullbore_engine::op::{MatMul, Op};
+use fullbore_engine::tensor::{Tensor, Weight};
 
 use super::rig::Rig;
 use super::{OpsError, OpsOptions};
+
+mod cache;
+mod rows;
 
 /// An op at one M.
 pub struct Case {
@@ -29,7 +27,6 @@ pub struct Case {
 
 /// Rows of the ops that take one a sequence, at most.
 const MAX_SEQUENCES: u32 = 64;
-const BLOCK_SIZE: u32 = 32;
 
 impl Case {
     fn new(name: String, shape: String, m: u32, bytes: u64, flops: u64, ops: Vec<Op>) -> Case {
@@ -51,14 +48,15 @@ pub fn load(rig: &mut Rig, options: &OpsOptions) -> Result<(Vec<Case>, Vec<Strin
     let shape = options.shape;
     let q_dim = shape.num_heads * shape.head_dim;
     let most = options.rows.iter().copied().max().unwrap_or(0);
-    let widest = (2 * shape.ffn_dim).max(shape.dim).max(q_dim);
+    let widest = (2 * shape.ffn_dim).max(shape.dim).max(q_dim + 2 * shape.num_kv_heads * shape.head_dim);
     let widest = (most * widest).max(most.min(MAX_SEQUENCES) * shape.vocab_size);
     let (x, out) = (rig.random(1, widest)?, rig.zeros(1, widest)?);
-    let mut loader = Loader { rig, options, x, out, cases: Vec::new(), skipped: Vec::new() };
+    let mut loader = Loader { rig, options, x, out, embedding: None, cases: Vec::new(), skipped: Vec::new() };
     loader.mat_muls()?;
     loader.elements()?;
-    loader.sequences("attention", Loader::attention)?;
-    loader.sequences("sample", Loader::sample)?;
+    loader.embed()?;
+    loader.caches()?;
+    loader.at_each("sample", MAX_SEQUENCES, Loader::sample)?;
     Ok((loader.cases, loader.skipped))
 }
 
@@ -68,6 +66,8 @@ struct Loader<'a, 'b> {
     /// As long as any case needs.
     x: Tensor,
     out: Tensor,
+    /// (vocab, dim): the output layer's.
+    embedding: Option<Weight>,
     cases: Vec<Case>,
     skipped: Vec<String>,
 }
@@ -101,6 +101,9 @@ impl Loader<'_, '_> {
                     continue;
                 }
             };
+            if part_name == "output" {
+                self.embedding = weights.first().copied();
+            }
             for m in rows {
                 let (x, out) = (part(self.x, m, k), part(self.out, m, n));
                 let ops = weights
@@ -115,32 +118,14 @@ impl Loader<'_, '_> {
         Ok(())
     }
 
-    fn elements(&mut self) -> Result<(), OpsError> {
-        let (dim, ffn_dim) = (self.options.shape.dim, self.options.shape.ffn_dim);
-        let weight = self.rig.random(1, dim)?;
-        for m in self.rows("rms_norm", u32::MAX) {
-            let (x, out) = (part(self.x, m, dim), part(self.out, m, dim));
-            let op = Op::RmsNorm(RmsNorm { x, weight, eps: 1e-5, out });
-            let (bytes, flops) = (2 * x.size_bytes() + weight.size_bytes(), x.size_bytes());
-            self.cases.push(Case::new("rms_norm".to_owned(), dim.to_string(), m, bytes, flops, vec![op]));
-        }
-        for m in self.rows("gated_act", u32::MAX) {
-            let (gate_up, out) = (part(self.x, m, 2 * ffn_dim), part(self.out, m, ffn_dim));
-            let op = Op::GatedAct(GatedAct { gate_up, activation: Activation::Silu, out });
-            // The exponential is not counted.
-            let (bytes, flops) = (3 * out.size_bytes(), out.size_bytes() / 2);
-            self.cases.push(Case::new("gated_act".to_owned(), ffn_dim.to_string(), m, bytes, flops, vec![op]));
-        }
-        Ok(())
-    }
-
-    /// An op that takes one row a sequence, at every M up to what there are.
-    fn sequences(
+    /// An op at every M up to `max_rows`.
+    fn at_each(
         &mut self,
         name: &str,
+        max_rows: u32,
         case: impl Fn(&mut Self, u32) -> Result<Case, DeviceError>,
     ) -> Result<(), OpsError> {
-        for m in self.rows(name, MAX_SEQUENCES) {
+        for m in self.rows(name, max_rows) {
             match case(self, m) {
                 Ok(case) => self.cases.push(case),
                 Err(error @ (DeviceError::OutOfMemory { .. } | DeviceError::BufferTooLarge { .. })) => {
@@ -150,59 +135,5 @@ impl Loader<'_, '_> {
             }
         }
         Ok(())
-    }
-
-    /// A token each of `m` sequences.
-    fn attention(&mut self, m: u32) -> Result<Case, DeviceError> {
-        let shape = self.options.shape;
-        let (num_kv_heads, head_dim, kv_type) = (shape.num_kv_heads, shape.head_dim, KvType::F16);
-        let table_cols = shape.context.div_ceil(BLOCK_SIZE);
-        let num_blocks = m * table_cols;
-        let block_bytes = KvTensor::block_bytes(kv_type, BLOCK_SIZE, num_kv_heads, head_dim);
-        let size_bytes = u64::from(num_blocks) * block_bytes;
-        let (k, v) = (self.rig.backend.alloc("K", size_bytes)?, self.rig.backend.alloc("V", size_bytes)?);
-        let cache = KvTensor { k, v, kv_type, num_blocks, block_size: BLOCK_SIZE, num_kv_heads, head_dim };
-        let table = self.rig.words(table_cols, &(0..num_blocks).collect::<Vec<u32>>())?;
-        let position = shape.context - 1;
-        let decode = |row| QueryRows { first_row: row, num_rows: 1, slot: row, position };
-        let rows: Vec<QueryRows> = (0..m).map(decode).collect();
-        let num_partials = m * shape.context.div_ceil(ATTENTION_CUT);
-        let Planned { items, num_single_rows, merges, partials } =
-            Planned::new(&rows, 0, cache, shape.num_heads, num_partials, |words, cols| self.rig.words(cols, words))?;
-        let cols = shape.num_heads * head_dim;
-        let (q, out) = (part(self.x, m, cols), part(self.out, m, cols));
-        let (num_heads, scale) = (shape.num_heads, 1.0 / (head_dim as f32).sqrt());
-        let op = Op::Attention(Attention {
-            q,
-            cache,
-            items,
-            num_single_rows,
-            merges,
-            partials,
-            table,
-            num_heads,
-            scale,
-            soft_cap: 0.0,
-            window: 0,
-            out,
-        });
-        let seen = u64::from(m) * u64::from(shape.context);
-        let bytes = seen * u64::from(num_kv_heads * head_dim) * 4 + 2 * q.size_bytes();
-        let name = format!("{} x {head_dim}, {num_kv_heads} KV, {} seen", shape.num_heads, shape.context);
-        Ok(Case::new("attention".to_owned(), name, m, bytes, 4 * seen * u64::from(cols), vec![op]))
-    }
-
-    /// Greedy rows.
-    fn sample(&mut self, m: u32) -> Result<Case, DeviceError> {
-        let vocab = self.options.shape.vocab_size;
-        let greedy = (0..m).flat_map(|slot| SampleRow { slot, ..SampleRow::IDLE }.words());
-        let rows = self.rig.words(SAMPLE_ROW_WORDS, &greedy.collect::<Vec<u32>>())?;
-        let mut zeros = |cols: u32| self.rig.words(cols, &vec![0; (m * cols) as usize]);
-        let (counts, sampled, slices) = (zeros(vocab)?, zeros(1)?, zeros(slice_cols(vocab))?);
-        let (chosen, top, extras) = (zeros(CHOSEN_WORDS)?, zeros(2 * MAX_TOP)?, zeros(1)?);
-        let logits = part(self.x, m, vocab);
-        let op = Op::Sample(Sample { logits, rows, extras, counts, slices, sampled, chosen, top });
-        let bytes = logits.size_bytes();
-        Ok(Case::new("sample".to_owned(), vocab.to_string(), m, bytes, 0, vec![op]))
     }
 }

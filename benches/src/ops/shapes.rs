@@ -36,20 +36,16 @@ impl ModelShape {
         Some(ModelShape { model, dim, num_heads, num_kv_heads, head_dim, ffn_dim, vocab_size, context })
     }
 
-    /// Matrices of a layer and of the output by name, N and K; equal ones once, under the first name.
+    /// Products of a layer and of the output by name, N and K, as a model runs them: q, k and v in one, gate and up
+    /// in another.
     pub fn mat_muls(&self) -> Vec<(&'static str, u32, u32)> {
         let (q_dim, kv_dim) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
-        let mut all = vec![
-            ("attn_q", q_dim, self.dim),
-            ("attn_k", kv_dim, self.dim),
+        vec![
+            ("attn_qkv", q_dim + 2 * kv_dim, self.dim),
             ("attn_output", self.dim, q_dim),
-            ("ffn_gate", self.ffn_dim, self.dim),
+            ("ffn_gate_up", 2 * self.ffn_dim, self.dim),
             ("ffn_down", self.dim, self.ffn_dim),
             ("output", self.vocab_size, self.dim),
-        ];
-        if (all[0].1, all[0].2) == (all[2].1, all[2].2) {
-            all.remove(2);
-        }
-        all
+        ]
     }
 }
