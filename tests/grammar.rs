@@ -9,7 +9,7 @@ use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
-use fullbore_engine::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource, Progress};
+use fullbore_engine::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource, MAX_MATCHER_BYTES, Progress};
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId, token_mask};
 use fullbore_engine::text::{GgufVocab, Tokenizer};
 use serde_json::{Value, json};
@@ -135,6 +135,18 @@ fn what_cannot_be_compiled_is_refused_with_a_sentence() {
         assert!(sentence.contains(named) && !sentence.is_empty(), "{source:?}: {sentence}");
         assert!(!sentence.contains("<state>") && !sentence.contains("panic"), "{source:?}: {sentence}");
     }
+}
+
+#[test]
+fn schemas_are_bounded_in_bytes_and_levels() {
+    let nested = |levels: usize| (2..levels).fold(json!({"type": "null"}), |inner, _| json!({"items": inner}));
+    let array = |levels: usize| json!({"type": "array", "items": nested(levels)});
+    assert!(schema(array(32)).is_ok());
+    assert_eq!(schema(array(33)).err(), Some(GrammarError::TooDeep { depth: 33, max_depth: 32 }));
+    let described = |num_bytes: usize| json!({"type": "null", "description": "x".repeat(num_bytes)});
+    assert!(schema(described(60_000)).is_ok());
+    let error = schema(described(64 << 10)).expect_err("too large");
+    assert!(matches!(error, GrammarError::TooLarge { max_bytes: 65_536, .. }), "{error:?}");
 }
 
 /// The shapes that have taken servers down.
@@ -360,4 +372,52 @@ fn a_least_length_keeps_ends_away_and_a_grammar_comes_first() {
     let answers = run(&mut engine_on(SimBackend::new(SimOptions::default()), config()), &requests);
     assert!(answers[1].text().len() >= 20 && answers[0].text().len() < 20, "{answers:?}");
     assert!(answers[2].text().len() == 5 && answers[2].reason == Some(FinishReason::Stop), "{answers:?}");
+}
+
+#[test]
+fn who_waits_has_no_states_and_those_of_who_runs_are_bounded() {
+    let form = regex("[a-c]{2,20}");
+    let num_bytes = form.num_bytes() as u64;
+    // Two of them leave room for one more.
+    let config = EngineConfig { max_grammar_bytes: 3 * num_bytes + num_bytes / 2, ..config() };
+    let mut engine = engine_on(SimBackend::new(SimOptions::default()), config);
+    let answers: Vec<Arc<Mutex<Answer>>> = (0..132).map(|_| Arc::default()).collect();
+    for (index, answer) in answers.iter().enumerate() {
+        let form = (index < 128).then(|| form.clone());
+        engine.add(request(index as u32, form), Box::new(Client(answer.clone())));
+    }
+    let is_done = |answer: &Arc<Mutex<Answer>>| answer.lock().expect("nobody panics").reason.is_some();
+    let (mut most, mut were_overtaken) = (0, false);
+    while engine.step().expect("the simulator is never lost") {
+        engine.check();
+        most = most.max(engine.stats().grammar_bytes);
+        let has_free = !answers[128..].iter().all(is_done);
+        assert!(engine.stats().num_running <= 3 + if has_free { 4 } else { 0 }, "{:?}", engine.stats());
+        were_overtaken |= !has_free && !answers[..128].iter().all(is_done);
+    }
+    assert!(were_overtaken, "those without a form waited");
+    assert!((2 * num_bytes..=4 * num_bytes).contains(&most), "{most} bytes, and one takes {num_bytes}");
+    for answer in &answers[..128] {
+        let answer = answer.lock().expect("nobody panics");
+        assert!(answer.reason == Some(FinishReason::Stop) && takes(&form, &answer.text()), "{answer:?}");
+    }
+    assert_eq!(engine.stats().grammar_bytes, 0);
+}
+
+#[test]
+fn states_that_grow_without_end_end_their_request() {
+    // Which of the last letters were an a: as many states as there are texts of 40 letters.
+    let mut matcher = regex("[ab]*a[ab]{40}c").matcher();
+    let mut mask = vec![0; VOCAB_SIZE.div_ceil(32) as usize];
+    let mut state = 1u64;
+    let ended = (0..20_000).find_map(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let letter = if state >> 63 == 0 { b'a' } else { b'b' };
+        let followed = matcher.mask(&mut mask).and_then(|()| matcher.advance(TokenId(4 + u32::from(letter))));
+        assert!(matcher.num_bytes() <= MAX_MATCHER_BYTES);
+        followed.err()
+    });
+    let sentence = ended.expect("it has an end");
+    assert!(sentence.contains("cannot be followed further"), "{sentence}");
+    assert_eq!((matcher.mask(&mut mask), matcher.num_bytes()), (Err(sentence), 0), "for good");
 }

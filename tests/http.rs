@@ -35,6 +35,7 @@ mod openapi;
 mod overload;
 mod page;
 mod parameters;
+mod reading;
 mod refusals;
 mod responses;
 mod results;

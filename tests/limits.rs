@@ -30,6 +30,7 @@ const CONFIG: EngineConfig = EngineConfig {
     max_logit_rows: 64,
     pipeline_depth: 2,
     latency: LatencyTarget::None,
+    max_grammar_bytes: 256 << 20,
     prefix_cache: true,
 };
 

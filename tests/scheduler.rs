@@ -25,6 +25,7 @@ const CONFIG: EngineConfig = EngineConfig {
     max_logit_rows: 4,
     pipeline_depth: 1,
     latency: LatencyTarget::None,
+    max_grammar_bytes: 256 << 20,
     prefix_cache: true,
 };
 

@@ -508,6 +508,7 @@ fn random_config(random: &mut Random) -> EngineConfig {
             _ => LatencyTarget::Stretch(random.between(100, 400)),
         },
         prefix_cache: !random.one_in(4),
+        max_grammar_bytes: 1 << random.between(12, 28),
     }
 }
 
@@ -600,6 +601,7 @@ fn alone(request: &Request) -> Vec<Event> {
         max_logit_rows: 256,
         pipeline_depth: 1,
         latency: LatencyTarget::None,
+        max_grammar_bytes: 1,
         prefix_cache: false,
     };
     let mut engine = engine(config);

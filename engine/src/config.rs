@@ -40,6 +40,9 @@ pub struct EngineConfig {
     pub pipeline_depth: u32,
     /// How long sequences that decode may wait for the prompts that share their steps.
     pub latency: LatencyTarget,
+    /// Bytes of the lexer states of sequences that follow a grammar: while those that have begun take so much, others
+    /// wait. Each may still grow to `MAX_MATCHER_BYTES` (10 MiB), so that `max_num_seqs` times that is the most.
+    pub max_grammar_bytes: u64,
     /// Whether full blocks are kept for later requests with the same prefix.
     pub prefix_cache: bool,
 }
@@ -60,6 +63,7 @@ impl Default for EngineConfig {
             max_logit_rows: 32,
             pipeline_depth: 2,
             latency: LatencyTarget::None,
+            max_grammar_bytes: 256 << 20,
             prefix_cache: true,
         }
     }

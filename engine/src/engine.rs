@@ -125,6 +125,8 @@ pub struct EngineStats {
     /// Preemptions in which what was computed went to the host's memory, and blocks that are there now.
     pub num_swaps: u64,
     pub num_swapped_blocks: u32,
+    /// What the grammars of sequences that have begun take.
+    pub grammar_bytes: u64,
     pub num_aborted: u64,
     pub num_stopped: u64,
     pub num_length: u64,
@@ -282,6 +284,8 @@ impl Engine {
         while let Some(id) = self.gone.pop() {
             self.abort(id);
         }
+        self.stats.grammar_bytes = self.grammar_bytes();
+        self.scheduler.set_grammar_bytes(self.stats.grammar_bytes);
         self.scheduler.schedule(&mut self.cache, &mut self.planned.batch, &mut self.planned.trace);
         self.stats.num_preemptions = self.scheduler.num_preemptions();
         self.stats.num_swaps = self.scheduler.num_swaps();

@@ -57,6 +57,8 @@ pub struct Scheduler {
     copy_ns: u64,
     /// Of the device, as far as it is known.
     cost: CostModel,
+    /// Of the grammars of sequences that have begun.
+    grammar_bytes: u64,
     num_steps: u64,
     num_preemptions: u64,
     num_swaps: u64,
@@ -118,6 +120,7 @@ impl Scheduler {
             copies: Vec::new(),
             copy_ns: 0,
             cost: CostModel::UNKNOWN,
+            grammar_bytes: 0,
             num_steps: 0,
             num_preemptions: 0,
             num_swaps: 0,
@@ -132,6 +135,11 @@ impl Scheduler {
     /// What steps take from now on.
     pub fn set_cost(&mut self, cost: CostModel) {
         self.cost = cost;
+    }
+
+    /// What the grammars of sequences that have begun take now.
+    pub fn set_grammar_bytes(&mut self, grammar_bytes: u64) {
+        self.grammar_bytes = grammar_bytes;
     }
 
     pub fn queue(&self) -> &Queue {

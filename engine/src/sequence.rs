@@ -71,6 +71,12 @@ impl Sequence {
         self.tokens.len() as u32 + self.num_pending
     }
 
+    /// What its grammar takes once it begins; 0 where it has begun.
+    pub fn new_grammar_bytes(&self) -> u64 {
+        let grammar = self.request.grammar.as_ref().filter(|_| self.cached_tokens.is_none());
+        grammar.map_or(0, |grammar| grammar.num_bytes() as u64)
+    }
+
     pub fn num_prompt_tokens(&self) -> u32 {
         self.request.prompt.len() as u32
     }

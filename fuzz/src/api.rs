@@ -1,11 +1,11 @@
-//! Vec<Handed> as every endpoint reads them, and answers as every dialect streams them.
+//! Requests as every endpoint reads them, and answers as every dialect streams them.
 
 use std::sync::LazyLock;
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use fullbore::api::texts::{self, TextEndpoint};
-use fullbore::api::{self, Answer, Delta, Endpoint, Event as Frame, Generation, Handed, Jobs, ServedModel};
+use fullbore::api::{self, Answer, Delta, Endpoint, Event as Frame, Generation, Handed, Job, Jobs, ServedModel};
 use fullbore::http::access::Client;
 use fullbore::http::error::ApiError;
 use fullbore::start::Plan;
@@ -80,11 +80,20 @@ pub fn request(data: &[u8]) {
     let read = match text {
         Some(text) => texts::answer(text, model, &body).map(drop),
         None => api::prepare(endpoint(&path), model, &Client::default(), &body)
-            .and_then(|(_, Jobs { jobs, .. })| Generation::open(model, jobs, Instant::now(), None, None).map(drop)),
+            .and_then(|(_, jobs)| followed(model, jobs))
+            .and_then(|jobs| Generation::open(model, jobs, Instant::now(), None, None).map(drop)),
     };
     if let Err(error) = read {
         check_error(&error);
     }
+}
+
+/// With the grammar that they follow, where they do.
+fn followed(model: &ServedModel, mut jobs: Jobs) -> Result<Vec<Job>, ApiError> {
+    if let Some(form) = jobs.form.take() {
+        jobs.follow(&form.answer(model.grammars.compile_checked(&form.source, ()))?);
+    }
+    Ok(jobs.jobs)
 }
 
 /// The client's fault, or nobody's.
@@ -102,7 +111,8 @@ pub fn stream(data: &[u8]) {
     let Ok(mut body) = serde_json::from_slice::<Value>(body) else { return };
     let mut open = |is_streamed: bool| {
         body.as_object_mut()?.insert("stream".to_owned(), json!(is_streamed));
-        let (answer, Jobs { jobs, .. }) = api::prepare(endpoint, model, &Client::default(), &body).ok()?;
+        let (answer, jobs) = api::prepare(endpoint, model, &Client::default(), &body).ok()?;
+        let jobs = followed(model, jobs).ok()?;
         let (generation, requests) = Generation::open(model, jobs, Instant::now(), None, None).ok()?;
         (requests.len() <= MAX_CHOICES).then_some((answer, generation, requests))
     };

@@ -13,6 +13,7 @@ pub mod fetch;
 mod files;
 pub mod http;
 pub mod live;
+pub mod log;
 pub mod run;
 pub mod serve;
 pub mod simulate;

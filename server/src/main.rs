@@ -1,11 +1,12 @@
 //! The command line: reads arguments, calls the library, and turns an error into one sentence and an exit status.
 
 use std::error::Error;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command, LogFormat};
+use fullbore::log::{FlushedLog, Log, log_panics};
 use fullbore::{bench, devices, fetch, run, serve, simulate, top, tune, verify};
 use tracing_subscriber::EnvFilter;
 
@@ -15,23 +16,32 @@ fn main() -> ExitCode {
     // Numbers mean little to who does not know which kernels gave them.
     let level = if !talks { "warn,fullbore::tuning=info" } else { "info,wgpu=warn,naga=warn" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let log = match Log::to(io::stderr()) {
+        Ok(log) => FlushedLog(log),
+        Err(error) => {
+            eprintln!("fullbore: no thread can be started for the log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(log.0.clone());
     match &args.command {
-        Command::Serve(args) if args.telemetry.log_format == LogFormat::Json => log.json().flatten_event(true).init(),
-        _ => log.with_ansi(io::stderr().is_terminal()).init(),
+        Command::Serve(args) if args.telemetry.log_format == LogFormat::Json => lines.json().flatten_event(true).init(),
+        _ => lines.with_ansi(io::stderr().is_terminal()).init(),
     }
-    match command(args.command) {
+    log_panics();
+    match command(args.command, &log.0) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("fullbore: {error}");
+            // By the log, for standard error may have nobody who reads it.
+            let _ = log.0.clone().write_all(format!("fullbore: {error}\n").as_bytes());
             ExitCode::FAILURE
         }
     }
 }
 
-fn command(command: Command) -> Result<(), Box<dyn Error>> {
+fn command(command: Command, log: &Log) -> Result<(), Box<dyn Error>> {
     match command {
-        Command::Serve(args) => serve::serve(&args)?,
+        Command::Serve(args) => serve::serve(&args, log)?,
         Command::Run(args) => run::run(&args)?,
         Command::Top(args) => top::top(&args)?,
         Command::Devices => print!("{}", devices::table(&devices::all()?)),

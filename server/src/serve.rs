@@ -25,6 +25,7 @@ use crate::http::keys::{KeyError, Keys};
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, descriptors, routes};
 use crate::live;
+use crate::log::Log;
 use crate::start::{self, Plan, StartError};
 use crate::traces::Tracer;
 
@@ -71,6 +72,8 @@ pub struct Entrance {
     pub tls: Option<Tls>,
     /// Told what requests went through.
     pub tracer: Option<Tracer>,
+    /// Where it is not all read.
+    pub log: Option<Log>,
 }
 
 impl Server {
@@ -80,7 +83,7 @@ impl Server {
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let connections = Arc::new(Semaphore::new(entrance.limits.max_connections));
-        let app = Arc::new(App::new(entrance.limits, entrance.access, entrance.tracer));
+        let app = Arc::new(App::new(entrance.limits, entrance.access, entrance.tracer, entrance.log));
         let tls = entrance.tls.map(Arc::new);
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(live::keep_history(app.clone(), stopped.clone()));
@@ -178,9 +181,10 @@ const ENGINE_GRACE: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The command: ends after SIGINT or SIGTERM, at once after a second one.
-pub fn serve(args: &ServeArgs) -> Result<(), ServeError> {
+pub fn serve(args: &ServeArgs, log: &Log) -> Result<(), ServeError> {
     let shares = shares(&args.shares)?;
     let mut entrance = args.access.entrance(args.host)?;
+    entrance.log = Some(log.clone());
     if args.dry_run {
         let plans = start::plan_all(&args.models.0)?;
         println!("{}", start::table(&plans));
@@ -279,7 +283,7 @@ impl AccessArgs {
             ..Limits::default()
         };
         let access = Access::new(host, keys, &self.allowed_hosts, &self.allowed_origins);
-        Ok(Entrance { limits, access, tls, tracer: None })
+        Ok(Entrance { limits, access, tls, ..Entrance::default() })
     }
 }
 

@@ -111,6 +111,7 @@ fn engine_config(
         max_logit_rows: max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
         latency: latency_target(args.target_itl_ms, args.latency_profile),
+        max_grammar_bytes: EngineConfig::default().max_grammar_bytes,
         prefix_cache: !args.no_prefix_cache,
     };
     config.check()?;

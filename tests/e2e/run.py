@@ -37,7 +37,7 @@ CHAT = [{"role": "user", "content": "Name three primary colours."}]
 class Server:
     """A running `fullbore serve`; `with` ends it."""
 
-    def __init__(self, device, *extra, descriptors=None):
+    def __init__(self, device, *extra, descriptors=None, stderr=subprocess.STDOUT, environment={}):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -47,7 +47,8 @@ class Server:
         command = [BINARY, "serve", "--model", "smollm2", "--device", device, "--port", str(port), "--max-num-seqs", "16",
                    "--max-model-len", "1024", "--kv-memory", "128MiB", "--no-saved-costs", *extra]
         limit = descriptors and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, descriptors))
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=limit)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=stderr, preexec_fn=limit,
+                                        env={**os.environ, **environment})
         self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=300)
         deadline = time.monotonic() + 120
         while self.get("/health/ready")[0] != 200:
@@ -371,6 +372,20 @@ def sigterm_lets_running_requests_end():
         assert server.process.wait(20) == 0
 
 
+def a_log_that_nobody_reads_stalls_nothing():
+    with Server("sim", stderr=subprocess.PIPE, environment={"RUST_LOG": "trace"}) as server:
+        def dropped():
+            return server.gauge("fullbore_log_lines_dropped_total")
+        # The pipe holds 64 KiB, what waits for it 8,192 lines; a step is more than one.
+        deadline = time.monotonic() + 60
+        while not dropped():
+            assert time.monotonic() < deadline, "no line was dropped"
+            status, _ = server.post("/v1/completions", {"prompt": ["x"] * 16, "max_tokens": 500, "ignore_eos": True})
+            assert status == 200, status
+        assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 4})[0] == 200
+    server.process.stderr.close()
+
+
 def several_models_are_served():
     small, second = "smollm2", "second"
     with Server("cpu", "--drain-timeout", "300", "--model", f"{second}=smollm2,kv-memory=48MiB,max-model-len=512") as server:
@@ -415,7 +430,8 @@ def until(what, ready):
 
 
 COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_answered, models_are_fetched_or_named,
-            what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end, several_models_are_served]
+            what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end,
+            a_log_that_nobody_reads_stalls_nothing, several_models_are_served]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
           forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks,

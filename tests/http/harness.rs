@@ -172,7 +172,8 @@ impl Setup {
         let runtime = runtime.expect("a runtime");
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let access = std::mem::take(&mut self.access);
-        let entrance = Entrance { limits: self.limits, access, tls: self.tls.take(), tracer: self.tracer.take() };
+        let (tls, tracer) = (self.tls.take(), self.tracer.take());
+        let entrance = Entrance { limits: self.limits, access, tls, tracer, log: None };
         let server = runtime.block_on(Server::start(host, 0, entrance)).expect("a free port");
         let gate = Gate::new(self.pace);
         let harness = Harness { runtime, address: server.address(), server: Some(server), gate };

@@ -174,7 +174,8 @@ fn bodies_that_are_no_json_object_are_refused() {
     let deep = "[".repeat(100_000);
     let deep_field = format!("{{\"prompt\": {}1{}}}", "[".repeat(500), "]".repeat(500));
     let deep_objects = "{\"a\":".repeat(100_000);
-    let bodies: [&[u8]; 12] = [
+    let too_deep = format!("{{\"pad\": {}1{}}}", "[".repeat(64), "]".repeat(64));
+    let bodies: [&[u8]; 13] = [
         b"",
         b"{",
         b"{\"model\": ",
@@ -187,6 +188,7 @@ fn bodies_that_are_no_json_object_are_refused() {
         deep.as_bytes(),
         deep_field.as_bytes(),
         deep_objects.as_bytes(),
+        too_deep.as_bytes(),
     ];
     for path in ["/v1/completions", "/v1/chat/completions"] {
         for body in bodies {
@@ -195,6 +197,8 @@ fn bodies_that_are_no_json_object_are_refused() {
             assert!(message.contains("JSON"), "{message}");
         }
     }
+    let deepest = format!("{{\"prompt\": \"x\", \"pad\": {}1{}}}", "[".repeat(63), "]".repeat(63));
+    assert_eq!(server.post_bytes("/v1/completions", deepest.as_bytes()).status, 200);
     assert_eq!(server.get("/health/ready").status, 200);
 }
 

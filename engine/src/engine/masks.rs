@@ -131,6 +131,12 @@ fn narrow(mask: &mut [u32], own: &[u32]) {
 }
 
 impl Engine {
+    /// What the matchers of sequences that have begun take, or will with their first masks.
+    pub(super) fn grammar_bytes(&self) -> u64 {
+        let begun = self.clients.values().filter(|client| client.started_ns.is_some());
+        begun.filter_map(|client| client.matcher.as_ref()).map(|matcher| matcher.num_bytes() as u64).sum()
+    }
+
     /// Where the oldest step in flight waits for masks: computes them, and has the device choose. All steps before it
     /// have been completed.
     pub(super) fn submit_choices(&mut self) -> Result<(), DeviceError> {

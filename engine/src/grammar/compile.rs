@@ -1,32 +1,36 @@
 //! From the source of a grammar to one that can be followed, for strangers' sources.
 //!
-//! Invariant: whoever asks has an answer: after [`DEADLINE`] at most to wait for others, and as long to compile. A
-//! compilation is bounded in size, nesting and work before and while it runs, and no more than [`MAX_COMPILATIONS`] run
-//! at a time, late ones included. An error is a sentence about the source, and nothing half compiled is ever given.
+//! Invariant: whoever asks has an answer after [`DEADLINE`]. A compilation is bounded in size, nesting and work before
+//! and while it runs; how many run at a time, late ones included, is the caller's to see to, by what it has them hold.
+//! An error is a sentence about the source, and nothing half compiled is ever given.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use llguidance::ParserFactory;
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 
 use super::cache::Cache;
-use super::{Compiled, Grammar, GrammarSource, vocabulary};
+use super::{Compiled, Grammar, GrammarSource, MAX_MATCHER_BYTES, vocabulary};
 use crate::deadline::{Lost, with_deadline};
 use crate::request::TokenId;
 use crate::text::Tokenizer;
 
 /// For a grammar from its source to its first mask.
 const DEADLINE: Duration = Duration::from_secs(2);
-const MAX_COMPILATIONS: usize = 4;
 /// Only pages that are used cost memory.
 const STACK_BYTES: usize = 256 << 20;
+const MAX_SCHEMA_BYTES: usize = 64 << 10;
+/// Of a regex or of Lark, which may hold the schemas of many tools.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 /// Levels of a schema's JSON.
-const MAX_SCHEMA_DEPTH: usize = 64;
+const MAX_SCHEMA_DEPTH: usize = 32;
 /// Brackets of all kinds within each other in a regex or a Lark grammar.
 const MAX_NESTING: usize = 200;
+/// Of a sequence, at 1 to 2 KiB each.
+const MAX_LEXER_STATES: usize = 8192;
 /// White space between the tokens of JSON at most: a model that likes it does not write it for ever.
 const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 
@@ -38,14 +42,20 @@ pub enum GrammarError {
     TooLarge { num_bytes: usize, max_bytes: usize },
     #[error("it is nested {depth} levels deep, and {max_depth} are taken")]
     TooDeep { depth: usize, max_depth: usize },
+    #[error("its states take {num_bytes} bytes before the first token, and {max_bytes} are taken; make it simpler")]
+    TooManyStates { num_bytes: usize, max_bytes: usize },
     #[error("it takes longer than {deadline:?} to compile; make it simpler")]
     TooSlow { deadline: Duration },
-    /// No fault of this grammar.
-    #[error("too many grammars are being compiled; try again shortly")]
-    Busy,
 }
 
-type Compilation = Result<Grammar, GrammarError>;
+/// A source that is within its limits.
+#[derive(Clone, Debug)]
+pub struct CheckedSource {
+    source: GrammarSource,
+    key: Arc<str>,
+}
+
+pub type Compilation = Result<Grammar, GrammarError>;
 
 /// Compiles grammars for one tokenizer.
 pub struct GrammarCompiler(Arc<Shared>);
@@ -58,8 +68,7 @@ struct Shared {
     /// Made for the first grammar.
     factory: OnceLock<Result<ParserFactory, String>>,
     cache: Mutex<Cache<Compilation>>,
-    num_running: Mutex<usize>,
-    one_ended: Condvar,
+    num_compiled: AtomicU64,
 }
 
 impl GrammarCompiler {
@@ -71,42 +80,84 @@ impl GrammarCompiler {
             vocab_size,
             factory: OnceLock::new(),
             cache: Mutex::default(),
-            num_running: Mutex::new(0),
-            one_ended: Condvar::new(),
+            num_compiled: AtomicU64::new(0),
         }))
     }
 
     /// Blocks until the grammar is compiled, or known, or will not be in time.
     pub fn compile(&self, source: &GrammarSource) -> Compilation {
-        check(source)?;
-        let key = key(source);
-        let slot = lock(&self.0.cache).slot(&key);
-        let made = slot.get_or_init(|| self.make(&key, source)).clone();
-        if let Err(GrammarError::Busy | GrammarError::TooSlow { .. }) = &made {
-            lock(&self.0.cache).forget(&key);
+        self.compile_checked(&source.clone().check()?, ())
+    }
+
+    /// The same; `held` is dropped when nothing works on it any more, which may be later.
+    pub fn compile_checked<T: Send + 'static>(&self, source: &CheckedSource, held: T) -> Compilation {
+        let slot = lock(&self.0.cache).slot(&source.key);
+        let made = slot.get_or_init(|| self.make(source, held)).clone();
+        if let Err(GrammarError::TooSlow { .. }) = &made {
+            lock(&self.0.cache).forget(&source.key);
         }
         made
     }
 
-    fn make(&self, key: &str, source: &GrammarSource) -> Compilation {
-        let begun = Instant::now();
+    /// What came of this source, where it was compiled lately.
+    pub fn known(&self, source: &CheckedSource) -> Option<Compilation> {
+        lock(&self.0.cache).known(&source.key)
+    }
+
+    /// Compilations that were begun.
+    pub fn num_compiled(&self) -> u64 {
+        self.0.num_compiled.load(Ordering::Relaxed)
+    }
+
+    fn make<T: Send + 'static>(&self, source: &CheckedSource, held: T) -> Compilation {
         // Once for the tokenizer, whatever it takes: no fault of this grammar.
         let _ = self.0.factory();
-        let running = Running::begin(&self.0, begun + DEADLINE)?;
-        let (shared, source) = (self.0.clone(), source.clone());
+        self.0.num_compiled.fetch_add(1, Ordering::Relaxed);
+        let (shared, grammar) = (self.0.clone(), source.source.clone());
         let work = move || {
-            let _running = running;
-            shared.build(source)
+            let _held = held;
+            shared.build(grammar)
         };
         match with_deadline("grammar", STACK_BYTES, DEADLINE, work) {
             Ok(Ok((grammar, num_bytes))) => {
-                lock(&self.0.cache).measured(key, num_bytes);
+                lock(&self.0.cache).measured(&source.key, num_bytes);
                 Ok(grammar)
             }
             Ok(Err(error)) => Err(error),
             Err(Lost::Late(_)) => Err(GrammarError::TooSlow { deadline: DEADLINE }),
             Err(Lost::Failed(problem)) => Err(GrammarError::Invalid(problem)),
         }
+    }
+}
+
+impl GrammarSource {
+    /// Refuses what is too large or too deep to be tried.
+    pub fn check(self) -> Result<CheckedSource, GrammarError> {
+        let (depth, max_depth) = match &self {
+            GrammarSource::JsonSchema(schema) => (depth(schema), MAX_SCHEMA_DEPTH),
+            GrammarSource::Regex(text) | GrammarSource::Lark(text) => (nesting(text), MAX_NESTING),
+        };
+        if depth > max_depth {
+            return Err(GrammarError::TooDeep { depth, max_depth });
+        }
+        // Written after that, for writing nests too.
+        let (kind, text, max_bytes) = match &self {
+            GrammarSource::JsonSchema(schema) => ("json", &schema.to_string(), MAX_SCHEMA_BYTES),
+            GrammarSource::Regex(regex) => ("regex", regex, MAX_SOURCE_BYTES),
+            GrammarSource::Lark(lark) => ("lark", lark, MAX_SOURCE_BYTES),
+        };
+        if text.len() > max_bytes {
+            return Err(GrammarError::TooLarge { num_bytes: text.len(), max_bytes });
+        }
+        let key = format!("{kind} {text}").into();
+        Ok(CheckedSource { source: self, key })
+    }
+}
+
+impl CheckedSource {
+    /// Equal for equal sources alone.
+    pub fn key(&self) -> &Arc<str> {
+        &self.key
     }
 }
 
@@ -118,7 +169,7 @@ impl Shared {
             let limits = factory.limits_mut();
             // A mask of more work would hold up everybody's step.
             limits.step_lexer_fuel = 100_000;
-            limits.max_lexer_states = 50_000;
+            limits.max_lexer_states = MAX_LEXER_STATES;
             limits.verbose_errors = false;
             Ok(factory)
         })
@@ -138,8 +189,10 @@ impl Shared {
         parser.start_without_prompt();
         parser.compute_mask().map_err(|error| invalid(&error))?;
         let num_bytes = parser.parser.lexer_stats().num_bytes;
-        let grammar =
-            Grammar(Arc::new(Compiled { fresh: llguidance::Matcher::new(Ok(parser)), vocab_size: self.vocab_size }));
+        if num_bytes > MAX_MATCHER_BYTES {
+            return Err(GrammarError::TooManyStates { num_bytes, max_bytes: MAX_MATCHER_BYTES });
+        }
+        let grammar = Grammar(Arc::new(Compiled { fresh: parser, num_bytes, vocab_size: self.vocab_size }));
         let mut mask = vec![0; self.vocab_size.div_ceil(32) as usize];
         grammar.matcher().mask(&mut mask).map_err(|error| invalid(&error))?;
         Ok((grammar, num_bytes))
@@ -164,31 +217,6 @@ pub(super) fn first_line(problem: &str) -> &str {
 }
 
 pub(super) const NOTHING_FOLLOWS: &str = "no token of the model can follow";
-
-fn key(source: &GrammarSource) -> String {
-    match source {
-        GrammarSource::JsonSchema(schema) => format!("json {schema}"),
-        GrammarSource::Regex(regex) => format!("regex {regex}"),
-        GrammarSource::Lark(lark) => format!("lark {lark}"),
-    }
-}
-
-fn check(source: &GrammarSource) -> Result<(), GrammarError> {
-    let (num_bytes, depth, max_depth) = match source {
-        GrammarSource::JsonSchema(schema) => {
-            let depth = depth(schema);
-            // Before it is written, which nests too.
-            let num_bytes = if depth > MAX_SCHEMA_DEPTH { 0 } else { schema.to_string().len() };
-            (num_bytes, depth, MAX_SCHEMA_DEPTH)
-        }
-        GrammarSource::Regex(text) | GrammarSource::Lark(text) => (text.len(), nesting(text), MAX_NESTING),
-    };
-    match num_bytes > MAX_SOURCE_BYTES {
-        true => Err(GrammarError::TooLarge { num_bytes, max_bytes: MAX_SOURCE_BYTES }),
-        false if depth > max_depth => Err(GrammarError::TooDeep { depth, max_depth }),
-        false => Ok(()),
-    }
-}
 
 /// Levels of lists and objects.
 fn depth(value: &Value) -> usize {
@@ -218,31 +246,6 @@ fn nesting(text: &str) -> usize {
         most = most.max(open).max(run);
     }
     most
-}
-
-/// One of the compilations that may run.
-struct Running(Arc<Shared>);
-
-impl Running {
-    fn begin(shared: &Arc<Shared>, until: Instant) -> Result<Running, GrammarError> {
-        let num_running = lock(&shared.num_running);
-        let left = until.saturating_duration_since(Instant::now());
-        let is_full = |num_running: &mut usize| *num_running >= MAX_COMPILATIONS;
-        let waited = shared.one_ended.wait_timeout_while(num_running, left, is_full);
-        let (mut num_running, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-        if timeout.timed_out() {
-            return Err(GrammarError::Busy);
-        }
-        *num_running += 1;
-        Ok(Running(shared.clone()))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        *lock(&self.0.num_running) -= 1;
-        self.0.one_ended.notify_one();
-    }
 }
 
 /// What is locked is whole after every write, so a panic elsewhere leaves it usable.

@@ -3,7 +3,7 @@
 
 use crate::scheduler::Held;
 
-pub const NUM_CAUSES: usize = 14;
+pub const NUM_CAUSES: usize = 15;
 
 /// What a nanosecond of a device is charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum Cause {
     /// `max_num_batched_tokens`, or rows of the output layer.
     StepBudget,
     SharedPrefix,
+    /// `max_grammar_bytes`.
+    GrammarMemory,
     TenantCap,
     /// The host takes in requests and plans.
     Schedule,
@@ -41,6 +43,7 @@ impl Cause {
         Cause::LatencyTarget,
         Cause::StepBudget,
         Cause::SharedPrefix,
+        Cause::GrammarMemory,
         Cause::TenantCap,
         Cause::Schedule,
         Cause::Record,
@@ -62,6 +65,7 @@ impl Cause {
             Cause::LatencyTarget => "latency_target",
             Cause::StepBudget => "step_budget",
             Cause::SharedPrefix => "shared_prefix",
+            Cause::GrammarMemory => "grammar_memory",
             Cause::TenantCap => "tenant_cap",
             Cause::Schedule => "host_schedule",
             Cause::Record => "host_record",
@@ -83,6 +87,7 @@ impl From<Held> for Cause {
             Held::Latency => Cause::LatencyTarget,
             Held::TenantCap => Cause::TenantCap,
             Held::SharedPrefix => Cause::SharedPrefix,
+            Held::GrammarMemory => Cause::GrammarMemory,
         }
     }
 }

@@ -43,6 +43,7 @@ impl Verdict {
             Cause::LatencyTarget => words.latency(),
             Cause::StepBudget => words.budget(),
             Cause::SharedPrefix => words.shared_prefix(),
+            Cause::GrammarMemory => words.grammar_memory(),
             Cause::TenantCap => words.tenant_cap(),
             Cause::Schedule | Cause::Record | Cause::Upload | Cause::ReadBack => words.host(&share),
             Cause::Neighbour => neighbour(&share, neighbours),
@@ -186,6 +187,14 @@ impl Words<'_> {
             "shared prefix: {} for a prefix that another one computes, {rows} a step; with a larger \
              --max-num-batched-tokens or a slacker latency target it is there sooner",
             self.waiting()
+        )
+    }
+
+    fn grammar_memory(&self) -> String {
+        format!(
+            "grammar memory: {} for the {} MiB that grammars may take together; ask for simpler forms",
+            self.waiting(),
+            self.setting.config.max_grammar_bytes >> 20
         )
     }
 

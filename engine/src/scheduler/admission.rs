@@ -1,8 +1,9 @@
 //! Which waiting sequences join a step.
 //!
 //! In the queue's order. A sequence whose next block somebody is about to compute is passed over until that block is
-//! there, so that a prefix that many share is computed once. The first that memory or slots are too short for ends
-//! admission, unless one that runs has to give way to it.
+//! there, so that a prefix that many share is computed once; and one whose grammar there is no memory for, with all
+//! behind it that follow one. The first that KV memory or slots are too short for ends admission, unless one that runs
+//! has to give way to it.
 
 use super::{Blocked, Budget, Held, Planned, Scheduler, StepTrace};
 use crate::memory::KvCache;
@@ -16,8 +17,9 @@ const MAX_PASSED: u32 = 64;
 enum Attempt {
     /// This many of its tokens run in this step.
     Fits(u32),
-    /// It waits for what a submitted step or a running sequence computes.
-    Waits,
+    /// It waits for what a submitted step or a running sequence computes, or for memory that others behind it may not
+    /// need.
+    Waits(Held),
     Lacks(Held),
     /// It could run if somebody gave way who holds so many blocks.
     LacksRoom(Held, u32),
@@ -34,7 +36,7 @@ impl Scheduler {
     ) {
         self.queue.rewind();
         let mut promised = if self.queue.is_empty() { 0 } else { self.promised_blocks(cache) };
-        let mut num_passed = 0;
+        let (mut num_passed, mut passed_for) = (0, None);
         let mut helped = None;
         trace.held = loop {
             let head = self.queue.peek().map(|head| (head.id, head.tenant));
@@ -50,12 +52,12 @@ impl Scheduler {
                 break if self.free_slots.is_empty() { Held::Slots } else { Held::KvMemory };
             }
             match self.attempt(cache, budget, promised) {
-                None if num_passed > 0 => break Held::SharedPrefix,
-                None if self.queue.is_empty() => break Held::NoRequests,
-                None => break Held::TenantCap,
-                Some(Attempt::Waits) if num_passed == MAX_PASSED => break Held::SharedPrefix,
-                Some(Attempt::Waits) => {
+                None if self.queue.is_empty() => break passed_for.unwrap_or(Held::NoRequests),
+                None => break passed_for.unwrap_or(Held::TenantCap),
+                Some(Attempt::Waits(held)) if num_passed == MAX_PASSED => break held,
+                Some(Attempt::Waits(held)) => {
                     num_passed += 1;
+                    passed_for.get_or_insert(held);
                     self.queue.pass();
                 }
                 Some(Attempt::Lacks(held)) => break held,
@@ -82,7 +84,16 @@ impl Scheduler {
     fn attempt(&mut self, cache: &KvCache, budget: &mut Budget, promised: u32) -> Option<Attempt> {
         let head = self.queue.peek()?;
         if head.num_pending > 0 {
-            return Some(Attempt::Waits);
+            return Some(Attempt::Waits(Held::SharedPrefix));
+        }
+        let new_grammar_bytes = head.new_grammar_bytes();
+        if new_grammar_bytes > 0 && self.grammar_bytes > 0 {
+            let total = self.grammar_bytes.saturating_add(new_grammar_bytes);
+            if total > self.config.max_grammar_bytes {
+                // Nor has anybody behind it, so that it is not overtaken for ever.
+                self.grammar_bytes = u64::MAX;
+                return Some(Attempt::Waits(Held::GrammarMemory));
+            }
         }
         if let Some(blocked) = &self.blocked
             && (blocked.sequence, blocked.version) == (head.id, cache.version())
@@ -95,7 +106,7 @@ impl Scheduler {
         let num_cached = prefix.num_blocks * cache.block_size();
         let num_kept = head.num_kept_tokens(num_cached);
         if prefix.next_is_promised && num_kept == num_cached {
-            return Some(Attempt::Waits);
+            return Some(Attempt::Waits(Held::SharedPrefix));
         }
         // One token more than it has, so that it is not admitted only to be preempted; none follows the last.
         let known_next = (head.num_tokens() + 1).min(self.config.max_model_len);
@@ -123,6 +134,7 @@ impl Scheduler {
     /// it will take beyond.
     fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> u32 {
         let mut sequence = self.queue.take().expect("the head of the queue was tried");
+        self.grammar_bytes = self.grammar_bytes.saturating_add(sequence.new_grammar_bytes());
         if sequence.cached_tokens.is_none() {
             let prefix = || cache.explain(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
             tracing::debug!(id = sequence.request.id, "prefix: {}", prefix());

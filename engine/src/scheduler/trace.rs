@@ -45,6 +45,8 @@ pub enum Held {
     TenantCap,
     /// Who waits shares a prefix that is being computed.
     SharedPrefix,
+    /// Who waits follows a grammar, and those of who runs take as much memory as they may.
+    GrammarMemory,
 }
 
 impl Held {
@@ -58,6 +60,7 @@ impl Held {
             Held::Latency => "latency",
             Held::TenantCap => "cap",
             Held::SharedPrefix => "prefix",
+            Held::GrammarMemory => "grammars",
         }
     }
 }

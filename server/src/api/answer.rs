@@ -44,7 +44,7 @@ pub trait Answer: Send + Sync {
 
     /// What a stream says when there is nothing to say.
     fn keep_alive(&self) -> Event {
-        Event::Comment("keep-alive")
+        Event::KEEP_ALIVE
     }
 
     /// Not streamed: one piece for each choice.
@@ -52,6 +52,9 @@ pub trait Answer: Send + Sync {
 }
 
 impl Event {
+    /// Says that somebody is there.
+    pub const KEEP_ALIVE: Event = Event::Comment("keep-alive");
+
     /// `kind` as the type of `data`.
     pub fn named(kind: &str, data: Value) -> Event {
         let mut named = json!({"type": kind});

@@ -1,12 +1,12 @@
 //! A chat in no dialect's words: messages through the model's template, and what its answer may be. Invariant: what is
 //! written in a message, a tool or a variable never becomes a special token; the template sees to that.
 
-use fullbore_engine::grammar::{Grammar, GrammarSource};
+use fullbore_engine::grammar::GrammarSource;
 use fullbore_engine::text::{ChatInput, ChatMessage, ChatTemplate, Prompt as RenderedChat, TextError};
 use serde_json::{Map, Value};
 
 use super::ServedModel;
-use super::constraint::Constraint;
+use super::constraint::{Constraint, Form};
 use super::generation::Jobs;
 use super::reply::ReplyFormat;
 use super::sampling::{Prompt, Sampling};
@@ -47,11 +47,11 @@ impl Chat {
         let places = sampling.reserve(model, 1)?;
         let RenderedChat { ids, text } = self.render(model)?;
         let thought = thought(template, &text);
-        let grammar = self.grammar(model, template, constraint.as_ref(), thought)?;
+        let form = self.form(model, template, constraint.as_ref(), thought)?;
         let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
         let reply = Some(self.reply(template, thought)).filter(|reply| *reply != ReplyFormat::default());
-        let prompt = Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo: None, grammar, reply };
-        Ok(Jobs { jobs: sampling.jobs(id, vec![prompt]), places })
+        let prompt = Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo: None, reply };
+        Ok(Jobs { jobs: sampling.jobs(id, vec![prompt]), places, form })
     }
 
     fn template<'m>(&self, model: &'m ServedModel) -> Result<&'m ChatTemplate, ApiError> {
@@ -88,14 +88,14 @@ impl Chat {
         })
     }
 
-    /// What the answer follows, compiled.
-    fn grammar(
+    /// What the answer follows.
+    fn form(
         &self,
         model: &ServedModel,
         template: &ChatTemplate,
         constraint: Option<&Constraint>,
         thought: Thought,
-    ) -> Result<Option<Grammar>, ApiError> {
+    ) -> Result<Option<Form>, ApiError> {
         let format = CallFormat::of_template(template.source());
         let body: Option<&GrammarSource> = constraint.map(|constraint| &constraint.source);
         let source = format::grammar(format, &self.tools, body, thought, &model.tokenizer);
@@ -103,7 +103,7 @@ impl Chat {
             Some(constraint) if !self.tools.are_forced() => constraint.param.clone(),
             _ => "tools".to_owned(),
         };
-        source.map(|source| Constraint { param, source }.compile(model)).transpose()
+        source.map(|source| Constraint { param, source }.check()).transpose()
     }
 
     fn reply(&self, template: &ChatTemplate, thought: Thought) -> ReplyFormat {

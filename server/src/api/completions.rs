@@ -28,9 +28,8 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
     own.n = best_of.map_or(own.n, |(_, best_of)| best_of);
     let sampling = Sampling::read(model, client, fields, own)?;
     let inputs = inputs(fields, "prompt", MAX_CHOICES)?;
-    let constraint = Constraint::read(fields)?;
+    let form = Constraint::read(fields)?.map(Constraint::check).transpose()?;
     let places = sampling.reserve(model, inputs.len())?;
-    let grammar = constraint.map(|constraint| constraint.compile(model)).transpose()?;
     let prompt = |input: Input| {
         let ids = ids(model, "prompt", &input)?;
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
@@ -38,10 +37,10 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         let echo = echo.then(|| Echo { text: text(model, &input, &ids), logprobs });
         // The best are found by it.
         let logprobs = logprobs.or(best_of.map(|_| 0));
-        Ok(Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo, grammar: grammar.clone(), reply: None })
+        Ok(Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo, reply: None })
     };
     let prompts = inputs.into_iter().map(prompt).collect::<Result<_, ApiError>>()?;
-    Ok(Jobs { jobs: sampling.jobs(id, prompts), places })
+    Ok(Jobs { jobs: sampling.jobs(id, prompts), places, form })
 }
 
 /// How many choices are told of how many that are made, where more are made.

@@ -2,10 +2,9 @@
 //! `guided_*`. Invariant: at most one is asked for, and what cannot be compiled is refused before any token: no text is
 //! ever made without its constraint.
 
-use fullbore_engine::grammar::{Grammar, GrammarError, GrammarSource};
+use fullbore_engine::grammar::{CheckedSource, Compilation, Grammar, GrammarError, GrammarSource};
 use serde_json::{Value, json};
 
-use super::ServedModel;
 use super::fields::{Fields, wrong};
 use crate::http::error::ApiError;
 
@@ -16,6 +15,12 @@ pub const MAX_CHOICES: usize = 1024;
 pub struct Constraint {
     pub param: String,
     pub source: GrammarSource,
+}
+
+/// A constraint that is to be compiled.
+pub struct Form {
+    param: String,
+    pub source: CheckedSource,
 }
 
 impl Constraint {
@@ -55,14 +60,23 @@ impl Constraint {
         Ok(Constraint { param: param.to_owned(), source: GrammarSource::JsonSchema(schema) })
     }
 
-    pub fn compile(&self, model: &ServedModel) -> Result<Grammar, ApiError> {
+    /// Refuses what is too large to be tried.
+    pub fn check(self) -> Result<Form, ApiError> {
         let Constraint { param, source } = self;
-        model.grammars.compile(source).map_err(|error| match error {
-            // No fault of this request.
-            GrammarError::Busy => ApiError::not_yet(&error.to_string()),
-            error => ApiError::invalid(param, format!("{param} cannot be used: {error}")),
-        })
+        let source = source.check().map_err(|error| unusable(&param, &error))?;
+        Ok(Form { param, source })
     }
+}
+
+impl Form {
+    /// What came of it, as the request is told.
+    pub fn answer(&self, compiled: Compilation) -> Result<Grammar, ApiError> {
+        compiled.map_err(|error| unusable(&self.param, &error))
+    }
+}
+
+fn unusable(param: &str, error: &GrammarError) -> ApiError {
+    ApiError::invalid(param, format!("{param} cannot be used: {error}"))
 }
 
 fn response_format(fields: &Fields) -> Result<Option<Constraint>, ApiError> {

@@ -58,7 +58,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         Ok(Job { request, nth: 0, stops: Vec::new(), echo: None, prompt_logprobs: None, reply: None })
     };
     let jobs = inputs.into_iter().map(job).collect::<Result<_, ApiError>>()?;
-    Ok(Jobs { jobs, places })
+    Ok(Jobs { jobs, places, form: None })
 }
 
 impl EmbeddingAnswer {

@@ -10,12 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs};
 use fullbore_engine::text::{Detokenizer, StopStrings};
 use fullbore_engine::worker::{EngineHandle, Place};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::ServedModel;
+use super::constraint::Form;
 use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
 use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
@@ -48,6 +50,8 @@ pub struct Echo {
 pub struct Jobs {
     pub jobs: Vec<Job>,
     pub places: Vec<Place>,
+    /// What all their texts follow, once it is compiled.
+    pub form: Option<Form>,
 }
 
 /// What an engine is handed: a request, and where its events go.
@@ -139,11 +143,18 @@ struct Start {
     logprobs: Vec<TokenLogprobs>,
 }
 
+impl Jobs {
+    /// Has all texts follow `grammar`.
+    pub fn follow(&mut self, grammar: &Grammar) {
+        self.jobs.iter_mut().for_each(|job| job.request.grammar = Some(grammar.clone()));
+    }
+}
+
 impl Generation {
     /// Hands all jobs to the engine, or none; their times count from `arrived` on, and `trace` is told them.
     pub fn submit(
         model: &ServedModel,
-        Jobs { jobs, places }: Jobs,
+        Jobs { jobs, places, .. }: Jobs,
         arrived: Instant,
         meter: Option<Arc<Meter>>,
         trace: Option<Trace>,

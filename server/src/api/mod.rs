@@ -52,7 +52,8 @@ pub mod texts;
 mod tools;
 
 pub use answer::{Answer, Event, collect};
-pub use generation::{Delta, Generation, Handed, Job, Jobs};
+pub use constraint::Form;
+pub use generation::{Delta, Generation, Handed, Job, Jobs, Usage};
 pub use tenancy::parse_share;
 
 use anthropic::MessageAnswer;
@@ -116,6 +117,10 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
+    pub fn is_ever_streamed(self) -> bool {
+        self != Endpoint::Embeddings
+    }
+
     /// The field that a prompt comes in.
     pub fn prompt_param(self) -> &'static str {
         match self {

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{self, MAX_LOGIT_BIASES, Request, SamplingParams, TokenId, token_mask};
 use fullbore_engine::worker::Place;
 use serde_json::{Value, json};
@@ -53,8 +52,6 @@ pub struct Prompt {
     pub prompt_logprobs: Option<u32>,
     /// Where it is to be repeated.
     pub echo: Option<Echo>,
-    /// What its texts follow.
-    pub grammar: Option<Grammar>,
     /// What there is in its texts; `None` for text alone.
     pub reply: Option<ReplyFormat>,
 }
@@ -143,7 +140,7 @@ impl Sampling {
                 max_tokens: prompt.max_tokens,
                 stop_ids: self.stop_ids.clone(),
                 sampling: SamplingParams { seed, ..self.params.clone() },
-                grammar: prompt.grammar.clone(),
+                grammar: None,
                 logprobs: prompt.logprobs,
                 prompt_logprobs: prompt.prompt_logprobs.max(echoed),
                 pooling: None,

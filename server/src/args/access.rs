@@ -32,7 +32,7 @@ pub struct AccessArgs {
     /// Connections open at once, at most.
     #[arg(long, default_value_t = 1024)]
     pub max_connections: usize,
-    /// Of them from one address, this machine's own apart.
+    /// Of them from one address, or one /64 of IPv6; this machine's own apart.
     #[arg(long, default_value_t = 256)]
     pub max_connections_per_ip: usize,
 }

@@ -37,7 +37,7 @@ use super::{App, OpenRequest};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub max_connections: usize,
-    /// Of one address, this machine's own apart.
+    /// Of one address, or of one /64 of IPv6; this machine's own apart.
     pub max_connections_per_ip: usize,
     /// For a request's head to arrive, from the accept or the last answer on: also how long a connection may idle.
     pub head_timeout: Duration,
@@ -46,6 +46,8 @@ pub struct Limits {
     /// For the client to take some of what is being written.
     pub write_timeout: Duration,
     pub max_body_bytes: u64,
+    /// Of all bodies whose text is not read yet.
+    pub max_bytes_of_bodies: u64,
     /// A stream with nothing to say says so this often, so that nobody between takes it for dead.
     pub keep_alive: Duration,
     /// The engine counts as stalled when work has waited this long for a step.
@@ -61,6 +63,7 @@ impl Default for Limits {
             body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(60),
             max_body_bytes: 8 << 20,
+            max_bytes_of_bodies: 256 << 20,
             keep_alive: Duration::from_secs(15),
             max_stall: Duration::from_secs(30),
         }
@@ -110,6 +113,7 @@ where
             Ok(places) => {
                 tokio::spawn(serve(
                     stream,
+                    address.ip(),
                     door.app.clone(),
                     service.clone(),
                     door.tls.clone(),
@@ -148,6 +152,7 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 
 async fn serve<S>(
     stream: TcpStream,
+    address: IpAddr,
     app: Arc<App>,
     service: S,
     tls: Option<Arc<Tls>>,
@@ -161,22 +166,22 @@ async fn serve<S>(
     let _ = stream.set_nodelay(true);
     let Limits { head_timeout, write_timeout, .. } = app.limits;
     let stream = WriteLimited { stream, limit: write_timeout, deadline: None };
-    let Some(tls) = tls else { return converse(stream, app, service, stop).await };
+    let Some(tls) = tls else { return converse(stream, address, app, service, stop).await };
     match timeout(head_timeout, tls.acceptor().accept(stream)).await {
-        Ok(Ok(stream)) => converse(stream, app, service, stop).await,
+        Ok(Ok(stream)) => converse(stream, address, app, service, stop).await,
         Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
         Err(_) => tracing::debug!("a TLS handshake did not end in time"),
     }
 }
 
-async fn converse<S, T>(stream: T, app: Arc<App>, service: S, mut stop: watch::Receiver<bool>)
+async fn converse<S, T>(stream: T, address: IpAddr, app: Arc<App>, service: S, mut stop: watch::Receiver<bool>)
 where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let head_timeout = app.limits.head_timeout;
-    let answer = service_fn(move |request| answer(app.clone(), service.clone(), request));
+    let answer = service_fn(move |request| answer(app.clone(), service.clone(), address, request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
@@ -200,6 +205,7 @@ where
 async fn answer<S>(
     app: Arc<App>,
     mut service: S,
+    address: IpAddr,
     mut request: Request<Incoming>,
 ) -> Result<warp::http::Response<impl Body<Data = Bytes, Error = warp::Error>>, Infallible>
 where
@@ -207,7 +213,7 @@ where
 {
     let mut open = app.open_request(&request);
     let origin = app.access.allowed_origin(&request);
-    let client = app.access.admit(&request);
+    let client = app.access.admit(&request, address);
     let meter = client.as_ref().ok().and_then(|client| client.meter.clone());
     let mut response = match (app.access.preflight(&request), client.and_then(|client| in_rate(client, &request))) {
         (Some(response), _) => response,
@@ -217,7 +223,10 @@ where
             let path = request.uri().path().to_owned();
             let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
             // The panic's message is in the log already.
-            answered.unwrap_or_else(|_| Ok(ApiError::internal("the server met a bug of its own").response(&path)))?
+            answered.unwrap_or_else(|_| {
+                app.metrics.count_panic();
+                Ok(ApiError::bug().response(&path))
+            })?
         }
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
@@ -339,5 +348,72 @@ impl AsyncWrite for WriteLimited {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.limited(context, |stream, context| stream.poll_shutdown(context))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::http::access::{Access, Origin};
+    use crate::http::error::json_response;
+
+    /// Routes with bugs: in the route itself, and in the work that it has done elsewhere.
+    #[derive(Clone)]
+    struct Buggy(Arc<App>);
+
+    impl Service<Request<Incoming>> for Buggy {
+        type Response = Response;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+            let app = self.0.clone();
+            Box::pin(async move {
+                let bug = || -> Result<(), ApiError> { panic!("a bug that a test planted") };
+                match request.uri().path() {
+                    "/v1/completions" => bug(),
+                    "/v1/messages" => app.work.read(&Origin::default(), 1, bug).await,
+                    _ => Ok(()),
+                }
+                .map_or_else(|error| Ok(error.response("")), |()| Ok(json_response(&json!({}))))
+            })
+        }
+    }
+
+    async fn post(address: std::net::SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.expect("it listens");
+        let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.expect("it reads");
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).await.expect("it answers");
+        reply
+    }
+
+    #[tokio::test]
+    async fn a_panic_ends_one_request_with_a_sentence() {
+        let app = Arc::new(App::new(Limits::default(), Access::default(), None, None));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let (stop, stopped) = watch::channel(false);
+        let door = Door { app: app.clone(), connections: Arc::new(Semaphore::new(4)), tls: None, stop: stopped };
+        let accepting = tokio::spawn(accept(listener, door, Buggy(app.clone())));
+        for num_bugs in 1..4 {
+            let reply = post(address, "/v1/completions").await;
+            assert!(reply.starts_with("HTTP/1.1 500 ") && reply.contains(r#""type":"server_error""#), "{reply}");
+            assert!(reply.contains("a bug of its own") && !reply.contains("planted"), "{reply}");
+            let reply = post(address, "/v1/messages").await;
+            assert!(reply.starts_with("HTTP/1.1 500 ") && reply.contains(r#""type":"api_error""#), "{reply}");
+            assert!(post(address, "/").await.starts_with("HTTP/1.1 200 "));
+            assert_eq!(app.metrics.num_panics(), 2 * num_bugs);
+        }
+        stop.send(true).expect("it accepts");
+        accepting.await.expect("no panic of its own");
+        assert!(app.all_answered(Duration::from_secs(5)).await, "a request was left open");
     }
 }

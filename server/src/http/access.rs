@@ -3,7 +3,7 @@
 //! Invariant: no route sees a request that was not admitted here; what is open to everybody is in one list. Keys can be
 //! replaced while requests run.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use fullbore_engine::request::Share;
@@ -18,6 +18,7 @@ use warp::reply::Response;
 use super::error::ApiError;
 use super::keys::{Holder, Keys};
 use super::page;
+use super::peers;
 use super::rates::Meter;
 
 /// What a server that was told nothing does: everybody may ask, by any name, and no other site's pages.
@@ -38,6 +39,23 @@ pub struct Client {
     pub share: Option<Share>,
     /// Where the key's rate is bounded.
     pub meter: Option<Arc<Meter>>,
+    pub origin: Origin,
+}
+
+/// Whose the work for a request is, where work is shared: nobody has several by saying so.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// Of the holder of a key that was checked.
+    Key(Arc<str>),
+    /// As [`peers::network`] has it.
+    Network(IpAddr),
+}
+
+impl Default for Origin {
+    /// This machine.
+    fn default() -> Origin {
+        Origin::Network(IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
 }
 
 /// Whoever may reach the port may see that it is alive; and have the page, which asks for a key itself.
@@ -61,17 +79,19 @@ impl Access {
         *current = Arc::new(keys.with_meters_of(&current));
     }
 
-    pub fn admit<B>(&self, request: &Request<B>) -> Result<Client, ApiError> {
+    /// Who asks from `address`.
+    pub fn admit<B>(&self, request: &Request<B>, address: IpAddr) -> Result<Client, ApiError> {
         self.check_host(request)?;
         let shown = key(request.headers());
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
         if keys.is_empty() {
-            return Ok(Client { name: shown.map(Arc::from), ..Client::default() });
+            let origin = Origin::Network(peers::network(address));
+            return Ok(Client { name: shown.map(Arc::from), origin, ..Client::default() });
         }
         match shown.and_then(|key| keys.holder(key)) {
             Some(holder) => {
                 let Holder { name, share, meter } = holder.clone();
-                Ok(Client { name: Some(name), share, meter })
+                Ok(Client { origin: Origin::Key(name.clone()), name: Some(name), share, meter })
             }
             None if is_open(request) => Ok(Client::default()),
             None => Err(ApiError::no_key(shown.is_some())),
@@ -161,7 +181,7 @@ mod tests {
     fn loopback_is_asked_by_its_own_names() {
         let local = IpAddr::from([127, 0, 0, 1]);
         let access = Access::new(local, Keys::default(), &["Models.home".to_owned()], &[]);
-        let admitted = |host: &str| access.admit(&request(&[("host", host)])).is_ok();
+        let admitted = |host: &str| access.admit(&request(&[("host", host)]), local).is_ok();
         for host in
             ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.8.8.8", "[::1]:80", "app.localhost", "models.home:80"]
         {
@@ -172,8 +192,8 @@ mod tests {
         {
             assert!(!admitted(host), "{host}");
         }
-        assert!(access.admit(&request(&[])).is_err(), "no host at all");
+        assert!(access.admit(&request(&[]), local).is_err(), "no host at all");
         let open = Access::new(IpAddr::from([0, 0, 0, 0]), Keys::default(), &[], &[]);
-        assert!(open.admit(&request(&[("host", "gpu-box.lan")])).is_ok());
+        assert!(open.admit(&request(&[("host", "gpu-box.lan")]), local).is_ok());
     }
 }

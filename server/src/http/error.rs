@@ -15,7 +15,7 @@ use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICAT
 use warp::reject::{InvalidHeader, InvalidQuery, MethodNotAllowed, Rejection};
 use warp::reply::Response;
 
-use crate::api::Endpoint;
+use crate::api::{Endpoint, Event};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -98,6 +98,14 @@ impl ApiError {
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).with_code("request_too_large")
     }
 
+    pub fn no_room_for_bodies(max_bytes: u64) -> ApiError {
+        let message = format!(
+            "other requests have as much of the {max_bytes} bytes for request bodies as may be had; try again in 1 s"
+        );
+        let error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("too_many_bytes");
+        ApiError { retry_after: Some(1), ..error }
+    }
+
     pub fn body_too_slow(seconds: u64) -> ApiError {
         let message = format!("the request body had not arrived after {seconds} seconds");
         ApiError::new(StatusCode::REQUEST_TIMEOUT, message).with_code("request_timeout")
@@ -127,6 +135,11 @@ impl ApiError {
     /// What passes by itself, nobody knows when: to be asked again and again.
     pub fn not_yet(message: &str) -> ApiError {
         ApiError { retry_after: Some(1), ..ApiError::unavailable(message) }
+    }
+
+    /// A panic of ours, of which the log says more.
+    pub fn bug() -> ApiError {
+        ApiError::internal("the server met a bug of its own; its log says more")
     }
 
     pub fn internal(message: impl Into<String>) -> ApiError {
@@ -170,6 +183,20 @@ impl ApiError {
             _ => "invalid_request_error",
         };
         json!({"type": "error", "error": {"type": kind, "message": self.message}})
+    }
+
+    /// As the first event of a stream of `endpoint`, and its last.
+    pub fn event(&self, endpoint: Endpoint) -> Event {
+        match endpoint {
+            Endpoint::Messages => Event::Named(self.anthropic_json()),
+            Endpoint::Responses => {
+                let data = json!({
+                    "sequence_number": 0, "code": self.code, "message": self.message, "param": self.param,
+                });
+                Event::named("error", data)
+            }
+            _ => Event::data(&self.json()),
+        }
     }
 
     /// As a client of this path expects it.

@@ -5,6 +5,7 @@
 use fullbore_engine::engine::{EngineStats, StepParts};
 use fullbore_engine::limits::Cause;
 use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
 use prometheus::{
     CounterVec, Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
     TextEncoder,
@@ -16,6 +17,7 @@ use warp::reply::Response;
 use super::App;
 use super::error::Refusal;
 use crate::api::ServedModel;
+use crate::log::Log;
 
 mod asked;
 mod observer;
@@ -35,6 +37,7 @@ pub struct HttpMetrics {
     refused_requests: IntCounterVec,
     requests: IntCounterVec,
     durations: HistogramVec,
+    panics: IntCounter,
 }
 
 /// What vLLM's dashboard takes means of.
@@ -52,6 +55,7 @@ impl Default for HttpMetrics {
         let durations = durations.buckets(REQUEST_SECONDS.to_vec());
         HttpMetrics {
             responses: register(&registry, IntCounterVec::new(responses, &["status"])),
+            panics: register(&registry, IntCounter::new("fullbore_panics_total", "Requests that met a bug of ours.")),
             refused_connections: register(&registry, IntCounter::new("fullbore_connections_refused_total", refused)),
             refused_requests: register(&registry, IntCounterVec::new(refusals, &["cause"])),
             requests: register(&registry, IntCounterVec::new(requests, &["handler", "method", "status"])),
@@ -81,6 +85,15 @@ impl HttpMetrics {
         }
     }
 
+    /// A panic while a request was prepared or answered; it is in the log.
+    pub fn count_panic(&self) {
+        self.panics.inc();
+    }
+
+    pub fn num_panics(&self) -> u64 {
+        self.panics.get()
+    }
+
     pub fn count_refused_connection(&self) {
         self.refused_connections.inc();
     }
@@ -88,6 +101,7 @@ impl HttpMetrics {
 
 pub fn metrics(app: &App) -> Response {
     let mut families = app.metrics.registry.gather();
+    families.extend(server_families(app));
     if let Some(tracer) = &app.tracer {
         families.extend(tracer.registry.gather());
     }
@@ -106,20 +120,31 @@ pub fn metrics(app: &App) -> Response {
     response
 }
 
+/// Of the server, whatever its models.
+fn server_families(app: &App) -> Vec<MetricFamily> {
+    let registry = Registry::new();
+    let held = Gauge::new("fullbore_body_bytes", "Of request bodies whose text is not read yet.");
+    register(&registry, held).set(app.bodies.num_bytes() as f64);
+    let dropped = IntCounter::new("fullbore_log_lines_dropped_total", "Lines of the log that were not read in time.");
+    register(&registry, dropped).inc_by(app.log.as_ref().map_or(0, Log::num_dropped));
+    registry.gather()
+}
+
 fn register_engine(registry: &Registry, model: &ServedModel) {
     let stats = model.engine.stats();
     let options = |name: &str, help: &str| Opts::new(name, help).const_label("model_name", &model.name);
     let waiting = model.engine.num_waiting();
-    let gauges: [(&str, &str, f64); 4] = [
+    let gauges: [(&str, &str, f64); 5] = [
         ("fullbore_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
         ("fullbore_requests_waiting", "Sequences that wait for admission.", waiting as f64),
+        ("fullbore_grammar_bytes", "What forms of answers that have begun take.", stats.grammar_bytes as f64),
         ("fullbore_last_step_seconds", "The last step, from submission to its results.", stats.last_step_ms / 1e3),
         ("fullbore_stalled_seconds", "How long work has waited for a step.", model.engine.stalled_for().as_secs_f64()),
     ];
     for (name, help, value) in gauges {
         register(registry, Gauge::with_opts(options(name, help))).set(value);
     }
-    for (name, help, value) in counters(&stats) {
+    for (name, help, value) in counters(&stats, model.grammars.num_compiled()) {
         register(registry, IntCounter::with_opts(options(name, help))).inc_by(value);
     }
     let blocks = options("fullbore_kv_blocks", "KV blocks by state; cached ones are free for others to take.");
@@ -162,7 +187,7 @@ fn step_parts(registry: &Registry, options: &dyn Fn(&str, &str) -> Opts, parts: 
     }
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
+fn counters(stats: &EngineStats, num_compiled: u64) -> [(&'static str, &'static str, u64); 9] {
     [
         ("fullbore_steps_total", "Steps done.", stats.num_steps),
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
@@ -171,6 +196,7 @@ fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 8] {
         ("fullbore_prefix_cache_hit_tokens_total", "Those that the prefix cache had.", stats.cached_tokens),
         ("fullbore_preemptions_total", "Sequences sent back to wait for others.", stats.num_preemptions),
         ("fullbore_device_losses_total", "Times that the device was lost and made anew.", stats.num_device_losses),
+        ("fullbore_grammars_compiled_total", "Compilations of forms that answers follow.", num_compiled),
         ("fullbore_swaps_total", "Those of them whose KV went to the host's memory.", stats.num_swaps),
     ]
 }

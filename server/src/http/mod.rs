@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::api::ServedModel;
+use crate::log::Log;
 use crate::traces::Tracer;
 use accept::Limits;
 use access::Access;
+use bodies::Bodies;
 use error::ApiError;
 use metrics::{Asked, HttpMetrics};
 use tokio::sync::watch;
@@ -19,10 +21,12 @@ use work::RequestWork;
 
 pub mod accept;
 pub mod access;
+mod bodies;
 pub mod descriptors;
 pub mod error;
 mod health;
 pub mod keys;
+mod lane;
 pub mod metrics;
 mod page;
 mod peers;
@@ -37,8 +41,10 @@ pub struct App {
     pub access: Access,
     pub metrics: HttpMetrics,
     work: RequestWork,
+    bodies: Arc<Bodies>,
     /// Where somebody collects traces.
     pub tracer: Option<Arc<Tracer>>,
+    log: Option<Log>,
     /// In the order of the command line; none while they are loaded.
     models: OnceLock<Vec<Arc<ServedModel>>>,
     draining: AtomicBool,
@@ -53,13 +59,15 @@ pub struct OpenRequest {
 }
 
 impl App {
-    pub fn new(limits: Limits, access: Access, tracer: Option<Tracer>) -> App {
+    pub fn new(limits: Limits, access: Access, tracer: Option<Tracer>, log: Option<Log>) -> App {
         App {
             limits,
             access,
             metrics: HttpMetrics::default(),
             work: RequestWork::default(),
+            bodies: Bodies::new(limits.max_bytes_of_bodies),
             tracer: tracer.map(Arc::new),
+            log,
             models: OnceLock::new(),
             draining: AtomicBool::new(false),
             num_open: watch::Sender::new(0),

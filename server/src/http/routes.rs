@@ -5,21 +5,23 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Buf;
-use futures_util::{Stream, StreamExt};
+use futures_util::Stream;
 use percent_encoding::percent_decode_str;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 use warp::Filter;
 use warp::http::HeaderMap;
-use warp::http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use warp::http::header::CONTENT_TYPE;
 use warp::path::{FullPath, Tail};
 use warp::reject::Rejection;
 use warp::reply::{Reply, Response};
 
-use super::accept::Limits;
 use super::access::Client;
+use super::bodies::Body;
 use super::error::{self, ApiError, json_response};
-use super::{App, health, metrics, page, stream};
+use super::stream::{self, Prepared};
+use super::{App, health, metrics, page};
 use crate::api::limits::LimitsQuery;
 use crate::api::live::LiveQuery;
 use crate::api::texts::{self, TextEndpoint};
@@ -124,7 +126,7 @@ fn texts(
     let template = warp::path!("apply-template").map(|| TextEndpoint::ApplyTemplate);
     let count = warp::path!("v1" / "messages" / "count_tokens").map(|| TextEndpoint::CountTokens);
     let endpoint = tokenize.or(detokenize).unify().or(template).unify().or(count).unify();
-    let endpoint = endpoint.and(warp::post()).and(with_app).and(warp::path::full());
+    let endpoint = endpoint.and(warp::post()).and(with_app).and(warp::path::full()).and(warp::ext::get());
     endpoint.and(warp::header::headers_cloned()).and(warp::body::stream()).then(text_reply)
 }
 
@@ -132,6 +134,7 @@ async fn text_reply<S, B>(
     endpoint: TextEndpoint,
     app: Arc<App>,
     path: FullPath,
+    client: Client,
     headers: HeaderMap,
     body: S,
 ) -> Response
@@ -140,7 +143,7 @@ where
     B: Buf,
 {
     let answered = async {
-        let body = read_body(&app.limits, &headers, None, body).await?;
+        let body = app.bodies.read(&app.limits, &client.origin, &headers, None, body).await?;
         check_media_type(&headers)?;
         app.open_models()?;
         let (num_bytes, of_app) = (body.len(), app.clone());
@@ -148,7 +151,7 @@ where
             let body = parse(&body)?;
             texts::answer(endpoint, of_app.serving(api::model_asked(&body)?)?, &body)
         };
-        app.work.run(num_bytes, answer).await
+        app.work.read(&client.origin, num_bytes, answer).await
     };
     match answered.await {
         Ok(value) => json_response(&value),
@@ -174,6 +177,33 @@ where
     }
 }
 
+/// What is done before an answer begins.
+async fn prepare(
+    endpoint: Endpoint,
+    app: Arc<App>,
+    client: Client,
+    trace: Option<HeaderMap>,
+    body: Arc<Body>,
+) -> Result<Prepared, ApiError> {
+    let arrived = Instant::now();
+    let (meter, origin, num_bytes, of_app) = (client.meter.clone(), client.origin.clone(), body.len(), app.clone());
+    let prepare = move || {
+        let body = parse(&body)?;
+        let model = of_app.serving(api::model_asked(&body)?)?.clone();
+        let (answer, jobs) = api::prepare(endpoint, &model, &client, &body)?;
+        Ok((model, answer, jobs))
+    };
+    let (model, answer, mut jobs) = app.work.read(&origin, num_bytes, prepare).await?;
+    if let Some(form) = jobs.form.take() {
+        jobs.follow(&app.work.compile(&origin, &model, &form).await?);
+    }
+    let tracer = app.tracer.as_ref().zip(trace);
+    let trace = tracer.and_then(|(tracer, headers)| tracer.trace(&headers, &model.name));
+    let generation = Generation::submit(&model, jobs, arrived, meter, trace);
+    let generation = generation.map_err(|error| error.of_endpoint(endpoint))?;
+    Ok(Prepared { model, answer, generation })
+}
+
 async fn generate<S, B>(
     endpoint: Endpoint,
     app: Arc<App>,
@@ -186,25 +216,38 @@ where
     B: Buf,
 {
     // Whoever would get no place in any case is not read.
-    let body = read_body(&app.limits, &headers, app.full(), body).await?;
+    let body = app.bodies.read(&app.limits, &client.origin, &headers, app.full(), body).await?;
     check_media_type(&headers)?;
-    let arrived = Instant::now();
     app.open_models()?;
-    let (meter, num_bytes, of_app) = (client.meter.clone(), body.len(), app.clone());
-    let prepare = move || {
-        let body = parse(&body)?;
-        let model = of_app.serving(api::model_asked(&body)?)?.clone();
-        let (answer, jobs) = api::prepare(endpoint, &model, &client, &body)?;
-        Ok((model, answer, jobs))
+    let body = Arc::new(body);
+    let traced = app.tracer.is_some().then_some(headers);
+    let mut prepared = Box::pin(prepare(endpoint, app.clone(), client, traced, body.clone()));
+    let prepared = match timeout(app.limits.keep_alive, &mut prepared).await {
+        Ok(prepared) => prepared?,
+        // It has waited as long as a stream may be silent.
+        Err(_) if endpoint.is_ever_streamed() && asks_for_stream(&body) => {
+            return Ok(stream::late_response(app, endpoint, prepared));
+        }
+        Err(_) => prepared.await?,
     };
-    let (model, mut answer, jobs) = app.work.run(num_bytes, prepare).await?;
-    let trace = app.tracer.as_ref().and_then(|tracer| tracer.trace(&headers, &model.name));
-    let generation = Generation::submit(&model, jobs, arrived, meter, trace);
-    let generation = generation.map_err(|error| error.of_endpoint(endpoint))?;
-    match answer.is_streamed() {
-        true => Ok(stream::response(app.limits.keep_alive, model, answer, generation)),
-        false => Ok(json_response(&api::collect(&mut *answer, &model, generation).await?)),
+    drop(body);
+    match prepared.answer.is_streamed() {
+        true => Ok(stream::response(app, prepared)),
+        false => {
+            let Prepared { model, mut answer, generation } = prepared;
+            Ok(json_response(&api::collect(&mut *answer, &model, generation).await?))
+        }
     }
+}
+
+/// What a body says of it that may be wrong in other ways.
+fn asks_for_stream(body: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Asked {
+        #[serde(default)]
+        stream: bool,
+    }
+    serde_json::from_slice(body).is_ok_and(|asked: Asked| asked.stream)
 }
 
 fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
@@ -216,54 +259,24 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
+/// Lists and objects within each other; a schema of the deepest that is taken has room in a tool.
+const MAX_JSON_DEPTH: usize = 64;
+
 fn parse(body: &[u8]) -> Result<Value, ApiError> {
-    serde_json::from_slice(body).map_err(|error| ApiError::not_json(format!("the request body is not JSON: {error}")))
+    let parsed = serde_json::from_slice(body);
+    let parsed = parsed.map_err(|error| ApiError::not_json(format!("the request body is not JSON: {error}")))?;
+    match is_deeper(&parsed, MAX_JSON_DEPTH) {
+        true => Err(ApiError::not_json(format!("the JSON of the request body has more than {MAX_JSON_DEPTH} levels"))),
+        false => Ok(parsed),
+    }
 }
 
-/// What a body over the limit may still send before the answer, so that a client that writes first and reads then gets
-/// it; more is cut off.
-const MAX_DISCARDED_BYTES: u64 = 256 << 20;
-
-/// A body that is within its limits; where the answer is known already nothing of it is kept.
-async fn read_body<S, B>(
-    limits: &Limits,
-    headers: &HeaderMap,
-    refused: Option<ApiError>,
-    body: S,
-) -> Result<Vec<u8>, ApiError>
-where
-    S: Stream<Item = Result<B, warp::Error>>,
-    B: Buf,
-{
-    let max_bytes = limits.max_body_bytes;
-    let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    let too_large = length.is_some_and(|length| length > max_bytes);
-    let refused = refused.or(too_large.then(|| ApiError::body_too_large(max_bytes)));
-    if let Some(error) = refused.as_ref().filter(|_| headers.contains_key(EXPECT)) {
-        return Err(error.clone());
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let is_deeper = |value: &Value| is_deeper(value, levels - 1);
+    match value {
+        Value::Array(_) | Value::Object(_) if levels == 0 => true,
+        Value::Array(items) => items.iter().any(is_deeper),
+        Value::Object(fields) => fields.values().any(is_deeper),
+        _ => false,
     }
-    let read = async {
-        let mut body = std::pin::pin!(body);
-        let mut bytes = Vec::new();
-        let mut num_bytes = 0;
-        while let Some(chunk) = body.next().await {
-            let mut chunk = chunk.map_err(|_| ApiError::body_broken())?;
-            num_bytes += chunk.remaining() as u64;
-            if num_bytes > MAX_DISCARDED_BYTES {
-                break;
-            }
-            if num_bytes > max_bytes || refused.is_some() {
-                bytes = Vec::new();
-                continue;
-            }
-            bytes.extend_from_slice(&chunk.copy_to_bytes(chunk.remaining()));
-        }
-        match refused {
-            Some(error) => Err(error),
-            None if num_bytes > max_bytes => Err(ApiError::body_too_large(max_bytes)),
-            None => Ok(bytes),
-        }
-    };
-    let too_slow = |_| ApiError::body_too_slow(limits.body_timeout.as_secs());
-    timeout(limits.body_timeout, read).await.map_err(too_slow)?
 }

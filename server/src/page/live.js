@@ -11,8 +11,9 @@ const NUM_RATE_FRAMES = 5;
 const NAMES = {
   computing: "computing", no_requests: "no requests", kv_memory: "waits for KV memory", slots: "waits for slots",
   latency_target: "latency target", step_budget: "step budget", shared_prefix: "shared prefix",
-  tenant_cap: "tenant caps", host_schedule: "host: schedule", host_record: "host: record", host_upload: "host: upload",
-  host_read_back: "host: read back", neighbour: "neighbour", device_lost: "device lost",
+  grammar_memory: "grammar memory", tenant_cap: "tenant caps", host_schedule: "host: schedule",
+  host_record: "host: record", host_upload: "host: upload", host_read_back: "host: read back",
+  neighbour: "neighbour", device_lost: "device lost",
 };
 
 const root = document.getElementById("live");

@@ -72,6 +72,7 @@ fn least_config(args: &EngineArgs, bundle: &Bundle) -> Result<EngineConfig, Star
         max_logit_rows: args.max_num_seqs.max(EngineConfig::default().max_logit_rows),
         pipeline_depth: args.pipeline_depth,
         latency: args.latency(),
+        max_grammar_bytes: EngineConfig::default().max_grammar_bytes,
         prefix_cache: !args.no_prefix_cache,
     };
     // Blocks whose number is not asked for are to be found yet.

@@ -21,7 +21,7 @@ pub enum Paint {
 }
 
 /// A cause's words, its letter where there are no colours, and its colour.
-const CAUSES: [(&str, &str, char, u8); 14] = [
+const CAUSES: [(&str, &str, char, u8); 15] = [
     ("computing", "computing", '#', 37),
     ("host_schedule", "host: schedule", 's', 214),
     ("host_record", "host: record", 'r', 208),
@@ -33,6 +33,7 @@ const CAUSES: [(&str, &str, char, u8); 14] = [
     ("latency_target", "latency target", 'L', 169),
     ("step_budget", "step budget", 'B', 44),
     ("shared_prefix", "shared prefix", 'P', 106),
+    ("grammar_memory", "grammar memory", 'G', 133),
     ("tenant_cap", "tenant caps", 'T', 62),
     ("device_lost", "device lost", 'X', 160),
     // What there was nothing to do for is on top, as the sky over the rest.

@@ -1,0 +1,190 @@
+//! Requests before the engine has them: what one client's bodies and grammars cost another's.
+
+use super::access::{chat_as, keys};
+use super::*;
+
+const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// A server that knows alice and bob.
+fn of_two(setup: Setup) -> Harness {
+    let keys = keys("the-key-of-alice alice\nthe-key-of-bob bob");
+    Setup { access: Access::new(LOCAL, keys, &["*".to_owned()], &[]), ..setup }.start()
+}
+
+fn ask_as(server: &Harness, key: &str, change: &Value) -> Reply {
+    let mut body = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 2});
+    body.as_object_mut().expect("an object").extend(change.as_object().expect("an object").clone());
+    read_reply(server.send(chat_as(key, &body)))
+}
+
+/// A form that takes long to compile; each `seed` makes another.
+fn slow_form(seed: usize) -> Value {
+    let field =
+        |index: usize| (format!("field{seed}_{index}"), json!({"type": "string", "pattern": "^(a|b)*c{1,60}$"}));
+    let properties: serde_json::Map<String, Value> = (0..400).map(field).collect();
+    json!({"guided_json": {"type": "object", "properties": properties}})
+}
+
+#[test]
+fn slow_grammars_of_one_client_hold_up_nobody_elses() {
+    let server = of_two(Setup::default());
+    std::thread::scope(|scope| {
+        let server = &server;
+        let ask = |seed: usize| move || ask_as(server, "the-key-of-alice", &slow_form(seed)).status;
+        let slow: Vec<_> = (0..24).map(|seed| scope.spawn(ask(seed))).collect();
+        let mut num_answered = 0;
+        while slow.iter().any(|slow| !slow.is_finished()) {
+            // Each is compiled anew.
+            let form = json!({"guided_regex": format!("[a-f]{{{}}}", 2 + num_answered)});
+            let reply = ask_as(server, "the-key-of-bob", &form);
+            assert_eq!(reply.status, 200, "{reply:?}");
+            assert_eq!(ask_as(server, "the-key-of-bob", &json!({})).status, 200);
+            num_answered += 1;
+        }
+        assert!(num_answered > 3, "{num_answered} answers came meanwhile");
+        for slow in slow {
+            // Whoever would wait too long is told to come again.
+            let status = slow.join().expect("a status");
+            assert!([200, 400, 503].contains(&status), "{status}");
+        }
+    });
+}
+
+#[test]
+fn one_form_is_compiled_once_for_all_who_ask_at_the_same_time() {
+    let server = of_two(Setup::default());
+    std::thread::scope(|scope| {
+        let server = &server;
+        let ask = |index: usize| {
+            let key = if index.is_multiple_of(2) { "the-key-of-alice" } else { "the-key-of-bob" };
+            move || ask_as(server, key, &slow_form(0)).status
+        };
+        let asked: Vec<_> = (0..12).map(|index| scope.spawn(ask(index))).collect();
+        let statuses: Vec<u16> = asked.into_iter().map(|asked| asked.join().expect("a status")).collect();
+        assert!(statuses.iter().all(|status| *status == statuses[0] && [200, 400].contains(status)), "{statuses:?}");
+    });
+    let compiled = |server: &Harness| {
+        let raw =
+            "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer the-key-of-bob\r\n\r\n";
+        let text = read_reply(server.send(raw)).text();
+        let line = text.lines().find(|line| line.starts_with("fullbore_grammars_compiled_total")).expect("a sample");
+        line.rsplit(' ').next().and_then(|value| value.parse::<u64>().ok()).expect("a number")
+    };
+    assert_eq!(compiled(&server), 1);
+}
+
+#[test]
+fn a_stream_that_is_being_prepared_says_that_somebody_is_there() {
+    let limits = Limits { keep_alive: Duration::from_millis(1), ..Limits::default() };
+    let server = Setup { limits, ..Setup::default() }.start();
+    let stream = |path: &str, seed: usize, pattern: &str| {
+        let mut body = slow_form(seed);
+        body["guided_json"]["properties"]["last"] = json!({"type": "string", "pattern": pattern});
+        let said = json!([{"role": "user", "content": "x"}]);
+        let format = json!({"format": {"type": "json_schema", "name": "x", "schema": body["guided_json"]}});
+        let body = match path {
+            "/v1/responses" => json!({"input": "x", "max_output_tokens": 1, "stream": true, "text": format}),
+            "/v1/messages" => json!({"messages": said, "max_tokens": 1, "stream": true, "output_config": format}),
+            _ => json!({"messages": said, "max_tokens": 1, "stream": true, "guided_json": body["guided_json"]}),
+        };
+        let reply = server.post(path, &body);
+        assert_eq!((reply.status, reply.header("content-type")), (200, Some("text/event-stream")), "{reply:?}");
+        let text = reply.text();
+        let (comments, events): (Vec<String>, Vec<String>) =
+            text.split_terminator("\n\n").map(str::to_owned).partition(|part| part.starts_with(": "));
+        (comments.len(), events)
+    };
+    let (num_comments, answer) = stream("/v1/chat/completions", 0, "^a$");
+    assert!(num_comments > 0 && answer.len() > 2, "{answer:?}");
+    assert_eq!(answer.last().map(String::as_str), Some("data: [DONE]"));
+    // What is wrong is told all the same, as each dialect has it, and nothing follows.
+    let dialects = ["/v1/chat/completions", "/v1/messages", "/v1/responses"];
+    for (seed, (path, field)) in dialects.into_iter().zip(["/error/message", "/error/message", "/message"]).enumerate()
+    {
+        let (_, answer) = stream(path, seed + 1, "^($");
+        let [event] = answer.as_slice() else { panic!("{answer:?}") };
+        let (_, data) = event.split_once("data: ").expect("data");
+        let data: Value = serde_json::from_str(data).expect("JSON");
+        let sentence = data.pointer(field).and_then(Value::as_str).expect("a sentence");
+        assert!(sentence.contains("cannot be used"), "{data}");
+        assert_eq!(event.contains("event: error\n"), path != "/v1/chat/completions", "{event}");
+    }
+}
+
+#[test]
+fn many_choices_of_one_form_are_compiled_once_and_cost_what_runs() {
+    let server = Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() }.start();
+    let body = json!({"prompt": "x", "n": 128, "max_tokens": 12, "temperature": 1.0, "seed": 1,
+        "guided_regex": "[a-f]{4,9}!"});
+    let (choices, most) = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| server.complete(body.clone()));
+        let mut most = 0.0f64;
+        while !answer.is_finished() {
+            most = most.max(server.metric("fullbore_grammar_bytes"));
+        }
+        (answer.join().expect("an answer")["choices"].as_array().expect("choices").clone(), most)
+    });
+    assert_eq!(choices.len(), 128);
+    for choice in choices {
+        let text = choice["text"].as_str().expect("text");
+        let letters = text.trim_end_matches('!');
+        assert!(
+            (4..=9).contains(&letters.len()) && letters.bytes().all(|letter| letter.is_ascii_lowercase()),
+            "{text}"
+        );
+    }
+    // 16 run at a time; each has some kilobytes.
+    assert!(most > 0.0 && most < 16.0 * f64::from(1 << 20), "{most} bytes");
+    assert_eq!(server.metric("fullbore_grammars_compiled_total"), 1.0);
+    server.wait_for("its end", |server| server.metric("fullbore_grammar_bytes") == 0.0);
+}
+
+/// The head and the first `num_bytes` of a larger body.
+fn half_a_body(server: &Harness, key: &str, num_bytes: usize) -> TcpStream {
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         authorization: Bearer {key}\r\ncontent-length: 4000000\r\n\r\n"
+    );
+    server.send([head.as_bytes(), &vec![b' '; num_bytes]].concat())
+}
+
+#[test]
+fn bodies_that_wait_are_bounded_together_and_leave_room_for_others() {
+    let limits = Limits { max_bytes_of_bodies: 2 << 20, ..Limits::default() };
+    let server = of_two(Setup { limits, ..Setup::default() });
+    let kept = |server: &Harness| {
+        let raw =
+            "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer the-key-of-bob\r\n\r\n";
+        let text = read_reply(server.send(raw)).text();
+        let line = text.lines().find(|line| line.starts_with("fullbore_body_bytes")).expect("a sample").to_owned();
+        line.rsplit(' ').next().and_then(|value| value.parse::<u64>().ok()).expect("a number")
+    };
+    let held = [0; 2].map(|_| half_a_body(&server, "the-key-of-alice", 400_000));
+    server.wait_for("what was sent", |server| kept(server) == 800_000);
+    let large = json!({"pad": " ".repeat(500_000)});
+    let refused = ask_as(&server, "the-key-of-alice", &large);
+    assert_eq!(refused.header("retry-after"), Some("1"), "{refused:?}");
+    assert!(refused.error(429)["message"].as_str().expect("a sentence").contains("2097152"));
+    // Hers are in nobody else's way, nor in that of her own small ones.
+    assert_eq!(ask_as(&server, "the-key-of-bob", &large).status, 200);
+    assert_eq!(ask_as(&server, "the-key-of-alice", &json!({})).status, 200);
+    drop(held);
+    server.wait_for("room", |server| kept(server) == 0);
+    assert_eq!(ask_as(&server, "the-key-of-alice", &large).status, 200);
+}
+
+#[test]
+fn a_body_of_chunks_without_an_end_is_cut_off() {
+    let server = Setup::default().start();
+    let mut stream = server.connect();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                transfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).expect("the server reads");
+    let chunk = [b"100000\r\n".as_slice(), &vec![b' '; 1 << 20], b"\r\n"].concat();
+    let num_chunks = (0..1024).take_while(|_| stream.write_all(&chunk).is_ok()).count();
+    // What is sent before the answer is thrown away, so that it can be read; and that has an end too.
+    assert!((8..300).contains(&num_chunks), "{num_chunks} MiB were taken");
+    assert_eq!(server.metric("fullbore_body_bytes"), 0.0);
+    assert_eq!(server.metric("fullbore_http_responses_total{status=\"413\"}"), 1.0);
+    server.complete(json!({"prompt": "x", "max_tokens": 1}));
+}
