@@ -124,7 +124,8 @@ fn a_device_that_hangs_is_lost_and_opened_anew() {
         assert!(matches!(again, DeviceError::Lost { .. }), "{again}");
         backend.reopen().expect("the same device");
         assert_eq!(backend.info().id, selector);
-        backend.submit(&Recording::new(backend.alloc("upload", 4).expect("a few bytes"))).expect("it is there");
+        let upload = backend.alloc("upload", 4).expect("a few bytes");
+        backend.submit(&Recording::new(upload)).expect("it is there");
     }
 }
 

@@ -25,14 +25,15 @@ pub struct RequestWork {
     short: Arc<Lane>,
     long: Arc<Lane>,
     grammars: Arc<Lane>,
-    /// Grammars that are asked for now, by model and source.
-    flights: Mutex<HashMap<(String, Arc<str>), Weak<Flight>>>,
+    flights: Mutex<Flights>,
     /// For a turn to read a text, at most.
     text_wait: Duration,
 }
 
 /// A grammar once it is compiled; whoever asks for it first sees to that, and the next where he leaves.
 type Flight = OnceCell<Compilation>;
+/// Those that are asked for now, by model and source.
+type Flights = HashMap<(String, Arc<str>), Weak<Flight>>;
 
 /// Above this a body is long: about 4000 tokens, which take a tokenizer some milliseconds.
 const LONG_BYTES: usize = 16 << 10;
