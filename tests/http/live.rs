@@ -10,7 +10,7 @@ fn engine_with(server: &Harness, ready: impl Fn(&Value) -> bool) -> Value {
         let engine = &live["engines"][0];
         if engine["frames"].as_array().expect("frames").iter().any(&ready) {
             assert_eq!(live["object"], "live");
-            assert_eq!(live["causes"].as_array().expect("names").len(), 14, "{live}");
+            assert_eq!(live["causes"].as_array().expect("names").len(), 15, "{live}");
             return engine.clone();
         }
         assert!(Instant::now() < deadline, "no such frame in {live}");

@@ -167,7 +167,14 @@ fn metrics_say_whose_they_are() {
         told.dedup();
         assert_eq!(told.len(), num_told, "{kind}");
     }
-    let of_server = ["fullbore_http_responses_total", "fullbore_connections_refused_total", "http_request"];
+    let of_server = [
+        "fullbore_http_responses_total",
+        "fullbore_connections_refused_total",
+        "fullbore_panics_total",
+        "fullbore_body_bytes",
+        "fullbore_log_lines_dropped_total",
+        "http_request",
+    ];
     let mut counts = [0; 2];
     for sample in text.lines().filter(|line| !line.starts_with('#')) {
         let its = NAMES.map(|name| sample.contains(&format!("model_name=\"{name}\"")));

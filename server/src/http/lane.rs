@@ -1,8 +1,9 @@
 //! Turns at what only a few may do at once, shared between those who ask.
 //!
-//! A free turn goes to who has fewest of those that wait, then to who was given one longest ago: fair queueing with a
-//! turn as its unit (Nagle, RFC 970, 1985). Invariant: no more turns are out than there are, nor more of one origin
-//! than it may have; a turn is given back by dropping it, also where its owner has left before it came.
+//! A free turn goes to who has fewest of those that wait, then to who was given one longest ago, then to who came first:
+//! fair queueing with a turn as its unit (Nagle, RFC 970, 1985). Invariant: no more turns are out than there are, nor
+//! more of one origin than it may have; a turn is given back by dropping it, also where its owner has left before it
+//! came.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,8 @@ pub struct Lane {
 #[derive(Default)]
 struct State {
     num_out: usize,
-    num_given: u64,
+    /// Of those who came, and of turns.
+    num_events: u64,
     /// An origin is known while it has a turn or waits for one.
     lines: HashMap<Origin, Line>,
 }
@@ -30,7 +32,8 @@ struct State {
 struct Line {
     num_out: usize,
     last_given: u64,
-    waiting: VecDeque<oneshot::Sender<Turn>>,
+    /// Each with when it came.
+    waiting: VecDeque<(u64, oneshot::Sender<Turn>)>,
 }
 
 pub struct Turn {
@@ -48,9 +51,11 @@ impl Lane {
         let (sender, receiver) = oneshot::channel();
         {
             let mut state = self.lock();
+            state.num_events += 1;
+            let came = state.num_events;
             let line = state.lines.entry(origin.clone()).or_default();
-            line.waiting.retain(|waiting| !waiting.is_closed());
-            line.waiting.push_back(sender);
+            line.waiting.retain(|(_, waiting)| !waiting.is_closed());
+            line.waiting.push_back((came, sender));
         }
         self.give();
         receiver.await.expect("who waits is given a turn, some time")
@@ -76,7 +81,7 @@ impl State {
     /// Takes a turn for who is next.
     fn next(&mut self, most: usize, most_each: usize) -> Option<(Origin, oneshot::Sender<Turn>)> {
         self.lines.values_mut().for_each(|line| {
-            while line.waiting.front().is_some_and(oneshot::Sender::is_closed) {
+            while line.waiting.front().is_some_and(|(_, waiting)| waiting.is_closed()) {
                 line.waiting.pop_front();
             }
         });
@@ -85,10 +90,10 @@ impl State {
             return None;
         }
         let may = self.lines.iter_mut().filter(|(_, line)| !line.waiting.is_empty() && line.num_out < most_each);
-        let (origin, line) = may.min_by_key(|(_, line)| (line.num_out, line.last_given))?;
-        let waiting = line.waiting.pop_front()?;
-        self.num_given += 1;
-        (line.num_out, line.last_given) = (line.num_out + 1, self.num_given);
+        let (origin, line) = may.min_by_key(|(_, line)| (line.num_out, line.last_given, line.waiting[0].0))?;
+        let (_, waiting) = line.waiting.pop_front()?;
+        self.num_events += 1;
+        (line.num_out, line.last_given) = (line.num_out + 1, self.num_events);
         self.num_out += 1;
         Some((origin.clone(), waiting))
     }
