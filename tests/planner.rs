@@ -42,7 +42,8 @@ fn check(profile: &Path, words: &[&str]) -> Result<ServingReport, String> {
     let words = [&["fullbore", "simulate", "--profile", profile], words].concat();
     let args = Args::try_parse_from(words).map_err(|error| error.to_string())?;
     let Command::Simulate(args) = args.command else { panic!("simulate is simulate") };
-    simulate::report(&args).map_err(|error| error.to_string())
+    let profile = args.profile.as_deref().expect("of one device");
+    simulate::report(profile, &args).map_err(|error| error.to_string())
 }
 
 #[track_caller]

@@ -4,6 +4,7 @@
 //! driven as the server drives it, through its handle or step by step; `http` and `serve` are clients of a server, and
 //! only `ops` and `tune` record ops themselves.
 
+pub mod fleet;
 pub mod grammar;
 pub mod http;
 pub mod latency;

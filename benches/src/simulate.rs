@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use fullbore_engine::backend::LoadError;
-use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimOptions};
+use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::engine::Engine;
@@ -18,9 +18,9 @@ use crate::report::ServingReport;
 use crate::workload::PlannedRequest;
 
 /// Ids to draw prompts from; no real vocabulary matters.
-const VOCAB_SIZE: u32 = 4096;
+pub(crate) const VOCAB_SIZE: u32 = 4096;
 /// The keys of the prefix cache's hash: nobody attacks a simulation, and it must be the same each time.
-const HASH_KEY: (u64, u64) = (1, 2);
+pub(crate) const HASH_KEY: (u64, u64) = (1, 2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SimulateError {
@@ -37,6 +37,16 @@ pub fn simulate(
     requests: &[PlannedRequest],
     options: PlayOptions,
 ) -> Result<ServingReport, SimulateError> {
+    let (mut engine, clock) = engine(profile, config)?;
+    let clock = Clock::Simulated { clock, host_per_step: Duration::from_nanos(profile.host_ns_per_step) };
+    let mut report = play(&mut engine, requests, &clock, options)?;
+    let num_tokens = u64::from(config.num_blocks) * u64::from(config.block_size);
+    report.kv.pool_bytes = num_tokens * profile.model.kv_bytes_per_token;
+    Ok(report)
+}
+
+/// An engine on the device of `profile`, and the device's clock.
+pub(crate) fn engine(profile: &DeviceProfile, config: EngineConfig) -> Result<(Engine, SimClock), LoadError> {
     let model = ModelConfig { max_positions: config.max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
     // A block of the stand-in is smaller, and takes as long to copy as the real one.
     let larger = profile.model.kv_bytes_per_token as f64 / model.kv_bytes_per_token(config.kv_type) as f64;
@@ -46,18 +56,14 @@ pub fn simulate(
         ns_per_copied_megabyte: profile.ns_per_copied_megabyte * larger,
         ..SimOptions::default()
     }));
-    let host_per_step = Duration::from_nanos(profile.host_ns_per_step);
-    let clock = Clock::Simulated { clock: backend.clock(), host_per_step };
+    let clock = backend.clock();
     // The smallest model there is: what the real one would cost is in the profile.
     let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {})?;
     let mut engine = Engine::new(config, model, backend, HASH_KEY);
     engine.enable_swap().map_err(LoadError::from)?;
     engine.set_cost(profile.cost);
-    let mut report = play(&mut engine, requests, &clock, options)?;
-    let num_tokens = u64::from(config.num_blocks) * u64::from(config.block_size);
-    report.kv.pool_bytes = num_tokens * profile.model.kv_bytes_per_token;
-    Ok(report)
+    Ok((engine, clock))
 }
 
 #[cfg(test)]

@@ -120,6 +120,20 @@ impl CostModel {
         CostModel::new(curve, prices)
     }
 
+    /// Of a device that is `speed` times as fast in everything.
+    pub fn faster(&self, speed: f64) -> CostModel {
+        let Prices { ns_for_logits, ns_per_logit_row, ns_per_attended_token, ns_per_loaded_token } = self.prices;
+        let prices = Prices {
+            ns_for_logits: ns_for_logits / speed,
+            ns_per_logit_row: ns_per_logit_row / speed,
+            ns_per_attended_token: ns_per_attended_token / speed,
+            ns_per_loaded_token: ns_per_loaded_token / speed,
+        };
+        let model = CostModel { curve: self.curve.map(|ns| ns / speed), prices, known: self.known };
+        model.check();
+        model
+    }
+
     /// Whether enough was seen to rely on a prediction; what is read from a profile is known.
     pub fn is_known(&self) -> bool {
         self.known

@@ -215,7 +215,7 @@ impl Engine {
         &mut self.planned.batch
     }
 
-    /// The memory manager, for a test that plants a bug there.
+    /// The memory manager, for who keeps its events, and for a test that plants a bug there.
     pub fn cache_mut(&mut self) -> &mut KvCache {
         &mut self.cache
     }

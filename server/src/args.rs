@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use fullbore_bench::fleet::rule::Rule;
 use fullbore_bench::workload::{Arrivals, Lengths};
 use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
@@ -354,8 +355,16 @@ pub struct TraceArgs {
 #[derive(Clone, Debug, ClapArgs)]
 pub struct SimulateArgs {
     /// Of the device: written by `fullbore bench profile`, or by hand.
-    #[arg(long)]
-    pub profile: PathBuf,
+    #[arg(long, required_unless_present = "fleet")]
+    pub profile: Option<PathBuf>,
+    /// Many devices behind the router instead of one: a TOML file with a [[device]] for each kind, which has a `profile`
+    /// (relative to the file), and may have a `name`, a `count` and a `speed` (times as fast as the profile says).
+    #[arg(long, conflicts_with_all = ["profile", "refuse_when_full"])]
+    pub fleet: Option<PathBuf>,
+    /// By which requests find their device, each in a run of its own: earliest-finish (the router's), omniscient,
+    /// round-robin, least-requests, most-cached.
+    #[arg(long, requires = "fleet", value_delimiter = ',', default_value = "earliest-finish")]
+    pub rule: Vec<Rule>,
     /// Take KV bytes a token and the longest context from this model [default: what the profile says].
     #[arg(long)]
     pub model: Option<String>,

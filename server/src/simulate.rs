@@ -1,5 +1,6 @@
 //! `fullbore simulate`: a profile, limits and a workload in; what would happen out. Nothing here measures or predicts.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fullbore_bench::play::PlayOptions;
@@ -17,6 +18,10 @@ use crate::args::{PlayArgs, SimulateArgs, WorkloadArgs, latency_target};
 use crate::fetch::{self, FetchError};
 use crate::start::queued_tokens;
 
+mod fleet;
+
+use fleet::FleetError;
+
 #[derive(Debug, thiserror::Error)]
 pub enum SimulateCommandError {
     #[error(transparent)]
@@ -33,6 +38,8 @@ pub enum SimulateCommandError {
     Config(#[from] ConfigError),
     #[error("--swap-memory needs to know what a copy takes: give the profile an `ns_per_copied_megabyte` above 0")]
     NoCopyPrice,
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
     #[error(transparent)]
     Simulate(#[from] SimulateError),
 }
@@ -52,7 +59,11 @@ pub enum WorkloadError {
 
 pub fn simulate(args: &SimulateArgs) -> Result<(), SimulateCommandError> {
     let begun = Instant::now();
-    let report = report(args)?;
+    let profile = match (&args.fleet, &args.profile) {
+        (Some(path), _) => return fleet::simulate(path, args),
+        (None, profile) => profile.as_deref().expect("one of the two is asked for"),
+    };
+    let report = report(profile, args)?;
     let (took_s, num_tokens) = (begun.elapsed().as_secs_f64(), report.scheduled_tokens_per_s * report.duration_s);
     eprintln!("{report}");
     eprintln!("simulated in {took_s:.2} s, {:.0} scheduled tokens a second", num_tokens / took_s);
@@ -60,9 +71,15 @@ pub fn simulate(args: &SimulateArgs) -> Result<(), SimulateCommandError> {
     Ok(())
 }
 
-pub fn report(args: &SimulateArgs) -> Result<ServingReport, SimulateCommandError> {
-    let mut profile = DeviceProfile::open(&args.profile)?;
+pub fn report(profile: &Path, args: &SimulateArgs) -> Result<ServingReport, SimulateCommandError> {
     let requests = requests(&args.play.workload)?;
+    let (profile, config) = device(profile, args)?;
+    Ok(simulate::simulate(&profile, config, &requests, play_options(&args.play))?)
+}
+
+/// What is simulated of a device, and with which limits.
+fn device(path: &Path, args: &SimulateArgs) -> Result<(DeviceProfile, EngineConfig), SimulateCommandError> {
+    let mut profile = DeviceProfile::open(path)?;
     let mut max_positions = u32::MAX;
     if let Some(model) = &args.model {
         let model = Bundle::open(&fetch::fetch(model)?)?.config;
@@ -74,7 +91,7 @@ pub fn report(args: &SimulateArgs) -> Result<ServingReport, SimulateCommandError
     if config.max_num_batched_tokens > measured {
         tracing::warn!("steps of more than {measured} rows were not measured; what they take is extrapolated");
     }
-    Ok(simulate::simulate(&profile, config, &requests, play_options(&args.play))?)
+    Ok((profile, config))
 }
 
 /// The profile's limits, where the command line gives no other.

@@ -17,7 +17,7 @@ pub mod swap;
 pub use block_pool::{BlockId, BlockPool};
 pub use block_table::BlockTable;
 use prefix_cache::PrefixCache;
-pub use prefix_cache::{BlockChain, BlockHash};
+pub use prefix_cache::{BlockChain, BlockEvent, BlockHash, BlockHasher};
 
 /// Too few free blocks: an ordinary branch of the scheduler, never an error to a running request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,16 +115,26 @@ impl KvCache {
     /// The keys of a new list of tokens.
     pub fn chain(&self, tokens: &[TokenId], salt: u64) -> BlockChain {
         let Some(prefixes) = &self.prefixes else { return BlockChain::default() };
-        let mut chain = prefixes.chain(salt);
-        prefixes.extend(&mut chain, tokens);
+        let mut chain = prefixes.hasher().chain(salt);
+        prefixes.hasher().extend(&mut chain, tokens);
         chain
     }
 
     /// Adds the keys of blocks that `tokens`, grown since, fill. O(new blocks).
     pub fn extend(&self, chain: &mut BlockChain, tokens: &[TokenId]) {
         if let Some(prefixes) = &self.prefixes {
-            prefixes.extend(chain, tokens);
+            prefixes.hasher().extend(chain, tokens);
         }
+    }
+
+    /// From now on keeps which blocks become findable and cease to be, for [`KvCache::block_events`].
+    pub fn keep_block_events(&mut self) {
+        self.prefixes.iter_mut().for_each(PrefixCache::keep_events);
+    }
+
+    /// What happened since the last call.
+    pub fn block_events(&mut self) -> impl Iterator<Item = BlockEvent> + '_ {
+        self.prefixes.iter_mut().flat_map(PrefixCache::events)
     }
 
     /// What `open` would find now, without holding it.

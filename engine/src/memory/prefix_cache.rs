@@ -26,9 +26,23 @@ pub struct BlockChain {
     hashes: Vec<BlockHash>,
 }
 
+/// A block became findable or ceased to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockEvent {
+    Stored(BlockHash),
+    Removed(BlockHash),
+}
+
+/// Names blocks: whoever has the same key gives the same names.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockHasher {
+    key: (u64, u64),
+    block_size: usize,
+}
+
 #[derive(Debug)]
 pub struct PrefixCache {
-    key: (u64, u64),
+    hasher: BlockHasher,
     block_size: usize,
     by_hash: HashMap<BlockHash, BlockId>,
     /// By block.
@@ -39,21 +53,13 @@ pub struct PrefixCache {
     promised: HashMap<BlockHash, u64>,
     /// To say why a prefix was not found.
     evicted: Evicted,
+    /// Since they were last taken, where somebody takes them.
+    events: Option<Vec<BlockEvent>>,
 }
 
-impl PrefixCache {
-    pub fn new(num_blocks: u32, block_size: u32, key: (u64, u64)) -> PrefixCache {
-        // Twice what is ever in it, so that removals never make a map grow.
-        let capacity = 2 * num_blocks as usize;
-        PrefixCache {
-            key,
-            block_size: block_size as usize,
-            by_hash: HashMap::with_capacity(capacity),
-            keys: vec![None; num_blocks as usize],
-            tokens: vec![TokenId(0); num_blocks as usize * block_size as usize],
-            promised: HashMap::with_capacity(capacity),
-            evicted: Evicted::new(num_blocks as usize),
-        }
+impl BlockHasher {
+    pub fn new(key: (u64, u64), block_size: u32) -> BlockHasher {
+        BlockHasher { key, block_size: block_size as usize }
     }
 
     /// An empty chain. Requests of unlike salt share nothing.
@@ -64,13 +70,50 @@ impl PrefixCache {
     /// Adds the blocks that `tokens` fill and the chain does not have yet. O(new blocks).
     pub fn extend(&self, chain: &mut BlockChain, tokens: &[TokenId]) {
         for block in tokens.chunks_exact(self.block_size).skip(chain.hashes.len()) {
-            let hash = self.hash_block(chain.parent(chain.hashes.len()), block);
-            chain.hashes.push(hash);
+            let parent = chain.parent(chain.hashes.len());
+            chain.hashes.push(BlockHash(self.hash(parent, block, block.len() as u64)));
         }
     }
 
-    fn hash_block(&self, parent: u128, tokens: &[TokenId]) -> BlockHash {
-        BlockHash(self.hash(parent, tokens, tokens.len() as u64))
+    fn hash(&self, parent: u128, tokens: &[TokenId], extra: u64) -> u128 {
+        let mut hasher = SipHasher13::new_with_keys(self.key.0, self.key.1);
+        hasher.write_u128(parent);
+        hasher.write_u64(extra);
+        for token in tokens {
+            hasher.write_u32(token.0);
+        }
+        hasher.finish128().as_u128()
+    }
+}
+
+impl PrefixCache {
+    pub fn new(num_blocks: u32, block_size: u32, key: (u64, u64)) -> PrefixCache {
+        // Twice what is ever in it, so that removals never make a map grow.
+        let capacity = 2 * num_blocks as usize;
+        PrefixCache {
+            hasher: BlockHasher::new(key, block_size),
+            block_size: block_size as usize,
+            by_hash: HashMap::with_capacity(capacity),
+            keys: vec![None; num_blocks as usize],
+            tokens: vec![TokenId(0); num_blocks as usize * block_size as usize],
+            promised: HashMap::with_capacity(capacity),
+            evicted: Evicted::new(num_blocks as usize),
+            events: None,
+        }
+    }
+
+    pub fn hasher(&self) -> &BlockHasher {
+        &self.hasher
+    }
+
+    /// From now on keeps what happens, for [`PrefixCache::events`].
+    pub fn keep_events(&mut self) {
+        self.events.get_or_insert_default();
+    }
+
+    /// What happened since the last call; whoever keeps them takes them after each step, so that they stay few.
+    pub fn events(&mut self) -> impl Iterator<Item = BlockEvent> + '_ {
+        self.events.iter_mut().flat_map(|events| events.drain(..))
     }
 
     /// The block called `hash`, if it holds `tokens`.
@@ -95,6 +138,7 @@ impl PrefixCache {
         let at = block.0 as usize * self.block_size;
         self.tokens[at..at + self.block_size].copy_from_slice(tokens);
         self.by_hash.insert(hash, block);
+        self.events.iter_mut().for_each(|events| events.push(BlockEvent::Stored(hash)));
     }
 
     pub fn contains(&self, block: BlockId) -> bool {
@@ -111,7 +155,9 @@ impl PrefixCache {
     /// Makes a block unfindable.
     pub fn forget(&mut self, block: BlockId) -> Option<BlockHash> {
         let hash = self.keys[block.0 as usize].take()?;
-        self.by_hash.remove(&hash).map(|_| hash)
+        self.by_hash.remove(&hash)?;
+        self.events.iter_mut().for_each(|events| events.push(BlockEvent::Removed(hash)));
+        Some(hash)
     }
 
     /// Whether a block called `hash` was evicted lately.
@@ -154,16 +200,6 @@ impl PrefixCache {
 
     fn held(&self, block: BlockId) -> &[TokenId] {
         &self.tokens[block.0 as usize * self.block_size..][..self.block_size]
-    }
-
-    fn hash(&self, parent: u128, tokens: &[TokenId], extra: u64) -> u128 {
-        let mut hasher = SipHasher13::new_with_keys(self.key.0, self.key.1);
-        hasher.write_u128(parent);
-        hasher.write_u64(extra);
-        for token in tokens {
-            hasher.write_u32(token.0);
-        }
-        hasher.finish128().as_u128()
     }
 }
 

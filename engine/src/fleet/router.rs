@@ -1,0 +1,431 @@
+//! Where a request goes: to the replica that is predicted to finish it first.
+//!
+//! The prediction is in each device's own time, by its cost model: the prompts that wait there and the request's own
+//! without what the prefix cache has of it, a slot where all are taken, and the answer at the pace of a step with one
+//! sequence more. So a prefix counts for as much as it saves, and never for more: a replica that holds it is passed by
+//! when its queue is longer than that. Ties go round.
+//!
+//! Invariant: what is counted of a replica is the sum over its placements, each counted from [`Router::place`] until
+//! it is given back; nobody is asked how busy they are. How long answers are is learnt from those that ended.
+
+use super::ReplicaId;
+use super::holders::Holders;
+use crate::cost::{CostModel, StepShape};
+use crate::memory::{BlockEvent, BlockHash};
+
+/// A request as the router sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// The keys of its prompt's full blocks.
+    pub chain: &'a [BlockHash],
+    pub prompt_tokens: u32,
+    /// Tokens of its answer at most.
+    pub max_tokens: u32,
+}
+
+/// A device and what its engine was configured to take.
+#[derive(Clone, Copy, Debug)]
+pub struct Traits {
+    pub cost: CostModel,
+    pub max_num_seqs: u32,
+    pub max_num_batched_tokens: u32,
+}
+
+/// What one request is counted for where it was placed; belongs to whoever placed it, and goes back to the router.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Placement {
+    pub replica: ReplicaId,
+    /// From now to its last token, when it was placed.
+    pub predicted_ns: u64,
+    prompt_tokens: u32,
+    /// Of its prompt, what is still to be computed.
+    waiting_tokens: u32,
+    /// Of its answer, what is still expected.
+    owed_tokens: u32,
+}
+
+#[derive(Debug)]
+pub struct Router {
+    replicas: Vec<Replica>,
+    holders: Holders,
+    block_size: u32,
+    /// By replica, of the request that is being placed.
+    cached_tokens: Vec<u32>,
+    /// Where the next search begins.
+    turn: usize,
+    answers: AnswerLength,
+}
+
+#[derive(Debug)]
+struct Replica {
+    traits: Traits,
+    ns_per_prompt_token: f64,
+    /// Whether it takes requests.
+    is_open: bool,
+    num_placed: u32,
+    /// Sums over placements.
+    prompt_tokens: u64,
+    waiting_tokens: u64,
+    owed_tokens: u64,
+}
+
+/// A mean over answers that ended, the newer ones counting more.
+#[derive(Clone, Copy, Debug)]
+struct AnswerLength {
+    mean: f64,
+    num_ended: u32,
+}
+
+/// The weight of one answer is 1 in this many.
+const MEMORY: u32 = 256;
+/// What is expected before any answer has ended.
+const FIRST_GUESS: f64 = 128.0;
+/// A request that waits is moved where it is predicted to end in this share of the time, or less.
+const WORTH_A_MOVE: f64 = 0.8;
+/// Stands in for a device that has not been measured: so that requests are spread by their number and size.
+const STAND_IN: (f64, f64) = (10e6, 0.1e6);
+
+impl Router {
+    /// All replicas cut prompts into blocks of `block_size` tokens and name them by one key.
+    pub fn new(block_size: u32, traits: &[Traits]) -> Router {
+        let num_replicas = u16::try_from(traits.len()).expect("fewer than 65536 replicas");
+        Router {
+            replicas: traits.iter().map(|traits| Replica::new(*traits)).collect(),
+            holders: Holders::new(num_replicas),
+            block_size,
+            cached_tokens: vec![0; traits.len()],
+            turn: 0,
+            answers: AnswerLength { mean: FIRST_GUESS, num_ended: 0 },
+        }
+    }
+
+    /// Counts a request where it is predicted to end first; `None` where no replica takes any.
+    pub fn place(&mut self, ask: Ask) -> Option<Placement> {
+        self.find_cached(ask);
+        let owed_tokens = self.answers.expected(ask.max_tokens);
+        let num_replicas = self.replicas.len();
+        let mut best: Option<(f64, usize)> = None;
+        for index in (self.turn..num_replicas).chain(0..self.turn) {
+            let replica = &self.replicas[index];
+            if replica.is_open {
+                let ns = replica.finish_ns(ask.prompt_tokens, self.cached_tokens[index], owed_tokens);
+                if best.is_none_or(|(least, _)| ns < least) {
+                    best = Some((ns, index));
+                }
+            }
+        }
+        let (predicted_ns, index) = best?;
+        self.turn = (index + 1) % num_replicas;
+        Some(self.put(index, ask, owed_tokens, predicted_ns as u64))
+    }
+
+    /// Counts a request on a replica that somebody else has chosen.
+    pub fn place_on(&mut self, replica: ReplicaId, ask: Ask) -> Placement {
+        self.find_cached(ask);
+        let index = usize::from(replica.0);
+        let owed_tokens = self.answers.expected(ask.max_tokens);
+        let ns = self.replicas[index].finish_ns(ask.prompt_tokens, self.cached_tokens[index], owed_tokens);
+        self.put(index, ask, owed_tokens, ns as u64)
+    }
+
+    /// Whether a request that waits where `placement` has it would end so much sooner on `other` that it is to be taken
+    /// there.
+    pub fn is_worth_a_move(&mut self, placement: &Placement, ask: Ask, other: ReplicaId) -> bool {
+        self.find_cached(ask);
+        let (here, there) = (usize::from(placement.replica.0), usize::from(other.0));
+        if here == there || !self.replicas[there].is_open {
+            return false;
+        }
+        let cached = |index: usize| self.cached_tokens[index];
+        let stays = self.replicas[here].finish_without_ns(placement, cached(here));
+        let moves = self.replicas[there].finish_ns(ask.prompt_tokens, cached(there), placement.owed_tokens);
+        moves < WORTH_A_MOVE * stays
+    }
+
+    /// The replica with the most work before a request that waits, by its own time; `None` where nobody waits.
+    pub fn most_behind(&self) -> Option<ReplicaId> {
+        let behind = self.replicas.iter().enumerate().filter(|(_, replica)| replica.num_waiting() > 0);
+        let most = behind.max_by(|(_, a), (_, b)| a.wait_ns().total_cmp(&b.wait_ns()));
+        most.map(|(index, _)| ReplicaId(index as u16))
+    }
+
+    /// Its prompt is computed and a token has come.
+    pub fn token(&mut self, placement: &mut Placement) {
+        let replica = &mut self.replicas[usize::from(placement.replica.0)];
+        replica.waiting_tokens -= u64::from(std::mem::take(&mut placement.waiting_tokens));
+        if placement.owed_tokens > 0 {
+            placement.owed_tokens -= 1;
+            replica.owed_tokens -= 1;
+        }
+    }
+
+    /// It ended with so many tokens.
+    pub fn end(&mut self, placement: Placement, num_tokens: u32) {
+        self.answers.learn(num_tokens);
+        self.withdraw(placement);
+    }
+
+    /// It has left, or goes elsewhere.
+    pub fn withdraw(&mut self, placement: Placement) {
+        let replica = &mut self.replicas[usize::from(placement.replica.0)];
+        replica.num_placed -= 1;
+        replica.prompt_tokens -= u64::from(placement.prompt_tokens);
+        replica.waiting_tokens -= u64::from(placement.waiting_tokens);
+        replica.owed_tokens -= u64::from(placement.owed_tokens);
+    }
+
+    /// What steps take there, as is known now.
+    pub fn set_cost(&mut self, replica: ReplicaId, cost: CostModel) {
+        self.replicas[usize::from(replica.0)].set_cost(cost);
+    }
+
+    /// Whether it takes requests; one that does not keeps those that it has until they are withdrawn.
+    pub fn set_open(&mut self, replica: ReplicaId, is_open: bool) {
+        self.replicas[usize::from(replica.0)].is_open = is_open;
+    }
+
+    /// A block came into a replica's prefix cache, or left it.
+    pub fn tell(&mut self, replica: ReplicaId, event: BlockEvent) {
+        self.holders.tell(replica, event);
+    }
+
+    /// A replica's device was lost, and all its blocks with it.
+    pub fn forget(&mut self, replica: ReplicaId) {
+        self.holders.forget(replica);
+    }
+
+    pub fn num_placed(&self, replica: ReplicaId) -> u32 {
+        self.replicas[usize::from(replica.0)].num_placed
+    }
+
+    /// Refills `cached_tokens`.
+    fn find_cached(&mut self, ask: Ask) {
+        self.cached_tokens.fill(0);
+        // The last token of a prompt is always computed.
+        let most = ask.prompt_tokens.saturating_sub(1);
+        let (block_size, cached_tokens) = (self.block_size, &mut self.cached_tokens);
+        self.holders.depths(ask.chain, |replica, depth| {
+            cached_tokens[usize::from(replica.0)] = (depth * block_size).min(most);
+        });
+    }
+
+    fn put(&mut self, index: usize, ask: Ask, owed_tokens: u32, predicted_ns: u64) -> Placement {
+        let waiting_tokens = ask.prompt_tokens - self.cached_tokens[index];
+        let replica = &mut self.replicas[index];
+        replica.num_placed += 1;
+        replica.prompt_tokens += u64::from(ask.prompt_tokens);
+        replica.waiting_tokens += u64::from(waiting_tokens);
+        replica.owed_tokens += u64::from(owed_tokens);
+        Placement {
+            replica: ReplicaId(index as u16),
+            predicted_ns,
+            prompt_tokens: ask.prompt_tokens,
+            waiting_tokens,
+            owed_tokens,
+        }
+    }
+}
+
+impl Replica {
+    fn new(traits: Traits) -> Replica {
+        let mut replica = Replica {
+            traits,
+            ns_per_prompt_token: 0.0,
+            is_open: true,
+            num_placed: 0,
+            prompt_tokens: 0,
+            waiting_tokens: 0,
+            owed_tokens: 0,
+        };
+        replica.set_cost(traits.cost);
+        replica
+    }
+
+    fn set_cost(&mut self, cost: CostModel) {
+        let (base, more) = STAND_IN;
+        let cost = if cost.is_known() { cost } else { CostModel::line(base, more, Default::default()) };
+        let full = StepShape::default().with_slice(0, self.traits.max_num_batched_tokens.max(1), 1);
+        self.ns_per_prompt_token = cost.predict_ns(&full) as f64 / f64::from(full.num_tokens);
+        self.traits.cost = cost;
+    }
+
+    /// Those that no slot is left for.
+    fn num_waiting(&self) -> u32 {
+        self.num_placed.saturating_sub(self.traits.max_num_seqs)
+    }
+
+    /// A step in which as many decode as can, of `num_placed`, with `prompt_tokens` between them.
+    fn step_ns(&self, num_placed: u32, prompt_tokens: u64) -> f64 {
+        let rows = num_placed.clamp(1, self.traits.max_num_seqs);
+        let context = prompt_tokens / u64::from(num_placed.max(1));
+        self.traits.cost.predict_ns(&StepShape::decode(rows, context as u32)) as f64
+    }
+
+    /// From now until a request that is not counted here would have ended.
+    fn finish_ns(&self, prompt_tokens: u32, cached_tokens: u32, owed_tokens: u32) -> f64 {
+        let step_ns = self.step_ns(self.num_placed + 1, self.prompt_tokens + u64::from(prompt_tokens));
+        let prompts = self.waiting_tokens as f64 + f64::from(prompt_tokens - cached_tokens);
+        let own_ns = f64::from(owed_tokens) * step_ns;
+        prompts * self.ns_per_prompt_token + self.slot_ns(self.num_placed, self.owed_tokens, step_ns) + own_ns
+    }
+
+    /// The same of one that is counted and waits, `cached_tokens` of its prompt being there.
+    fn finish_without_ns(&self, placement: &Placement, cached_tokens: u32) -> f64 {
+        let others = Replica {
+            num_placed: self.num_placed - 1,
+            prompt_tokens: self.prompt_tokens - u64::from(placement.prompt_tokens),
+            waiting_tokens: self.waiting_tokens - u64::from(placement.waiting_tokens),
+            owed_tokens: self.owed_tokens - u64::from(placement.owed_tokens),
+            ..*self
+        };
+        others.finish_ns(placement.prompt_tokens, cached_tokens, placement.owed_tokens)
+    }
+
+    /// Until there is a slot for one more than `num_placed`, which owe `owed_tokens` between them.
+    fn slot_ns(&self, num_placed: u32, owed_tokens: u64, step_ns: f64) -> f64 {
+        let slots = self.traits.max_num_seqs;
+        let excess = (num_placed + 1).saturating_sub(slots);
+        let each = owed_tokens as f64 / f64::from(num_placed.max(1));
+        f64::from(excess) / f64::from(slots) * each * step_ns
+    }
+
+    /// Until the last that waits has begun.
+    fn wait_ns(&self) -> f64 {
+        let step_ns = self.step_ns(self.num_placed, self.prompt_tokens);
+        let prompts_ns = self.waiting_tokens as f64 * self.ns_per_prompt_token;
+        prompts_ns + self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns)
+    }
+}
+
+impl AnswerLength {
+    fn expected(&self, max_tokens: u32) -> u32 {
+        (self.mean.round() as u32).clamp(1, max_tokens.max(1))
+    }
+
+    fn learn(&mut self, num_tokens: u32) {
+        self.num_ended = (self.num_ended + 1).min(MEMORY);
+        self.mean += (f64::from(num_tokens) - self.mean) / f64::from(self.num_ended);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cost::Prices;
+
+    /// `speed` times as fast as 10 ms a step and 0.1 ms for each row more.
+    fn traits(speed: f64) -> Traits {
+        let cost = CostModel::line(10e6 / speed, 0.1e6 / speed, Prices::default());
+        Traits { cost, max_num_seqs: 4, max_num_batched_tokens: 512 }
+    }
+
+    fn router(speeds: &[f64]) -> Router {
+        Router::new(16, &speeds.iter().map(|&speed| traits(speed)).collect::<Vec<_>>())
+    }
+
+    fn chain(root: u128, len: u128) -> Vec<BlockHash> {
+        (0..len).map(|block| BlockHash(root << 32 | block)).collect()
+    }
+
+    fn ask(chain: &[BlockHash]) -> Ask<'_> {
+        Ask { chain, prompt_tokens: 400, max_tokens: 100 }
+    }
+
+    fn place(router: &mut Router) -> Placement {
+        router.place(ask(&[])).expect("an open replica")
+    }
+
+    #[test]
+    fn equal_replicas_take_turns() {
+        let mut router = router(&[1.0; 4]);
+        let places: Vec<Placement> = (0..8).map(|_| place(&mut router)).collect();
+        let ids: Vec<u16> = places.iter().map(|placement| placement.replica.0).collect();
+        assert_eq!(ids, [0, 1, 2, 3, 0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn work_goes_by_speed() {
+        let mut router = router(&[1.0, 1.0, 2.0, 4.0]);
+        let mut counts = [0u32; 4];
+        let places: Vec<Placement> = (0..800).map(|_| place(&mut router)).collect();
+        places.iter().for_each(|placement| counts[usize::from(placement.replica.0)] += 1);
+        for (count, wanted) in counts.into_iter().zip([100u32, 100, 200, 400]) {
+            assert!(count.abs_diff(wanted) <= wanted / 20, "{counts:?}");
+        }
+    }
+
+    /// A prefix of 384 tokens saves 384 times what a token of a prompt costs there, and no more.
+    #[test]
+    fn a_prefix_counts_for_what_it_saves() {
+        let mut router = router(&[1.0, 1.0]);
+        let shared = chain(7, 24);
+        shared.iter().for_each(|&hash| router.tell(ReplicaId(1), BlockEvent::Stored(hash)));
+        let first = router.place(ask(&shared)).expect("open");
+        assert_eq!((first.replica, first.waiting_tokens), (ReplicaId(1), 16));
+        // With four more there the saving is less than the wait for their prompts and a slot.
+        let others: Vec<Placement> = (0..4).map(|_| router.place_on(ReplicaId(1), ask(&[]))).collect();
+        let second = router.place(ask(&shared)).expect("open");
+        assert_eq!((second.replica, second.waiting_tokens), (ReplicaId(0), 400));
+        // What has left its cache counts for nothing, wherever in the chain it was.
+        others.into_iter().chain([first, second]).for_each(|placement| router.withdraw(placement));
+        router.tell(ReplicaId(1), BlockEvent::Removed(shared[0]));
+        assert_eq!(router.place(ask(&shared)).expect("open").waiting_tokens, 400);
+    }
+
+    #[test]
+    fn counts_go_back_to_nothing() {
+        let mut router = router(&[1.0, 3.0]);
+        let mut places: Vec<Placement> = (0..20).map(|_| place(&mut router)).collect();
+        for (nth, placement) in places.iter_mut().enumerate() {
+            (0..7 * nth).for_each(|_| router.token(placement));
+        }
+        for (nth, placement) in places.into_iter().enumerate() {
+            match nth % 2 {
+                0 => router.end(placement, 7 * nth as u32),
+                _ => router.withdraw(placement),
+            }
+        }
+        for replica in &router.replicas {
+            let counts = (replica.num_placed, replica.prompt_tokens, replica.waiting_tokens, replica.owed_tokens);
+            assert_eq!(counts, (0, 0, 0, 0));
+        }
+    }
+
+    #[test]
+    fn answers_are_expected_as_long_as_they_were() {
+        let mut router = router(&[1.0]);
+        for _ in 0..50 {
+            let placement = router.place(Ask { max_tokens: 10_000, ..ask(&[]) }).expect("open");
+            router.end(placement, 300);
+        }
+        assert_eq!(router.place(Ask { max_tokens: 10_000, ..ask(&[]) }).expect("open").owed_tokens, 300);
+        assert_eq!(router.place(Ask { max_tokens: 20, ..ask(&[]) }).expect("open").owed_tokens, 20);
+    }
+
+    #[test]
+    fn who_is_closed_gets_nothing_and_what_waits_moves() {
+        let mut router = router(&[1.0, 1.0]);
+        router.set_open(ReplicaId(1), false);
+        let places: Vec<Placement> = (0..12).map(|_| place(&mut router)).collect();
+        assert!(places.iter().all(|placement| placement.replica == ReplicaId(0)));
+        assert_eq!(router.most_behind(), Some(ReplicaId(0)));
+        let last = places.last().expect("twelve");
+        assert!(!router.is_worth_a_move(last, ask(&[]), ReplicaId(1)));
+        router.set_open(ReplicaId(1), true);
+        assert!(router.is_worth_a_move(last, ask(&[]), ReplicaId(1)));
+        assert!(!router.is_worth_a_move(last, ask(&[]), ReplicaId(0)));
+        router.set_open(ReplicaId(0), false);
+        router.set_open(ReplicaId(1), false);
+        assert_eq!(router.place(ask(&[])), None);
+    }
+
+    #[test]
+    fn a_device_that_gets_slower_gets_less() {
+        let mut router = router(&[1.0, 1.0]);
+        router.set_cost(ReplicaId(0), traits(0.25).cost);
+        let places: Vec<Placement> = (0..100).map(|_| place(&mut router)).collect();
+        let slow = places.iter().filter(|placement| placement.replica == ReplicaId(0)).count();
+        assert!((15..=25).contains(&slow), "{slow}");
+    }
+}

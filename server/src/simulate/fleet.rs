@@ -1,0 +1,124 @@
+//! `fullbore simulate --fleet`: a file that says which devices there are, in; a report by each rule, out.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use std::{fs, io};
+
+use fullbore_bench::fleet::{FleetDevice, simulate_fleet};
+use serde::Deserialize;
+
+use super::{SimulateCommandError, device, requests};
+use crate::args::SimulateArgs;
+
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: {problem}", path.display())]
+    Bad { path: PathBuf, problem: String },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FleetFile {
+    device: Vec<Kind>,
+}
+
+/// Devices that are alike.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kind {
+    profile: PathBuf,
+    name: Option<String>,
+    #[serde(default = "one")]
+    count: u32,
+    speed: Option<f64>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// Devices of a fleet at most.
+const MAX_DEVICES: usize = 10_000;
+
+pub fn simulate(path: &Path, args: &SimulateArgs) -> Result<(), SimulateCommandError> {
+    let devices = open(path, args)?;
+    let requests = requests(&args.play.workload)?;
+    for &rule in &args.rule {
+        let begun = Instant::now();
+        let report = simulate_fleet(&devices, &requests, rule, args.play.workload.seed)?;
+        eprintln!("{report}\nsimulated in {:.2} s\n", begun.elapsed().as_secs_f64());
+        println!("{}", serde_json::json!(report));
+    }
+    Ok(())
+}
+
+fn open(path: &Path, args: &SimulateArgs) -> Result<Vec<FleetDevice>, SimulateCommandError> {
+    let bad = |problem: String| FleetError::Bad { path: path.to_owned(), problem };
+    let text = fs::read_to_string(path).map_err(|source| FleetError::Read { path: path.to_owned(), source })?;
+    let file = parse(&text).map_err(bad)?;
+    let mut devices = Vec::new();
+    for kind in file.device {
+        let (mut profile, config) = device(&path.parent().unwrap_or(Path::new("")).join(&kind.profile), args)?;
+        if let Some(speed) = kind.speed {
+            profile.cost = profile.cost.faster(speed);
+        }
+        let name = kind.name.unwrap_or_else(|| profile.device.name.clone());
+        for number in 1..=kind.count {
+            let name = if kind.count > 1 { format!("{name} {number}") } else { name.clone() };
+            devices.push(FleetDevice { name, profile: profile.clone(), config });
+        }
+    }
+    let block_size = |device: &FleetDevice| device.config.block_size;
+    match devices.iter().find(|device| block_size(device) != block_size(&devices[0])) {
+        Some(other) => Err(bad(format!(
+            "{} has blocks of {} tokens and {} of {}; give --block-size",
+            devices[0].name,
+            block_size(&devices[0]),
+            other.name,
+            block_size(other)
+        ))
+        .into()),
+        None => Ok(devices),
+    }
+}
+
+fn parse(text: &str) -> Result<FleetFile, String> {
+    let file: FleetFile = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+    let count = file.device.iter().map(|kind| kind.count as usize).fold(0, usize::saturating_add);
+    if count == 0 || count > MAX_DEVICES {
+        return Err(format!("it has {count} devices; a fleet has 1 to {MAX_DEVICES}"));
+    }
+    let is_speed = |speed: f64| speed.is_finite() && (1e-3..=1e3).contains(&speed);
+    match file.device.iter().find_map(|kind| kind.speed.filter(|speed| !is_speed(*speed))) {
+        Some(speed) => Err(format!("a `speed` of {speed}; it is between 0.001 and 1000")),
+        None => Ok(file),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fleet_is_read_or_refused_by_a_sentence() {
+        let file = parse("[[device]]\nprofile = \"a.json\"\ncount = 3\nspeed = 2.5\n[[device]]\nprofile = \"b.json\"");
+        let kinds = file.expect("it is right").device;
+        assert_eq!((kinds.len(), kinds[0].count, kinds[0].speed, kinds[1].count), (2, 3, Some(2.5), 1));
+        for (text, word) in [
+            ("", "device"),
+            ("device = []", "0 devices"),
+            ("[[device]]\nname = \"x\"", "profile"),
+            ("[[device]]\nprofile = \"a\"\nspede = 2", "spede"),
+            ("[[device]]\nprofile = \"a\"\ncount = -1", "count"),
+            ("[[device]]\nprofile = \"a\"\ncount = 4000000000", "4000000000 devices"),
+            ("[[device]]\nprofile = \"a\"\nspeed = 0", "`speed` of 0"),
+            ("[[device]]\nprofile = \"a\"\nspeed = nan", "`speed` of NaN"),
+            ("[[device", "device"),
+        ] {
+            let sentence = parse(text).expect_err("it is wrong");
+            assert!(sentence.contains(word), "{text:?}: {sentence}");
+        }
+    }
+}
