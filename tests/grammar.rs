@@ -396,7 +396,8 @@ fn who_waits_has_no_states_and_those_of_who_runs_are_bounded() {
         were_overtaken |= !has_free && !answers[..128].iter().all(is_done);
     }
     assert!(were_overtaken, "those without a form waited");
-    assert!((2 * num_bytes..=4 * num_bytes).contains(&most), "{most} bytes, and one takes {num_bytes}");
+    // Three at a time, and they grow.
+    assert!((2 * num_bytes..=9 * num_bytes).contains(&most), "{most} bytes, and one takes {num_bytes}");
     for answer in &answers[..128] {
         let answer = answer.lock().expect("nobody panics");
         assert!(answer.reason == Some(FinishReason::Stop) && takes(&form, &answer.text()), "{answer:?}");
