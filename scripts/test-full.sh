@@ -6,7 +6,7 @@ source target/lavapipe/env
 FULLBORE_TEST_FULL=1 cargo test --locked --workspace
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-benches/gpu.sh --small target/debug/fullbore "${FULLBORE_CACHE:-$HOME/.cache/fullbore}"/models/SmolLM2-135M-Instruct.Q4_1.gguf "$out" vulkan:0
+benches/gpu.sh --small target/debug/fullbore "$out" vulkan:0 "${FULLBORE_CACHE:-$HOME/.cache/fullbore}"/models/SmolLM2-135M-Instruct.Q4_1.gguf
 scripts/fuzz-api.sh target/debug/fullbore
 FUZZ_SECONDS=${FUZZ_SECONDS:-10} scripts/fuzz.sh
 # Copied to another distribution the binary asks for no library but these, and for no newer glibc than the README says.

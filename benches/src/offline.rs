@@ -17,6 +17,9 @@ use crate::workload::Workload;
 /// What a run measured.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct OfflineReport {
+    /// Of the device's kernels, as they are and not as they were asked for.
+    pub tier: String,
+    pub arithmetic: String,
     pub num_requests: u32,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
@@ -92,6 +95,8 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
     let stats = idle(engine);
     let total = &stats.limits.total;
     Ok(OfflineReport {
+        tier: engine.device().tier.clone(),
+        arithmetic: engine.device().arithmetic.clone(),
         host_waiting_share: (total.host_ns() - charged.host_ns()) as f64 / 1e9 / elapsed.as_secs_f64(),
         not_busy_share: rest(busy),
         not_blocked_share: rest(blocked),
