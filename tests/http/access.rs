@@ -181,6 +181,10 @@ fn other_sites_pages_read_nothing_unless_they_are_named() {
     for header in ["allow-origin: https://chat.example", "allow-headers: authorization", "allow-methods: get, post"] {
         assert!(reply.head.contains(&format!("access-control-{header}")), "{}", reply.head);
     }
+    // Official clients send headers of their own.
+    let asked = "x-stainless-os, authorization";
+    let reply = ask(&server, &format!("{preflight}\r\naccess-control-request-headers: {asked}"));
+    assert!(reply.head.contains(&format!("access-control-allow-headers: {asked}")), "{}", reply.head);
     // What a page may not do without a key it may read about.
     let refused = ask(&server, "GET /v1/models HTTP/1.1\r\nhost: x\r\norigin: https://chat.example");
     refused.error(401);

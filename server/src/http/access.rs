@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use fullbore_engine::request::Share;
 use warp::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_MAX_AGE,
-    AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, VARY,
+    ACCESS_CONTROL_REQUEST_HEADERS, AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, VARY,
 };
 use warp::http::uri::Authority;
 use warp::http::{Method, Request, StatusCode};
@@ -122,8 +122,9 @@ impl Access {
         *response.status_mut() = StatusCode::NO_CONTENT;
         let headers = response.headers_mut();
         headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
-        let asked = HeaderValue::from_static("authorization, content-type, x-api-key, anthropic-version");
-        headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, asked);
+        // Official clients have many of their own; the page that may ask may say what it likes.
+        let asked = request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS).cloned();
+        headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, asked.unwrap_or(HeaderValue::from_static(USUAL_HEADERS)));
         headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
         allow(headers, origin);
         Some(response)
@@ -136,6 +137,8 @@ impl Access {
         self.origins.iter().any(allowed).then(|| origin.clone())
     }
 }
+
+const USUAL_HEADERS: &str = "authorization, content-type, x-api-key, anthropic-version";
 
 pub fn allow(headers: &mut HeaderMap, origin: HeaderValue) {
     headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
