@@ -54,6 +54,8 @@ pub struct Router {
     cached_tokens: Vec<u32>,
     /// Where the next search begins.
     turn: usize,
+    /// Replicas with more requests than slots.
+    num_behind: u32,
     answers: AnswerLength,
 }
 
@@ -96,6 +98,7 @@ impl Router {
             block_size,
             cached_tokens: vec![0; traits.len()],
             turn: 0,
+            num_behind: 0,
             answers: AnswerLength { mean: FIRST_GUESS, num_ended: 0 },
         }
     }
@@ -145,6 +148,9 @@ impl Router {
 
     /// The replica with the most work before a request that waits, by its own time; `None` where nobody waits.
     pub fn most_behind(&self) -> Option<ReplicaId> {
+        if self.num_behind == 0 {
+            return None;
+        }
         let behind = self.replicas.iter().enumerate().filter(|(_, replica)| replica.num_waiting() > 0);
         let most = behind.max_by(|(_, a), (_, b)| a.wait_ns().total_cmp(&b.wait_ns()));
         most.map(|(index, _)| ReplicaId(index as u16))
@@ -169,6 +175,7 @@ impl Router {
     /// It has left, or goes elsewhere.
     pub fn withdraw(&mut self, placement: Placement) {
         let replica = &mut self.replicas[usize::from(placement.replica.0)];
+        self.num_behind -= u32::from(replica.num_waiting() == 1);
         replica.num_placed -= 1;
         replica.prompt_tokens -= u64::from(placement.prompt_tokens);
         replica.waiting_tokens -= u64::from(placement.waiting_tokens);
@@ -214,6 +221,7 @@ impl Router {
         let waiting_tokens = ask.prompt_tokens - self.cached_tokens[index];
         let replica = &mut self.replicas[index];
         replica.num_placed += 1;
+        self.num_behind += u32::from(replica.num_waiting() == 1);
         replica.prompt_tokens += u64::from(ask.prompt_tokens);
         replica.waiting_tokens += u64::from(waiting_tokens);
         replica.owed_tokens += u64::from(owed_tokens);
@@ -390,6 +398,7 @@ mod tests {
             let counts = (replica.num_placed, replica.prompt_tokens, replica.waiting_tokens, replica.owed_tokens);
             assert_eq!(counts, (0, 0, 0, 0));
         }
+        assert_eq!((router.num_behind, router.most_behind()), (0, None));
     }
 
     #[test]

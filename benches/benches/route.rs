@@ -1,0 +1,67 @@
+//! What the router takes to say where a request goes, by how many replicas there are: each has requests already, and
+//! the prompt's beginning is cached on some of them.
+//!
+//! `cargo bench -p fullbore-bench --bench route` prints one line of JSON a size; `cargo test` runs it small.
+
+use std::time::Instant;
+
+use fullbore_bench::statistics::median;
+use fullbore_bench::workload::SplitMix64;
+use fullbore_engine::cost::{CostModel, Prices};
+use fullbore_engine::fleet::ReplicaId;
+use fullbore_engine::fleet::router::{Ask, Placement, Router, Traits};
+use fullbore_engine::memory::{BlockEvent, BlockHash};
+
+const BLOCK_SIZE: u32 = 32;
+/// Blocks of a prompt.
+const CHAIN_LEN: u128 = 32;
+/// Prefixes that are around: one of the whole fleet, and others of a few replicas each.
+const NUM_PREFIXES: u128 = 64;
+
+fn main() {
+    let large = std::env::args().any(|argument| argument == "--bench");
+    let (sizes, num_decisions): (&[u16], usize) = if large { (&[8, 100, 1000], 20_000) } else { (&[8, 100], 50) };
+    for &num_replicas in sizes {
+        let us = measure(num_replicas, num_decisions);
+        println!("{}", serde_json::json!({ "num_replicas": num_replicas, "us_per_decision": us }));
+    }
+}
+
+fn chain(prefix: u128) -> Vec<BlockHash> {
+    (0..CHAIN_LEN).map(|block| BlockHash(prefix << 32 | block)).collect()
+}
+
+/// The median of decisions, each with what follows from it: a first token, and the end of an earlier request.
+fn measure(num_replicas: u16, num_decisions: usize) -> f64 {
+    let mut random = SplitMix64(7);
+    let traits = |speed: f64| Traits {
+        cost: CostModel::line(10e6 / speed, 0.1e6 / speed, Prices { ns_per_attended_token: 1.0, ..Prices::default() }),
+        max_num_seqs: 64,
+        max_num_batched_tokens: 2048,
+    };
+    let speeds: Vec<Traits> = (0..num_replicas).map(|index| traits(f64::from(1 << (index % 4)))).collect();
+    let mut router = Router::new(BLOCK_SIZE, &speeds);
+    for prefix in 0..NUM_PREFIXES {
+        let is_held = |replica: u16| prefix == 0 || u128::from(replica) % NUM_PREFIXES == prefix;
+        for replica in (0..num_replicas).filter(|&replica| is_held(replica)).map(ReplicaId) {
+            chain(prefix).into_iter().for_each(|hash| router.tell(replica, BlockEvent::Stored(hash)));
+        }
+    }
+    let chains: Vec<Vec<BlockHash>> = (0..NUM_PREFIXES).map(chain).collect();
+    let mut place = |router: &mut Router| {
+        let chain = &chains[random.below(NUM_PREFIXES as u32) as usize];
+        let prompt_tokens = 1025 + random.below(2000);
+        router.place(Ask { chain, prompt_tokens, max_tokens: u32::MAX }).expect("all are open")
+    };
+    let mut placed: Vec<Placement> = (0..16 * usize::from(num_replicas)).map(|_| place(&mut router)).collect();
+    let mut times = Vec::with_capacity(num_decisions);
+    for index in 0..num_decisions {
+        let begun = Instant::now();
+        let mut placement = place(&mut router);
+        router.token(&mut placement);
+        let len = placed.len();
+        router.end(std::mem::replace(&mut placed[index % len], placement), 200);
+        times.push(begun.elapsed().as_secs_f64() * 1e6);
+    }
+    median(&mut times).expect("some decisions")
+}
