@@ -387,15 +387,18 @@ fn who_waits_has_no_states_and_those_of_who_runs_are_bounded() {
         engine.add(request(index as u32, form), Box::new(Client(answer.clone())));
     }
     let is_done = |answer: &Arc<Mutex<Answer>>| answer.lock().expect("nobody panics").reason.is_some();
-    let (mut most, mut were_overtaken) = (0, false);
+    let (mut most, mut num_forms_before) = (0, None);
     while engine.step().expect("the simulator is never lost") {
         engine.check();
         most = most.max(engine.stats().grammar_bytes);
         let has_free = !answers[128..].iter().all(is_done);
         assert!(engine.stats().num_running <= 3 + if has_free { 4 } else { 0 }, "{:?}", engine.stats());
-        were_overtaken |= !has_free && !answers[..128].iter().all(is_done);
+        if !has_free {
+            num_forms_before.get_or_insert_with(|| answers[..128].iter().filter(|answer| is_done(answer)).count());
+        }
     }
-    assert!(were_overtaken, "those without a form waited");
+    // Of the 128 that came before them, more than are passed over for a prefix.
+    assert!(num_forms_before.is_some_and(|count| count < 20), "those without a form waited: {num_forms_before:?}");
     // Three at a time, and they grow.
     assert!((2 * num_bytes..=9 * num_bytes).contains(&most), "{most} bytes, and one takes {num_bytes}");
     for answer in &answers[..128] {

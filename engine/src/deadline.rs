@@ -11,7 +11,10 @@ use std::time::Duration;
 pub(crate) enum Lost<T> {
     /// Here it may still come.
     Late(mpsc::Receiver<T>),
+    /// The work met a bug.
     Failed(String),
+    /// The system had no thread to give.
+    NotStarted(String),
 }
 
 /// Does `work` on a thread, and leaves that thread alone once the deadline is over.
@@ -25,7 +28,7 @@ pub(crate) fn with_deadline<T: Send + 'static>(
     let thread = thread::Builder::new().name(name.to_owned()).stack_size(stack_bytes);
     // Nobody listens any more after the deadline.
     let spawned = thread.spawn(move || drop(sender.send(work())));
-    spawned.map_err(|error| Lost::Failed(format!("no thread could be started for it: {error}")))?;
+    spawned.map_err(|error| Lost::NotStarted(format!("no thread could be started for it: {error}")))?;
     receiver.recv_timeout(deadline).map_err(|error| match error {
         mpsc::RecvTimeoutError::Timeout => Lost::Late(receiver),
         mpsc::RecvTimeoutError::Disconnected => Lost::Failed("what works on it met a bug of its own".to_owned()),

@@ -46,6 +46,9 @@ pub enum GrammarError {
     TooManyStates { num_bytes: usize, max_bytes: usize },
     #[error("it takes longer than {deadline:?} to compile; make it simpler")]
     TooSlow { deadline: Duration },
+    /// No fault of the source's; the same may succeed later.
+    #[error("it was not compiled: {0}")]
+    NotStarted(String),
 }
 
 /// A source that is within its limits.
@@ -93,7 +96,7 @@ impl GrammarCompiler {
     pub fn compile_checked<T: Send + 'static>(&self, source: &CheckedSource, held: T) -> Compilation {
         let slot = lock(&self.0.cache).slot(&source.key);
         let made = slot.get_or_init(|| self.make(source, held)).clone();
-        if let Err(GrammarError::TooSlow { .. }) = &made {
+        if let Err(GrammarError::TooSlow { .. } | GrammarError::NotStarted(_)) = &made {
             lock(&self.0.cache).forget(&source.key);
         }
         made
@@ -125,7 +128,9 @@ impl GrammarCompiler {
             }
             Ok(Err(error)) => Err(error),
             Err(Lost::Late(_)) => Err(GrammarError::TooSlow { deadline: DEADLINE }),
+            // It would meet it again.
             Err(Lost::Failed(problem)) => Err(GrammarError::Invalid(problem)),
+            Err(Lost::NotStarted(problem)) => Err(GrammarError::NotStarted(problem)),
         }
     }
 }

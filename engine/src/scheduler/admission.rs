@@ -10,8 +10,10 @@ use crate::memory::KvCache;
 use crate::queue::TenantIndex;
 use crate::sequence::Sequence;
 
-/// Sequences that are passed over in one step, at most.
+/// Sequences that are passed over in one step, at most: for a prefix, which is looked for each time, and for memory of
+/// grammars, which is a comparison.
 const MAX_PASSED: u32 = 64;
+const MAX_PASSED_FOR_GRAMMARS: u32 = 4096;
 
 /// What came of trying to admit the head of the queue.
 enum Attempt {
@@ -36,7 +38,7 @@ impl Scheduler {
     ) {
         self.queue.rewind();
         let mut promised = if self.queue.is_empty() { 0 } else { self.promised_blocks(cache) };
-        let (mut num_passed, mut passed_for) = (0, None);
+        let (mut num_passed, mut num_passed_for_grammars, mut passed_for) = (0, 0, None);
         let mut helped = None;
         trace.held = loop {
             let head = self.queue.peek().map(|head| (head.id, head.tenant));
@@ -54,9 +56,15 @@ impl Scheduler {
             match self.attempt(cache, budget, promised) {
                 None if self.queue.is_empty() => break passed_for.unwrap_or(Held::NoRequests),
                 None => break passed_for.unwrap_or(Held::TenantCap),
-                Some(Attempt::Waits(held)) if num_passed == MAX_PASSED => break held,
                 Some(Attempt::Waits(held)) => {
-                    num_passed += 1;
+                    let (count, most) = match held {
+                        Held::GrammarMemory => (&mut num_passed_for_grammars, MAX_PASSED_FOR_GRAMMARS),
+                        _ => (&mut num_passed, MAX_PASSED),
+                    };
+                    if *count == most {
+                        break held;
+                    }
+                    *count += 1;
                     passed_for.get_or_insert(held);
                     self.queue.pass();
                 }

@@ -200,7 +200,7 @@ fn compile(source: String) -> Result<Environment<'static>, TextError> {
 fn sentence<T>(lost: &Lost<T>, deadline: Duration) -> TextError {
     match lost {
         Lost::Late(_) => TextError::TemplateTime { deadline },
-        Lost::Failed(problem) => TextError::Template(problem.clone()),
+        Lost::Failed(problem) | Lost::NotStarted(problem) => TextError::Template(problem.clone()),
     }
 }
 

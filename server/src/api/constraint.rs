@@ -76,7 +76,11 @@ impl Form {
 }
 
 fn unusable(param: &str, error: &GrammarError) -> ApiError {
-    ApiError::invalid(param, format!("{param} cannot be used: {error}"))
+    let sentence = format!("{param} cannot be used: {error}");
+    match error {
+        GrammarError::NotStarted(_) => ApiError::not_yet(&sentence),
+        _ => ApiError::invalid(param, sentence),
+    }
 }
 
 fn response_format(fields: &Fields) -> Result<Option<Constraint>, ApiError> {

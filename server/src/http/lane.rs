@@ -1,7 +1,8 @@
 //! Turns at what only a few may do at once, shared between those who ask.
 //!
 //! A free turn goes to who has fewest of those that wait, then to who was given one longest ago, then to who came first:
-//! fair queueing with a turn as its unit (Nagle, RFC 970, 1985). Invariant: no more turns are out than there are, nor
+//! fair queueing with a turn as its unit (Nagle, RFC 970, 1985). Who comes, or comes back, is behind all who waited when
+//! he did, as if he had just been given one: so nobody is overtaken by one that always comes anew. Invariant: no more turns are out than there are, nor
 //! more of one origin than it may have; a turn is given back by dropping it, also where its owner has left before it
 //! came.
 
@@ -90,7 +91,7 @@ impl State {
             return None;
         }
         let may = self.lines.iter_mut().filter(|(_, line)| !line.waiting.is_empty() && line.num_out < most_each);
-        let (origin, line) = may.min_by_key(|(_, line)| (line.num_out, line.last_given, line.waiting[0].0))?;
+        let (origin, line) = may.min_by_key(|(_, line)| (line.num_out, line.last_given.max(line.waiting[0].0)))?;
         let (_, waiting) = line.waiting.pop_front()?;
         self.num_events += 1;
         (line.num_out, line.last_given) = (line.num_out + 1, self.num_events);
@@ -161,6 +162,31 @@ mod tests {
         assert!(rest.iter().all(Option::is_some));
         drop(rest);
         assert!(lane.lock().lines.is_empty() && lane.lock().num_out == 0);
+    }
+
+    /// One who has many that wait and two who come again as soon as they are done: each has every third turn.
+    #[tokio::test]
+    async fn who_comes_back_overtakes_nobody() {
+        let lane = Lane::new(1, 1);
+        let mut many: Vec<Waiting> = (0..10).map(|_| ask(&lane, 1)).collect();
+        let mut turn = try_take(&mut many.remove(0)).await.expect("it is free");
+        for waiting in &mut many {
+            assert!(try_take(waiting).await.is_none());
+        }
+        let mut others = [ask(&lane, 2), ask(&lane, 3)];
+        for waiting in &mut others {
+            assert!(try_take(waiting).await.is_none());
+        }
+        for round in 0..9 {
+            for (index, number) in [(0, 2), (1, 3)] {
+                drop(turn);
+                turn = try_take(&mut others[index]).await.unwrap_or_else(|| panic!("{number} in round {round}"));
+                others[index] = ask(&lane, number);
+                assert!(try_take(&mut others[index]).await.is_none());
+            }
+            drop(turn);
+            turn = try_take(&mut many.remove(0)).await.unwrap_or_else(|| panic!("1 in round {round}"));
+        }
     }
 
     #[tokio::test]

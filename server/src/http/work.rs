@@ -41,7 +41,7 @@ const MAX_SHORT: usize = 64;
 /// Compilations at a time, late ones included, and of one client.
 const MAX_GRAMMARS: usize = 4;
 const MAX_GRAMMARS_EACH: usize = 2;
-const TEXT_WAIT: Duration = Duration::from_secs(60);
+const TEXT_WAIT: Duration = Duration::from_secs(300);
 /// For a turn to compile a grammar.
 const GRAMMAR_WAIT: Duration = Duration::from_secs(2);
 /// For all of it: a turn of one's own after somebody else's, and what the compilers take.
