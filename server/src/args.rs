@@ -357,8 +357,9 @@ pub struct SimulateArgs {
     /// Of the device: written by `fullbore bench profile`, or by hand.
     #[arg(long, required_unless_present = "fleet")]
     pub profile: Option<PathBuf>,
-    /// Many devices behind the router instead of one: a TOML file with a [[device]] for each kind, which has a `profile`
-    /// (relative to the file), and may have a `name`, a `count` and a `speed` (times as fast as the profile says).
+    /// Many devices behind the router instead of one: a TOML file with a [[device]] for each kind, which has a
+    /// `profile` (relative to the file), and may have a `name`, a `count` and a `speed` (times as fast as the profile
+    /// says).
     #[arg(long, conflicts_with_all = ["profile", "refuse_when_full"])]
     pub fleet: Option<PathBuf>,
     /// By which requests find their device, each in a run of its own: earliest-finish (the router's), omniscient,

@@ -168,7 +168,13 @@ mod tests {
             let mut model: BTreeMap<u16, BTreeSet<u128>> = BTreeMap::new();
             for (replica, hash, is_stored) in events {
                 let held = model.entry(replica).or_default();
-                let event = if is_stored { held.insert(hash); BlockEvent::Stored } else { held.remove(&hash); BlockEvent::Removed };
+                let event = if is_stored {
+                    held.insert(hash);
+                    BlockEvent::Stored
+                } else {
+                    held.remove(&hash);
+                    BlockEvent::Removed
+                };
                 holders.tell(ReplicaId(replica), event(BlockHash(hash)));
             }
             if let Some(replica) = forgotten {

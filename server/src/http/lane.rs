@@ -1,10 +1,10 @@
 //! Turns at what only a few may do at once, shared between those who ask.
 //!
-//! A free turn goes to who has fewest of those that wait, then to who was given one longest ago, then to who came first:
-//! fair queueing with a turn as its unit (Nagle, RFC 970, 1985). Who comes, or comes back, is behind all who waited when
-//! he did, as if he had just been given one: so nobody is overtaken by one that always comes anew. Invariant: no more turns are out than there are, nor
-//! more of one origin than it may have; a turn is given back by dropping it, also where its owner has left before it
-//! came.
+//! A free turn goes to who has fewest of those that wait, then to who was given one longest ago: fair queueing with a
+//! turn as its unit (Nagle, RFC 970, 1985). Who comes, or comes back, is behind all who waited when he did, as if he
+//! had just been given one: so nobody is overtaken by one that always comes anew. Invariant: no more turns are out than
+//! there are, nor more of one origin than it may have; a turn is given back by dropping it, also where its owner has
+//! left before it came.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
