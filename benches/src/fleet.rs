@@ -250,7 +250,7 @@ impl<'a> Fleet<'a> {
     fn advance(&mut self) -> Result<(), PlayError> {
         let Reverse((_, id)) = self.due.pop().expect("a device is due");
         self.hear(id)?;
-        if self.rules.moves() {
+        if self.rules.moves() && self.num_waiting > 0 && self.devices[id].engine.is_idle() {
             self.relieve(id);
         }
         let device = &mut self.devices[id];
@@ -312,13 +312,13 @@ impl<'a> Fleet<'a> {
         self.heard.last_token = self.now;
     }
 
-    /// Device `id`, where nobody waits, takes what waits on the one that is most behind.
+    /// Device `id`, which has nothing to do, takes what waits on the one that is most behind.
     fn relieve(&mut self, id: usize) {
         let replica = ReplicaId(id as u16);
-        while self.devices[id].waiting.is_empty()
-            && self.router.num_placed(replica) < self.devices[id].engine.config().max_num_seqs
-        {
-            let Some(behind) = self.router.most_behind() else { return };
+        while self.router.num_placed(replica) < self.devices[id].engine.config().max_num_seqs {
+            let devices = &self.devices;
+            let waits = |other: ReplicaId| other != replica && !devices[usize::from(other.0)].waiting.is_empty();
+            let Some(behind) = self.router.most_behind(waits) else { return };
             let from = usize::from(behind.0);
             let Some(index) = self.devices[from].last_waiting() else { return };
             let live = self.live[index].as_mut().expect("it waits");

@@ -10,8 +10,9 @@
 
 use super::ReplicaId;
 use super::holders::Holders;
-use crate::cost::{CostModel, StepShape};
+use crate::cost::{CostModel, Prices, StepShape};
 use crate::memory::{BlockEvent, BlockHash};
+use crate::op::ATTENTION_ROWS;
 
 /// A request as the router sees it.
 #[derive(Clone, Copy, Debug)]
@@ -38,9 +39,11 @@ pub struct Placement {
     pub replica: ReplicaId,
     /// From now to its last token, when it was placed.
     pub predicted_ns: u64,
+    /// Of its prompt, what was in the replica's prefix cache then.
+    pub cached_tokens: u32,
     prompt_tokens: u32,
-    /// Of its prompt, what is still to be computed.
-    waiting_tokens: u32,
+    /// What the rest of its prompt takes there, until it is computed.
+    waiting_ns: u64,
     /// Of its answer, what is still expected.
     owed_tokens: u32,
 }
@@ -54,21 +57,21 @@ pub struct Router {
     cached_tokens: Vec<u32>,
     /// Where the next search begins.
     turn: usize,
-    /// Replicas with more requests than slots.
-    num_behind: u32,
     answers: AnswerLength,
 }
 
 #[derive(Debug)]
 struct Replica {
     traits: Traits,
+    /// Of a prompt: each token in a full step, and each token that another one sees.
     ns_per_prompt_token: f64,
+    ns_per_seen_token: f64,
     /// Whether it takes requests.
     is_open: bool,
     num_placed: u32,
     /// Sums over placements.
     prompt_tokens: u64,
-    waiting_tokens: u64,
+    waiting_ns: u64,
     owed_tokens: u64,
 }
 
@@ -84,7 +87,7 @@ const MEMORY: u32 = 256;
 /// What is expected before any answer has ended.
 const FIRST_GUESS: f64 = 128.0;
 /// A request that waits is moved where it is predicted to end in this share of the time, or less.
-const WORTH_A_MOVE: f64 = 0.8;
+const WORTH_A_MOVE: f64 = 0.9;
 /// Stands in for a device that has not been measured: so that requests are spread by their number and size.
 const STAND_IN: (f64, f64) = (10e6, 0.1e6);
 
@@ -98,7 +101,6 @@ impl Router {
             block_size,
             cached_tokens: vec![0; traits.len()],
             turn: 0,
-            num_behind: 0,
             answers: AnswerLength { mean: FIRST_GUESS, num_ended: 0 },
         }
     }
@@ -146,20 +148,17 @@ impl Router {
         moves < WORTH_A_MOVE * stays
     }
 
-    /// The replica with the most work before a request that waits, by its own time; `None` where nobody waits.
-    pub fn most_behind(&self) -> Option<ReplicaId> {
-        if self.num_behind == 0 {
-            return None;
-        }
-        let behind = self.replicas.iter().enumerate().filter(|(_, replica)| replica.num_waiting() > 0);
-        let most = behind.max_by(|(_, a), (_, b)| a.wait_ns().total_cmp(&b.wait_ns()));
-        most.map(|(index, _)| ReplicaId(index as u16))
+    /// Of replicas where somebody `waits`, the one with the most work before the last of them, by its own time.
+    pub fn most_behind(&self, waits: impl Fn(ReplicaId) -> bool) -> Option<ReplicaId> {
+        let all = (0..).map(ReplicaId).zip(&self.replicas);
+        let behind = all.filter(|(id, _)| waits(*id)).map(|(id, replica)| (id, replica.wait_ns()));
+        behind.max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(id, _)| id)
     }
 
     /// Its prompt is computed and a token has come.
     pub fn token(&mut self, placement: &mut Placement) {
         let replica = &mut self.replicas[usize::from(placement.replica.0)];
-        replica.waiting_tokens -= u64::from(std::mem::take(&mut placement.waiting_tokens));
+        replica.waiting_ns -= std::mem::take(&mut placement.waiting_ns);
         if placement.owed_tokens > 0 {
             placement.owed_tokens -= 1;
             replica.owed_tokens -= 1;
@@ -175,10 +174,9 @@ impl Router {
     /// It has left, or goes elsewhere.
     pub fn withdraw(&mut self, placement: Placement) {
         let replica = &mut self.replicas[usize::from(placement.replica.0)];
-        self.num_behind -= u32::from(replica.num_waiting() == 1);
         replica.num_placed -= 1;
         replica.prompt_tokens -= u64::from(placement.prompt_tokens);
-        replica.waiting_tokens -= u64::from(placement.waiting_tokens);
+        replica.waiting_ns -= placement.waiting_ns;
         replica.owed_tokens -= u64::from(placement.owed_tokens);
     }
 
@@ -218,18 +216,19 @@ impl Router {
     }
 
     fn put(&mut self, index: usize, ask: Ask, owed_tokens: u32, predicted_ns: u64) -> Placement {
-        let waiting_tokens = ask.prompt_tokens - self.cached_tokens[index];
+        let cached_tokens = self.cached_tokens[index];
         let replica = &mut self.replicas[index];
         replica.num_placed += 1;
-        self.num_behind += u32::from(replica.num_waiting() == 1);
         replica.prompt_tokens += u64::from(ask.prompt_tokens);
-        replica.waiting_tokens += u64::from(waiting_tokens);
+        let waiting_ns = replica.prompt_ns(ask.prompt_tokens, cached_tokens) as u64;
+        replica.waiting_ns += waiting_ns;
         replica.owed_tokens += u64::from(owed_tokens);
         Placement {
             replica: ReplicaId(index as u16),
             predicted_ns,
+            cached_tokens,
             prompt_tokens: ask.prompt_tokens,
-            waiting_tokens,
+            waiting_ns,
             owed_tokens,
         }
     }
@@ -240,10 +239,11 @@ impl Replica {
         let mut replica = Replica {
             traits,
             ns_per_prompt_token: 0.0,
+            ns_per_seen_token: 0.0,
             is_open: true,
             num_placed: 0,
             prompt_tokens: 0,
-            waiting_tokens: 0,
+            waiting_ns: 0,
             owed_tokens: 0,
         };
         replica.set_cost(traits.cost);
@@ -253,14 +253,17 @@ impl Replica {
     fn set_cost(&mut self, cost: CostModel) {
         let (base, more) = STAND_IN;
         let cost = if cost.is_known() { cost } else { CostModel::line(base, more, Default::default()) };
-        let full = StepShape::default().with_slice(0, self.traits.max_num_batched_tokens.max(1), 1);
+        let full = StepShape { num_tokens: self.traits.max_num_batched_tokens.max(1), ..StepShape::default() };
         self.ns_per_prompt_token = cost.predict_ns(&full) as f64 / f64::from(full.num_tokens);
+        let Prices { ns_per_attended_token, ns_per_loaded_token, .. } = cost.prices();
+        self.ns_per_seen_token = ns_per_attended_token + ns_per_loaded_token / f64::from(ATTENTION_ROWS);
         self.traits.cost = cost;
     }
 
-    /// Those that no slot is left for.
-    fn num_waiting(&self) -> u32 {
-        self.num_placed.saturating_sub(self.traits.max_num_seqs)
+    /// What a prompt takes of which the cache has a part.
+    fn prompt_ns(&self, prompt_tokens: u32, cached_tokens: u32) -> f64 {
+        let [all, cached] = [prompt_tokens, cached_tokens].map(f64::from);
+        (all - cached) * self.ns_per_prompt_token + (all * all - cached * cached) / 2.0 * self.ns_per_seen_token
     }
 
     /// A step in which as many decode as can, of `num_placed`, with `prompt_tokens` between them.
@@ -273,9 +276,9 @@ impl Replica {
     /// From now until a request that is not counted here would have ended.
     fn finish_ns(&self, prompt_tokens: u32, cached_tokens: u32, owed_tokens: u32) -> f64 {
         let step_ns = self.step_ns(self.num_placed + 1, self.prompt_tokens + u64::from(prompt_tokens));
-        let prompts = self.waiting_tokens as f64 + f64::from(prompt_tokens - cached_tokens);
+        let prompts_ns = self.waiting_ns as f64 + self.prompt_ns(prompt_tokens, cached_tokens);
         let own_ns = f64::from(owed_tokens) * step_ns;
-        prompts * self.ns_per_prompt_token + self.slot_ns(self.num_placed, self.owed_tokens, step_ns) + own_ns
+        prompts_ns + self.slot_ns(self.num_placed, self.owed_tokens, step_ns) + own_ns
     }
 
     /// The same of one that is counted and waits, `cached_tokens` of its prompt being there.
@@ -283,7 +286,7 @@ impl Replica {
         let others = Replica {
             num_placed: self.num_placed - 1,
             prompt_tokens: self.prompt_tokens - u64::from(placement.prompt_tokens),
-            waiting_tokens: self.waiting_tokens - u64::from(placement.waiting_tokens),
+            waiting_ns: self.waiting_ns - placement.waiting_ns,
             owed_tokens: self.owed_tokens - u64::from(placement.owed_tokens),
             ..*self
         };
@@ -301,8 +304,7 @@ impl Replica {
     /// Until the last that waits has begun.
     fn wait_ns(&self) -> f64 {
         let step_ns = self.step_ns(self.num_placed, self.prompt_tokens);
-        let prompts_ns = self.waiting_tokens as f64 * self.ns_per_prompt_token;
-        prompts_ns + self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns)
+        self.waiting_ns as f64 + self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns)
     }
 }
 
@@ -320,7 +322,6 @@ impl AnswerLength {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cost::Prices;
 
     /// `speed` times as fast as 10 ms a step and 0.1 ms for each row more.
     fn traits(speed: f64) -> Traits {
@@ -370,15 +371,15 @@ mod tests {
         let shared = chain(7, 24);
         shared.iter().for_each(|&hash| router.tell(ReplicaId(1), BlockEvent::Stored(hash)));
         let first = router.place(ask(&shared)).expect("open");
-        assert_eq!((first.replica, first.waiting_tokens), (ReplicaId(1), 16));
+        assert_eq!((first.replica, first.cached_tokens), (ReplicaId(1), 384));
         // With four more there the saving is less than the wait for their prompts and a slot.
         let others: Vec<Placement> = (0..4).map(|_| router.place_on(ReplicaId(1), ask(&[]))).collect();
         let second = router.place(ask(&shared)).expect("open");
-        assert_eq!((second.replica, second.waiting_tokens), (ReplicaId(0), 400));
+        assert_eq!((second.replica, second.cached_tokens), (ReplicaId(0), 0));
         // What has left its cache counts for nothing, wherever in the chain it was.
         others.into_iter().chain([first, second]).for_each(|placement| router.withdraw(placement));
         router.tell(ReplicaId(1), BlockEvent::Removed(shared[0]));
-        assert_eq!(router.place(ask(&shared)).expect("open").waiting_tokens, 400);
+        assert_eq!(router.place(ask(&shared)).expect("open").cached_tokens, 0);
     }
 
     #[test]
@@ -395,10 +396,9 @@ mod tests {
             }
         }
         for replica in &router.replicas {
-            let counts = (replica.num_placed, replica.prompt_tokens, replica.waiting_tokens, replica.owed_tokens);
+            let counts = (replica.num_placed, replica.prompt_tokens, replica.waiting_ns, replica.owed_tokens);
             assert_eq!(counts, (0, 0, 0, 0));
         }
-        assert_eq!((router.num_behind, router.most_behind()), (0, None));
     }
 
     #[test]
@@ -418,7 +418,8 @@ mod tests {
         router.set_open(ReplicaId(1), false);
         let places: Vec<Placement> = (0..12).map(|_| place(&mut router)).collect();
         assert!(places.iter().all(|placement| placement.replica == ReplicaId(0)));
-        assert_eq!(router.most_behind(), Some(ReplicaId(0)));
+        assert_eq!(router.most_behind(|_| true), Some(ReplicaId(0)));
+        assert_eq!(router.most_behind(|_| false), None);
         let last = places.last().expect("twelve");
         assert!(!router.is_worth_a_move(last, ask(&[]), ReplicaId(1)));
         router.set_open(ReplicaId(1), true);
