@@ -1,8 +1,8 @@
 //! Turns at what only a few may do at once, shared between those who ask.
 //!
-//! A free turn goes to who has fewest of those that wait, then to who was given one longest ago: fair queueing with a
-//! turn as its unit (Nagle, RFC 970, 1985). Who comes, or comes back, is behind all who waited when he did, as if he
-//! had just been given one: so nobody is overtaken by one that always comes anew. Invariant: no more turns are out than
+//! A free turn goes to who has fewest of those that wait, then to who has waited longest since he came or his last turn
+//! ended: fair queueing with a turn as its unit (Nagle, RFC 970, 1985). So who comes back is behind all who waited when
+//! he did, and nobody is overtaken for ever by those who always come anew. Invariant: no more turns are out than
 //! there are, nor more of one origin than it may have; a turn is given back by dropping it, also where its owner has
 //! left before it came.
 
@@ -23,7 +23,7 @@ pub struct Lane {
 #[derive(Default)]
 struct State {
     num_out: usize,
-    /// Of those who came, and of turns.
+    /// Of those who came, and of turns that ended: the time here.
     num_events: u64,
     /// An origin is known while it has a turn or waits for one.
     lines: HashMap<Origin, Line>,
@@ -32,7 +32,7 @@ struct State {
 #[derive(Default)]
 struct Line {
     num_out: usize,
-    last_given: u64,
+    last_ended: u64,
     /// Each with when it came.
     waiting: VecDeque<(u64, oneshot::Sender<Turn>)>,
 }
@@ -91,10 +91,9 @@ impl State {
             return None;
         }
         let may = self.lines.iter_mut().filter(|(_, line)| !line.waiting.is_empty() && line.num_out < most_each);
-        let (origin, line) = may.min_by_key(|(_, line)| (line.num_out, line.last_given.max(line.waiting[0].0)))?;
+        let (origin, line) = may.min_by_key(|(_, line)| (line.num_out, line.last_ended.max(line.waiting[0].0)))?;
         let (_, waiting) = line.waiting.pop_front()?;
-        self.num_events += 1;
-        (line.num_out, line.last_given) = (line.num_out + 1, self.num_events);
+        line.num_out += 1;
         self.num_out += 1;
         Some((origin.clone(), waiting))
     }
@@ -105,8 +104,10 @@ impl Drop for Turn {
         {
             let mut state = self.lane.lock();
             state.num_out -= 1;
+            state.num_events += 1;
+            let now = state.num_events;
             let line = state.lines.get_mut(&self.origin).expect("an origin that has a turn");
-            line.num_out -= 1;
+            (line.num_out, line.last_ended) = (line.num_out - 1, now);
         }
         self.lane.give();
     }
