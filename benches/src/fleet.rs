@@ -10,9 +10,9 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::heard::Heard;
 use crate::play::{PlayError, lock};
 use crate::simulate::{self, HASH_KEY, SimulateError, VOCAB_SIZE};
-use crate::statistics::Histogram;
 use crate::workload::PlannedRequest;
 use fullbore_engine::backend::sim::SimClock;
 use fullbore_engine::batch::SequenceId;
@@ -22,7 +22,7 @@ use fullbore_engine::engine::Engine;
 use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::fleet::router::{Placement, Router, Traits};
 use fullbore_engine::memory::{BlockChain, BlockHasher};
-use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
+use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, Usage};
 
 pub mod report;
 pub mod rule;
@@ -42,7 +42,7 @@ pub struct FleetDevice {
 enum Note {
     Started,
     Token,
-    Finished { cached_tokens: u32 },
+    Finished(Usage),
     Failed(String),
 }
 
@@ -61,7 +61,7 @@ impl Sink for Client {
             Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
                 Note::Failed(reason)
             }
-            Event::Finished { usage, .. } => Note::Finished { cached_tokens: usage.cached_tokens },
+            Event::Finished { usage, .. } => Note::Finished(usage),
             Event::Prompt(_) | Event::Pooled(_) => return Flow::Continue,
         };
         lock(&self.notes).push((self.index, note));
@@ -120,18 +120,6 @@ struct Fleet<'a> {
     /// How long anybody has waited on any device so far.
     waited: Duration,
     heard: Heard,
-}
-
-#[derive(Default)]
-struct Heard {
-    ttft: Histogram,
-    itl: Histogram,
-    total: Histogram,
-    num_completed: u32,
-    prompt_tokens: u64,
-    cached_tokens: u64,
-    output_tokens: u64,
-    last_token: Duration,
     num_moved: u64,
 }
 
@@ -206,6 +194,7 @@ impl<'a> Fleet<'a> {
             num_waiting: 0,
             waited: Duration::ZERO,
             heard: Heard::default(),
+            num_moved: 0,
         })
     }
 
@@ -284,13 +273,10 @@ impl<'a> Fleet<'a> {
                     self.num_waiting -= 1;
                 }
                 Note::Token => self.hear_token(id, index),
-                Note::Finished { cached_tokens } => {
+                Note::Finished(usage) => {
                     let live = self.live[index].take().expect("it runs");
                     device.num_completed += 1;
-                    self.heard.num_completed += 1;
-                    self.heard.prompt_tokens += live.request.prompt.len() as u64;
-                    self.heard.cached_tokens += u64::from(cached_tokens);
-                    self.heard.total.record(self.now - self.requests[index].arrival);
+                    self.heard.finished(self.now, self.requests[index].arrival, usage, live.num_tokens);
                     self.router.end(live.placement, live.num_tokens);
                 }
                 Note::Failed(reason) => return Err(PlayError::Failed { row: self.requests[index].row, reason }),
@@ -301,15 +287,10 @@ impl<'a> Fleet<'a> {
 
     fn hear_token(&mut self, id: usize, index: usize) {
         let live = self.live[index].as_mut().expect("it runs");
-        match live.last_token.replace(self.now) {
-            None => self.heard.ttft.record(self.now - self.requests[index].arrival),
-            Some(last) => self.heard.itl.record(self.now - last),
-        }
+        self.heard.token(self.now, self.requests[index].arrival, &mut live.last_token);
         live.num_tokens += 1;
         self.router.token(&mut live.placement);
         self.devices[id].output_tokens += 1;
-        self.heard.output_tokens += 1;
-        self.heard.last_token = self.now;
     }
 
     /// Device `id`, which has nothing to do, takes what waits on the one that is most behind.
@@ -331,7 +312,7 @@ impl<'a> Fleet<'a> {
             self.devices[from].engine.abort(live.sequence);
             self.devices[from].waiting.retain(|waiting| *waiting != index);
             self.num_waiting -= 1;
-            self.heard.num_moved += 1;
+            self.num_moved += 1;
             self.hand_in(index);
         }
     }
@@ -364,7 +345,7 @@ impl<'a> Fleet<'a> {
             itl_ms: (&heard.itl).into(),
             total_ms: (&heard.total).into(),
             prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
-            num_moved: heard.num_moved,
+            num_moved: self.num_moved,
             most_idle_share: devices.iter().map(|device| device.idle_share).fold(0.0, f64::max),
             devices,
         }

@@ -6,6 +6,7 @@
 
 pub mod fleet;
 pub mod grammar;
+mod heard;
 pub mod http;
 pub mod latency;
 mod nobody;

@@ -13,8 +13,8 @@ use fullbore_engine::engine::Engine;
 use fullbore_engine::forecast::TooLate;
 use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 
+use crate::heard::Heard;
 use crate::report::{KvUse, LeftOut, LimitsReport, ServingReport};
-use crate::statistics::Histogram;
 use crate::workload::PlannedRequest;
 
 /// The time that a workload is played in; 0 is its first arrival.
@@ -74,8 +74,8 @@ pub fn play(
 ) -> Result<ServingReport, PlayError> {
     let config = engine.config();
     let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
-    let (heard, backlog) = (Arc::default(), Arc::new(Mutex::new(backlog)));
-    let mut player = Player { engine, clock, options, heard, backlog, steps: Steps::default() };
+    let (told, backlog) = (Arc::default(), Arc::new(Mutex::new(backlog)));
+    let mut player = Player { engine, clock, options, told, backlog, steps: Steps::default() };
     let (mut too_long, mut refused, mut max_waiting) = (LeftOut::default(), LeftOut::default(), 0);
     let (mut next, mut arrived) = (0, 0);
     loop {
@@ -110,7 +110,7 @@ struct Player<'a> {
     engine: &'a mut Engine,
     clock: &'a Clock,
     options: PlayOptions,
-    heard: Arc<Mutex<Heard>>,
+    told: Arc<Mutex<Told>>,
     /// The rules by which a server lets requests in.
     backlog: Arc<Mutex<Backlog>>,
     steps: Steps,
@@ -126,17 +126,10 @@ enum Admission {
 /// Whose requests they all are.
 const TENANT: u64 = 0;
 
-/// What clients were told.
+/// What clients were told, and why the run cannot go on.
 #[derive(Default)]
-struct Heard {
-    ttft: Histogram,
-    itl: Histogram,
-    total: Histogram,
-    num_completed: u32,
-    prompt_tokens: u64,
-    cached_tokens: u64,
-    output_tokens: u64,
-    last_token: Duration,
+struct Told {
+    heard: Heard,
     failed: Option<PlayError>,
 }
 
@@ -201,7 +194,7 @@ impl Player<'_> {
             own_tokens: planned.prompt_tokens.into(),
             last: None,
             clock: self.clock.clone(),
-            heard: self.heard.clone(),
+            told: self.told.clone(),
             backlog: self.backlog.clone(),
             num_tokens: 0,
         };
@@ -212,7 +205,7 @@ impl Player<'_> {
         let begun = self.clock.now();
         self.clock.spend_host_time();
         let ran = self.engine.step()?;
-        if let Some(failed) = lock(&self.heard).failed.take() {
+        if let Some(failed) = lock(&self.told).failed.take() {
             return Err(failed);
         }
         if ran {
@@ -232,7 +225,8 @@ impl Player<'_> {
     }
 
     fn report(self, num_requests: u32, too_long: LeftOut, refused: LeftOut, max_waiting: u32) -> ServingReport {
-        let heard = lock(&self.heard);
+        let told = lock(&self.told);
+        let heard = &told.heard;
         let Steps { count, num_rows, busy, held_s, max_held, slots_s, unused_slots_s } = self.steps;
         let duration_s = heard.last_token.as_secs_f64();
         let a_second = |count: u64| if duration_s > 0.0 { count as f64 / duration_s } else { 0.0 };
@@ -280,7 +274,7 @@ struct Client {
     /// When the token before came.
     last: Option<Duration>,
     clock: Clock,
-    heard: Arc<Mutex<Heard>>,
+    told: Arc<Mutex<Told>>,
     backlog: Arc<Mutex<Backlog>>,
     num_tokens: u32,
 }
@@ -288,29 +282,20 @@ struct Client {
 impl Sink for Client {
     fn event(&mut self, event: Event) -> Flow {
         let now = self.clock.now();
-        let mut heard = lock(&self.heard);
+        let mut told = lock(&self.told);
         match event {
             Event::Started { .. } => lock(&self.backlog).begin(TENANT, self.own_tokens),
             Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { .. } => {
-                match self.last {
-                    None => heard.ttft.record(now - self.arrival),
-                    Some(last) => heard.itl.record(now - last),
-                }
-                self.last = Some(now);
+                told.heard.token(now, self.arrival, &mut self.last);
                 self.num_tokens += 1;
-                heard.last_token = now;
             }
             Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
-                heard.failed = Some(PlayError::Failed { row: self.row, reason });
+                told.failed = Some(PlayError::Failed { row: self.row, reason });
             }
             Event::Finished { usage, .. } => {
                 lock(&self.backlog).end(TENANT);
-                heard.num_completed += 1;
-                heard.prompt_tokens += u64::from(usage.prompt_tokens);
-                heard.cached_tokens += u64::from(usage.cached_tokens);
-                heard.output_tokens += u64::from(self.num_tokens);
-                heard.total.record(now - self.arrival);
+                told.heard.finished(now, self.arrival, usage, self.num_tokens);
             }
         }
         Flow::Continue
