@@ -407,12 +407,12 @@ def several_models_are_served():
         assert "third" in command("top", "--url", server.url, "--once", "--model", "third", status=1)
         with half_a_request(server), concurrent.futures.ThreadPoolExecutor(2) as pool:
             prompt = list(range(100, 300))
-            running = [pool.submit(server.client.completions.create, model=name, prompt=prompt, max_tokens=100,
+            running = [pool.submit(server.client.completions.create, model=name, prompt=prompt, max_tokens=300,
                                    extra_body={"ignore_eos": True}) for name in cards]
             until("both to run", lambda: all(server.gauge(f'fullbore_requests_running{{model_name="{name}"}}') == 1 for name in cards))
             server.process.send_signal(signal.SIGTERM)
             until("readiness to end", lambda: server.get("/health/ready")[0] == 503)
-            assert [request.result().usage.completion_tokens for request in running] == [100, 100]
+            assert [request.result().usage.completion_tokens for request in running] == [300, 300]
         assert server.process.wait(10) == 0
     both = ["serve", "--device", "cpu", "--dry-run", "--model", "a=smollm2", "--model", "b=smollm2,kv-memory=64MiB"]
     lines = command(*both).splitlines()
