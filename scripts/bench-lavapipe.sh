@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
-# Fullbore beside llama.cpp's Vulkan backend on the same software Vulkan, for each Mesa version: see benches/peers.md.
-# A run takes about 20 minutes, nearly all of it the peer's; RUNS=3 takes medians.
+# Fullbore beside llama.cpp's Vulkan backend on the same software Vulkan, for each Mesa version: many streams, one stream,
+# and a prompt of 128 tokens (benches/peers.md). A run takes about 20 minutes, nearly all of it the peer's; fewer than
+# RUNS=3 make no result that is called valid.
+#
+#   scripts/bench-lavapipe.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+out=${1:-target/bench-lavapipe}
 cargo build --release --locked -p fullbore
 scripts/llama-vulkan.sh
 target/release/fullbore fetch smollm2
 source target/lavapipe/env
+source scripts/peer.sh
 model=${FULLBORE_CACHE:-$HOME/.cache/fullbore}/models/SmolLM2-135M-Instruct.Q4_1.gguf
-out=${1:-}
-for driver in target/lavapipe/*/icd.json; do
+mkdir -p "$out"
+for driver in target/lavapipe/[0-9]*/icd.json; do
   mesa=$(basename "$(dirname "$driver")")
-  echo "Mesa $mesa"
-  for shape in "16 32 16" "128 16 4"; do
-    read -r prompt output streams <<< "$shape"
-    VK_DRIVER_FILES=$PWD/$driver python3 benches/peers.py --model "$model" --device vulkan:llvmpipe --runs "${RUNS:-1}" \
-      --llama-server target/llama-vulkan/llama-server --prompt "$prompt" --output "$output" --streams "$streams" \
-      ${out:+--out "$out-mesa-$mesa-$prompt-$output.json"}
+  export VK_DRIVER_FILES=$PWD/$driver
+  peer_on_vulkan "$model" 16 4096 "$out/$mesa-peer.log"
+  for load in "16 16 16 32" "2 1 128 16"; do
+    read -r requests clients prompt output <<< "$load"
+    echo "Mesa $mesa: $clients at once, prompts of $prompt, $output out"
+    target/release/fullbore bench serve --model "$model" --device vulkan:llvmpipe --max-num-seqs 16 --kv-memory 256MiB \
+      --against "$peer" --extra '{"cache_prompt": false}' --warm-up 1 --patience 600 --runs "${RUNS:-1}" \
+      --concurrency "$clients" --limit "$requests" --lengths "fixed:$prompt:$output" --output "$out/$mesa-$clients-$prompt.json"
   done
+  peer_ends
 done

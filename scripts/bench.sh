@@ -1,15 +1,49 @@
 #!/usr/bin/env bash
-# Fullbore beside llama.cpp on this machine, in one run: see benches/peers.py.
+# Fullbore on each device of this machine beside llama.cpp on the same: result files and one page of them, in under 20
+# minutes on 2 cores without a GPU. The peers are built or fetched first, once (benches/peers.md).
+#
+#   scripts/bench.sh [FOLDER]       RUNS=3; FULLBORE=BINARY instead of a release build
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo build --release --locked -p fullbore
-packages=$PWD/target/python-bench
-if [ ! -f "$packages/.complete" ]; then
-  rm -rf "$packages"
-  python3 -m pip install --quiet --target "$packages" 'xllamacpp==2026.10.11549'
-  touch "$packages/.complete"
-fi
-target/release/fullbore fetch smollm2
+out=${1:-target/bench}
+binary=${FULLBORE:-target/release/fullbore}
+[ -n "${FULLBORE:-}" ] || cargo build --release --locked -p fullbore
+scripts/llama-vulkan.sh
+"$binary" fetch smollm2
 source target/lavapipe/env
+source scripts/peer.sh
 model=${FULLBORE_CACHE:-$HOME/.cache/fullbore}/models/SmolLM2-135M-Instruct.Q4_1.gguf
-PYTHONPATH=$packages exec python3 benches/peers.py --model "$model" --device cpu --device vulkan:llvmpipe "$@"
+mkdir -p "$out"
+begin=$SECONDS
+
+# NAME COMMAND...: a bench with its result in NAME.json.
+bench() {
+  echo "== $1 ($((SECONDS - begin)) s)"
+  "$binary" bench "${@:2}" --output "$out/$1.json"
+}
+runs=(--runs "${RUNS:-3}")
+engine=(--model "$model" --max-num-seqs 16 --kv-memory 256MiB)
+# No prompt is sent twice, but beginnings of texts are alike; the peer is told not to look for them.
+peers=(--extra '{"cache_prompt": false}' --warm-up 1)
+
+cpu=("${engine[@]}" --device cpu)
+bench cpu-startup startup "${cpu[@]}" "${runs[@]}"
+bench cpu-latency latency "${cpu[@]}" "${runs[@]}"
+bench cpu-ops ops --device cpu --shapes small --m 1,16,64 --seconds 8
+peer_on_cpu "$model" 16 4096 "$out/cpu-peer.log"
+bench cpu-sweep sweep "${cpu[@]}" --against "$peer" "${peers[@]}" --concurrency 1,4,16 --all --limit 16 \
+  --lengths fixed:128:32 "${runs[@]}"
+peer_ends
+for driver in target/lavapipe/[0-9]*/icd.json; do
+  mesa=lavapipe-$(basename "$(dirname "$driver")")
+  export VK_DRIVER_FILES=$PWD/$driver
+  lavapipe=("${engine[@]}" --device vulkan:llvmpipe)
+  bench "$mesa-startup" startup "${lavapipe[@]}" "${runs[@]}"
+  bench "$mesa-ops" ops --device vulkan:llvmpipe --shapes small --m 1,16,64 --seconds 8
+  peer_on_vulkan "$model" 16 1024 "$out/$mesa-peer.log"
+  bench "$mesa-serve" serve "${lavapipe[@]}" --against "$peer" "${peers[@]}" --concurrency 16 --limit 16 \
+    --lengths fixed:16:16 --patience 300 "${runs[@]}"
+  peer_ends
+done
+for page in html md; do "$binary" bench report "$out"/*.json --output "$out/report.$page"; done
+echo "$out/report.html, after $((SECONDS - begin)) s"
