@@ -8,6 +8,8 @@ mod corpus;
 mod cpu;
 /// Ops on seeded inputs, for any backend.
 mod device;
+/// Needs nothing: what the doctor says of simulated devices.
+mod doctor;
 /// Needs nothing: what prompts are pooled to, on tiny models.
 mod embeddings;
 /// Needs nothing: readers and dequantisers against stored vectors, hostile files.

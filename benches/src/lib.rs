@@ -4,6 +4,7 @@
 //! driven as the server drives it, through its handle or step by step; `http` and `serve` are clients of a server, and
 //! only `ops` and `tune` record ops themselves.
 
+pub mod doctor;
 pub mod fleet;
 pub mod grammar;
 mod heard;
@@ -15,6 +16,7 @@ pub mod ops;
 pub mod page;
 pub mod play;
 pub mod profile;
+pub mod reading;
 pub mod report;
 pub mod result;
 pub mod serve;

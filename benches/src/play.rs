@@ -14,6 +14,7 @@ use fullbore_engine::forecast::TooLate;
 use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 
 use crate::heard::Heard;
+use crate::reading::Reading;
 use crate::report::{KvUse, LeftOut, LimitsReport, ServingReport};
 use crate::workload::PlannedRequest;
 
@@ -22,8 +23,8 @@ use crate::workload::PlannedRequest;
 pub enum Clock {
     /// Since this instant.
     Real(Instant),
-    /// Of the device, with what the host takes for each step.
-    Simulated { clock: SimClock, host_per_step: Duration },
+    /// Of the device since then, with what the host takes for each step.
+    Simulated { clock: SimClock, since: Duration, host_per_step: Duration },
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,43 +45,53 @@ pub enum PlayError {
 }
 
 impl Clock {
-    fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         match self {
             Clock::Real(start) => start.elapsed(),
-            Clock::Simulated { clock, .. } => clock.now(),
+            Clock::Simulated { clock, since, .. } => clock.now() - *since,
         }
     }
 
-    fn wait_until(&self, time: Duration) {
+    pub(crate) fn wait_until(&self, time: Duration) {
         match self {
             Clock::Real(start) => std::thread::sleep(time.saturating_sub(start.elapsed())),
-            Clock::Simulated { clock, .. } => clock.advance_to(time),
+            Clock::Simulated { clock, since, .. } => clock.advance_to(*since + time),
         }
     }
 
     fn spend_host_time(&self) {
-        if let Clock::Simulated { clock, host_per_step } = self {
+        if let Clock::Simulated { clock, host_per_step, .. } = self {
             clock.advance(*host_per_step);
         }
     }
 }
 
-/// Plays `requests`, which are in order of arrival, to their end.
+/// Plays `requests`, which are in order of arrival, to their end; their prompts are token ids.
 pub fn play(
     engine: &mut Engine,
     requests: &[PlannedRequest],
     clock: &Clock,
     options: PlayOptions,
 ) -> Result<ServingReport, PlayError> {
+    play_read(engine, requests, clock, options, &Reading::of_ids(requests))
+}
+
+/// The same where each has to be read before it comes to the engine.
+pub fn play_read(
+    engine: &mut Engine,
+    requests: &[PlannedRequest],
+    clock: &Clock,
+    options: PlayOptions,
+    reading: &Reading,
+) -> Result<ServingReport, PlayError> {
     let config = engine.config();
     let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
     let (told, backlog) = (Arc::default(), Arc::new(Mutex::new(backlog)));
     let mut player = Player { engine, clock, options, told, backlog, steps: Steps::default() };
     let (mut too_long, mut refused, mut max_waiting) = (LeftOut::default(), LeftOut::default(), 0);
-    let (mut next, mut arrived) = (0, 0);
+    let mut next = 0;
     loop {
-        let now = clock.now();
-        arrived += requests[arrived..].iter().take_while(|request| request.arrival <= now).count();
+        let arrived = reading.num_read(clock.now());
         while next < arrived {
             let request = &requests[next];
             if !player.fits(request) {
@@ -97,8 +108,8 @@ pub fn play(
         max_waiting = max_waiting.max(player.num_waiting() + (arrived - next) as u32);
         if !player.engine.is_idle() {
             player.step()?;
-        } else if let Some(request) = requests.get(arrived) {
-            clock.wait_until(request.arrival);
+        } else if arrived < requests.len() {
+            reading.wait(clock);
         } else if next == requests.len() {
             break;
         }

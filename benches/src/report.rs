@@ -9,6 +9,7 @@ use fullbore_engine::limits::Cause;
 use fullbore_engine::memory::capacity::human_bytes;
 use serde::Serialize;
 
+use crate::result::Run;
 use crate::statistics::Histogram;
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -100,6 +101,35 @@ impl LimitsReport {
         let share = |cause: Cause| (cause.name(), snapshot.window.share(snapshot.window.ns(cause)));
         let shares = Cause::ALL.into_iter().map(share).collect();
         LimitsReport { limit: verdict.cause.name(), verdict: verdict.sentence, shares }
+    }
+}
+
+impl ServingReport {
+    /// As a result file has it.
+    pub fn to_run(&self) -> Run {
+        let mut run = Run::default();
+        let tokens = self.prompt_tokens + self.output_tokens;
+        run.metric("duration_s", self.duration_s);
+        run.metric("output_tokens_per_s", self.output_tokens_per_s);
+        run.metric("total_tokens_per_s", tokens as f64 / self.duration_s.max(1e-9));
+        run.metric("cached_share", self.prefix_hit_share);
+        for (name, Percentiles { mean, p50, p90, p99 }) in
+            [("ttft", self.ttft_ms), ("itl", self.itl_ms), ("e2e", self.total_ms)]
+        {
+            for (label, value) in [("mean", mean), ("p50", p50), ("p90", p90), ("p99", p99)] {
+                run.metric(&format!("{name}_{label}_ms"), value);
+            }
+        }
+        for (name, count) in [
+            ("requests", u64::from(self.num_requests)),
+            ("completed", u64::from(self.num_completed)),
+            ("prompt_tokens", self.prompt_tokens),
+            ("output_tokens", self.output_tokens),
+            ("preemptions", self.num_preemptions),
+        ] {
+            run.count(name, count);
+        }
+        run
     }
 }
 

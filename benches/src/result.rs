@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::statistics::median;
+pub use diagnosis::{Advice, Change, Diagnosis};
 pub use machine::{Machine, Software, rfc3339};
 
+mod diagnosis;
 mod machine;
 pub mod table;
 
@@ -26,7 +28,7 @@ pub const MIN_RUNS: usize = 3;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BenchResult {
     pub schema_version: u32,
-    /// `serve`, `sweep`, `latency`, `offline`, `startup` or `ops`.
+    /// `serve`, `sweep`, `latency`, `offline`, `startup`, `ops` or `doctor`.
     pub bench: String,
     /// RFC 3339, UTC.
     pub begun_at: String,
@@ -40,6 +42,9 @@ pub struct BenchResult {
     pub measurements: Vec<Measurement>,
     /// The first target beside each other one.
     pub comparisons: Vec<Comparison>,
+    /// Of the doctor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diagnosis: Option<Diagnosis>,
     pub valid: bool,
     /// Why it is not; of all measurements together.
     pub invalid: Vec<String>,
@@ -80,7 +85,7 @@ pub struct Device {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
     pub target: String,
-    /// What was measured, where a file has several kinds: an op with its shape.
+    /// What was measured, where a file has several kinds: an op with its shape, or a change of flags.
     pub subject: Option<String>,
     /// What was varied, such as `concurrency` or `rate_per_s`.
     pub at: BTreeMap<String, f64>,
@@ -143,6 +148,7 @@ impl BenchResult {
             workload: BTreeMap::new(),
             measurements: Vec::new(),
             comparisons: Vec::new(),
+            diagnosis: None,
             valid: true,
             invalid: Vec::new(),
         }

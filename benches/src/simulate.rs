@@ -38,7 +38,8 @@ pub fn simulate(
     options: PlayOptions,
 ) -> Result<ServingReport, SimulateError> {
     let (mut engine, clock) = engine(profile, config)?;
-    let clock = Clock::Simulated { clock, host_per_step: Duration::from_nanos(profile.host_ns_per_step) };
+    let host_per_step = Duration::from_nanos(profile.host_ns_per_step);
+    let clock = Clock::Simulated { clock, since: Duration::ZERO, host_per_step };
     let mut report = play(&mut engine, requests, &clock, options)?;
     let num_tokens = u64::from(config.num_blocks) * u64::from(config.block_size);
     report.kv.pool_bytes = num_tokens * profile.model.kv_bytes_per_token;

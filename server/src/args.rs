@@ -13,6 +13,7 @@ mod access;
 mod bench;
 mod clients;
 mod device;
+mod doctor;
 mod grammar;
 mod http;
 mod models;
@@ -24,6 +25,7 @@ pub use access::AccessArgs;
 pub use bench::{LatencyArgs, PromptForm, ReportArgs, ResultArgs, ServeBenchArgs, StartupArgs, SweepArgs, TargetArgs};
 pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
+pub use doctor::DoctorArgs;
 pub use grammar::GrammarArgs;
 pub use http::{HttpArgs, HttpMeasure};
 pub use models::{ModelsArgs, ServedArgs};
@@ -78,6 +80,8 @@ pub enum BenchCommand {
     Sweep(Box<SweepArgs>),
     /// From nothing to the first token, phase by phase.
     Startup(StartupArgs),
+    /// What limits this device with these flags, which one to change and what that gains: predicted, then tried.
+    Doctor(Box<DoctorArgs>),
     /// Make a page, or Markdown, of result files.
     Report(ReportArgs),
     /// Print the JSON schema of result files.

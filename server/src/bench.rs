@@ -14,6 +14,7 @@ use fullbore_bench::profile::{self, Measured, ProfileError};
 use fullbore_bench::report::ServingReport;
 use fullbore_bench::result::{MIN_RUNS, ResultError};
 use fullbore_bench::serve::ServeBenchError;
+use fullbore_bench::simulate::SimulateError;
 use fullbore_bench::submit;
 use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
@@ -28,6 +29,7 @@ use crate::serve::ServeError;
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, StartError};
 
+mod doctor;
 mod http;
 mod latency;
 mod loopback;
@@ -35,6 +37,7 @@ mod report;
 mod result;
 mod serve;
 
+pub use doctor::{doctor, measure_doctor};
 pub use http::{http, measure_http};
 pub use latency::{latency, measure_latency, measure_startup, offline, startup};
 pub use report::{report, schema};
@@ -72,8 +75,12 @@ pub enum BenchCommandError {
     AllTooLong(usize, u64),
     #[error("a sweep makes its own arrivals; leave --arrivals and --speedup out")]
     SweepArrivals,
-    #[error("cannot start the server's threads: {0}")]
+    #[error("cannot start the threads of a bench: {0}")]
     Runtime(#[from] io::Error),
+    #[error(transparent)]
+    Simulate(#[from] SimulateError),
+    #[error("the device sim takes no time of its own; say which device it is with --device-profile FILE")]
+    NoPrices,
     #[error("the bench's own schema does not compile: {0}")]
     Schema(#[from] GrammarError),
     #[error("cannot write {}: {source}", path.display())]

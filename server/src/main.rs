@@ -54,6 +54,7 @@ fn command(command: Command, log: &Log) -> Result<(), Box<dyn Error>> {
         Command::Bench { command: BenchCommand::Serve(args) } => bench::serve(&args)?,
         Command::Bench { command: BenchCommand::Sweep(args) } => bench::sweep(&args)?,
         Command::Bench { command: BenchCommand::Startup(args) } => bench::startup(&args)?,
+        Command::Bench { command: BenchCommand::Doctor(args) } => bench::doctor(&args)?,
         Command::Bench { command: BenchCommand::Report(args) } => bench::report(&args)?,
         Command::Bench { command: BenchCommand::Schema } => bench::schema(),
         Command::Bench { command: BenchCommand::Profile(args) } => bench::profile(&args)?,

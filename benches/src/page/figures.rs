@@ -87,7 +87,8 @@ fn point(measurement: &Measurement, (x, _): Metric, (y, y_label): Metric) -> Opt
 
 /// A bar for each measurement: seconds by cause.
 fn times(results: &[Named]) -> Vec<Figure> {
-    let served = results.iter().filter(|(_, result)| ["serve", "sweep", "offline"].contains(&result.bench.as_str()));
+    let served =
+        results.iter().filter(|(_, result)| ["serve", "sweep", "offline", "doctor"].contains(&result.bench.as_str()));
     let measured = served.flat_map(|(_, result)| result.measurements.iter().map(move |of| (result, of)));
     let rows: Vec<_> = measured.map(|(result, of)| (label(result, of), prefixed(of, "device_"))).collect();
     let caption = "What the device's seconds are charged to, over each run: work, or what kept it from work.";

@@ -29,6 +29,10 @@ pub fn page(view: &View, figures: &[Figure]) -> String {
     if !tables.is_empty() {
         body += &section("By device", "", &tables);
     }
+    if !view.diagnoses.rows.is_empty() {
+        let lead = "What holds each device back, the change of flags that should help most, and what it brought.";
+        body += &section("What the doctor says", lead, &table(&view.diagnoses));
+    }
     if !view.starts.rows.is_empty() {
         body += &section("Starts", "", &table(&view.starts));
     }

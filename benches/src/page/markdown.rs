@@ -10,6 +10,9 @@ pub fn page(view: &View) -> String {
     for DeviceTable { name, about, table: of } in &view.devices {
         text += &format!("\n## {}\n\n{}\n\n{}", escaped(name), escaped(about), table(of));
     }
+    if !view.diagnoses.rows.is_empty() {
+        text += &format!("\n## What the doctor says\n\n{}", table(&view.diagnoses));
+    }
     if !view.starts.rows.is_empty() {
         text += &format!("\n## Starts\n\n{}", table(&view.starts));
     }

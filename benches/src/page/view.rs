@@ -10,6 +10,7 @@ pub struct View {
     pub heads: Vec<Head>,
     pub devices: Vec<DeviceTable>,
     pub ratios: Table,
+    pub diagnoses: Table,
     pub starts: Table,
     /// Sentences.
     pub missing: Vec<String>,
@@ -75,12 +76,13 @@ const RATIOS: [(&str, &str); 5] = [
 ];
 
 /// Benches that every device should have.
-const WANTED: [(&str, &str); 5] = [
+const WANTED: [(&str, &str); 6] = [
     ("latency", "batch 1 (`bench latency`)"),
     ("serve", "a server under load (`bench serve`)"),
     ("sweep", "the knee (`bench sweep`)"),
     ("startup", "the start (`bench startup`)"),
     ("ops", "single ops beside the roofline (`bench ops`)"),
+    ("doctor", "what limits it (`bench doctor`)"),
 ];
 
 pub type Named = (String, BenchResult);
@@ -91,6 +93,7 @@ impl View {
             heads: heads(results),
             devices: devices(results),
             ratios: ratios(results),
+            diagnoses: diagnoses(results),
             starts: starts(results),
             missing: missing(results),
             sources: results.iter().map(source).collect(),
@@ -113,7 +116,12 @@ pub fn load_of(result: &BenchResult, measurement: &Measurement) -> String {
     });
     let at = loads(&measurement.at).trim_start_matches(", ").to_owned();
     let at = if result.bench == "latency" { "batch 1".to_owned() } else { at };
-    [lengths.unwrap_or_default(), at].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
+    let subject = measurement.subject.clone().unwrap_or_default();
+    [lengths.unwrap_or_default(), at, subject]
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// A number, and the load that gave it.
@@ -224,6 +232,32 @@ fn ratios(results: &[Named]) -> Table {
         cells
     };
     Table { head, rows: all().map(row).collect() }
+}
+
+/// What limits a device, and what the doctor's advice was predicted to bring and brought.
+fn diagnoses(results: &[Named]) -> Table {
+    let titles = ["device", "output tokens/s", "what limits it", "change", "predicted", "measured", "error", "then"];
+    let row = |(_, result): &Named| {
+        let diagnosis = result.diagnosis.as_ref()?;
+        let times = |gain: f64| Cell { text: format!("{} x", number(gain)), spread: None, is_number: true };
+        let mut cells = vec![
+            word(result.targets.first().map_or("", device_name)),
+            Cell { text: number(diagnosis.output_tokens_per_s), spread: None, is_number: true },
+            word(&diagnosis.verdict),
+        ];
+        cells.extend(match &diagnosis.advice {
+            Some(advice) => [
+                word(&advice.change),
+                times(advice.predicted_gain),
+                advice.measured_gain.map_or_else(|| word("not tried"), times),
+                advice.error().map_or_else(|| word("–"), |error| word(&format!("{:+.0} %", error * 100.0))),
+                word(&advice.then),
+            ],
+            None => ["nothing", "–", "–", "–", "–"].map(word),
+        });
+        Some(cells)
+    };
+    Table { head: titles.map(str::to_owned).into(), rows: results.iter().filter_map(row).collect() }
 }
 
 fn starts(results: &[Named]) -> Table {

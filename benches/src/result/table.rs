@@ -37,7 +37,8 @@ const NUM_OF_CLIENT: usize = 2;
 impl fmt::Display for BenchResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for measurement in &self.measurements {
-            writeln!(f, "\n{}{}", measurement.target, loads(&measurement.at))?;
+            let subject = measurement.subject.as_ref().map_or(String::new(), |subject| format!(", {subject}"));
+            writeln!(f, "\n{}{subject}{}", measurement.target, loads(&measurement.at))?;
             writeln!(
                 f,
                 "{:<34}{:>12}{:>12}{:>12}",
@@ -59,6 +60,9 @@ impl fmt::Display for BenchResult {
                     writeln!(f, "\n{}: the knee is at{}", target.name, loads(&knee.at).replacen(',', "", 1))?;
                 }
             }
+        }
+        if let Some(diagnosis) = &self.diagnosis {
+            write!(f, "\n{diagnosis}")?;
         }
         match self.valid {
             true => writeln!(f, "\nvalid"),

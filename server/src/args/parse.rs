@@ -107,6 +107,11 @@ pub(super) fn parse_speedup(text: &str) -> Result<f64, String> {
     speedup.ok_or_else(|| format!("{text} is no speed; write a number above 0"))
 }
 
+pub(super) fn parse_microseconds(text: &str) -> Result<f64, String> {
+    let time = text.parse().ok().filter(|time: &f64| (0.0..=1e9).contains(time));
+    time.ok_or_else(|| format!("{text} are no microseconds; write a number from 0 to 1e9"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

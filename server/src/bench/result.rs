@@ -7,24 +7,43 @@ use fullbore_bench::result::{BenchResult, Device, Measurement, Run, Target};
 use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::memory::capacity::MemoryTable;
+use fullbore_engine::model::Weights;
+use fullbore_engine::tensor::WeightFormat;
 use serde_json::{Value, json};
 
 use super::BenchCommandError;
 use crate::api::ServedModel;
 use crate::args::ResultArgs;
+use crate::start::Plan;
+
+pub fn target_of(model: &ServedModel) -> Target {
+    let (device, config) = (model.engine.device(), model.engine.config());
+    target(&model.name, model.dtype, device, config, &model.memory)
+}
+
+/// Of a model that has not been loaded.
+pub fn target_of_plan(plan: &Plan) -> Target {
+    let dtype = Weights::main_format(&plan.bundle.config, &plan.bundle.checkpoint);
+    target(&plan.name, dtype, plan.backend.info(), &plan.config, &plan.memory)
+}
 
 /// Called after its device.
-pub fn target_of(model: &ServedModel) -> Target {
-    let device = device_of(model.engine.device());
+fn target(
+    name: &str,
+    weights: WeightFormat,
+    device: &DeviceInfo,
+    config: &EngineConfig,
+    memory: &MemoryTable,
+) -> Target {
     Target {
         name: format!("fullbore {}", device.id),
         url: None,
         version: Some(format!("fullbore {}", env!("CARGO_PKG_VERSION"))),
-        model: Some(model.name.clone()),
-        weights: Some(model.dtype.name().to_owned()),
-        device: Some(device),
-        limits: limits_of(model.engine.config()),
-        memory_bytes: memory_of(&model.memory),
+        model: Some(name.to_owned()),
+        weights: Some(weights.name().to_owned()),
+        device: Some(device_of(device)),
+        limits: limits_of(config),
+        memory_bytes: memory_of(memory),
     }
 }
 

@@ -1,0 +1,332 @@
+//! `fullbore bench doctor`: what limits a device with these flags, which flag to change and what that should gain, and
+//! what it does gain.
+//!
+//! The engine is driven in this process, without HTTP, on requests that are played as `bench trace` plays them. Prices
+//! of steps are measured on an engine of its own, which may be larger than what was asked for. Invariant: no change is
+//! advised that was not planned as `serve` would plan it, with the memory that there is.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fullbore_bench::doctor::{Case, Forecast, fill};
+use fullbore_bench::play::{Clock, PlayOptions, play_read};
+use fullbore_bench::reading::{Reading, TextPrice};
+use fullbore_bench::report::ServingReport;
+use fullbore_bench::result::{BenchResult, Measurement, Run};
+use fullbore_bench::workload::PlannedRequest;
+use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::cost::DeviceProfile;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::limits::Cause;
+use fullbore_engine::model::ModelConfig;
+use fullbore_engine::request::TokenId;
+use fullbore_engine::text::{Special, Tokenizer};
+use serde_json::json;
+
+use super::BenchCommandError;
+use super::result::{finish, target_of_plan};
+use crate::args::{DoctorArgs, EngineArgs, Profile};
+use crate::simulate::requests;
+use crate::start::{self, Plan, StartError};
+
+mod changes;
+
+use changes::{changes, most_seqs};
+
+pub fn doctor(args: &DoctorArgs) -> Result<(), BenchCommandError> {
+    finish(&measure_doctor(args)?, &args.result)
+}
+
+pub fn measure_doctor(args: &DoctorArgs) -> Result<BenchResult, BenchCommandError> {
+    let mut result = BenchResult::begin("doctor", args.seed);
+    let rig = Rig::new(args)?;
+    let Plan { config, bundle, backend, .. } = {
+        let plan = start::plan(&args.engine, None)?;
+        result.targets = vec![target_of_plan(&plan)];
+        plan
+    };
+    drop(backend);
+    let (tokenizer, model) = (bundle.tokenizer, bundle.config);
+    let profile = rig.profile(&config)?;
+    let least = least_requests(&config);
+    let sized = rig.requests(least, &config)?;
+    let text = if args.ids { None } else { rig.text_price(&sized, &tokenizer) };
+    let as_it_is = Case { change: "as it is".to_owned(), config, text };
+    let requests = match args.limit {
+        Some(_) => sized,
+        None => fill(&profile, &as_it_is, least, Duration::from_secs(args.seconds.max(1)), |num_requests| {
+            rig.requests(num_requests, &config).unwrap_or_default()
+        })?,
+    };
+    let (tried, cases): (Vec<EngineArgs>, Vec<Case>) = rig.cases(&as_it_is, &model, &requests).into_iter().unzip();
+    eprintln!("{} changes are simulated on {} requests", cases.len(), requests.len());
+    let forecast = Forecast::new(&profile, &as_it_is, cases.clone(), &requests)?;
+    let before = rig.runs(&args.engine, &as_it_is, &profile, &requests, &tokenizer)?;
+    let mut measured = vec![(as_it_is.change.clone(), before)];
+    if let Some((chosen, _)) = forecast.chosen().filter(|_| !args.no_check) {
+        let index = cases.iter().position(|case| case.change == chosen.change).expect("it is one of them");
+        let after = rig.runs(&tried[index], chosen, &profile, &requests, &tokenizer)?;
+        measured.push((format!("with {}", chosen.change), after));
+    }
+    let reports = |nth: usize| -> Vec<ServingReport> {
+        measured.get(nth).into_iter().flat_map(|(_, runs)| runs.iter().map(|(report, _)| report.clone())).collect()
+    };
+    let diagnosis = forecast.diagnosis(&as_it_is, &reports(0), &reports(1));
+    result.workload = [
+        ("lengths", json!(args.trace.as_ref().map_or(args.lengths.to_string(), |_| "of a trace".to_owned()))),
+        ("arrivals", json!(args.workload(None).arrivals.map(|arrivals| arrivals.to_string()))),
+        ("requests_per_run", json!(requests.len())),
+        ("text_ns_per_token", json!(text.map(|price| price.ns_per_token))),
+        ("text_threads", json!(text.map(|price| price.num_threads))),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into();
+    let target = result.targets[0].name.clone();
+    let measurement = |(subject, runs): (String, Vec<(ServingReport, Run)>)| {
+        let runs = runs.into_iter().map(|(_, run)| run).collect();
+        Measurement { target: target.clone(), subject: Some(subject), runs, ..Measurement::default() }
+    };
+    result.measurements = measured.into_iter().map(measurement).collect();
+    result.invalid.extend(doubts(&diagnosis));
+    result.diagnosis = Some(diagnosis);
+    result.finish();
+    Ok(result)
+}
+
+/// As a share of what was measured.
+const MAX_ERROR: f64 = 0.25;
+
+fn doubts(diagnosis: &fullbore_bench::result::Diagnosis) -> Vec<String> {
+    let off = diagnosis.predicted_output_tokens_per_s / diagnosis.output_tokens_per_s.max(1e-9) - 1.0;
+    let rate = (off.abs() > MAX_ERROR).then(|| {
+        format!("the rate as it is was predicted {:+.0} % off: other work may have run, or too little", off * 100.0)
+    });
+    let error = diagnosis.advice.as_ref().and_then(|advice| advice.error()).filter(|error| error.abs() > MAX_ERROR);
+    let gain = error.map(|error| format!("the gain was predicted {:+.0} % off", error * 100.0));
+    rate.into_iter().chain(gain).collect()
+}
+
+/// Enough that there are some for every slot that may be advised, and not only once.
+fn least_requests(config: &EngineConfig) -> u32 {
+    most_seqs(config.max_num_seqs) * 3 / 2
+}
+
+/// How engines are made on the device that is asked about, and the time that they run in.
+struct Rig<'a> {
+    args: &'a DoctorArgs,
+    given: Option<DeviceProfile>,
+    is_simulated: bool,
+}
+
+/// An engine, and the clock of its device where that is a simulated one.
+type Loaded = (Engine, Option<SimClock>);
+
+impl Rig<'_> {
+    fn new(args: &DoctorArgs) -> Result<Rig<'_>, BenchCommandError> {
+        let given = args.device_profile.as_deref().map(DeviceProfile::open).transpose()?;
+        let is_simulated = args.engine.model.device.name == "sim";
+        if is_simulated && given.is_none() {
+            return Err(BenchCommandError::NoPrices);
+        }
+        Ok(Rig { args, given, is_simulated })
+    }
+
+    fn load(&self, args: &EngineArgs) -> Result<Loaded, BenchCommandError> {
+        let mut plan = start::plan(args, None)?;
+        let Some(given) = self.given.as_ref().filter(|_| self.is_simulated) else {
+            return Ok((plan.load_engine()?, None));
+        };
+        let backend = SimBackend::new(SimOptions {
+            fidelity: Fidelity::Cost,
+            cost: given.cost,
+            ns_per_copied_megabyte: given.ns_per_copied_megabyte,
+            ..SimOptions::default()
+        });
+        let clock = backend.clock();
+        plan.backend = Box::new(backend);
+        Ok((plan.load_engine()?, Some(clock)))
+    }
+
+    /// What steps take, given or measured.
+    fn profile(&self, config: &EngineConfig) -> Result<DeviceProfile, BenchCommandError> {
+        if let Some(given) = self.given.as_ref().filter(|_| !self.is_simulated) {
+            return Ok(given.clone());
+        }
+        let time = Duration::from_secs(if self.is_simulated { 0 } else { self.args.seconds });
+        eprintln!("prices of steps are measured");
+        let (mut engine, _) = self.load(&probe(&self.args.engine, config))?;
+        let (profile, measured) = super::measure(&mut engine, &self.args.engine.model.model, time)?;
+        eprintln!("{} steps, error of the fit {:.1} % (median)", measured.num_steps, measured.median_error * 100.0);
+        let host_ns_per_step =
+            self.given.as_ref().map_or(profile.host_ns_per_step, |simulated| simulated.host_ns_per_step);
+        Ok(DeviceProfile { host_ns_per_step, ..profile })
+    }
+
+    /// As many as were asked for, or as there are; what no slot could ever hold is left out.
+    fn requests(&self, num_requests: u32, config: &EngineConfig) -> Result<Vec<PlannedRequest>, BenchCommandError> {
+        let limit = self.args.limit.unwrap_or(num_requests);
+        let mut requests = requests(&self.args.workload(Some(limit)))?;
+        let before = requests.len();
+        let fits = |of: &PlannedRequest| {
+            u64::from(of.prompt_tokens) + u64::from(of.output_tokens) <= u64::from(config.max_model_len)
+        };
+        requests.retain(fits);
+        match requests.is_empty() {
+            true => Err(BenchCommandError::AllTooLong(before, config.max_model_len.into())),
+            false => Ok(requests),
+        }
+    }
+
+    /// What it takes to read the prompts of `requests`; on a simulated device what was asked for, and nothing else.
+    fn text_price(&self, requests: &[PlannedRequest], tokenizer: &Tokenizer) -> Option<TextPrice> {
+        let more_ns = self.args.slow_tokenizer * 1e3;
+        if self.is_simulated {
+            let price = TextPrice { num_threads: SIMULATED_THREADS, ns_per_token: more_ns };
+            return (more_ns > 0.0).then_some(price);
+        }
+        let sample = &requests[..requests.len().min(TEXT_SAMPLE)];
+        let texts = texts(sample, tokenizer, self.args.seed);
+        let begun = Instant::now();
+        let num_read: usize = texts.iter().map(|text| tokenizer.encode(text, Special::AsText).len()).sum();
+        let ns_per_token = begun.elapsed().as_nanos() as f64 / num_read.max(1) as f64 + more_ns;
+        let num_threads = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+        Some(TextPrice { num_threads, ns_per_token })
+    }
+
+    /// Every change that can be planned, in the order in which they are preferred.
+    fn cases(&self, as_it_is: &Case, model: &ModelConfig, requests: &[PlannedRequest]) -> Vec<(EngineArgs, Case)> {
+        let length = |request: &PlannedRequest| request.prompt_tokens + request.output_tokens;
+        let longest = requests.iter().map(length).max().unwrap_or(1);
+        let mut cases = Vec::new();
+        for (change, args) in changes(&self.args.engine, &as_it_is.config, model, longest) {
+            let config = planned(&args);
+            cases.extend(config.map(|config| (args, Case { change, config, text: as_it_is.text })));
+        }
+        if as_it_is.text.is_some() {
+            let change = "prompts as token ids".to_owned();
+            cases.push((self.args.engine.clone(), Case { change, text: None, ..as_it_is.clone() }));
+        }
+        cases
+    }
+
+    /// As many runs as were asked for, each on prompts of its own, after a short one that is not counted.
+    fn runs(
+        &self,
+        args: &EngineArgs,
+        case: &Case,
+        profile: &DeviceProfile,
+        requests: &[PlannedRequest],
+        tokenizer: &Arc<Tokenizer>,
+    ) -> Result<Vec<(ServingReport, Run)>, BenchCommandError> {
+        let (mut engine, simulated) = self.load(args)?;
+        engine.set_cost(profile.cost);
+        let num_warm_up = requests.len().min(engine.config().max_num_seqs as usize);
+        let short = |request: &PlannedRequest| PlannedRequest {
+            arrival: Duration::ZERO,
+            output_tokens: request.output_tokens.min(WARM_UP_TOKENS),
+            ..request.clone()
+        };
+        let warm_up: Vec<PlannedRequest> = requests[..num_warm_up].iter().map(short).collect();
+        let mut play = |requests: &[PlannedRequest], text: Option<TextPrice>, seed: u64| {
+            let clock = match &simulated {
+                Some(clock) => Clock::Simulated {
+                    clock: clock.clone(),
+                    since: clock.now(),
+                    host_per_step: Duration::from_nanos(profile.host_ns_per_step),
+                },
+                None => Clock::Real(Instant::now()),
+            };
+            let reading = self.reading(requests, text, tokenizer, seed, &clock)?;
+            let before = engine.stats().limits.total;
+            let options = PlayOptions { seed, ..PlayOptions::default() };
+            let report = play_read(&mut engine, requests, &clock, options, &reading)?;
+            let total = engine.stats().limits.total;
+            let mut run = report.to_run();
+            for cause in Cause::ALL {
+                let seconds = total.seconds(cause) - before.seconds(cause);
+                run.metric(&format!("device_{}_s", cause.name()), seconds);
+            }
+            Ok::<_, BenchCommandError>((report, run))
+        };
+        play(&warm_up, None, self.args.seed ^ WARM_UP_SEED)?;
+        let mut runs = Vec::new();
+        for nth in 1..=self.args.result.runs {
+            let (report, run) = play(requests, case.text, self.args.seed ^ (u64::from(nth) << 24))?;
+            let rate = report.output_tokens_per_s;
+            eprintln!("{}, run {nth} of {}: {rate:.1} output tokens/s", case.change, self.args.result.runs);
+            runs.push((report, run));
+        }
+        Ok(runs)
+    }
+
+    fn reading(
+        &self,
+        requests: &[PlannedRequest],
+        text: Option<TextPrice>,
+        tokenizer: &Arc<Tokenizer>,
+        seed: u64,
+        clock: &Clock,
+    ) -> Result<Reading, BenchCommandError> {
+        let Some(price) = text else { return Ok(Reading::of_ids(requests)) };
+        if self.is_simulated {
+            return Ok(Reading::priced(requests, price));
+        }
+        let texts = texts(requests, tokenizer, seed);
+        let (tokenizer, more_us) = (tokenizer.clone(), self.args.slow_tokenizer);
+        let read = move |text: &str| {
+            let num_tokens = tokenizer.encode(text, Special::AsText).len();
+            std::thread::sleep(Duration::from_secs_f64(more_us * num_tokens as f64 / 1e6));
+        };
+        Ok(Reading::start(requests, texts, price.num_threads, Arc::new(read), clock)?)
+    }
+}
+
+/// Of a simulated machine, whatever this one has.
+const SIMULATED_THREADS: u32 = 2;
+/// Texts on which a tokenizer is timed.
+const TEXT_SAMPLE: usize = 64;
+const WARM_UP_TOKENS: u32 = 4;
+const WARM_UP_SEED: u64 = 0x5741_524d;
+
+/// The limits that `serve` would have with these flags; `None` where it would refuse them.
+fn planned(args: &EngineArgs) -> Option<EngineConfig> {
+    let args = EngineArgs { no_verify: true, no_tuning: true, ..args.clone() };
+    let plan = start::plan(&args, None).and_then(|plan| plan.check_memory().map(|()| plan));
+    plan.map_err(|error: StartError| tracing::debug!(%error, "a change that cannot be")).ok().map(|plan| plan.config)
+}
+
+/// Of contexts on which steps are priced, twice.
+const PROBED_LEN: u32 = 1024;
+
+/// An engine on which steps are priced one at a time: as many sequences as any change would have, and no more memory
+/// than that takes.
+fn probe(args: &EngineArgs, config: &EngineConfig) -> EngineArgs {
+    let max_num_seqs = most_seqs(config.max_num_seqs);
+    let max_model_len = config.max_model_len.min(PROBED_LEN);
+    let blocks = |num_tokens: u32| num_tokens.div_ceil(config.block_size);
+    // Four contexts that are kept, the last one, and what each sequence has of its own.
+    let num_blocks = 5 * blocks(max_model_len) + max_num_seqs * 4;
+    EngineArgs {
+        max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens.max(max_num_seqs),
+        max_model_len: Some(max_model_len),
+        kv_blocks: Some(num_blocks),
+        kv_memory: None,
+        memory_fraction: None,
+        no_prefix_cache: false,
+        pipeline_depth: 1,
+        profile: Profile::Throughput,
+        target_itl_ms: None,
+        ..args.clone()
+    }
+}
+
+fn texts(requests: &[PlannedRequest], tokenizer: &Tokenizer, seed: u64) -> Vec<String> {
+    let vocab_size = tokenizer.vocab_size() as u32;
+    let text = |of: &PlannedRequest| {
+        let ids: Vec<TokenId> = of.request(vocab_size, seed).prompt;
+        tokenizer.decode(&ids)
+    };
+    requests.iter().map(text).collect()
+}
