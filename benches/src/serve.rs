@@ -24,6 +24,7 @@ pub mod endpoint;
 pub mod events;
 pub mod load;
 pub mod tally;
+pub mod tls;
 
 /// A server, and what is written of it.
 pub struct Side {

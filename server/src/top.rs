@@ -7,10 +7,12 @@ use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use console::Term;
+use fullbore_bench::serve::tls::{TrustError, certificates};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 use ureq::Agent;
 use ureq::http::StatusCode;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::api::live::Live;
 use crate::args::TopArgs;
@@ -31,6 +33,8 @@ pub enum TopError {
     Refused { url: String, message: String },
     #[error("what answers at {url} is no Fullbore server, or one of another version: {source}")]
     Unreadable { url: String, source: serde_json::Error },
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     #[error("cannot write to the terminal: {0}")]
     Write(#[from] io::Error),
     #[error("the thread that asks has ended in a way it should not")]
@@ -46,7 +50,7 @@ const PLAIN_SIZE: Size = Size { columns: 100, rows: 30 };
 const MAX_BODY_BYTES: u64 = 8 << 20;
 
 pub fn top(args: &TopArgs) -> Result<(), TopError> {
-    let source = Source::new(args);
+    let source = Source::new(args)?;
     if args.once {
         let mut recent = Recent::default();
         recent.add(source.ask(0)?);
@@ -108,12 +112,17 @@ struct Source {
 }
 
 impl Source {
-    fn new(args: &TopArgs) -> Source {
-        let config = Agent::config_builder().timeout_global(Some(TIMEOUT)).http_status_as_error(false);
+    fn new(args: &TopArgs) -> Result<Source, TopError> {
+        let mut config = Agent::config_builder().timeout_global(Some(TIMEOUT)).http_status_as_error(false);
+        if let Some(path) = &args.ca_cert {
+            let trusted: Vec<_> = certificates(path)?.iter().map(|der| Certificate::from_der(der).to_owned()).collect();
+            let tls = TlsConfig::builder().root_certs(RootCerts::new_with_certs(&trusted)).build();
+            config = config.tls_config(tls);
+        }
         let agent = config.build().new_agent();
         let key = args.api_key.clone().or_else(|| std::env::var(KEY_VARIABLE).ok());
         let url = args.url.trim_end_matches('/').to_owned();
-        Source { agent, url, key: key.filter(|key| !key.is_empty()), model: args.model.clone() }
+        Ok(Source { agent, url, key: key.filter(|key| !key.is_empty()), model: args.model.clone() })
     }
 
     /// What is newer than `after_ms`.

@@ -6,9 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use clap::Parser;
+use fullbore::args::{Args, BenchCommand, Command};
+use fullbore::bench::measure_serve;
 use fullbore::http::access::Access;
 use fullbore::http::keys::Keys;
 use fullbore::http::tls::Tls;
+use fullbore::top;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -250,6 +254,44 @@ fn tls_serves_and_its_files_are_replaced() {
     certify(&other);
     let sentence = Tls::open(&cert, &other.0.join("key.pem")).err().expect("another key").to_string();
     assert!(sentence.contains("do not work together"), "{sentence}");
+}
+
+/// `fullbore bench serve` and `fullbore top`, of a server that has a certificate of its own making.
+#[test]
+fn clients_trust_a_certificate_that_they_are_given() {
+    let files = folder("trust");
+    certify(&files);
+    let (cert, key) = (files.0.join("cert.pem"), files.0.join("key.pem"));
+    let server = Setup { tls: Some(Tls::open(&cert, &key).expect("files")), ..Setup::default() }.start();
+    let url = format!("https://localhost:{}", server.address.port());
+    let command = |words: &str| {
+        let words = format!("fullbore {words} --url {url}");
+        Args::try_parse_from(words.split_whitespace()).expect("its own words").command
+    };
+    let serve = |words: &str| {
+        let words = format!(
+            "bench serve --device sim --concurrency 2 --limit 4 --lengths fixed:8:4 --runs 1 --warm-up 0 {words}"
+        );
+        let Command::Bench { command: BenchCommand::Serve(args) } = command(&words) else { panic!("it is serve") };
+        measure_serve(&args).map_err(|error| error.to_string())
+    };
+    let top = |words: &str| {
+        let Command::Top(args) = command(&format!("top --once {words}")) else { panic!("it is top") };
+        top::top(&args).map_err(|error| error.to_string())
+    };
+    let trust = format!("--ca-cert {}", cert.display());
+    let result = serve(&trust).expect("a result");
+    assert_eq!(result.measurements[0].runs[0].counts["completed"], 4, "{:?}", result.invalid);
+    top(&trust).expect("a picture");
+    // Public authorities do not know it, and a key is no certificate.
+    assert!(serve("").expect_err("no trust").contains("cannot be reached"));
+    assert!(top("").expect_err("no trust").contains("cannot ask"));
+    for sentence in [
+        serve(&format!("--ca-cert {}", key.display())).expect_err("no certificate"),
+        top(&format!("--ca-cert {}", key.display())).expect_err("no certificate"),
+    ] {
+        assert!(sentence.contains("key.pem has no certificate"), "{sentence}");
+    }
 }
 
 #[test]

@@ -311,7 +311,7 @@ fn a_target_that_dies_does_not_make_a_whole_run() {
 /// Measures three runs of four requests, until `num_whole` of them are whole and steps end no more.
 fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
     let harness = Setup { pace: if num_whole == 0 { Pace::Stalled } else { Pace::Free }, ..Setup::default() }.start();
-    let endpoint = Endpoint::new(&format!("http://{}", harness.address), None).expect("a URL");
+    let endpoint = Endpoint::new(&format!("http://{}", harness.address), None, None).expect("a URL");
     let record = Target { name: "sim".to_owned(), ..Target::default() };
     let (endpoint, model, extra) = (Arc::new(endpoint), "sim-model".to_owned(), Map::new());
     let sides = [Side { endpoint, model, record, extra, is_fullbore: true }];
@@ -353,7 +353,7 @@ fn what_cannot_be_measured_is_refused_in_a_sentence() {
     let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
     let wrong = [
         (format!("serve --url http://{free}"), free.to_string()),
-        ("serve --url https://localhost".to_owned(), "TLS".to_owned()),
+        ("serve --url https://localhost --ca-cert /no/such.pem".to_owned(), "/no/such.pem".to_owned()),
         ("serve --trace /no/such.csv".to_owned(), "/no/such.csv".to_owned()),
         ("serve --lengths fixed:9000000:1 --max-model-len 512".to_owned(), "max_model_len".to_owned()),
         ("sweep --arrivals at-once".to_owned(), "--arrivals".to_owned()),

@@ -4,6 +4,7 @@
 //! one request at a time each.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,14 @@ use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, SERVER};
 use hyper::{Request, Response, Uri};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::events::{Chunk, DONE, Events, Usage};
+use super::tls::{self, TrustError};
 
 /// Where requests go.
 pub struct Endpoint {
@@ -29,6 +34,8 @@ pub struct Endpoint {
     /// Before `/v1`.
     prefix: String,
     api_key: Option<String>,
+    /// How it is spoken to in secret, and who it must prove to be.
+    tls: Option<(TlsConnector, ServerName<'static>)>,
     idle: Mutex<Vec<SendRequest<Full<Bytes>>>>,
 }
 
@@ -80,8 +87,8 @@ pub enum Failure {
 pub enum EndpointError {
     #[error("{0} is no URL of a server; give one such as http://127.0.0.1:8080")]
     Url(String),
-    #[error("{0}: TLS is not spoken here; measure a server without it, or through a local proxy")]
-    Tls(String),
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     #[error("{url}: {failure}")]
     Failed { url: String, failure: Failure },
     #[error("{url} serves {models}; choose one with --served-model")]
@@ -94,18 +101,23 @@ const MAX_BODY_BYTES: usize = 16 << 20;
 const MAX_MESSAGE_CHARS: usize = 300;
 
 impl Endpoint {
-    pub fn new(url: &str, api_key: Option<String>) -> Result<Endpoint, EndpointError> {
+    /// Behind `https` it must be vouched for by an authority of `ca_cert`, else by a public one.
+    pub fn new(url: &str, api_key: Option<String>, ca_cert: Option<&Path>) -> Result<Endpoint, EndpointError> {
         let wrong = || EndpointError::Url(url.to_owned());
         let uri: Uri = url.parse().map_err(|_| wrong())?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => return Err(EndpointError::Tls(url.to_owned())),
-            _ => return Err(wrong()),
-        }
         let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(wrong)?;
-        let authority = format!("{host}:{}", uri.port_u16().unwrap_or(80));
+        let (port, tls) = match uri.scheme_str() {
+            Some("http") => (80, None),
+            Some("https") => {
+                let name = host.trim_matches(['[', ']']).to_owned();
+                let name = ServerName::try_from(name).map_err(|_| wrong())?;
+                (443, Some((tls::connector(ca_cert)?, name)))
+            }
+            _ => return Err(wrong()),
+        };
+        let authority = format!("{host}:{}", uri.port_u16().unwrap_or(port));
         let prefix = uri.path().trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        Ok(Endpoint { url: url.to_owned(), authority, prefix, api_key, idle: Mutex::default() })
+        Ok(Endpoint { url: url.to_owned(), authority, prefix, api_key, tls, idle: Mutex::default() })
     }
 
     /// What is served, by the name `wanted` where there are several.
@@ -218,9 +230,13 @@ impl Endpoint {
         let unreachable = |error: &dyn std::error::Error| Failure::Unreachable(error.to_string());
         let stream = TcpStream::connect(&self.authority).await.map_err(|error| unreachable(&error))?;
         stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| unreachable(&error))?;
-        tokio::spawn(connection);
-        Ok(sender)
+        match &self.tls {
+            None => spoken_to(stream).await,
+            Some((connector, name)) => {
+                let secret = connector.connect(name.clone(), stream).await.map_err(|error| unreachable(&error))?;
+                spoken_to(secret).await
+            }
+        }
     }
 
     fn keep(&self, sender: SendRequest<Full<Bytes>>) {
@@ -228,6 +244,15 @@ impl Endpoint {
             self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
         }
     }
+}
+
+async fn spoken_to(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) -> Result<SendRequest<Full<Bytes>>, Failure> {
+    let begun = handshake(TokioIo::new(stream)).await;
+    let (sender, connection) = begun.map_err(|error| Failure::Unreachable(error.to_string()))?;
+    tokio::spawn(connection);
+    Ok(sender)
 }
 
 async fn refused_unless_ok(response: Response<Incoming>) -> Result<Response<Incoming>, Failure> {
@@ -368,15 +393,18 @@ mod tests {
             ("http://a.example/v1/", "a.example:80", ""),
             ("http://a.example:9/proxy/v1", "a.example:9", "/proxy"),
             ("http://[::1]:9/", "[::1]:9", ""),
+            ("https://a.example/v1", "a.example:443", ""),
+            ("https://[::1]:9", "[::1]:9", ""),
         ] {
-            let endpoint = Endpoint::new(url, None).unwrap_or_else(|error| panic!("{url}: {error}"));
+            let endpoint = Endpoint::new(url, None, None).unwrap_or_else(|error| panic!("{url}: {error}"));
             assert_eq!((endpoint.authority.as_str(), endpoint.prefix.as_str()), (authority, prefix));
         }
         for wrong in ["localhost:8080", "ftp://a", "/v1", ""] {
-            let sentence = Endpoint::new(wrong, None).err().expect("no URL").to_string();
+            let sentence = Endpoint::new(wrong, None, None).err().expect("no URL").to_string();
             assert!(sentence.contains("http://127.0.0.1:8080"), "{sentence}");
         }
-        assert!(Endpoint::new("https://a", None).err().expect("TLS").to_string().contains("TLS"));
+        let nothing = Endpoint::new("https://a", None, Some(Path::new("/no/such.pem"))).err().expect("no file");
+        assert!(nothing.to_string().contains("--ca-cert /no/such.pem"), "{nothing}");
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub struct TargetArgs {
     /// For servers at URLs; FULLBORE_API_KEY in the environment is not seen by other users of this machine.
     #[arg(long)]
     pub api_key: Option<String>,
+    /// Trust servers behind https by the certificates of this PEM file, and not by public authorities.
+    #[arg(long, value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
     /// A JSON object whose fields go into each request to servers at URLs, such as {"cache_prompt": false}.
     #[arg(long, value_name = "JSON", value_parser = parse_object)]
     pub extra: Option<serde_json::Map<String, serde_json::Value>>,

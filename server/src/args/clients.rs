@@ -1,5 +1,7 @@
 //! Commands of people at a terminal. Invariant: nothing here is checked against a model or a server.
 
+use std::path::PathBuf;
+
 use clap::Args as ClapArgs;
 
 use super::ModelArgs;
@@ -29,6 +31,9 @@ pub struct TopArgs {
     /// Where it wants one; FULLBORE_API_KEY in the environment is not seen by other users of this machine.
     #[arg(long)]
     pub api_key: Option<String>,
+    /// Trust a server behind https by the certificates of this PEM file, and not by public authorities.
+    #[arg(long, value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
     /// Of several models this one alone [default: all].
     #[arg(long)]
     pub model: Option<String>,

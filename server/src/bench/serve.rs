@@ -222,7 +222,8 @@ fn start_own(args: &EngineArgs, most_at_once: u32) -> Result<Own, BenchCommandEr
     let (record, tokenizer) = (target_of(&model), model.tokenizer.clone());
     let (name, vocab_size) = (model.name.clone(), model.engine.vocab_size());
     let loopback = Loopback::start(model, most_at_once as usize)?;
-    let endpoint = Endpoint::new(&format!("http://{}", loopback.address()), None).map_err(ServeBenchError::from)?;
+    let endpoint =
+        Endpoint::new(&format!("http://{}", loopback.address()), None, None).map_err(ServeBenchError::from)?;
     let endpoint = Arc::new(endpoint);
     let side = Side { endpoint, model: name, record, extra: Map::new(), is_fullbore: true };
     Ok((loopback, side, tokenizer, vocab_size))
@@ -232,7 +233,7 @@ fn start_own(args: &EngineArgs, most_at_once: u32) -> Result<Own, BenchCommandEr
 fn remote(args: &TargetArgs, spec: &str) -> Result<(Side, Option<u64>), BenchCommandError> {
     let (name, url) = spec.split_once('=').filter(|(name, _)| !name.contains('/')).unwrap_or((spec, spec));
     let key = args.api_key.clone().or_else(|| std::env::var(KEY_VARIABLE).ok()).filter(|key| !key.is_empty());
-    let endpoint = Endpoint::new(url, key).map_err(ServeBenchError::from)?;
+    let endpoint = Endpoint::new(url, key, args.ca_cert.as_deref()).map_err(ServeBenchError::from)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let asked = runtime.block_on(endpoint.card(args.served_model.as_deref(), CARD_PATIENCE));
     let Card { model, fields, server } = asked.map_err(ServeBenchError::from)?;
