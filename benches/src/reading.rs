@@ -1,5 +1,5 @@
-//! What comes before an engine: requests arrive, and the texts of their prompts become tokens, on so many threads, first
-//! come, first served.
+//! What comes before an engine: requests arrive, and the texts of their prompts become tokens, on so many threads,
+//! first come, first served.
 //!
 //! Invariant: requests come to the engine in the order of their arrival, whichever has been read first.
 
