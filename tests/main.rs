@@ -1,5 +1,7 @@
 //! The integration tests of the workspace, one binary. Each module says what it needs.
 
+/// Needs nothing: benches in their small form.
+mod benches;
 /// Needs nothing: random operations against a trivially correct model.
 mod block_pool;
 /// Needs nothing: every file of the fuzzers' corpora, as tests.

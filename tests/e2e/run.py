@@ -422,6 +422,23 @@ def several_models_are_served():
     assert "two models are called a" in command(*both, "--model", "a=smollm2", status=1)
 
 
+def an_interrupted_bench_leaves_what_is_whole():
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "result.json")
+        words = ["bench", "serve", "--device", "sim", "--concurrency", "2", "--limit", "8", "--lengths", "fixed:8:4",
+                 "--runs", "100000", "--output", path]
+        with subprocess.Popen([BINARY, *words], stderr=subprocess.PIPE, text=True) as bench:
+            assert any(", run 3 of" in line for line in bench.stderr)
+            bench.send_signal(signal.SIGINT)
+            told = bench.stderr.read()
+        assert bench.returncode == 0 and "interrupted" in told, told
+        with open(path) as file:
+            result = json.load(file)
+    runs = result["measurements"][0]["runs"]
+    assert 3 <= len(runs) < 100000 and all(run["counts"]["completed"] == 8 for run in runs), len(runs)
+    assert not result["valid"] and result["invalid"][0].startswith("interrupted"), result["invalid"]
+
+
 def until(what, ready):
     deadline = time.monotonic() + 20
     while not ready():
@@ -431,7 +448,8 @@ def until(what, ready):
 
 COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_answered, models_are_fetched_or_named,
             what_cannot_be_served_is_named, keys_are_read_again_on_sighup, sigterm_lets_running_requests_end,
-            a_log_that_nobody_reads_stalls_nothing, several_models_are_served]
+            a_log_that_nobody_reads_stalls_nothing, several_models_are_served,
+            an_interrupted_bench_leaves_what_is_whole]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
           forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks,
