@@ -11,15 +11,16 @@ mod markdown;
 mod plot;
 mod view;
 
-/// One file with its plots and its styles, light or dark as its reader has it.
-pub fn html(results: &[Named]) -> String {
+/// One file with its plots and its styles, light or dark as its reader has it. `unread` are sentences about files that
+/// could not be read.
+pub fn html(results: &[Named], unread: &[String]) -> String {
     let (figures, without) = figures::figures(results);
-    html::page(&View::of(results).also_missing(without), &figures)
+    html::page(&View::of(results).also_missing(unread.to_vec()).also_missing(without), &figures)
 }
 
 /// The same tables.
-pub fn markdown(results: &[Named]) -> String {
-    markdown::page(&View::of(results))
+pub fn markdown(results: &[Named], unread: &[String]) -> String {
+    markdown::page(&View::of(results).also_missing(unread.to_vec()))
 }
 
 impl View {
@@ -81,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_page_says_what_was_measured_and_what_was_not() {
-        let page = html(&results());
+        let page = html(&results(), &[]);
         for part in [
             "An &lt;odd&gt; GPU",
             "a peer",
@@ -105,13 +106,13 @@ mod tests {
         let mut results = results();
         results[0].1.invalid.push("the target died".to_owned());
         results[0].1.finish();
-        assert!(html(&results).contains("a.json is not valid: the target died"));
-        let text = markdown(&results);
+        assert!(html(&results, &[]).contains("a.json is not valid: the target died"));
+        let text = markdown(&results, &[]);
         assert!(text.contains("a.json is not valid: the target died") && text.contains("| no |"), "{text}");
     }
 
     #[test]
     fn no_results_make_a_page_that_says_so() {
-        assert!(html(&[]).contains("There is no sweep"));
+        assert!(html(&[], &[]).contains("There is no sweep"));
     }
 }

@@ -3,7 +3,7 @@
 //! Invariant: every target gets the same requests in the same run, so that a machine that drifts hurts all alike. Only
 //! whole runs are kept. Nothing here starts a server.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::http::process::CpuTimes;
 use crate::result::{BenchResult, Measurement, Run, Target};
 use crate::workload::PlannedRequest;
 use endpoint::{Endpoint, EndpointError, Failure};
-use load::{Ask, Pace, drive};
+use load::{Ask, Manners, Pace, drive};
 use tally::{Facts, Slo, tally};
 
 pub mod endpoint;
@@ -81,6 +81,8 @@ pub struct ServeOptions {
     /// Requests that each target gets before anything is measured.
     pub num_warm_up: u32,
     pub slo: Slo,
+    /// Between an answer and the next turn of its conversation.
+    pub think: Duration,
     /// For the next byte of an answer.
     pub patience: Duration,
 }
@@ -181,11 +183,12 @@ impl Bench<'_> {
         let num_warm_up = (self.options.num_warm_up as usize).min(level.requests.len());
         let requests = level.requests[..num_warm_up].iter().map(|request| {
             let (arrival, output_tokens) = (Duration::ZERO, request.output_tokens.min(WARM_UP_TOKENS));
-            PlannedRequest { arrival, output_tokens, ..request.clone() }
+            PlannedRequest { arrival, output_tokens, follows: None, ..request.clone() }
         });
         let requests: Vec<_> = requests.collect();
         let asks = Arc::new(self.prompts.asks(side, &requests, self.prompts.seed ^ WARM_UP_SEED));
-        let outcomes = drive(side.endpoint.clone(), asks, Pace::Closed(2), self.options.patience).await;
+        let manners = Manners { think: Duration::ZERO, patience: self.options.patience };
+        let outcomes = drive(side.endpoint.clone(), asks, Pace::Closed(2), manners).await;
         let mut results = outcomes.into_iter().flatten().map(|outcome| outcome.result).peekable();
         if results.peek().is_none() {
             return Ok(());
@@ -197,11 +200,11 @@ impl Bench<'_> {
     }
 
     async fn run(&self, side: &Side, level: &Level, seed: u64) -> Run {
-        let ServeOptions { slo, patience, .. } = *self.options;
+        let ServeOptions { slo, think, patience, .. } = *self.options;
         let asks = Arc::new(self.prompts.asks(side, &level.requests, seed));
         let seconds_before = self.device_seconds(side).await;
         let (client_before, begun) = (client_time(), Instant::now());
-        let outcomes = drive(side.endpoint.clone(), asks.clone(), level.pace, patience).await;
+        let outcomes = drive(side.endpoint.clone(), asks.clone(), level.pace, Manners { think, patience }).await;
         let client = client_time().zip(client_before).map(|(after, before)| after.saturating_sub(before));
         let mut device_seconds = self.device_seconds(side).await;
         device_seconds.iter_mut().for_each(|(cause, s)| *s -= seconds_before.get(cause).copied().unwrap_or(0.0));
@@ -232,7 +235,13 @@ fn client_time() -> Option<Duration> {
 impl Prompts {
     /// `requests` as `side` is sent them.
     fn asks(&self, side: &Side, requests: &[PlannedRequest], seed: u64) -> Vec<Ask> {
-        requests.iter().map(|request| self.ask(side, request, seed)).collect()
+        let places: HashMap<u32, usize> = requests.iter().map(|request| request.row).zip(0..).collect();
+        let ask = |request: &PlannedRequest| {
+            // One whose turn before was left out begins.
+            let follows = request.follows.and_then(|row| places.get(&row).copied());
+            Ask { follows, ..self.ask(side, request, seed) }
+        };
+        requests.iter().map(ask).collect()
     }
 
     fn ask(&self, side: &Side, request: &PlannedRequest, seed: u64) -> Ask {
@@ -260,6 +269,7 @@ impl Prompts {
         side.extra.iter().for_each(|(name, value)| put(name, value.clone()));
         Ask {
             due: request.arrival,
+            follows: None,
             path: if self.form == Form::Chat { "/v1/chat/completions" } else { "/v1/completions" },
             body: Bytes::from(body.to_string()),
             prompt_tokens: request.prompt_tokens,

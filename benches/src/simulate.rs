@@ -114,7 +114,7 @@ mod tests {
             arrival: Duration::from_secs(arrival_s),
             prompt_tokens: 100,
             output_tokens: 5,
-            segments: Vec::new(),
+            ..PlannedRequest::default()
         };
         let report = run(config(), &[request(1, 0), request(2, 60)], PlayOptions::default());
         // Chunks of 64 and 36 rows, each with half a millisecond of the host; then 4 steps of one row.

@@ -40,6 +40,8 @@ impl Workload {
 pub struct PlannedRequest {
     /// Its line in the file, or its number.
     pub row: u32,
+    /// Of the turn before it in its conversation, which must have ended.
+    pub follows: Option<u32>,
     /// After the first.
     pub arrival: Duration,
     pub prompt_tokens: u32,
@@ -169,7 +171,7 @@ impl Arrivals {
 impl Lengths {
     /// Request `index` of so many.
     fn plan(self, index: u32, num_requests: u32, random: &mut SplitMix64) -> PlannedRequest {
-        let mut segments = Vec::new();
+        let (mut segments, mut follows) = (Vec::new(), None);
         let (prompt_tokens, output_tokens) = match self {
             Lengths::Fixed { prompt, output } => (prompt, output),
             Lengths::Uniform { prompt, output } => (random.between(prompt), random.between(output)),
@@ -189,6 +191,7 @@ impl Lengths {
                 let num_conversations = num_requests.div_ceil(turns);
                 let (turn, conversation) = (index / num_conversations, index % num_conversations);
                 let id = |of: u32| 1 + u64::from(conversation) * u64::from(turns) + u64::from(of);
+                follows = (turn > 0).then(|| index + 1 - num_conversations);
                 let before = added.saturating_add(output);
                 segments.push(Segment { id: 0, num_tokens: system });
                 segments.extend((0..turn).map(|of| Segment { id: id(of), num_tokens: before }));
@@ -196,7 +199,7 @@ impl Lengths {
                 (segments.iter().map(|segment| segment.num_tokens).fold(0, u32::saturating_add), output)
             }
         };
-        PlannedRequest { prompt_tokens, output_tokens, segments, ..PlannedRequest::default() }
+        PlannedRequest { follows, prompt_tokens, output_tokens, segments, ..PlannedRequest::default() }
     }
 }
 
@@ -376,6 +379,8 @@ mod tests {
         assert_eq!(prompts[2][..], prompts[4][..24]);
         assert_eq!(prompts[0][..10], prompts[1][..10], "the system prompt is everybody's");
         assert_ne!(prompts[0][10..], prompts[1][10..]);
+        let follows: Vec<_> = requests.iter().map(|request| request.follows).collect();
+        assert_eq!(follows, [None, None, Some(1), Some(2), Some(3), Some(4)]);
         let shared = generate(Arrivals::AtOnce, Lengths::Shared { groups: 2, prefix: 8, prompt: 3, output: 1 }, 4, 1);
         let prompts: Vec<_> = shared.iter().map(|request| request.request(1000, 1).prompt).collect();
         assert_eq!((&prompts[0][..8], prompts[0].len()), (&prompts[2][..8], 11));

@@ -12,7 +12,7 @@ use fullbore::args::{Args, BenchCommand, Command, ReportArgs};
 use fullbore::bench::{measure_latency, measure_serve, measure_startup, measure_sweep, report};
 use fullbore_bench::result::{BenchResult, Run, SCHEMA, Target};
 use fullbore_bench::serve::endpoint::Endpoint;
-use fullbore_bench::serve::load::Pace as LoadPace;
+use fullbore_bench::serve::load::{Ask, Manners, Pace as LoadPace, drive};
 use fullbore_bench::serve::tally::Slo;
 use fullbore_bench::serve::{Bench, Form, Level, Prompts, ServeBenchError, ServeOptions, Side, measure};
 use fullbore_bench::workload::{Arrivals, Lengths, generate};
@@ -196,8 +196,18 @@ fn a_sweep_goes_up_and_a_page_is_made_of_it() {
             assert!(page.contains(part), "{name} has no {part}: {page}");
         }
     }
-    std::fs::write(folder.join("broken.json"), "{}").expect("a file");
-    let wrong = ReportArgs { results: vec![folder.join("broken.json")], output: folder.join("x.html") };
+    let unread = [("broken.json", "{}"), ("newer.json", "{\"schema_version\": 99}")].map(|(name, text)| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).expect("a file");
+        path
+    });
+    let (output, results) = (folder.join("some.html"), [&results[..1], &unread].concat());
+    report(&ReportArgs { results, output: output.clone() }).expect("one is a result");
+    let page = std::fs::read_to_string(output).expect("a file");
+    for part in ["sweep.json", "broken.json is no result of a bench", "newer.json has schema version 99"] {
+        assert!(page.contains(part), "{part}: {page}");
+    }
+    let wrong = ReportArgs { results: unread[..1].to_vec(), output: folder.join("x.html") };
     assert!(report(&wrong).expect_err("no result").to_string().contains("broken.json"));
     std::fs::remove_dir_all(folder).expect("it is ours");
 }
@@ -317,7 +327,7 @@ fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
     let sides = [Side { endpoint, model, record, extra, is_fullbore: true }];
     let prompts = Prompts { vocab_size: 256, seed: 1, form: Form::Ids, json_schema: None, text: None };
     let patience = Duration::from_secs(30);
-    let options = ServeOptions { num_runs: 3, num_warm_up: 0, slo: Slo::default(), patience };
+    let options = ServeOptions { num_runs: 3, num_warm_up: 0, slo: Slo::default(), think: Duration::ZERO, patience };
     let requests = generate(Arrivals::AtOnce, Lengths::Fixed { prompt: 8, output: 4 }, 4, 1);
     let levels = [Level { at: BTreeMap::new(), requests, pace: LoadPace::Closed(2) }];
     let (sender, receiver) = tokio::sync::oneshot::channel();
@@ -346,6 +356,36 @@ fn an_interrupt_leaves_the_runs_that_were_whole() {
     assert!(!result.valid && result.invalid[0].starts_with("interrupted"), "{:?}", result.invalid);
     let sentence = interrupted_after(0).expect_err("no run").to_string();
     assert!(sentence.contains("nothing to tell"), "{sentence}");
+}
+
+#[test]
+fn a_turn_waits_for_the_answer_before_it_and_for_a_thought() {
+    let server = Setup { pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() }.start();
+    let endpoint = Arc::new(Endpoint::new(&format!("http://{}", server.address), None, None).expect("a URL"));
+    let ask = |follows: Option<usize>| Ask {
+        due: Duration::ZERO,
+        follows,
+        path: "/v1/completions",
+        body: json!({"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": true, "stream": true}).to_string().into(),
+        prompt_tokens: 3,
+        max_tokens: 4,
+        is_exact: true,
+    };
+    let asks = Arc::new(vec![ask(None), ask(None), ask(Some(0)), ask(Some(1)), ask(Some(2))]);
+    let manners = Manners { think: Duration::from_millis(5), patience: Duration::from_secs(30) };
+    for pace in [LoadPace::Open, LoadPace::Closed(1), LoadPace::Closed(4)] {
+        let outcomes = server.runtime.block_on(drive(endpoint.clone(), asks.clone(), pace, manners));
+        let outcomes: Vec<_> = outcomes.into_iter().map(|outcome| outcome.expect("it was sent")).collect();
+        for (ask, outcome) in asks.iter().zip(&outcomes) {
+            assert!(outcome.result.is_ok(), "{pace:?}: {:?}", outcome.result);
+            let before = ask.follows.map(|index| outcomes[index].ended + manners.think);
+            assert!(before.is_none_or(|before| outcome.due >= before), "{pace:?}: a turn came too soon");
+        }
+    }
+    let words = "serve --concurrency 2 --lengths turns:3:20:5:4 --think 1 --runs 1";
+    let result = result(words).expect("a result");
+    let counts = &result.measurements[0].runs[0].counts;
+    assert_eq!((counts["requests"], counts["completed"]), (8, 8), "{:?}", result.invalid);
 }
 
 #[test]

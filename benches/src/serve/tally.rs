@@ -282,7 +282,7 @@ mod tests {
 
     fn ask() -> Ask {
         let (due, body) = (Duration::ZERO, Bytes::new());
-        Ask { due, path: "/v1/completions", body, prompt_tokens: 10, max_tokens: 3, is_exact: true }
+        Ask { due, follows: None, path: "/v1/completions", body, prompt_tokens: 10, max_tokens: 3, is_exact: true }
     }
 
     /// Three tokens, the first 100 ms after it was due, the others 10 and 30 ms later.

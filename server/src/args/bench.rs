@@ -55,6 +55,9 @@ pub struct TargetArgs {
     /// Requests that each target gets before anything is measured.
     #[arg(long, default_value_t = 4)]
     pub warm_up: u32,
+    /// Milliseconds between an answer and the next turn of its conversation, where there are any (chat, agent, turns).
+    #[arg(long, default_value_t = 0)]
+    pub think: u64,
     /// Give a request up that has been silent for so many seconds.
     #[arg(long, default_value_t = 120)]
     pub patience: u64,

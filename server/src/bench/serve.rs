@@ -14,7 +14,7 @@ use fullbore_bench::serve::load::Pace;
 use fullbore_bench::serve::{
     self, Bench, Form, Level, Prompts, ServeBenchError, ServeOptions, Side, TextOf, before_knee,
 };
-use fullbore_bench::workload::{Arrivals, PlannedRequest};
+use fullbore_bench::workload::{Arrivals, Lengths, PlannedRequest};
 use fullbore_engine::request::TokenId;
 use fullbore_engine::text::{Special, Tokenizer};
 use serde_json::{Map, Value, json};
@@ -73,7 +73,12 @@ const REQUESTS_PER_CLIENT: u32 = 4;
 const DEFAULT_REQUESTS: u32 = 100;
 
 fn closed(workload: &WorkloadArgs, clients: u32) -> Result<Level, BenchCommandError> {
-    let limit = workload.limit.or(Some((clients.saturating_mul(REQUESTS_PER_CLIENT)).max(8)));
+    let per_client = match workload.lengths {
+        // A conversation for each.
+        Lengths::Turns { turns, .. } if workload.trace.is_none() => turns,
+        _ => REQUESTS_PER_CLIENT,
+    };
+    let limit = workload.limit.or(Some(clients.saturating_mul(per_client).max(8)));
     let workload = WorkloadArgs { arrivals: Some(Arrivals::AtOnce), limit, ..workload.clone() };
     let at = BTreeMap::from([("concurrency".to_owned(), f64::from(clients))]);
     Ok(Level { at, requests: requests(&workload)?, pace: Pace::Closed(clients) })
@@ -107,6 +112,7 @@ fn measure(
         num_runs,
         num_warm_up: args.warm_up,
         slo: args.slo.unwrap_or_default(),
+        think: Duration::from_millis(args.think),
         patience: Duration::from_secs(args.patience.max(1)),
     };
     let mut progress = |target: &str, at: &BTreeMap<String, f64>, run: u32, measured: &Run| {
@@ -169,6 +175,7 @@ fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], num_left_ou
         ("constrained", json!(args.constrained)),
         ("slo", args.slo.map_or(Value::Null, |slo| slo.to_json())),
         ("warm_up_requests", json!(args.warm_up)),
+        ("think_ms", json!(args.think)),
         ("shares_prefixes", json!(all.iter().any(|request| request.shares_prefix()))),
     ];
     fields.map(|(name, value)| (name.to_owned(), value)).into()
