@@ -7,6 +7,7 @@ use std::path::Path;
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command, ReportArgs};
 use fullbore::bench::{measure_doctor, report};
+use fullbore::device_report;
 use fullbore_bench::result::{Advice, BenchResult, Diagnosis};
 
 /// A device whose steps take 10 ms for up to 16 rows, and more from there on.
@@ -119,6 +120,37 @@ fn what_was_found_is_on_the_page() {
         for part in ["What the doctor says", "--max-num-seqs ", "not tried", "slots: ", "as it is"] {
             assert!(page.contains(part), "{name} has no {part}: {page}");
         }
+    }
+}
+
+/// The file of `fullbore report --small` with these words.
+fn reported(name: &str, words: &str) -> String {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let output = path.to_str().expect("a path in UTF-8");
+    let words = ["fullbore", "report", "--small", "--output", output].into_iter().chain(words.split_whitespace());
+    let Command::Report(args) = Args::try_parse_from(words).expect("its own words").command else {
+        panic!("report is report")
+    };
+    device_report::report(&args).expect("a file");
+    fs::read_to_string(path).expect("a file")
+}
+
+#[test]
+fn a_report_has_every_part_and_says_which_failed() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny/llama");
+    let text = reported("cpu.md", &format!("--device cpu --no-saved-costs --kv-blocks 64 --model {}", model.display()));
+    for part in
+        ["- processor: ", "checks pass", "multiply-adds", "of the device, by what", "what limits it: ", "weights"]
+    {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    assert!(!text.contains("This failed") && !text.contains(env!("CARGO_MANIFEST_DIR")), "{text}");
+    // A simulated one has no ops, and without a profile no prices.
+    let text = reported("sim.md", "--device sim");
+    for part in
+        ["This failed: the device sim makes hashes", "This failed: device sim says", "--device-profile", "## Devices"]
+    {
+        assert!(text.contains(part), "{part} is not in {text}");
     }
 }
 

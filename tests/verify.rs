@@ -286,7 +286,8 @@ fn the_command_fails_with_a_sentence_if_a_check_does() {
         every_case().into_iter().filter(|case| ["rms_norm", "update_table"].contains(&case.op)).collect();
     let info = open(Some(Tier::Base), &[]).expect("a listed device opens").info().clone();
     let lost = |error: OpenError| DeviceError::Lost { device: info.id.clone(), reason: error.to_string() };
-    let result = verify_on(&cases, &info, &mut || open(Some(Tier::Base), &[WRONG_NORM]).map_err(lost));
+    let mut out = Vec::new();
+    let result = verify_on(&cases, &info, &mut || open(Some(Tier::Base), &[WRONG_NORM]).map_err(lost), &mut out);
     match result {
         Err(VerifyError::Failed { num_failed, num_checks, .. }) => assert_eq!((num_failed, num_checks), (4, 5)),
         other => panic!("{other:?}"),

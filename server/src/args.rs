@@ -18,6 +18,7 @@ mod grammar;
 mod http;
 mod models;
 mod parse;
+mod report;
 mod serve;
 mod telemetry;
 
@@ -30,6 +31,7 @@ pub use grammar::GrammarArgs;
 pub use http::{HttpArgs, HttpMeasure};
 pub use models::{ModelsArgs, ServedArgs};
 use parse::*;
+pub use report::DeviceReportArgs;
 pub use serve::ServeArgs;
 pub use telemetry::{LogFormat, TelemetryArgs};
 
@@ -52,6 +54,8 @@ pub enum Command {
     Devices,
     /// Run every op in every variant on a device and hold it against the plain cpu: a table; fails if one is wrong.
     Verify(VerifyArgs),
+    /// All about a device in one file, to attach to an issue: verify, ops, limits, and what the doctor says.
+    Report(Box<DeviceReportArgs>),
     /// Try the matmul kernels that a model could use on a device, and keep the fastest for later starts.
     Tune(TuneArgs),
     /// Put a model into the cache folder and print its path.

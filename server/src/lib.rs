@@ -8,6 +8,7 @@ pub mod api;
 pub mod args;
 pub mod bench;
 pub mod costs;
+pub mod device_report;
 pub mod devices;
 pub mod fetch;
 mod files;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command, LogFormat};
 use fullbore::log::{FlushedLog, Log, log_panics};
-use fullbore::{bench, devices, fetch, run, serve, simulate, top, tune, verify};
+use fullbore::{bench, device_report, devices, fetch, run, serve, simulate, top, tune, verify};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -46,6 +46,7 @@ fn command(command: Command, log: &Log) -> Result<(), Box<dyn Error>> {
         Command::Top(args) => top::top(&args)?,
         Command::Devices => print!("{}", devices::table(&devices::all()?)),
         Command::Verify(args) => verify::verify(&args)?,
+        Command::Report(args) => device_report::report(&args)?,
         Command::Tune(args) => tune::run(&args)?,
         Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
         Command::Simulate(args) => simulate::simulate(&args)?,

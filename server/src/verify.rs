@@ -31,6 +31,11 @@ pub enum VerifyError {
 }
 
 pub fn verify(args: &VerifyArgs) -> Result<(), VerifyError> {
+    verify_all(args, &|_| true, &mut io::stdout())
+}
+
+/// Those cases that `keep` keeps, as a table into `out`.
+pub fn verify_all(args: &VerifyArgs, keep: &dyn Fn(&Case) -> bool, out: &mut dyn Write) -> Result<(), VerifyError> {
     let backend = devices::open_at(&args.device, args.tier)?;
     let info = backend.info().clone();
     if info.id == "sim" {
@@ -47,12 +52,14 @@ pub fn verify(args: &VerifyArgs) -> Result<(), VerifyError> {
         }
         cases.retain(|case| case.op == *only);
     }
+    cases.retain(keep);
     let mut opened = Some(backend);
     let lost = |error: DeviceChoiceError| DeviceError::Lost { device: info.id.clone(), reason: error.to_string() };
-    verify_on(&cases, &info, &mut || match opened.take() {
+    let mut open = || match opened.take() {
         Some(backend) => Ok(backend),
         None => devices::open_at(&args.device, args.tier).map_err(lost),
-    })
+    };
+    verify_on(&cases, &info, &mut open, out)
 }
 
 /// On what `open` gives, at first and after each loss.
@@ -60,9 +67,10 @@ pub fn verify_on(
     cases: &[Case],
     info: &DeviceInfo,
     open: &mut dyn FnMut() -> Result<Box<dyn Backend>, DeviceError>,
+    out: &mut dyn Write,
 ) -> Result<(), VerifyError> {
-    let mut table = Table::new(cases);
-    println!("{}", devices::title(info));
+    let mut table = Table::new(cases, out);
+    writeln!(table.out, "{}", devices::title(info))?;
     let mut written = table.head();
     verify::verify(cases, open, &mut |check| {
         let line = table.line(&check);
@@ -71,8 +79,7 @@ pub fn verify_on(
     written?;
     let Table { num_failed, num_checks, .. } = table;
     if num_failed == 0 {
-        println!("{num_checks} checks pass");
-        return Ok(());
+        return Ok(writeln!(table.out, "{num_checks} checks pass")?);
     }
     let has_plainer = !["base", "plain"].contains(&info.tier.as_str());
     let hint = if has_plainer { "; a start takes plainer kernels by itself, see --tier base" } else { "" };
@@ -81,7 +88,8 @@ pub fn verify_on(
 }
 
 /// Columns as wide as the cases call for.
-struct Table {
+struct Table<'a> {
+    out: &'a mut dyn Write,
     widths: [usize; 3],
     num_checks: usize,
     num_failed: usize,
@@ -91,8 +99,8 @@ const HEAD: [&str; 3] = ["op", "variant", "shape"];
 /// Of one of several outputs, behind its case's shape.
 const OUTPUT_WIDTH: usize = ": ids and ranks".len();
 
-impl Table {
-    fn new(cases: &[Case]) -> Table {
+impl Table<'_> {
+    fn new<'a>(cases: &[Case], out: &'a mut dyn Write) -> Table<'a> {
         let mut widths = HEAD.map(str::len);
         for case in cases {
             let cells = [case.op.len(), case.variant.len(), case.shape.len()];
@@ -101,10 +109,10 @@ impl Table {
         if cases.iter().any(|case| case.op == "sample") {
             widths[2] = widths[2].max("of 9001".len() + OUTPUT_WIDTH);
         }
-        Table { widths, num_checks: 0, num_failed: 0 }
+        Table { out, widths, num_checks: 0, num_failed: 0 }
     }
 
-    fn head(&self) -> io::Result<()> {
+    fn head(&mut self) -> io::Result<()> {
         self.write(HEAD, "error", "tolerance", "")
     }
 
@@ -120,12 +128,11 @@ impl Table {
         self.write([check.op, &check.variant, &check.shape], &error, &tolerance, &verdict)
     }
 
-    fn write(&self, cells: [&str; 3], error: &str, tolerance: &str, verdict: &str) -> io::Result<()> {
+    fn write(&mut self, cells: [&str; 3], error: &str, tolerance: &str, verdict: &str) -> io::Result<()> {
         let [op, variant, shape] = self.widths;
         let [a, b, c] = cells;
         let line = format!("{a:<op$}  {b:<variant$}  {c:<shape$}  {error:>8}  {tolerance:>9}  {verdict}");
-        let mut out = io::stdout().lock();
-        writeln!(out, "{}", line.trim_end())?;
-        out.flush()
+        writeln!(self.out, "{}", line.trim_end())?;
+        self.out.flush()
     }
 }
