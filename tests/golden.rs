@@ -170,9 +170,9 @@ pub fn engine(file: &str, kv_type: KvType, mut backend: Box<dyn Backend>) -> Eng
     };
     let gguf = Gguf::open(&model_path(file)).unwrap_or_else(|error| panic!("{error}"));
     let model_config = ModelConfig::from_gguf(&gguf).unwrap_or_else(|error| panic!("{error}"));
-    let mut checkpoint = Checkpoint::Gguf(gguf);
+    let checkpoint = Checkpoint::Gguf(gguf);
     let limits = config.state_limits();
-    let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(model_config, limits, &checkpoint, backend.as_mut(), &mut |_| {});
     Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2))
 }
 

@@ -26,6 +26,7 @@ mod bench;
 pub mod chaos;
 mod connections;
 mod embeddings;
+mod fleet;
 mod harness;
 mod life;
 mod limits;

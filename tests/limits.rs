@@ -71,9 +71,9 @@ impl Run {
         let options = SimOptions { fidelity: Fidelity::Cost, cost: true_cost, ..SimOptions::default() };
         let mut backend = Box::new(SimBackend::new(options));
         let clock = backend.clock();
-        let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+        let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
         let limits = config.state_limits();
-        let model = Model::load(ModelConfig::tiny(1024, 1), limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+        let model = Model::load(ModelConfig::tiny(1024, 1), limits, &checkpoint, backend.as_mut(), &mut |_| {});
         let mut engine = Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2));
         engine.set_cost(cost);
         Run { engine, clock, host: Duration::ZERO, num_requests: 0 }

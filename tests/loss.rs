@@ -89,9 +89,9 @@ fn engine_on(mut backend: Box<dyn Backend>) -> Engine {
         ..EngineConfig::default()
     };
     config.check().expect("a valid config");
-    let mut checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q4_0 };
+    let checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q4_0 };
     let limits = config.state_limits();
-    let model = Model::load(ModelConfig::tiny(256, 2), limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(ModelConfig::tiny(256, 2), limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
     engine.set_checkpoint(checkpoint);
     engine.enable_swap().expect("the device is there");

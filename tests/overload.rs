@@ -51,9 +51,9 @@ impl Lab {
         let backend = SimBackend::new(SimOptions { fidelity: Fidelity::Cost, cost, ..SimOptions::default() });
         let clock = backend.clock();
         let mut backend = Box::new(backend);
-        let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+        let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
         let model = ModelConfig { max_positions: config.max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
-        let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
+        let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
         let mut engine = Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2));
         engine.set_cost(cost);
         let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));

@@ -92,9 +92,9 @@ fn run_all(mut backend: Box<dyn Backend>, pipeline_depth: u32, requests: Vec<Req
         ..EngineConfig::default()
     };
     config.check().expect("a valid config");
-    let mut checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q8_0 };
+    let checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q8_0 };
     let limits = config.state_limits();
-    let model = Model::load(ModelConfig::tiny(VOCAB_SIZE, 2), limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(ModelConfig::tiny(VOCAB_SIZE, 2), limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
     engine.enable_swap().expect("the device is there");
     let answers: Vec<Arc<Mutex<Answer>>> = requests.iter().map(|_| Arc::default()).collect();

@@ -83,6 +83,39 @@ fn a_lost_device_takes_nothing_along_but_what_it_was_at() {
     assert!(seen.losses > 600 && seen.lost > 600 && seen.kept > 300 && seen.kept_swapped > 20, "{seen:?}");
 }
 
+/// As on a device that comes after one that was lost.
+#[test]
+fn an_answer_goes_on_from_its_tokens_as_it_would_have_gone_on() {
+    let grammar = crate::grammar::regex(r"[a-z]{1,40}");
+    let mut num_resumed = 0;
+    for seed in 0..150 {
+        let mut random = Random::new(seed);
+        for planned in Workload::random(seed).requests {
+            let request = Request { grammar: random.one_in(4).then(|| grammar.clone()), ..planned.request };
+            let whole = alone(&request);
+            let tokens: Vec<&Event> = whole.iter().filter(|event| matches!(event, Event::Token { .. })).collect();
+            if tokens.len() < 2 || has_failed(&whole) {
+                continue;
+            }
+            let num_there = random.between(1, tokens.len() as u32 - 1) as usize;
+            let id = |event: &&Event| if let Event::Token { id, .. } = event { *id } else { unreachable!() };
+            let generated = tokens[..num_there].iter().map(id).collect();
+            let rest = alone(&Request { generated, ..request });
+            let Event::Started { .. } = rest[0] else { panic!("{rest:?}") };
+            let (Some(Event::Finished { reason, usage }), Some(Event::Finished { reason: other, usage: others })) =
+                (rest.last(), whole.last())
+            else {
+                panic!("{rest:?}")
+            };
+            let expected: Vec<&Event> = tokens[num_there..].to_vec();
+            assert_eq!(rest[1..rest.len() - 1].iter().collect::<Vec<_>>(), expected, "seed {seed}");
+            assert_eq!((reason, usage.completion_tokens), (other, others.completion_tokens), "seed {seed}");
+            num_resumed += 1;
+        }
+    }
+    assert!(num_resumed > 300, "{num_resumed}");
+}
+
 /// A workload is worth little if it never takes the rare branches.
 #[derive(Debug, Default)]
 struct Seen {
@@ -529,6 +562,7 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
     Request {
         id: String::new(),
         prompt,
+        generated: Vec::new(),
         max_tokens,
         stop_ids,
         sampling: SamplingParams {
@@ -576,10 +610,10 @@ fn engine(config: EngineConfig) -> Engine {
 pub fn engine_on(backend: impl Backend + 'static, config: EngineConfig) -> Engine {
     config.check().expect("the workload is valid");
     let mut backend = Box::new(backend);
-    let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+    let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model_config = ModelConfig { windows: vec![None, Some(24)], ..ModelConfig::tiny(VOCAB_SIZE, 2) };
     let limits = config.state_limits();
-    let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(model_config, limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2));
     engine.set_checkpoint(checkpoint);
     engine

@@ -91,9 +91,9 @@ fn run(
         num_blocks: 6,
         num_host_blocks: 4,
     };
-    let mut checkpoint = Checkpoint::Random { seed: 5, format: WeightFormat::F32 };
+    let checkpoint = Checkpoint::Random { seed: 5, format: WeightFormat::F32 };
     let config = ModelConfig { num_heads: 4, num_kv_heads: 2, ..ModelConfig::tiny(VOCAB_SIZE, 2) };
-    let model = Model::load(config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {}).expect("a small model");
+    let model = Model::load(config, limits, &checkpoint, backend.as_mut(), &mut |_| {}).expect("a small model");
     assert_eq!(model.num_host_blocks(), 4);
     let (first, second) = (SlotId(0), SlotId(1));
     let prompt = Batch::default().with_rows(first, 0..PROMPT_LEN, &places.first, true);
@@ -171,10 +171,10 @@ fn neighbours_are_copied_together_and_order_is_kept() {
         num_blocks: 8,
         num_host_blocks: 8,
     };
-    let mut checkpoint = Checkpoint::Random { seed: 5, format: WeightFormat::F32 };
+    let checkpoint = Checkpoint::Random { seed: 5, format: WeightFormat::F32 };
     let config = ModelConfig::tiny(VOCAB_SIZE, 3);
     let block_bytes = 4 * u64::from(KvType::Q8_0.head_words(config.head_dim)) * 4;
-    let model = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}).expect("a small model");
+    let model = Model::load(config, limits, &checkpoint, &mut backend, &mut |_| {}).expect("a small model");
     let mut recording = model.recording();
     let to_host = copies(ToHost, &[(4, 2), (5, 3), (6, 4), (7, 6), (3, 7)]);
     let back = copies(ToDevice, &[(4, 7), (5, 0)]);

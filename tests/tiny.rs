@@ -4,6 +4,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
@@ -203,7 +204,7 @@ fn weights_packed_while_they_are_loaded_say_nearly_the_same() {
         let error = |to| {
             let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
             let config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
-            let of = Box::new(Checkpoint::Safetensors { dir, family: config.family });
+            let of = Arc::new(Checkpoint::Safetensors { dir, family: config.family });
             let checkpoint = Checkpoint::Quantized { of, to };
             let (chosen, _) =
                 differences(&expected, &run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64));
@@ -237,7 +238,7 @@ fn a_layer_is_nine_ops_in_every_family() {
 }
 
 /// Ops of a layer, and of a pass beside its layers. What the plan says of the weights is what they take.
-fn num_ops(mut checkpoint: Checkpoint, config: Option<ModelConfig>) -> (usize, usize) {
+fn num_ops(checkpoint: Checkpoint, config: Option<ModelConfig>) -> (usize, usize) {
     let config = config.unwrap_or_else(|| match &checkpoint {
         Checkpoint::Gguf(file) => ModelConfig::from_gguf(file).expect("a config"),
         _ => panic!("a folder comes with its config"),
@@ -247,7 +248,7 @@ fn num_ops(mut checkpoint: Checkpoint, config: Option<ModelConfig>) -> (usize, u
     let num_layers = config.num_layers as usize;
     let num_windows = config.windows.iter().collect::<HashSet<_>>().len();
     let limits = EngineConfig::default().state_limits();
-    let model = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}).expect("it loads");
+    let model = Model::load(config, limits, &checkpoint, &mut backend, &mut |_| {}).expect("it loads");
     assert_eq!(backend.weight_bytes, planned);
     let plan = AttentionPlan { items: vec![0, 3, 0, 0, 0, 3, NONE], ..AttentionPlan::default() };
     // A first chunk of three tokens, of which the last gets a row of logits.
@@ -552,7 +553,7 @@ fn refused(cases: &[(&str, Value, &[&str])]) {
 fn weights_of_another_shape_are_refused_by_name() {
     let dir = SafetensorsDir::open(&folder("llama")).expect("a folder");
     let config = ModelConfig::from_json(dir.config_json()).expect("a config");
-    let mut checkpoint = Checkpoint::Safetensors { dir, family: config.family };
+    let checkpoint = Checkpoint::Safetensors { dir, family: config.family };
     let cases = [
         (ModelConfig { ffn_dim: 64, ..config.clone() }, "blk.0.ffn_gate.weight"),
         (ModelConfig { num_layers: 3, windows: vec![None; 3], ..config.clone() }, "blk.2.attn_norm.weight"),
@@ -566,7 +567,7 @@ fn weights_of_another_shape_are_refused_by_name() {
     for (config, tensor) in cases {
         let mut backend = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
         let limits = EngineConfig::default().state_limits();
-        let Err(error) = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}) else {
+        let Err(error) = Model::load(config, limits, &checkpoint, &mut backend, &mut |_| {}) else {
             panic!("weights without a right {tensor} were taken")
         };
         assert!(error.to_string().contains(tensor), "{error}");
@@ -594,7 +595,7 @@ pub fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, ch
 
 fn run_checkpoint(
     model_config: ModelConfig,
-    mut checkpoint: Checkpoint,
+    checkpoint: Checkpoint,
     request: Request,
     max_num_batched_tokens: u32,
 ) -> Vec<Event> {
@@ -611,7 +612,7 @@ fn run_checkpoint(
     config.check().expect("a valid config");
     let mut backend = Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started"));
     let limits = config.state_limits();
-    let model = Model::load(model_config, limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(model_config, limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2));
     let events = add(&mut engine, request);
     while engine.step().expect("the cpu is never lost") {}

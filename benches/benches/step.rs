@@ -109,11 +109,11 @@ fn engine(num_seqs: u32, max_model_len: u32) -> (Engine, Dial) {
     };
     config.check().expect("a valid config");
     let inner = SimBackend::new(SimOptions { fidelity: Fidelity::Cost, ..SimOptions::default() });
-    let mut backend = Box::new(Stopwatch::new(Box::new(inner)));
-    let dial = backend.dial();
-    let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+    let dial = Dial::default();
+    let mut backend = Box::new(Stopwatch::new(Box::new(inner), &dial));
+    let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model = ModelConfig { max_positions: max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
-    let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
     (Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2)), dial)
 }
 

@@ -1,6 +1,6 @@
 //! Batch 1: one request after the other on an idle engine, prefill and decode told apart.
 
-use fullbore_engine::worker::EngineHandle;
+use fullbore_engine::fleet::Fleet;
 
 use crate::offline::{self, BenchError, OfflineReport};
 use crate::result::{Run, hash_of};
@@ -9,7 +9,7 @@ use crate::stopwatch::Dial;
 use crate::workload::Workload;
 
 /// Runs `num_requests` requests of `each`'s lengths, on prompts of their own; medians over them.
-pub fn run(engine: &EngineHandle, each: Workload, dial: &Dial) -> Result<Run, BenchError> {
+pub fn run(engine: &Fleet, each: Workload, dial: &Dial) -> Result<Run, BenchError> {
     let one = |nth: u32| Workload { num_requests: 1, seed: each.seed ^ (u64::from(nth) << 40), ..each };
     let reports = (0..each.num_requests).map(|nth| offline::run(engine, one(nth), dial));
     let reports: Vec<OfflineReport> = reports.collect::<Result<_, _>>()?;

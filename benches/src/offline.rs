@@ -5,9 +5,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use fullbore_engine::engine::EngineStats;
+use fullbore_engine::fleet::{Fleet, SubmitError};
 use fullbore_engine::limits::Cause;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
-use fullbore_engine::worker::{EngineHandle, SubmitError};
 
 use crate::result::{Run, hash_of};
 use crate::statistics::quantile;
@@ -57,7 +57,7 @@ pub enum BenchError {
 }
 
 /// Submits all of `workload` to an idle engine, whose device is behind the stopwatch of `dial`, and waits for its end.
-pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<OfflineReport, BenchError> {
+pub fn run(engine: &Fleet, workload: Workload, dial: &Dial) -> Result<OfflineReport, BenchError> {
     let requests = workload.requests(engine.vocab_size());
     let (before, charged) = (dial.read(), engine.stats().limits.total);
     let (sender, receiver) = mpsc::channel();
@@ -91,13 +91,15 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
     }
     let elapsed = start.elapsed();
     let Reading { busy, blocked, .. } = dial.read() - before;
-    let rest = |part: Duration| 1.0 - part.as_secs_f64() / elapsed.as_secs_f64();
+    // Shares are of the time of all devices.
+    let device_s = elapsed.as_secs_f64() * engine.engines().len() as f64;
+    let rest = |part: Duration| 1.0 - part.as_secs_f64() / device_s;
     let stats = idle(engine);
     let total = &stats.limits.total;
     Ok(OfflineReport {
         tier: engine.device().tier.clone(),
         arithmetic: engine.device().arithmetic.clone(),
-        host_waiting_share: (total.host_ns() - charged.host_ns()) as f64 / 1e9 / elapsed.as_secs_f64(),
+        host_waiting_share: (total.host_ns() - charged.host_ns()) as f64 / 1e9 / device_s,
         not_busy_share: rest(busy),
         not_blocked_share: rest(blocked),
         device_seconds: Cause::ALL
@@ -110,7 +112,7 @@ pub fn run(engine: &EngineHandle, workload: Workload, dial: &Dial) -> Result<Off
 }
 
 /// What is told of an engine once nothing runs: its last step is told to clients first.
-fn idle(engine: &EngineHandle) -> EngineStats {
+fn idle(engine: &Fleet) -> EngineStats {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         let stats = engine.stats();

@@ -292,9 +292,9 @@ mod tests {
     fn engine(config: EngineConfig, cost: CostModel) -> Engine {
         config.check().expect("it is right");
         let mut backend = Box::new(SimBackend::new(SimOptions { cost, sleeps: true, ..SimOptions::default() }));
-        let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+        let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
         let model = ModelConfig::tiny(512, 1);
-        let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
+        let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
         Engine::new(config, model.expect("the simulator has memory"), backend, (1, 2))
     }
 

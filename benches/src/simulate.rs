@@ -59,8 +59,8 @@ pub(crate) fn engine(profile: &DeviceProfile, config: EngineConfig) -> Result<(E
     }));
     let clock = backend.clock();
     // The smallest model there is: what the real one would cost is in the profile.
-    let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
-    let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {})?;
+    let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+    let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {})?;
     let mut engine = Engine::new(config, model, backend, HASH_KEY);
     engine.enable_swap().map_err(LoadError::from)?;
     engine.set_cost(profile.cost);

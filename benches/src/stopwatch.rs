@@ -50,12 +50,9 @@ pub struct Stopwatch {
 }
 
 impl Stopwatch {
-    pub fn new(inner: Box<dyn Backend>) -> Stopwatch {
-        Stopwatch { inner, dial: Dial::default() }
-    }
-
-    pub fn dial(&self) -> Dial {
-        self.dial.clone()
+    /// Adds to what `dial` shows, which several devices may share.
+    pub fn new(inner: Box<dyn Backend>, dial: &Dial) -> Stopwatch {
+        Stopwatch { inner, dial: dial.clone() }
     }
 }
 

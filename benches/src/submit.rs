@@ -43,9 +43,9 @@ pub fn measure(
         ..EngineConfig::default()
     };
     config.check().expect("a valid config");
-    let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::Q4_0 };
+    let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::Q4_0 };
     let limits = config.state_limits();
-    let model = Model::load(ModelConfig::tiny(256, num_layers), limits, &mut checkpoint, backend.as_mut(), &mut |_| {});
+    let model = Model::load(ModelConfig::tiny(256, num_layers), limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model?, backend, (1, 2));
     for first in 0..num_seqs {
         let prompt = (0..PROMPT_TOKENS).map(|position| TokenId((first * 31 + position * 7) % 256)).collect();

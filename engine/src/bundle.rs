@@ -19,14 +19,16 @@ use crate::text::{ChatTemplate, GgufVocab, TextError, Tokenizer};
 
 mod pooling;
 
+#[derive(Clone)]
 pub struct Bundle {
     /// What the model calls itself, else the name of its file or folder.
     pub name: String,
     pub config: ModelConfig,
-    pub checkpoint: Checkpoint,
+    /// Its files are open once, however many devices load from them.
+    pub checkpoint: Arc<Checkpoint>,
     pub tokenizer: Arc<Tokenizer>,
     /// `None` for a base model.
-    pub chat_template: Option<ChatTemplate>,
+    pub chat_template: Option<Arc<ChatTemplate>>,
     pub defaults: SamplingDefaults,
     /// Ids that end a generation.
     pub stop_ids: Vec<TokenId>,
@@ -124,9 +126,9 @@ impl Bundle {
         Bundle {
             name: "simulated".to_owned(),
             config: ModelConfig::tiny(tokenizer.vocab_size() as u32, 2),
-            checkpoint: Checkpoint::Random { seed: 1, format: WeightFormat::F32 },
+            checkpoint: Arc::new(Checkpoint::Random { seed: 1, format: WeightFormat::F32 }),
             tokenizer: Arc::new(tokenizer),
-            chat_template: Some(template),
+            chat_template: Some(Arc::new(template)),
             defaults: SamplingDefaults::default(),
             stop_ids: vec![TokenId(2)],
             pooling: None,
@@ -139,7 +141,7 @@ impl Bundle {
     /// is noise, and what it takes is what that model takes. `None` if no model is known by this name.
     pub fn random(shape: &str, format: WeightFormat) -> Option<Bundle> {
         let config = ModelConfig::of_shape(shape)?;
-        let checkpoint = Checkpoint::Random { seed: 1, format };
+        let checkpoint = Arc::new(Checkpoint::Random { seed: 1, format });
         let name = format!("{shape}-random-{}", format.name());
         // Nothing ends an answer before its length.
         Some(Bundle { name, config, checkpoint, stop_ids: Vec::new(), ..Bundle::simulated() })
@@ -154,7 +156,7 @@ impl Bundle {
     /// The same with float weights packed to `to`, one of [`quantize::TARGETS`], while they are loaded.
     pub fn quantized(self, to: WeightFormat) -> Result<Bundle, BundleError> {
         let before = Weights::file_bytes(&self.config, &self.checkpoint);
-        let checkpoint = Checkpoint::Quantized { of: Box::new(self.checkpoint), to };
+        let checkpoint = Arc::new(Checkpoint::Quantized { of: self.checkpoint, to });
         let total_bytes = Weights::file_bytes(&self.config, &checkpoint);
         match total_bytes < before {
             true => Ok(Bundle { checkpoint, total_bytes, ..self }),
@@ -170,7 +172,7 @@ impl Bundle {
         let special = |id: Option<TokenId>| id.and_then(|id| tokenizer.token(id)).unwrap_or("").to_owned();
         let (bos, eos) = (special(tokenizer.bos()), special(tokenizer.eos()));
         let template = file.str("tokenizer.chat_template")?;
-        let chat_template = template.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?;
+        let chat_template = template.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?.map(Arc::new);
         let mut stop_ids = Vec::new();
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             stop_ids.extend(file.u32(&format!("tokenizer.ggml.{key}"))?.map(TokenId));
@@ -189,7 +191,7 @@ impl Bundle {
             name,
             config,
             total_bytes: file.total_tensor_bytes(),
-            checkpoint: Checkpoint::Gguf(file),
+            checkpoint: Arc::new(Checkpoint::Gguf(file)),
             tokenizer: Arc::new(tokenizer),
             chat_template,
             defaults,
@@ -212,7 +214,7 @@ impl Bundle {
         let generation = dir.generation_config_json().unwrap_or(&null);
         let (bos, eos) = (spelling(&tokenizer_config["bos_token"]), spelling(&tokenizer_config["eos_token"]));
         let template = dir.chat_template().or_else(|| older_chat_template(tokenizer_config));
-        let chat_template = template.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?;
+        let chat_template = template.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?.map(Arc::new);
         let mut stop_ids = ids(&generation["eos_token_id"]);
         stop_ids.extend(ids(&dir.config_json()["eos_token_id"]));
         stop_ids.extend(tokenizer.special_id(&eos));
@@ -228,7 +230,7 @@ impl Bundle {
             name: stem(dir.path()),
             total_bytes: dir.total_tensor_bytes(),
             pooling: pooling::of_safetensors(&dir),
-            checkpoint: Checkpoint::Safetensors { dir, family: config.family },
+            checkpoint: Arc::new(Checkpoint::Safetensors { dir, family: config.family }),
             config,
             tokenizer: Arc::new(tokenizer),
             chat_template,

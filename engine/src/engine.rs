@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
@@ -20,19 +20,22 @@ use crate::forecast::Meter;
 use crate::grammar::{Grammar, Matcher};
 use crate::limits::neighbours::Membership;
 use crate::limits::{self, Limits, Phase, StepFacts};
-use crate::memory::{BlockCounts, KvCache};
+use crate::memory::{BlockCounts, BlockHasher, KvCache};
 use crate::model::{Checkpoint, Model};
+use crate::queue::Ledger;
 use crate::recording::Recording;
-use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenLogprobs, Usage};
+use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs};
 use crate::sampling;
 use crate::scheduler::{Choice, Outcome, Scheduler, StepTrace};
 use crate::sequence::Sequence;
 
+mod end;
 mod load;
 mod masks;
 mod pooled;
 mod recovery;
 mod step;
+mod sums;
 mod times;
 mod warm_up;
 
@@ -47,7 +50,7 @@ pub struct Engine {
     model: Model,
     backend: Box<dyn Backend>,
     /// Where its weights come from again, if the device is lost.
-    checkpoint: Option<Checkpoint>,
+    checkpoint: Option<Arc<Checkpoint>>,
     /// It was lost, and is not there again.
     is_device_lost: bool,
     /// By numbers of our own: nobody outside can make them collide.
@@ -77,6 +80,8 @@ pub struct Engine {
     limits: Limits,
     /// Other engines on the device.
     neighbours: Option<Arc<Membership>>,
+    /// What a step of one sequence takes, as far as that was tried.
+    alone: Duration,
     meter: Meter,
     /// Zero of the meter's clock.
     created_at: Instant,
@@ -133,6 +138,8 @@ pub struct EngineStats {
     pub num_failed: u64,
     /// Of those, the ones that a row of the model's output failed which was not finite.
     pub num_not_finite: u64,
+    /// Sequences that went on to another engine.
+    pub num_moved: u64,
     /// Times that the device was lost.
     pub num_device_losses: u64,
     pub last_step_ms: f64,
@@ -181,6 +188,7 @@ impl Engine {
             cost: CostFit::new(CostModel::UNKNOWN),
             limits: Limits::default(),
             neighbours: None,
+            alone: Duration::ZERO,
             meter: Meter::default(),
             created_at: now,
             stats,
@@ -220,16 +228,29 @@ impl Engine {
         &mut self.cache
     }
 
+    /// Before its first request: counts what tenants get together with other engines.
+    pub fn share_ledger(&mut self, ledger: Arc<Ledger>) {
+        self.scheduler.share_ledger(ledger);
+    }
+
+    /// What names the blocks of its prefix cache, if it has one.
+    pub fn hasher(&self) -> Option<BlockHasher> {
+        self.cache.hasher()
+    }
+
     /// Queues a request. That it fits is the caller's to have checked with [`EngineConfig::fits`].
-    pub fn add(&mut self, request: Request, sink: Box<dyn Sink>) -> SequenceId {
+    pub fn add(&mut self, request: impl Into<Arc<Request>>, sink: Box<dyn Sink>) -> SequenceId {
         self.turn_to(Phase::Schedule);
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        let request = Arc::new(request);
-        let chain = self.cache.chain(&request.prompt, request.cache_salt);
+        let request = request.into();
+        let mut chain = self.cache.chain(&request.prompt, request.cache_salt);
+        if !request.generated.is_empty() {
+            self.cache.extend(&mut chain, &[request.prompt.as_slice(), &request.generated].concat());
+        }
         self.scheduler.add(Sequence::new(id, request.clone(), chain));
         let client = Client {
-            matcher: request.grammar.as_ref().map(Grammar::matcher),
+            matcher: request.grammar.as_ref().map(|grammar| matcher(grammar, &request.generated)),
             request,
             sink,
             arrived: self.backend.now(),
@@ -374,26 +395,6 @@ impl Engine {
         (self.outcomes, self.logprobs) = (outcomes, logprobs);
     }
 
-    /// Ends a sequence in any phase; its blocks are free at once.
-    pub fn abort(&mut self, id: SequenceId) {
-        let Some(client) = self.clients.remove(&id) else { return };
-        let usage = self.scheduler.abort(&mut self.cache, id).unwrap_or_default();
-        self.count_end(&client);
-        self.stats.num_aborted += 1;
-        log_end(&client, "aborted", usage, self.backend.now());
-    }
-
-    /// Tells every client that the engine has ended, and why.
-    pub fn fail_all(&mut self, sentence: &str) {
-        let ids: Vec<SequenceId> = self.clients.keys().copied().collect();
-        for id in ids {
-            let usage = self.scheduler.abort(&mut self.cache, id).unwrap_or_default();
-            self.finish(id, FinishReason::Error(sentence.to_owned()), usage);
-        }
-        self.update_counts();
-        self.update_sums();
-    }
-
     pub fn stats(&self) -> &EngineStats {
         &self.stats
     }
@@ -459,36 +460,11 @@ impl Engine {
             (None, Flow::Continue) => {}
         }
     }
-
-    fn finish(&mut self, id: SequenceId, reason: FinishReason, usage: Usage) {
-        let Some(mut client) = self.clients.remove(&id) else { return };
-        let (count, word) = match &reason {
-            FinishReason::Stop => (&mut self.stats.num_stopped, "stop"),
-            FinishReason::Length => (&mut self.stats.num_length, "length"),
-            FinishReason::Error(sentence) | FinishReason::DeviceLost(sentence) => {
-                (&mut self.stats.num_failed, sentence.as_str())
-            }
-        };
-        *count += 1;
-        self.stats.num_not_finite += u64::from(word == sampling::NOT_FINITE);
-        self.count_end(&client);
-        self.stats.prompt_tokens += u64::from(usage.prompt_tokens);
-        self.stats.cached_tokens += u64::from(usage.cached_tokens);
-        log_end(&client, word, usage, self.device_free_at);
-        client.sink.event(Event::Finished { reason, usage });
-    }
 }
 
-fn log_end(client: &Client, reason: &str, usage: Usage, now: Instant) {
-    let since = |at: Instant| (at - client.arrived).as_secs_f64() * 1e3;
-    tracing::info!(
-        id = client.request.id,
-        reason,
-        prompt_tokens = usage.prompt_tokens,
-        cached_tokens = usage.cached_tokens,
-        completion_tokens = usage.completion_tokens,
-        ttft_ms = client.first_token.map(since),
-        total_ms = since(now),
-        "request ended"
-    );
+/// At the last of `generated`. What goes wrong with it is told with the first mask.
+fn matcher(grammar: &Grammar, generated: &[TokenId]) -> Matcher {
+    let mut matcher = grammar.matcher();
+    let _ = generated.iter().try_for_each(|&token| matcher.advance(token).map(drop));
+    matcher
 }

@@ -57,9 +57,42 @@ impl Pace {
         let (base, full) = (self.base_ns as f64, self.full_ns as f64);
         if steps < 1.0 { base + (full - base) * steps } else { full * steps }
     }
+
+    /// Two devices at once: what both compute in the time that a full step of the faster one takes.
+    fn beside(self, other: Pace) -> Pace {
+        let rate = |pace: Pace| f64::from(pace.tokens_per_step) / pace.full_ns.max(1) as f64;
+        let fast = if rate(self) >= rate(other) { self } else { other };
+        let num_tokens = (rate(self) + rate(other)) * fast.full_ns.max(1) as f64;
+        Pace { tokens_per_step: num_tokens as u32, ..fast }
+    }
 }
 
 impl Load {
+    /// Engines that share what comes, as if they were one as fast as all of them; `None` of none.
+    pub fn together(loads: impl Iterator<Item = Load>) -> Option<Load> {
+        loads.reduce(Load::beside)
+    }
+
+    fn beside(self, other: Load) -> Load {
+        let num_running = self.num_running + other.num_running;
+        let mean = |of: fn(&Load) -> f64| {
+            let weight = |load: &Load| f64::from(load.num_running.max(1));
+            let (own, others) = (weight(&self), weight(&other));
+            (of(&self) * own + of(&other) * others) / (own + others)
+        };
+        Load {
+            num_running,
+            free_slots: self.free_slots + other.free_slots,
+            free_tokens: self.free_tokens + other.free_tokens,
+            begun_tokens: self.begun_tokens + other.begun_tokens,
+            service_ns: mean(|load| load.service_ns as f64) as u64,
+            computed_share: mean(|load| load.computed_share),
+            num_in_flight: self.num_in_flight.max(other.num_in_flight),
+            pace: self.pace.beside(other.pace),
+            idle_pace: self.idle_pace.zip(other.idle_pace).map(|(own, other)| own.beside(other)),
+        }
+    }
+
     /// From now to the first token of a request whose prompt has `own_tokens`; they are among those of `ahead`.
     pub fn first_token_ns(&self, ahead: &Ahead, own_tokens: u64) -> u64 {
         let computed = |num_tokens: u64| num_tokens as f64 * self.computed_share;

@@ -13,7 +13,8 @@
 //! - What a text must follow is a [`grammar`], compiled before its request comes in.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it, and makes a
 //!   device that was lost anew. What it sees of a device's time goes to [`limits`], which says what holds it back.
-//! - Many engines, each on a device of its own, are a [`fleet`]: its router says which of them takes a request.
+//! - The engines of a model, one for each device, are a [`fleet`]: it lets requests in, and its router says which
+//!   engine takes one.
 //! - [`verify`] holds a backend against the plain cpu, op by op: from the command line, before a model is loaded, and
 //!   in the tests.
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
@@ -56,7 +57,7 @@
 //! - A backend has a clock ([`backend::Backend::now`]), so that a simulated device's time is the engine's too.
 //! - Copies between device and host are a list of their own in a recording, before its ops: a device copies outside
 //!   its compute pass.
-//! - There is no CUDA backend. [`fleet`] has a router that a simulation drives; no server drives several devices yet.
+//! - There is no CUDA backend. [`fleet`] replicates a model over devices; none is divided over several.
 
 pub mod backend;
 pub mod backlog;

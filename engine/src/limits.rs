@@ -19,6 +19,7 @@ use crate::scheduler::Held;
 
 mod cause;
 pub mod neighbours;
+mod sums;
 pub mod verdict;
 mod window;
 

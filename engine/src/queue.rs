@@ -5,14 +5,21 @@
 //! with the least is served next, and one that comes back from idleness starts no lower than the least of the others,
 //! so that nobody saves up. Within a tenant: lower `priority` first, then order of arrival.
 //!
-//! Invariant: a tenant is known exactly while it has sequences; the same history gives the same order. The queue knows
-//! no memory and no budget.
+//! Invariant: a tenant is known exactly while it has sequences; the same history gives the same order. Where several
+//! engines serve the same tenants, the counters are of all of them, and are looked at once a round. The queue knows no
+//! memory and no budget.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 use crate::batch::SequenceId;
 use crate::request::Share;
 use crate::sequence::Sequence;
+
+mod ledger;
+
+use ledger::Account;
+pub use ledger::Ledger;
 
 /// What a computed prompt token and a generated one cost a tenant. Tokens found in the prefix cache cost nothing: they
 /// are not computed. A generated token occupies a row of a step of its own, so it counts double (as in VTC's paper).
@@ -34,8 +41,8 @@ pub struct Queue {
     by_id: HashMap<u64, TenantIndex>,
     /// Entries of `tenants` that are nobody's.
     vacant: Vec<TenantIndex>,
-    /// What the least served tenant had got when one was last added or forgotten.
-    floor: u64,
+    /// Where known tenants have their accounts.
+    ledger: Arc<Ledger>,
     num_waiting: usize,
     waiting_tokens: u64,
     /// Of waiting sequences those that ran before, and their tokens.
@@ -47,6 +54,8 @@ pub struct Queue {
 struct Tenant {
     id: u64,
     share: Share,
+    account: Account,
+    /// What was in it when it was last looked at.
     counter: u64,
     num_running: u32,
     /// In order of service.
@@ -56,6 +65,12 @@ struct Tenant {
 }
 
 impl Queue {
+    /// Has `ledger`, which other engines have too, keep the accounts; while nobody is known.
+    pub fn share_ledger(&mut self, ledger: Arc<Ledger>) {
+        assert!(self.by_id.is_empty(), "somebody has an account already");
+        self.ledger = ledger;
+    }
+
     pub fn len(&self) -> usize {
         self.num_waiting
     }
@@ -109,7 +124,9 @@ impl Queue {
 
     /// Begins a round of [`Queue::peek`]: nobody has been passed over.
     pub fn rewind(&mut self) {
-        self.tenants.iter_mut().for_each(|tenant| tenant.num_passed = 0);
+        for tenant in &mut self.tenants {
+            (tenant.num_passed, tenant.counter) = (0, tenant.account.read());
+        }
     }
 
     /// The sequence that is to be served next, of those not passed over and of tenants below their cap.
@@ -159,7 +176,7 @@ impl Queue {
     /// Charges a tenant for what a step computes for it.
     pub fn charge(&mut self, tenant: TenantIndex, cost: u64) {
         let tenant = &mut self.tenants[tenant.0 as usize];
-        tenant.counter += cost * UNIT / u64::from(tenant.share.weight);
+        tenant.counter = tenant.account.charge(cost * UNIT / u64::from(tenant.share.weight));
     }
 
     /// The service that a tenant has got, over its weight.
@@ -219,13 +236,14 @@ impl Queue {
             self.tenants[index.0 as usize].share = share;
             return index;
         }
-        self.floor = self.least_counter();
+        let account = self.ledger.open(id);
         let index = self.vacant.pop().unwrap_or_else(|| {
             self.tenants.push(Tenant::default());
             TenantIndex(self.tenants.len() as u32 - 1)
         });
         let tenant = &mut self.tenants[index.0 as usize];
-        (tenant.id, tenant.share, tenant.counter, tenant.num_passed) = (id, share, self.floor, 0);
+        (tenant.id, tenant.share, tenant.counter, tenant.num_passed) = (id, share, account.read(), 0);
+        tenant.account = account;
         self.by_id.insert(id, index);
         index
     }
@@ -233,15 +251,10 @@ impl Queue {
     fn forget_if_idle(&mut self, index: TenantIndex) {
         let tenant = &self.tenants[index.0 as usize];
         if tenant.num_running == 0 && tenant.waiting.is_empty() {
-            self.floor = self.least_counter();
+            self.ledger.close(tenant.id);
             self.by_id.remove(&self.tenants[index.0 as usize].id);
             self.vacant.push(index);
         }
-    }
-
-    fn least_counter(&self) -> u64 {
-        let counters = self.by_id.values().map(|index| self.tenants[index.0 as usize].counter);
-        counters.min().unwrap_or(self.floor)
     }
 
     fn next_tenant(&self) -> Option<usize> {
@@ -258,7 +271,7 @@ impl Queue {
     }
 }
 
-/// Order of service within a tenant.
-fn rank(sequence: &Sequence) -> (i32, SequenceId) {
-    (sequence.request.priority, sequence.id)
+/// Order of service within a tenant: of one priority what has begun elsewhere is first.
+fn rank(sequence: &Sequence) -> (i32, bool, SequenceId) {
+    (sequence.request.priority, sequence.request.generated.is_empty(), sequence.id)
 }

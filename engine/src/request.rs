@@ -19,7 +19,9 @@ pub struct Request {
     pub id: String,
     /// At least one token.
     pub prompt: Vec<TokenId>,
-    /// Tokens to generate at most; 0 asks for prompt logprobs alone.
+    /// What was generated elsewhere, fewer than `max_tokens`: the answer goes on from there.
+    pub generated: Vec<TokenId>,
+    /// Tokens to generate at most, those of `generated` among them; 0 asks for prompt logprobs alone.
     pub max_tokens: u32,
     /// A sampled id among these ends the sequence with `FinishReason::Stop`; it is delivered as an event all the same.
     pub stop_ids: Vec<TokenId>,
@@ -211,6 +213,11 @@ pub trait Sink: Send {
 
     /// Whether the client is gone; asked of waiting sequences, and of running ones before each step.
     fn is_closed(&self) -> bool;
+
+    /// Whether it is closed because another engine serves the client from now on.
+    fn has_moved(&self) -> bool {
+        false
+    }
 }
 
 impl fmt::Display for TokenId {

@@ -15,12 +15,14 @@
 //! are known would fit, so a victim waits until another sequence has freed memory. Work in a step is O(rows): nothing
 //! is done for a token that was computed before, and no memory is taken.
 
+use std::sync::Arc;
+
 use crate::batch::{Batch, BlockCopy, InputToken, Logits, SequenceId, Slice, SlotId};
 use crate::config::EngineConfig;
 use crate::cost::CostModel;
 use crate::memory::swap::HostBlocks;
 use crate::memory::{BlockHash, KvCache};
-use crate::queue::Queue;
+use crate::queue::{Ledger, Queue};
 use crate::request::{FinishReason, Pooling, TokenId, Usage};
 use crate::sequence::Sequence;
 
@@ -125,6 +127,11 @@ impl Scheduler {
             num_preemptions: 0,
             num_swaps: 0,
         }
+    }
+
+    /// Has `ledger`, which other engines have too, keep what tenants have got.
+    pub fn share_ledger(&mut self, ledger: Arc<Ledger>) {
+        self.queue.share_ledger(ledger);
     }
 
     /// Queues a sequence. That it fits in `max_model_len` and in the pool is the caller's to have checked.

@@ -44,16 +44,19 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// `chain` holds the keys of the prompt's blocks.
+    /// `chain` holds the keys of the blocks that prompt and generated tokens fill.
     pub fn new(id: SequenceId, request: Arc<Request>, chain: BlockChain) -> Sequence {
+        let tokens = [request.prompt.as_slice(), &request.generated].concat();
+        // Whoever generated tokens elsewhere was charged there for all but the last.
+        let num_charged_tokens = if request.generated.is_empty() { 0 } else { tokens.len() as u32 - 1 };
         Sequence {
             id,
-            tokens: request.prompt.clone(),
+            tokens,
             request,
             tenant: TenantIndex::default(),
             num_pending: 0,
             num_computed_tokens: 0,
-            num_charged_tokens: 0,
+            num_charged_tokens,
             slot: None,
             table: BlockTable::default(),
             swapped: None,

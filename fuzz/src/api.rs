@@ -1,6 +1,6 @@
 //! Requests as every endpoint reads them, and answers as every dialect streams them.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
@@ -34,7 +34,8 @@ static MODELS: LazyLock<Vec<ServedModel>> = LazyLock::new(|| TEMPLATES.map(|(_, 
 
 fn served(template: &str) -> ServedModel {
     let template = ChatTemplate::new(template, "<s>", "<|im_end|>").expect("a template");
-    let bundle = Bundle { chat_template: Some(template), pooling: Some(Pooling::Last), ..Bundle::simulated() };
+    let bundle =
+        Bundle { chat_template: Some(Arc::new(template)), pooling: Some(Pooling::Last), ..Bundle::simulated() };
     let config = EngineConfig {
         max_num_seqs: 16,
         max_num_batched_tokens: 256,

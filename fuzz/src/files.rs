@@ -66,7 +66,7 @@ fn try_out(opened: Result<Bundle, BundleError>) {
         Ok(bundle) => bundle,
         Err(error) => return check_sentence(&error.to_string()),
     };
-    let Bundle { config, mut checkpoint, tokenizer, chat_template, stop_ids, .. } = bundle;
+    let Bundle { config, checkpoint, tokenizer, chat_template, stop_ids, .. } = bundle;
     let vocab_size = config.vocab_size;
     assert!(stop_ids.iter().all(|id| id.0 < vocab_size));
     let text = "Hé, <s> 12 <|im_end|>\n";
@@ -90,9 +90,9 @@ fn try_out(opened: Result<Bundle, BundleError>) {
         return;
     }
     let mut device = SimBackend::new(SimOptions::default());
-    let loaded = Model::load(config, limits.state_limits(), &mut checkpoint, &mut device, &mut |_| {});
+    let loaded = Model::load(config, limits.state_limits(), &checkpoint, &mut device, &mut |_| {});
     match loaded {
-        Ok(_) => assert!(!matches!(checkpoint, Checkpoint::Random { .. })),
+        Ok(_) => assert!(!matches!(*checkpoint, Checkpoint::Random { .. })),
         Err(error) => check_sentence(&error.to_string()),
     }
 }

@@ -30,6 +30,7 @@ pub use doctor::DoctorArgs;
 pub use grammar::GrammarArgs;
 pub use http::{HttpArgs, HttpMeasure};
 pub use models::{ModelsArgs, ServedArgs};
+pub use parse::parse_bytes;
 use parse::*;
 pub use report::DeviceReportArgs;
 pub use serve::ServeArgs;

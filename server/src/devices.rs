@@ -1,6 +1,8 @@
 //! Which device a name means. Invariant: the choice is logged by the caller, and there is no silent fall-back: only
 //! `auto` may end at the CPU, and a name that fits nothing is an error that lists what there is.
 
+use std::io;
+
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, wgpu as adapters};
@@ -10,6 +12,10 @@ use fullbore_engine::memory::capacity::human_bytes;
 use crate::args::DeviceArgs;
 use crate::fetch;
 
+pub mod asked;
+pub mod cores;
+pub mod file;
+
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceChoiceError {
     #[error("there is no device {wanted}; there is {known}")]
@@ -18,6 +24,14 @@ pub enum DeviceChoiceError {
     Gpu(#[from] adapters::OpenError),
     #[error(transparent)]
     Cpu(#[from] DeviceError),
+    #[error("{first} and {second} are one device: leave one out{remedy}")]
+    Twice { first: String, second: String, remedy: &'static str },
+    #[error("{device} cannot run on those cores: {source}")]
+    Cores { device: String, source: io::Error },
+    #[error("{0}")]
+    File(String),
+    #[error("--device {asked}: this command drives one device, on all cores")]
+    NotOne { asked: String },
 }
 
 /// Every device of this machine; the simulator is none.
@@ -53,11 +67,17 @@ fn open_any(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn
         },
         // An empty selector would mean the best there is.
         "" => Err(unknown("")),
+        name if !is_one(wanted) => Err(DeviceChoiceError::NotOne { asked: name.to_owned() }),
         name => open_gpu(name).map_err(|error| match error {
             adapters::OpenError::NotFound { .. } => unknown(name),
             error => error.into(),
         }),
     }
+}
+
+/// Whether a name means one device, whatever its cores.
+fn is_one(wanted: &DeviceArgs) -> bool {
+    matches!(asked::asked(wanted).as_deref(), Ok([one]) if one.args.name == wanted.name)
 }
 
 /// A device once more, opened as `wanted` says, with the kernels that it had.
@@ -97,9 +117,10 @@ pub fn memory_bytes(device: &DeviceInfo) -> Option<u64> {
     }
 }
 
-/// An engine's place among those of this process that share the device; a simulated one is nobody else's.
-pub fn share(device: &DeviceInfo, engine_name: &str) -> Option<Membership> {
-    (device.id != "sim").then(|| Membership::join(&device.id, engine_name))
+/// An engine's place among those of this process that share the device, or the cores of it that `title` names; a
+/// simulated one is nobody else's.
+pub fn share(device: &DeviceInfo, title: &str, engine_name: &str) -> Option<Membership> {
+    (device.id != "sim").then(|| Membership::join(title, engine_name))
 }
 
 fn unknown(wanted: &str) -> DeviceChoiceError {

@@ -247,15 +247,15 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
 fn load(models: &[ServedArgs], shares: &HashMap<String, Share>) -> Result<Vec<ServedModel>, StartError> {
     let plans = start::plan_all(models)?;
     eprintln!("{}", start::table(&plans));
-    let is_alone = plans.len() == 1;
-    let load = |plan: Plan| {
-        let name = plan.name.clone();
-        let loaded = plan.load().map_err(|error| error.of_model(&name, is_alone))?;
+    let is_alone = models.len() == 1;
+    let load = |plans: Vec<Plan>| {
+        let name = plans[0].name.clone();
+        let loaded = start::load(plans).map_err(|error| error.of_model(&name, is_alone))?;
         let title = if is_alone { String::new() } else { format!("{name}\n") };
         eprintln!("{title}{}", loaded.times);
         Ok(ServedModel { shares: shares.clone(), ..loaded })
     };
-    plans.into_iter().map(load).collect()
+    start::by_model(plans).into_iter().map(load).collect()
 }
 
 impl AccessArgs {

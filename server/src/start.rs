@@ -3,11 +3,9 @@
 //! Invariant: a plan keeps nothing on the device but the small tensors that its kernels were tried on; what it prints
 //! is what loading takes.
 
-use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, LoadError};
@@ -15,33 +13,33 @@ use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
 use fullbore_engine::cost::CostModel;
 use fullbore_engine::engine::Engine;
-use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes};
-use fullbore_engine::model::{Checkpoint, Footprint, Model, ModelConfig, UnfitKvType, Weights};
+use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::tuning::TunedMatMul;
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
-use fullbore_engine::worker::EngineHandle;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::api::{ServedModel, unix_seconds};
+use crate::api::ServedModel;
 use crate::args::{EngineArgs, ModelArgs};
 use crate::costs::SavedCosts;
+use crate::devices::asked::{Asked, asked};
+use crate::devices::cores::{Cores, Pinned};
 use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
-use crate::http::metrics::RequestMetrics;
-use crate::live::History;
 use crate::tuning;
 
 mod config;
+mod load;
 mod remedy;
 mod times;
 mod together;
 
 use config::Room;
 pub use config::{USUAL_LEN, queued_tokens};
+pub use load::load;
 use times::Parts;
 pub use times::StartTimes;
-pub use together::{plan_all, table};
+pub use together::{by_model, plan_all, table};
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -81,6 +79,12 @@ pub enum StartError {
     TwoOfOneName(String),
     #[error("the model {model}: {source}")]
     OfModel { model: String, source: Box<StartError> },
+    #[error("none of its devices can serve {model}; the warnings before this say why")]
+    NoDevice { model: String },
+    #[error("on {device}: {source}")]
+    OnDevice { device: String, source: Box<StartError> },
+    #[error("{device} makes up its tokens, and serves no model beside other devices: leave it out")]
+    Simulated { device: String },
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -97,11 +101,20 @@ impl StartError {
             false => StartError::OfModel { model: model.to_owned(), source: Box::new(self) },
         }
     }
+
+    /// The same, told of one of several devices.
+    fn on_device(self, device: &str, is_alone: bool) -> StartError {
+        match is_alone {
+            true => self,
+            false => StartError::OnDevice { device: device.to_owned(), source: Box::new(self) },
+        }
+    }
 }
 
-/// Everything decided, nothing loaded.
+/// Everything decided for a model on one device, nothing loaded.
 pub struct Plan {
     pub name: String,
+    pub seat: Seat,
     pub bundle: Bundle,
     pub backend: Box<dyn Backend>,
     pub config: EngineConfig,
@@ -113,9 +126,22 @@ pub struct Plan {
     pub times: StartTimes,
 }
 
+/// The device of a plan among those of its model.
+#[derive(Clone, Debug)]
+pub struct Seat {
+    /// What people call the device.
+    pub title: String,
+    pub cores: Option<Cores>,
+    /// Whether the model's other devices go on without it.
+    pub is_optional: bool,
+}
+
 /// A model and its device, not fitted into memory yet.
 struct Opened {
     name: String,
+    seat: Seat,
+    /// Whether a share of the memory was asked for it alone.
+    has_own_fraction: bool,
     args: EngineArgs,
     bundle: Bundle,
     backend: Box<dyn Backend>,
@@ -128,20 +154,33 @@ struct Opened {
 
 /// Opens model and device and fits the engine into memory.
 pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartError> {
-    let opened = Opened::open(args, served_name)?;
+    let [asked] = &asked(&args.model.device)?[..] else {
+        return Err(DeviceChoiceError::NotOne { asked: args.model.device.name.clone() }.into());
+    };
+    let opened = Opened::open(args, asked, None, served_name)?;
     let room = Room::alone(opened.measured_bytes());
     opened.plan(room)
 }
 
 impl Opened {
-    fn open(args: &EngineArgs, served_name: Option<&str>) -> Result<Opened, StartError> {
+    /// `bundle` is the model's where another device has opened it.
+    fn open(
+        args: &EngineArgs,
+        asked: &Asked,
+        bundle: Option<&Bundle>,
+        served_name: Option<&str>,
+    ) -> Result<Opened, StartError> {
+        let _pinned = asked.pin()?;
+        let mut args = args.clone();
+        args.model.device = asked.args.clone();
+        asked.listed.iter().for_each(|listed| listed.apply(&mut args));
         let mut times = StartTimes::default();
         let mut backend = devices::open(&args.model.device)?;
         times.end("device", &Parts::of(backend.settle()));
         let device = backend.info();
         let DeviceInfo { id, name, driver, tier, .. } = device;
         tracing::info!(device = id, name, driver, tier, "device chosen");
-        let bundle = open_bundle(&args.model, &device.id)?;
+        let bundle = bundle.map_or_else(|| open_bundle(&args.model, &device.id), |bundle| Ok(bundle.clone()))?;
         times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
         let backend = if args.no_verify { backend } else { verified(backend, &bundle, &args.model)? };
         let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
@@ -156,7 +195,8 @@ impl Opened {
         let names_itself = args.model.shape.is_some() || Path::new(&args.model.model).exists();
         let default_name = if names_itself { &bundle.name } else { &args.model.model };
         let name = served_name.unwrap_or(default_name).to_owned();
-        Ok(Opened { name, args: args.clone(), bundle, backend, tuned, weights, times })
+        let seat = Seat::new(asked, backend.info());
+        Ok(Opened { name, seat, has_own_fraction: false, args, bundle, backend, tuned, weights, times })
     }
 
     /// What the device has, where the size of the cache depends on it and it is known.
@@ -166,7 +206,7 @@ impl Opened {
     }
 
     fn plan(self, room: Room) -> Result<Plan, StartError> {
-        let Opened { name, args, bundle, backend, tuned, weights, times } = self;
+        let Opened { name, seat, args, bundle, backend, tuned, weights, times, .. } = self;
         let device = backend.info();
         let config = config::engine_config(&args, &bundle, weights, room, device.max_buffer_bytes)?;
         check_widths(&bundle.config, &config)?;
@@ -177,7 +217,23 @@ impl Opened {
         let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
         let products = Weights::products(&bundle.config, &bundle.checkpoint);
         let tuned_cost = products.and_then(|products| tuning::cost_of(&tuned, &products));
-        Ok(Plan { name, bundle, backend, config, memory, costs, tuned_cost, times })
+        Ok(Plan { name, seat, bundle, backend, config, memory, costs, tuned_cost, times })
+    }
+}
+
+impl Seat {
+    fn new(asked: &Asked, device: &DeviceInfo) -> Seat {
+        let title = if asked.cores.is_some() { &asked.title } else { &device.id };
+        Seat { title: title.clone(), cores: asked.cores.clone(), is_optional: asked.is_optional }
+    }
+
+    /// All of a device by this id.
+    fn whole(id: &str) -> Seat {
+        Seat { title: id.to_owned(), cores: None, is_optional: false }
+    }
+
+    fn pin(&self) -> Result<Option<Pinned>, DeviceChoiceError> {
+        devices::cores::pin(self.cores.as_ref(), &self.title)
     }
 }
 
@@ -247,7 +303,8 @@ impl Plan {
     pub fn of(name: &str, bundle: Bundle, backend: Box<dyn Backend>, config: EngineConfig, weights: u64) -> Plan {
         let memory = memory_table(&bundle.config, &config, weights);
         let (name, times) = (name.to_owned(), StartTimes::default());
-        Plan { name, bundle, backend, config, memory, costs: None, tuned_cost: None, times }
+        let seat = Seat::whole(&backend.info().id);
+        Plan { name, seat, bundle, backend, config, memory, costs: None, tuned_cost: None, times }
     }
 
     /// Refuses what the device's memory, where that is known, cannot hold.
@@ -267,72 +324,33 @@ impl Plan {
 
     /// Loads the weights and starts the engine's thread.
     pub fn load(self) -> Result<ServedModel, StartError> {
-        self.check_memory()?;
-        let has_floats = self.bundle.has_floats();
-        let Bundle { config, checkpoint, tokenizer, chat_template, defaults, stop_ids, pooling, total_bytes, .. } =
-            self.bundle;
-        let dtype = Weights::main_format(&config, &checkpoint);
-        let neighbours = devices::share(self.backend.info(), &self.name);
-        let mut times = self.times;
-        let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config, &mut times);
-        let mut engine = loaded.map_err(|error| remedy::out_of_memory(error, &self.memory, has_floats))?;
-        if let Some(neighbours) = neighbours {
-            engine.set_neighbours(neighbours);
-        }
-        if let Some(cost) = self.costs.as_ref().and_then(SavedCosts::read).or(self.tuned_cost) {
-            engine.set_cost(cost);
-        }
-        let grammars = GrammarCompiler::new(tokenizer.clone(), stop_ids.clone(), engine.model().config.vocab_size);
-        Ok(ServedModel {
-            metrics: Arc::new(RequestMetrics::new(&self.name)),
-            history: History::default(),
-            name: self.name,
-            dtype,
-            grammars,
-            tokenizer,
-            chat_template,
-            defaults,
-            stop_ids,
-            pooling,
-            hidden_size: engine.model().config.dim,
-            memory: self.memory,
-            shares: HashMap::new(),
-            costs: self.costs,
-            times,
-            loaded_at: unix_seconds(),
-            engine: EngineHandle::spawn(engine),
-        })
+        load::load(vec![self])
     }
 
     /// Loads the weights, for a command that drives the engine itself.
     pub fn load_engine(self) -> Result<Engine, StartError> {
-        self.check_memory()?;
-        let has_floats = self.bundle.has_floats();
-        let Bundle { config, checkpoint, total_bytes, .. } = self.bundle;
-        let mut times = self.times;
-        let loaded = load_engine(config, checkpoint, total_bytes, self.backend, self.config, &mut times);
-        loaded.map_err(|error| remedy::out_of_memory(error, &self.memory, has_floats))
+        Ok(self.load_replica((random(), random()))?.engine)
     }
 }
 
 /// With a progress bar where there is a terminal. Refuses a latency target that the device cannot meet.
 fn load_engine(
-    model: ModelConfig,
-    mut checkpoint: Checkpoint,
-    total_bytes: u64,
+    bundle: Bundle,
     mut backend: Box<dyn Backend>,
     config: EngineConfig,
+    hash_key: (u64, u64),
     times: &mut StartTimes,
 ) -> Result<Engine, StartError> {
+    let Bundle { config: model, checkpoint, total_bytes, .. } = bundle;
     let bar = ProgressBar::new(total_bytes).with_style(bar_style()).with_message("loading");
     let mut progress = |read_bytes: u64| bar.set_position(read_bytes);
-    let model = Model::load(model, config.state_limits(), &mut checkpoint, backend.as_mut(), &mut progress)?;
+    let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut progress)?;
     bar.finish_and_clear();
     times.end("weights", &Parts::of(backend.settle()));
     if model.num_host_blocks() < config.num_host_blocks {
         tracing::warn!("this device cannot copy to the host's memory: preempted requests are recomputed");
     }
-    let mut engine = Engine::new(config, model, backend, (random(), random()));
+    let mut engine = Engine::new(config, model, backend, hash_key);
     engine.set_checkpoint(checkpoint);
     engine.enable_swap().map_err(LoadError::from)?;
     // A simulated device has nothing to compile, and its steps say nothing unless a target is held against them.

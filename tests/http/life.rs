@@ -29,7 +29,7 @@ fn prices_of_steps_outlive_the_server() {
         let backend = Box::new(SimBackend::new(SimOptions { sleeps: false, ..sleeping() }));
         Plan { backend, ..setup.plan() }.load().expect("the simulator loads")
     };
-    let known = |model: &ServedModel| model.engine.cost().is_known();
+    let known = |model: &ServedModel| model.engine.engines()[0].cost().is_known();
     let ask = |model: &ServedModel, num_tokens| {
         let request = Request { prompt: vec![TokenId(9); 20], max_tokens: num_tokens, ..Request::default() };
         let (sender, receiver) = std::sync::mpsc::channel();
@@ -47,7 +47,7 @@ fn prices_of_steps_outlive_the_server() {
     second.end();
     let third = server();
     assert!(known(&third), "prices of the second");
-    let step_ns = third.engine.cost().predict_ns(&StepShape::decode(1, 20)) as f64;
+    let step_ns = third.engine.engines()[0].cost().predict_ns(&StepShape::decode(1, 20)) as f64;
     assert!((4.5e6..5.5e6).contains(&step_ns), "{step_ns} ns, of a device that takes 5 ms");
     third.end();
 }

@@ -8,10 +8,10 @@ use fullbore_engine::backend::sim::Fidelity;
 use fullbore_engine::config::LatencyTarget;
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
+use fullbore_engine::fleet::Fleet;
 use fullbore_engine::limits::neighbours::Membership;
 use fullbore_engine::model::Model;
 use fullbore_engine::request::Share;
-use fullbore_engine::worker::EngineHandle;
 
 use super::*;
 
@@ -57,10 +57,10 @@ impl Provoked {
         let options =
             SimOptions { fidelity: Fidelity::Cost, cost: self.true_cost, sleeps: true, ..SimOptions::default() };
         let mut backend = Box::new(Gated { sim: SimBackend::new(options), gate: server.gate.clone() });
-        let Bundle { mut config, mut checkpoint, .. } = Bundle::simulated();
+        let Bundle { mut config, checkpoint, .. } = Bundle::simulated();
         config.num_layers = self.num_layers;
         config.windows = vec![None; self.num_layers as usize];
-        let model = Model::load(config, self.config.state_limits(), &mut checkpoint, backend.as_mut(), &mut |_| {});
+        let model = Model::load(config, self.config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
         let mut engine = Engine::new(self.config, model.expect("the simulator has memory"), backend, (1, 2));
         engine.set_cost(self.cost);
         if let Some(neighbours) = neighbours {
@@ -71,7 +71,7 @@ impl Provoked {
         let plan = Plan::of("sim-model", bundle, backend, config, 0);
         // All of it but the engine, whose prices a plan does not know.
         let model = plan.load().expect("the simulator loads");
-        let engine = EngineHandle::spawn(engine);
+        let engine = Fleet::of(engine);
         for (request, time) in &self.others {
             engine.submit_one(request.clone(), Box::new(Lingering(*time))).expect("room");
         }

@@ -320,12 +320,13 @@ fn tiny_models(words: &[&str]) -> Vec<ServedArgs> {
     args.models.0
 }
 
-fn served(models: &[ServedArgs]) -> Harness {
+pub(super) fn served(models: &[ServedArgs]) -> Harness {
     let plans = start::plan_all(models).unwrap_or_else(|error| panic!("{error}"));
-    Harness::serving(plans.into_iter().map(|plan| plan.load().unwrap_or_else(|error| panic!("{error}"))).collect())
+    let load = |plans| start::load(plans).unwrap_or_else(|error| panic!("{error}"));
+    Harness::serving(start::by_model(plans).into_iter().map(load).collect())
 }
 
-fn greedy_of(server: &Harness, model: &str, prompt: &[u32]) -> Vec<u64> {
+pub(super) fn greedy_of(server: &Harness, model: &str, prompt: &[u32]) -> Vec<u64> {
     let body = json!({"model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": true,
         "return_token_ids": true});
     ids(&server.complete(body)["choices"][0]["token_ids"])

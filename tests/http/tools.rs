@@ -16,7 +16,8 @@ const HERMES: &str = "{% if tools %}<|im_start|>system {% for tool in tools %}{{
 
 fn hermes() -> Harness {
     let bundle = |bundle: &mut Bundle| {
-        bundle.chat_template = Some(ChatTemplate::new(HERMES, "<s>", "<|im_end|>").expect("a template"));
+        let template = ChatTemplate::new(HERMES, "<s>", "<|im_end|>").expect("a template");
+        bundle.chat_template = Some(std::sync::Arc::new(template));
     };
     Setup { bundle, ..Setup::default() }.start()
 }

@@ -39,7 +39,8 @@ impl Engine {
         for &(id, cached_tokens) in &admitted {
             let Some(client) = self.clients.get_mut(&id).filter(|client| client.started_ns.is_none()) else { continue };
             client.started_ns = Some(now_ns);
-            self.meter.started(now_ns, client.request.prompt.len() as u32, cached_tokens);
+            let num_tokens = client.request.prompt.len() + client.request.generated.len();
+            self.meter.started(now_ns, num_tokens as u32, cached_tokens);
             if client.sink.event(Event::Started { cached_tokens }) == Flow::Stop {
                 self.abort(id);
             }

@@ -3,16 +3,19 @@
 //! Invariant: between [`Engine::lose_device`] and an [`Engine::recover`] that succeeds nothing points at the device,
 //! and no step is planned. What it costs on the device is known as before: it is the same one.
 
+use std::sync::Arc;
+
 use super::Engine;
 use super::step::{InFlight, Step};
 use crate::backend::LoadError;
+use crate::batch::SequenceId;
 use crate::model::{Checkpoint, Model};
 use crate::request::FinishReason;
 
 impl Engine {
     /// Keeps what the model was loaded from, so that it can be loaded again.
-    pub fn set_checkpoint(&mut self, checkpoint: Checkpoint) {
-        self.checkpoint = Some(checkpoint);
+    pub fn set_checkpoint(&mut self, checkpoint: impl Into<Arc<Checkpoint>>) {
+        self.checkpoint = Some(checkpoint.into());
     }
 
     /// Whether the engine can go on after a loss.
@@ -36,13 +39,25 @@ impl Engine {
         self.update_sums();
     }
 
+    /// After a loss: fails with `sentence` those that had begun and wait again too, where they can go on elsewhere.
+    pub fn lose_preempted(&mut self, sentence: &str) {
+        let begun = self.scheduler.queue().iter().filter(|sequence| sequence.cached_tokens.is_some());
+        let ids: Vec<SequenceId> = begun.map(|sequence| sequence.id).collect();
+        for id in ids {
+            let usage = self.scheduler.abort(&mut self.cache, id).expect("it waits");
+            self.finish(id, FinishReason::DeviceLost(sentence.to_owned()), usage);
+        }
+        self.update_counts();
+        self.update_sums();
+    }
+
     /// Opens the device anew and loads the model onto it. After an error it may be tried again.
     pub fn recover(&mut self) -> Result<(), LoadError> {
         assert!(self.is_device_lost, "the device is there");
-        let checkpoint = self.checkpoint.as_mut().expect("only what was kept can be loaded again");
+        let checkpoint = self.checkpoint.clone().expect("only what was kept can be loaded again");
         self.backend.reopen()?;
         let (config, limits) = (self.model.config.clone(), self.config.state_limits());
-        self.model = Model::load(config, limits, checkpoint, self.backend.as_mut(), &mut |_| {})?;
+        self.model = Model::load(config, limits, &checkpoint, self.backend.as_mut(), &mut |_| {})?;
         self.recording = self.model.recording();
         self.enable_swap()?;
         self.warm_up()?;

@@ -77,7 +77,13 @@ impl Engine {
             }
         }
         self.device_free_at = self.backend.now();
+        self.alone = least;
         Ok(least)
+    }
+
+    /// What that took when it was tried last; nothing where it was not.
+    pub fn alone(&self) -> Duration {
+        self.alone
     }
 }
 

@@ -1,12 +1,203 @@
-//! Many devices that serve one model, each with an engine of its own.
+//! The engines that serve a model, one for each device, behind one front that looks like a single engine.
 //!
-//! [`router`] decides where a request goes; [`holders`] knows which replica has which KV blocks, as each says itself.
-//! Plain data of the plan tower: no thread, no clock, no device. Who drives engines, in real time or on simulated
-//! clocks, tells the router of what happens, so that it never decides by a picture that is older than that.
+//! [`admission`] says who is let in; [`router`] decides where a request goes, and [`holders`] knows which replica has
+//! which KV blocks, as each says itself: plain data without thread, clock or device, which a simulation drives too. In
+//! real time [`dispatch`] drives them: it is told by engine threads what happens, so that nothing is decided by a
+//! picture that is older than that; a [`routed`] request goes on elsewhere when its device is lost. Where there is one
+//! engine, requests go to it as they are.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::backend::DeviceInfo;
+use crate::backlog::Backlog;
+use crate::config::EngineConfig;
+use crate::engine::{Engine, EngineStats};
+use crate::forecast::Load;
+use crate::limits::verdict::Verdict;
+use crate::worker::EngineHandle;
+
+pub mod admission;
+mod dispatch;
 pub mod holders;
+mod imbalance;
+pub(crate) mod member;
+mod routed;
 pub mod router;
+
+pub use admission::{Place, SubmitError};
+use dispatch::Dispatch;
+pub use imbalance::Idle;
+use member::Member;
 
 /// One of the devices that serve a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReplicaId(pub u16);
+
+/// Running engines of one model; clones share them.
+#[derive(Clone)]
+pub struct Fleet(Arc<Shared>);
+
+/// An engine, what people call its device, and what its thread does first.
+pub struct Seat {
+    pub engine: Engine,
+    pub title: String,
+    pub first: Box<dyn FnOnce() + Send>,
+}
+
+struct Shared {
+    /// By replica.
+    engines: Vec<EngineHandle>,
+    config: EngineConfig,
+    /// Held for a few additions at a time, and never together with another lock of the fleet's but a request's own.
+    backlog: Arc<Mutex<Backlog>>,
+    /// Where there are several.
+    dispatch: Option<Arc<Dispatch>>,
+}
+
+impl Fleet {
+    /// Starts the thread of one engine.
+    pub fn of(engine: Engine) -> Fleet {
+        let title = engine.backend().info().id.clone();
+        Fleet::spawn(vec![Seat { engine, title, first: Box::new(|| {}) }])
+    }
+
+    /// Starts a thread for each engine. All cut KV into blocks of one size and name them by one key.
+    pub fn spawn(seats: Vec<Seat>) -> Fleet {
+        let hashers: Vec<_> = seats.iter().map(|seat| seat.engine.hasher()).collect();
+        let is_common = hashers.iter().all(|hasher| *hasher == hashers[0]);
+        let (mut engines, mut workers) = (Vec::new(), Vec::new());
+        for Seat { engine, title, first } in seats {
+            let (handle, worker) = EngineHandle::new(engine, title);
+            engines.push(handle);
+            workers.push((worker, first));
+        }
+        let config = together(&engines);
+        let dispatch = (engines.len() > 1).then(|| {
+            assert!(is_common, "replicas name blocks differently");
+            Arc::new(Dispatch::new(engines.clone(), hashers[0]))
+        });
+        for (id, (worker, first)) in (0..).map(ReplicaId).zip(workers) {
+            worker.start(dispatch.as_ref().map(|dispatch| Member::new(id, dispatch)), first);
+        }
+        let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
+        let backlog = Arc::new(Mutex::new(backlog));
+        Fleet(Arc::new(Shared { engines, config, backlog, dispatch }))
+    }
+
+    /// By replica; at least one.
+    pub fn engines(&self) -> &[EngineHandle] {
+        &self.0.engines
+    }
+
+    /// Of all together: any of them can take what fits it.
+    pub fn config(&self) -> &EngineConfig {
+        &self.0.config
+    }
+
+    pub fn vocab_size(&self) -> u32 {
+        self.first().vocab_size()
+    }
+
+    /// The first, under the ids and names of all.
+    pub fn device(&self) -> DeviceInfo {
+        let join = |of: fn(&DeviceInfo) -> &str| {
+            self.engines().iter().map(|engine| of(engine.device())).collect::<Vec<_>>().join(", ")
+        };
+        DeviceInfo { id: join(|device| &device.id), name: join(|device| &device.name), ..self.first().device().clone() }
+    }
+
+    /// Sums over all, as of the last step of each.
+    pub fn stats(&self) -> EngineStats {
+        let mut stats = self.first().stats();
+        self.0.engines[1..].iter().for_each(|engine| stats += &engine.stats());
+        stats
+    }
+
+    /// What holds the device back, as `stats` tell it; where there are several, what holds each of them back.
+    pub fn verdict(&self, stats: &EngineStats) -> Verdict {
+        if let [engine] = self.engines() {
+            return engine.verdict(stats);
+        }
+        let verdicts = self.engines().iter().map(|engine| (engine, engine.verdict(&engine.stats())));
+        let told = verdicts.map(|(engine, verdict)| {
+            let sentence = format!("{}: {}", engine.device().id, verdict.sentence);
+            Verdict { sentence, ..verdict }
+        });
+        let join = |all: Verdict, next: Verdict| Verdict { sentence: all.sentence + "; " + &next.sentence, ..all };
+        told.reduce(join).expect("there is an engine")
+    }
+
+    /// What runs and how fast, as of the last step of each or a little earlier.
+    pub fn load(&self) -> Load {
+        let there = self.0.engines.iter().filter(|engine| engine.recovering().is_none() && engine.stopped().is_none());
+        Load::together(there.map(EngineHandle::load)).unwrap_or_else(|| self.first().load())
+    }
+
+    /// Requests that have not begun, those whose text is being read included, and sequences that were sent back to
+    /// wait.
+    pub fn num_waiting(&self) -> u64 {
+        let num_preempted: u64 = self.0.engines.iter().map(|engine| u64::from(engine.stats().num_preempted)).sum();
+        num_preempted + u64::from(lock(&self.0.backlog).total().num_requests)
+    }
+
+    /// The same of one replica; of several, those that have been sent there.
+    pub fn num_waiting_at(&self, replica: ReplicaId) -> u64 {
+        let Some(dispatch) = &self.0.dispatch else { return self.num_waiting() };
+        let num_preempted = self.0.engines[usize::from(replica.0)].stats().num_preempted;
+        u64::from(num_preempted) + dispatch.num_waiting_at(replica)
+    }
+
+    /// Where there are several: how long a device had nothing to do while requests waited on others, by why.
+    pub fn imbalance(&self, replica: ReplicaId) -> Option<[(Idle, Duration); Idle::ALL.len()]> {
+        let charged = self.0.dispatch.as_ref()?.imbalance(replica);
+        Some(std::array::from_fn(|index| (Idle::ALL[index], charged[index])))
+    }
+
+    /// How long work has waited everywhere without a step being completed; zero while an engine is idle.
+    pub fn stalled_for(&self) -> Duration {
+        let there = self.0.engines.iter().filter(|engine| engine.stopped().is_none());
+        there.map(EngineHandle::stalled_for).min().unwrap_or_default()
+    }
+
+    /// Why nothing is computed now, while all devices that have not ended are made anew.
+    pub fn recovering(&self) -> Option<String> {
+        let there = self.0.engines.iter().filter(|engine| engine.stopped().is_none());
+        let reasons: Option<Vec<String>> = there.map(EngineHandle::recovering).collect();
+        reasons?.into_iter().next()
+    }
+
+    /// Why all engines have ended, if they have.
+    pub fn stopped(&self) -> Option<String> {
+        let reasons: Option<Vec<String>> = self.0.engines.iter().map(EngineHandle::stopped).collect();
+        reasons?.into_iter().next()
+    }
+
+    /// Ends what still runs and joins the threads.
+    pub fn shutdown(&self) {
+        self.0.engines.iter().for_each(EngineHandle::stop);
+        self.0.engines.iter().for_each(EngineHandle::join);
+        self.0.dispatch.iter().for_each(|dispatch| dispatch.fail_parked());
+    }
+
+    fn first(&self) -> &EngineHandle {
+        &self.0.engines[0]
+    }
+}
+
+fn together(engines: &[EngineHandle]) -> EngineConfig {
+    let configs = engines.iter().map(EngineHandle::config).copied();
+    let add = |all: EngineConfig, next: EngineConfig| EngineConfig {
+        max_num_seqs: all.max_num_seqs + next.max_num_seqs,
+        num_blocks: all.num_blocks + next.num_blocks,
+        num_host_blocks: all.num_host_blocks + next.num_host_blocks,
+        max_model_len: all.max_model_len.min(next.max_model_len),
+        ..all
+    };
+    configs.reduce(add).expect("there is an engine")
+}
+
+/// Whole after every write, so a panic elsewhere leaves it usable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

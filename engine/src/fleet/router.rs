@@ -8,6 +8,8 @@
 //! Invariant: what is counted of a replica is the sum over its placements, each counted from [`Router::place`] until
 //! it is given back; nobody is asked how busy they are. How long answers are is learnt from those that ended.
 
+use std::time::Duration;
+
 use super::ReplicaId;
 use super::holders::Holders;
 use crate::cost::{CostModel, Prices, StepShape};
@@ -27,6 +29,7 @@ pub struct Ask<'a> {
 /// A device and what its engine was configured to take.
 #[derive(Clone, Copy, Debug)]
 pub struct Traits {
+    /// Known, or a guess where those of all replicas are.
     pub cost: CostModel,
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,
@@ -68,6 +71,8 @@ struct Replica {
     ns_per_seen_token: f64,
     /// Whether it takes requests.
     is_open: bool,
+    /// How much longer than it should it has been at a step.
+    late_ns: u64,
     num_placed: u32,
     /// Sums over placements.
     prompt_tokens: u64,
@@ -88,8 +93,6 @@ const MEMORY: u32 = 256;
 const FIRST_GUESS: f64 = 128.0;
 /// A request that waits is moved where it is predicted to end in this share of the time, or less.
 const WORTH_A_MOVE: f64 = 0.9;
-/// Stands in for a device that has not been measured: so that requests are spread by their number and size.
-const STAND_IN: (f64, f64) = (10e6, 0.1e6);
 
 impl Router {
     /// All replicas cut prompts into blocks of `block_size` tokens and name them by one key.
@@ -185,6 +188,13 @@ impl Router {
         self.replicas[usize::from(replica.0)].set_cost(cost);
     }
 
+    /// It has completed no step for so long, though it has work: what is beyond a full step is a delay to all there.
+    pub fn set_stalled(&mut self, replica: ReplicaId, stalled: Duration) {
+        let replica = &mut self.replicas[usize::from(replica.0)];
+        let full_ns = replica.ns_per_prompt_token * f64::from(replica.traits.max_num_batched_tokens);
+        replica.late_ns = (stalled.as_nanos() as u64).saturating_sub(full_ns as u64);
+    }
+
     /// Whether it takes requests; one that does not keeps those that it has until they are withdrawn.
     pub fn set_open(&mut self, replica: ReplicaId, is_open: bool) {
         self.replicas[usize::from(replica.0)].is_open = is_open;
@@ -241,6 +251,7 @@ impl Replica {
             ns_per_prompt_token: 0.0,
             ns_per_seen_token: 0.0,
             is_open: true,
+            late_ns: 0,
             num_placed: 0,
             prompt_tokens: 0,
             waiting_ns: 0,
@@ -251,8 +262,6 @@ impl Replica {
     }
 
     fn set_cost(&mut self, cost: CostModel) {
-        let (base, more) = STAND_IN;
-        let cost = if cost.is_known() { cost } else { CostModel::line(base, more, Default::default()) };
         let full = StepShape { num_tokens: self.traits.max_num_batched_tokens.max(1), ..StepShape::default() };
         self.ns_per_prompt_token = cost.predict_ns(&full) as f64 / f64::from(full.num_tokens);
         let Prices { ns_per_attended_token, ns_per_loaded_token, .. } = cost.prices();
@@ -276,7 +285,7 @@ impl Replica {
     /// From now until a request that is not counted here would have ended.
     fn finish_ns(&self, prompt_tokens: u32, cached_tokens: u32, owed_tokens: u32) -> f64 {
         let step_ns = self.step_ns(self.num_placed + 1, self.prompt_tokens + u64::from(prompt_tokens));
-        let prompts_ns = self.waiting_ns as f64 + self.prompt_ns(prompt_tokens, cached_tokens);
+        let prompts_ns = (self.late_ns + self.waiting_ns) as f64 + self.prompt_ns(prompt_tokens, cached_tokens);
         let own_ns = f64::from(owed_tokens) * step_ns;
         prompts_ns + self.slot_ns(self.num_placed, self.owed_tokens, step_ns) + own_ns
     }
@@ -304,7 +313,8 @@ impl Replica {
     /// Until the last that waits has begun.
     fn wait_ns(&self) -> f64 {
         let step_ns = self.step_ns(self.num_placed, self.prompt_tokens);
-        self.waiting_ns as f64 + self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns)
+        let slot_ns = self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns);
+        (self.late_ns + self.waiting_ns) as f64 + slot_ns
     }
 }
 
@@ -428,6 +438,22 @@ mod tests {
         router.set_open(ReplicaId(0), false);
         router.set_open(ReplicaId(1), false);
         assert_eq!(router.place(ask(&[])), None);
+    }
+
+    #[test]
+    fn who_is_stalled_is_passed_by_and_what_waits_there_moves() {
+        let mut router = router(&[1.0, 1.0]);
+        let waiting = place(&mut router);
+        assert!(!router.is_worth_a_move(&waiting, ask(&[]), ReplicaId(1)));
+        // A full step takes 61 ms.
+        router.set_stalled(ReplicaId(0), Duration::from_millis(61));
+        assert!(!router.is_worth_a_move(&waiting, ask(&[]), ReplicaId(1)));
+        router.set_stalled(ReplicaId(0), Duration::from_secs(1));
+        assert!(router.is_worth_a_move(&waiting, ask(&[]), ReplicaId(1)));
+        router.withdraw(waiting);
+        assert!((0..5).all(|_| place(&mut router).replica == ReplicaId(1)));
+        router.set_stalled(ReplicaId(0), Duration::ZERO);
+        assert_eq!(place(&mut router).replica, ReplicaId(0));
     }
 
     #[test]

@@ -112,6 +112,11 @@ impl KvCache {
         self.version
     }
 
+    /// What names blocks; `None` where the prefix cache is off.
+    pub fn hasher(&self) -> Option<BlockHasher> {
+        self.prefixes.as_ref().map(|prefixes| *prefixes.hasher())
+    }
+
     /// The keys of a new list of tokens.
     pub fn chain(&self, tokens: &[TokenId], salt: u64) -> BlockChain {
         let Some(prefixes) = &self.prefixes else { return BlockChain::default() };

@@ -34,7 +34,7 @@ pub enum BlockEvent {
 }
 
 /// Names blocks: whoever has the same key gives the same names.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockHasher {
     key: (u64, u64),
     block_size: usize,

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::sync::Arc;
 
 use crate::backend::{LoadError, RowSource};
 use crate::format::TensorInfo;
@@ -30,7 +31,7 @@ pub enum Checkpoint {
     },
     /// Another whose floats are packed to one of [`quantize::TARGETS`] while they are read.
     Quantized {
-        of: Box<Checkpoint>,
+        of: Arc<Checkpoint>,
         to: WeightFormat,
     },
 }

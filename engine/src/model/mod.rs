@@ -177,7 +177,7 @@ impl Model {
     pub fn load(
         config: ModelConfig,
         limits: StateLimits,
-        checkpoint: &mut Checkpoint,
+        checkpoint: &Checkpoint,
         backend: &mut dyn Backend,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Model, LoadError> {

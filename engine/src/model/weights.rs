@@ -174,7 +174,7 @@ impl Weights {
 
     pub fn load(
         config: &ModelConfig,
-        checkpoint: &mut Checkpoint,
+        checkpoint: &Checkpoint,
         backend: &mut dyn Backend,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Weights, LoadError> {
@@ -192,7 +192,7 @@ impl Weights {
 }
 
 struct Loader<'a> {
-    checkpoint: &'a mut Checkpoint,
+    checkpoint: &'a Checkpoint,
     backend: &'a mut dyn Backend,
     progress: &'a mut dyn FnMut(u64),
     read_bytes: u64,

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{ENDED, Worker, lock};
 use crate::backend::DeviceError;
+use crate::fleet::member::Member;
 
 /// Attempts to make a device anew, before the engine ends.
 pub const MAX_ATTEMPTS: u32 = 6;
@@ -46,7 +47,12 @@ impl Worker {
         tracing::error!(%error, "the device is made anew");
         let begun = Instant::now();
         lock(&self.shared.state).recovering = Some(format!("{error}; it is being made anew"));
-        self.engine.lose_device(&format!("{error}; it is being made anew, so try again shortly"));
+        self.member.iter().for_each(Member::lost);
+        let sentence = format!("{error}; it is being made anew, so try again shortly");
+        self.engine.lose_device(&sentence);
+        if self.member.is_some() {
+            self.engine.lose_preempted(&sentence);
+        }
         self.publish(begun);
         let mut last = error.to_string();
         while let Some((attempt, pause)) = self.attempts.next(Instant::now()) {
@@ -59,6 +65,7 @@ impl Worker {
                     tracing::info!(attempt, took_ms = begun.elapsed().as_secs_f64() * 1e3, "the device is there again");
                     self.publish(Instant::now());
                     lock(&self.shared.state).recovering = None;
+                    self.member.iter().for_each(Member::recovered);
                     return Ok(());
                 }
                 Err(error) => {

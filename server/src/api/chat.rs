@@ -56,7 +56,7 @@ impl Chat {
 
     fn template<'m>(&self, model: &'m ServedModel) -> Result<&'m ChatTemplate, ApiError> {
         let missing = || format!("{} has no chat template; use /v1/completions", model.name);
-        model.chat_template.as_ref().ok_or_else(|| ApiError::invalid(self.param, missing()))
+        model.chat_template.as_deref().ok_or_else(|| ApiError::invalid(self.param, missing()))
     }
 
     pub fn render(&self, model: &ServedModel) -> Result<RenderedChat, ApiError> {

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use fullbore_engine::fleet::{Fleet, Place};
 use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs};
 use fullbore_engine::text::{Detokenizer, StopStrings};
-use fullbore_engine::worker::{EngineHandle, Place};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::ServedModel;
@@ -101,7 +101,7 @@ pub struct Entry {
 }
 
 pub struct Generation {
-    engine: EngineHandle,
+    engine: Fleet,
     choices: Vec<Choice>,
     /// Where the next look for events begins, so that no choice starves another.
     turn: usize,

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
+use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::limits::{Cause, Tally};
+use fullbore_engine::worker::EngineHandle;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -15,21 +17,26 @@ pub struct LimitsQuery {
     pub model: Option<String>,
 }
 
-/// Of one model its report, of several a list of them.
+/// Of one model on one device its report, of several a list of them.
 pub fn reports(models: &[Arc<ServedModel>]) -> Value {
-    match models {
-        [model] => report(model),
-        models => json!({"object": "list", "data": models.iter().map(|model| report(model)).collect::<Vec<_>>()}),
+    let of_model = |model: &Arc<ServedModel>| {
+        let engines = (0..).map(ReplicaId).zip(model.engine.engines());
+        engines.map(|(replica, engine)| report(model, replica, engine)).collect::<Vec<_>>()
+    };
+    let mut reports: Vec<Value> = models.iter().flat_map(of_model).collect();
+    match reports.len() {
+        1 => reports.swap_remove(0),
+        _ => json!({"object": "list", "data": reports}),
     }
 }
 
-fn report(model: &ServedModel) -> Value {
-    let stats = model.engine.stats();
-    let verdict = model.engine.verdict(&stats);
+fn report(model: &ServedModel, replica: ReplicaId, engine: &EngineHandle) -> Value {
+    let stats = engine.stats();
+    let verdict = engine.verdict(&stats);
     let limits = &stats.limits;
-    let device = model.engine.device();
+    let device = engine.device();
     let knee = limits.knee.map(|knee| json!({"num_seqs": knee.batch, "step_ms": knee.step_ns as f64 / 1e6}));
-    json!({
+    let mut report = json!({
         "object": "limits",
         "model": model.name,
         "device": {"id": device.id, "name": device.name},
@@ -38,7 +45,12 @@ fn report(model: &ServedModel) -> Value {
         "knee": knee,
         "window": tally(&limits.window),
         "total": tally(&limits.total),
-    })
+    });
+    if let Some(charged) = model.engine.imbalance(replica) {
+        let seconds = charged.map(|(idle, time)| (idle.name().to_owned(), json!(time.as_secs_f64())));
+        report["imbalance"] = Value::Object(seconds.into_iter().collect());
+    }
+    report
 }
 
 fn tally(tally: &Tally) -> Value {

@@ -89,7 +89,7 @@ fn engine(model: &ServedModel, after_ms: u64) -> LiveEngine {
     let (device, config) = (model.engine.device(), model.engine.config());
     LiveEngine {
         model: model.name.clone(),
-        device: LiveDevice { id: device.id.clone(), name: device.name.clone() },
+        device: LiveDevice { id: device.id, name: device.name },
         max_num_seqs: config.max_num_seqs,
         max_model_len: config.max_model_len,
         limit: verdict.cause.name().to_owned(),

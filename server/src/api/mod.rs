@@ -12,12 +12,12 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fullbore_engine::bundle::SamplingDefaults;
+use fullbore_engine::fleet::Fleet;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::MemoryTable;
 use fullbore_engine::request::{Pooling, Share, TokenId};
 use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::text::{ChatTemplate, Tokenizer};
-use fullbore_engine::worker::EngineHandle;
 use serde_json::Value;
 
 use crate::costs::SavedCosts;
@@ -69,7 +69,7 @@ pub struct ServedModel {
     /// The format that most bytes of its weights have.
     pub dtype: WeightFormat,
     pub tokenizer: Arc<Tokenizer>,
-    pub chat_template: Option<ChatTemplate>,
+    pub chat_template: Option<Arc<ChatTemplate>>,
     pub grammars: GrammarCompiler,
     /// Of the model's makers; a request's own values come first.
     pub defaults: SamplingDefaults,
@@ -78,18 +78,20 @@ pub struct ServedModel {
     pub pooling: Option<Pooling>,
     /// Numbers of an embedding.
     pub hidden_size: u32,
-    pub memory: MemoryTable,
+    /// By device.
+    pub memory: Vec<MemoryTable>,
     /// Of tenants that have other shares than most, by name.
     pub shares: HashMap<String, Share>,
     pub metrics: Arc<RequestMetrics>,
     /// Of its last minutes.
     pub history: History,
-    pub costs: Option<SavedCosts>,
+    /// By device.
+    pub costs: Vec<Option<SavedCosts>>,
     /// What the start took.
     pub times: StartTimes,
     /// Unix seconds.
     pub loaded_at: u64,
-    pub engine: EngineHandle,
+    pub engine: Fleet,
 }
 
 impl ServedModel {
@@ -143,8 +145,8 @@ impl ServedModel {
     /// Ends the engine, and keeps what it has found out.
     pub fn end(&self) {
         self.engine.shutdown();
-        if let Some(costs) = &self.costs {
-            costs.keep(&self.engine);
+        for (costs, engine) in self.costs.iter().zip(self.engine.engines()) {
+            costs.iter().for_each(|costs| costs.keep(engine));
         }
     }
 }

@@ -1,8 +1,9 @@
-//! `/v1/models`: what is served, all of it or by name. Invariant: `memory_bytes` is the total of the model's table
-//! printed at start.
+//! `/v1/models`: what is served, all of it or by name. Invariant: `memory_bytes` is the total of the model's
+//! tables printed at start, one for each device.
 
 use std::sync::Arc;
 
+use fullbore_engine::memory::capacity::MemoryTable;
 use serde_json::{Value, json};
 
 use super::ServedModel;
@@ -13,6 +14,7 @@ pub fn list(models: &[Arc<ServedModel>]) -> Value {
 
 pub fn card(model: &ServedModel) -> Value {
     let config = model.engine.config();
+    let device = model.engine.device();
     json!({
         "id": model.name,
         "object": "model",
@@ -25,8 +27,8 @@ pub fn card(model: &ServedModel) -> Value {
         "max_queued_tokens": config.max_queued_tokens,
         "dtype": model.dtype.name(),
         "kv_type": config.kv_type.name(),
-        "device": model.engine.device().name,
-        "device_id": model.engine.device().id,
-        "memory_bytes": model.memory.total(),
+        "device": device.name,
+        "device_id": device.id,
+        "memory_bytes": model.memory.iter().map(MemoryTable::total).sum::<u64>(),
     })
 }

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
+use fullbore_engine::fleet::Place;
 use fullbore_engine::request::{self, MAX_LOGIT_BIASES, Request, SamplingParams, TokenId, token_mask};
-use fullbore_engine::worker::Place;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
@@ -137,6 +137,7 @@ impl Sampling {
             let request = Request {
                 id: id.to_owned(),
                 prompt: prompt.ids.clone(),
+                generated: Vec::new(),
                 max_tokens: prompt.max_tokens,
                 stop_ids: self.stop_ids.clone(),
                 sampling: SamplingParams { seed, ..self.params.clone() },

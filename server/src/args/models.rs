@@ -26,6 +26,13 @@ pub struct ServedArgs {
     pub has_own_fraction: bool,
 }
 
+impl ServedArgs {
+    /// A model alone, under the name that it was asked for by.
+    pub fn new(engine: EngineArgs) -> ServedArgs {
+        ServedArgs { name: None, engine, pooling: None, has_own_fraction: false }
+    }
+}
+
 #[derive(ClapArgs)]
 struct Flags {
     #[command(flatten)]

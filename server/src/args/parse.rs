@@ -77,7 +77,7 @@ pub(super) fn parse_rows(text: &str) -> Result<Rows, String> {
 const MAX_ROWS: u32 = 4096;
 
 /// `4096`, `512KiB`, `256MiB`, `1.5GiB`; KB, MB and GB are powers of ten.
-pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|letter: char| letter.is_alphabetic() || letter == ' ');
     let unit = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
         "" | "b" => 1.0,

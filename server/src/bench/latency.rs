@@ -15,7 +15,7 @@ use serde_json::json;
 use super::BenchCommandError;
 use super::result::{finish, target_of};
 use crate::api::ServedModel;
-use crate::args::{BenchArgs, EngineArgs, LatencyArgs, StartupArgs};
+use crate::args::{BenchArgs, EngineArgs, LatencyArgs, ServedArgs, StartupArgs};
 use crate::start::{self, Plan, USUAL_LEN};
 
 /// All requests at once, one line of JSON a run.
@@ -46,7 +46,7 @@ pub fn measure_latency(args: &LatencyArgs) -> Result<BenchResult, BenchCommandEr
     })
 }
 
-/// Runs `run` so many times on one engine, on prompts of their own, after one of a single request.
+/// Runs `run` so many times on one model, on prompts of their own, after one of a single request.
 fn measure(
     bench: &str,
     args: &EngineArgs,
@@ -55,10 +55,10 @@ fn measure(
     mut run: impl FnMut(&ServedModel, Workload, &Dial) -> Result<Run, BenchError>,
 ) -> Result<BenchResult, BenchCommandError> {
     let mut result = BenchResult::begin(bench, workload.seed);
-    let plan = start::plan(args, None)?;
-    let stopwatch = Stopwatch::new(plan.backend);
-    let dial = stopwatch.dial();
-    let model = Plan { backend: Box::new(stopwatch), ..plan }.load()?;
+    let dial = Dial::default();
+    let timed = |plan: Plan| Plan { backend: Box::new(Stopwatch::new(plan.backend, &dial)), ..plan };
+    let plans = start::plan_all(&[ServedArgs::new(args.clone())])?;
+    let model = start::load(plans.into_iter().map(timed).collect())?;
     result.targets = vec![target_of(&model)];
     let Workload { num_requests, prompt_tokens, output_tokens, seed } = workload;
     let lengths = [("num_requests", num_requests), ("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)];

@@ -18,13 +18,13 @@ use crate::start::Plan;
 
 pub fn target_of(model: &ServedModel) -> Target {
     let (device, config) = (model.engine.device(), model.engine.config());
-    target(&model.name, model.dtype, device, config, &model.memory)
+    target(&model.name, model.dtype, &device, config, &model.memory)
 }
 
 /// Of a model that has not been loaded.
 pub fn target_of_plan(plan: &Plan) -> Target {
     let dtype = Weights::main_format(&plan.bundle.config, &plan.bundle.checkpoint);
-    target(&plan.name, dtype, plan.backend.info(), &plan.config, &plan.memory)
+    target(&plan.name, dtype, plan.backend.info(), &plan.config, std::slice::from_ref(&plan.memory))
 }
 
 /// Called after its device.
@@ -33,7 +33,7 @@ fn target(
     weights: WeightFormat,
     device: &DeviceInfo,
     config: &EngineConfig,
-    memory: &MemoryTable,
+    memory: &[MemoryTable],
 ) -> Target {
     Target {
         name: format!("fullbore {}", device.id),
@@ -74,8 +74,11 @@ fn limits_of(config: &EngineConfig) -> BTreeMap<String, Value> {
     fields.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
-fn memory_of(memory: &MemoryTable) -> BTreeMap<String, u64> {
-    let MemoryTable { weights, kv, scratch, tables, .. } = *memory;
+/// Of all its devices.
+fn memory_of(memory: &[MemoryTable]) -> BTreeMap<String, u64> {
+    let sum = |part: fn(&MemoryTable) -> u64| memory.iter().map(part).sum::<u64>();
+    let weights = sum(|table| table.weights);
+    let (kv, scratch, tables) = (sum(|table| table.kv), sum(|table| table.scratch), sum(|table| table.tables));
     [("weights", weights), ("kv", kv), ("scratch", scratch), ("tables", tables)]
         .map(|(name, bytes)| (name.to_owned(), bytes))
         .into()

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use super::BenchCommandError;
 use super::loopback::Loopback;
 use super::result::{finish, target_of};
-use crate::args::{EngineArgs, PromptForm, ServeBenchArgs, SweepArgs, TargetArgs, WorkloadArgs};
+use crate::args::{EngineArgs, PromptForm, ServeBenchArgs, ServedArgs, SweepArgs, TargetArgs, WorkloadArgs};
 use crate::serve::KEY_VARIABLE;
 use crate::simulate::requests;
 use crate::start;
@@ -225,7 +225,8 @@ type Own = (Loopback, Side, Arc<Tokenizer>, u32);
 fn start_own(args: &EngineArgs, most_at_once: u32) -> Result<Own, BenchCommandError> {
     // What a closed loop sends is let in; of the places one tenant gets seven eighths.
     let max_queued_requests = args.max_queued_requests.max(most_at_once.saturating_mul(8).div_ceil(7));
-    let model = start::plan(&EngineArgs { max_queued_requests, ..args.clone() }, None)?.load()?;
+    let engine = EngineArgs { max_queued_requests, ..args.clone() };
+    let model = start::load(start::plan_all(&[ServedArgs::new(engine)])?)?;
     let (record, tokenizer) = (target_of(&model), model.tokenizer.clone());
     let (name, vocab_size) = (model.name.clone(), model.engine.vocab_size());
     let loopback = Loopback::start(model, most_at_once as usize)?;

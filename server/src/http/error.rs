@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fullbore_engine::backlog::Limit;
 use fullbore_engine::config::UnfitRequest;
-use fullbore_engine::worker::SubmitError;
+use fullbore_engine::fleet::SubmitError;
 use serde_json::{Value, json};
 use warp::http::StatusCode;
 use warp::http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};

@@ -1,9 +1,12 @@
 //! `/metrics` in Prometheus' text format: vLLM's names where it has one for a thing, then ours. Invariant: the engine's
 //! numbers are read when asked for and kept nowhere else; only what the engine cannot know (HTTP answers, and times
-//! from the arrival of a body on) is counted here. What is of a model has its name as the label `model_name`.
+//! from the arrival of a body on) is counted here. What is of a model has its name as the label `model_name`, and
+//! what is of one of its engines the id of its device as `device`.
 
 use fullbore_engine::engine::{EngineStats, StepParts};
+use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::limits::Cause;
+use fullbore_engine::worker::EngineHandle;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{
@@ -108,9 +111,12 @@ pub fn metrics(app: &App) -> Response {
     // One for all models: families of one name are told together.
     let registry = Registry::new();
     for model in app.models() {
-        vllm::register_engine(&registry, model);
+        vllm::register_engines(&registry, model);
         model.metrics.register(&registry);
-        register_engine(&registry, model);
+        register_model(&registry, model);
+        for (replica, engine) in (0..).map(ReplicaId).zip(model.engine.engines()) {
+            register_engine(&registry, model, replica, engine);
+        }
     }
     families.extend(registry.gather());
     let mut text = Vec::new();
@@ -130,21 +136,30 @@ fn server_families(app: &App) -> Vec<MetricFamily> {
     registry.gather()
 }
 
-fn register_engine(registry: &Registry, model: &ServedModel) {
-    let stats = model.engine.stats();
-    let options = |name: &str, help: &str| Opts::new(name, help).const_label("model_name", &model.name);
-    let waiting = model.engine.num_waiting();
+/// Of a model, whatever its devices.
+fn register_model(registry: &Registry, model: &ServedModel) {
+    let help = "Compilations of forms that answers follow.";
+    let compiled = Opts::new("fullbore_grammars_compiled_total", help).const_label("model_name", &model.name);
+    register(registry, IntCounter::with_opts(compiled)).inc_by(model.grammars.num_compiled());
+}
+
+fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId, engine: &EngineHandle) {
+    let stats = engine.stats();
+    let options = |name: &str, help: &str| {
+        Opts::new(name, help).const_label("model_name", &model.name).const_label("device", &engine.device().id)
+    };
+    let waiting = model.engine.num_waiting_at(replica);
     let gauges: [(&str, &str, f64); 5] = [
         ("fullbore_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
         ("fullbore_requests_waiting", "Sequences that wait for admission.", waiting as f64),
         ("fullbore_grammar_bytes", "What forms of answers that have begun take.", stats.grammar_bytes as f64),
         ("fullbore_last_step_seconds", "The last step, from submission to its results.", stats.last_step_ms / 1e3),
-        ("fullbore_stalled_seconds", "How long work has waited for a step.", model.engine.stalled_for().as_secs_f64()),
+        ("fullbore_stalled_seconds", "How long work has waited for a step.", engine.stalled_for().as_secs_f64()),
     ];
     for (name, help, value) in gauges {
         register(registry, Gauge::with_opts(options(name, help))).set(value);
     }
-    for (name, help, value) in counters(&stats, model.grammars.num_compiled()) {
+    for (name, help, value) in counters(&stats) {
         register(registry, IntCounter::with_opts(options(name, help))).inc_by(value);
     }
     let blocks = options("fullbore_kv_blocks", "KV blocks by state; cached ones are free for others to take.");
@@ -159,6 +174,7 @@ fn register_engine(registry: &Registry, model: &ServedModel) {
     for cause in Cause::ALL {
         seconds.with_label_values(&[cause.name()]).inc_by(stats.limits.total.seconds(cause));
     }
+    imbalance(registry, &options, model, replica);
     step_parts(registry, &options, &stats.step_parts);
     let finished = options("fullbore_requests_finished_total", "Sequences by how they ended.");
     let finished = register(registry, IntCounterVec::new(finished, &["reason"]));
@@ -170,6 +186,17 @@ fn register_engine(registry: &Registry, model: &ServedModel) {
     ];
     for (reason, count) in reasons {
         finished.with_label_values(&[reason]).inc_by(count);
+    }
+}
+
+/// Of one device alone there is none.
+fn imbalance(registry: &Registry, options: &dyn Fn(&str, &str) -> Opts, model: &ServedModel, replica: ReplicaId) {
+    let Some(charged) = model.engine.imbalance(replica) else { return };
+    let seconds =
+        options("fullbore_imbalance_seconds_total", "Idle time of the device while requests waited on others.");
+    let seconds = register(registry, CounterVec::new(seconds, &["cause"]));
+    for (idle, time) in charged {
+        seconds.with_label_values(&[idle.name()]).inc_by(time.as_secs_f64());
     }
 }
 
@@ -187,7 +214,7 @@ fn step_parts(registry: &Registry, options: &dyn Fn(&str, &str) -> Opts, parts: 
     }
 }
 
-fn counters(stats: &EngineStats, num_compiled: u64) -> [(&'static str, &'static str, u64); 9] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 9] {
     [
         ("fullbore_steps_total", "Steps done.", stats.num_steps),
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
@@ -196,7 +223,7 @@ fn counters(stats: &EngineStats, num_compiled: u64) -> [(&'static str, &'static 
         ("fullbore_prefix_cache_hit_tokens_total", "Those that the prefix cache had.", stats.cached_tokens),
         ("fullbore_preemptions_total", "Sequences sent back to wait for others.", stats.num_preemptions),
         ("fullbore_device_losses_total", "Times that the device was lost and made anew.", stats.num_device_losses),
-        ("fullbore_grammars_compiled_total", "Compilations of forms that answers follow.", num_compiled),
+        ("fullbore_requests_moved_total", "Sequences that went on to another device.", stats.num_moved),
         ("fullbore_swaps_total", "Those of them whose KV went to the host's memory.", stats.num_swaps),
     ]
 }

@@ -49,6 +49,30 @@ impl StartTimes {
         self.ended = now;
     }
 
+    /// What was done since the last phase is no part of this start.
+    pub fn go_on(&mut self) {
+        self.ended = Instant::now();
+    }
+
+    /// Two devices that were started in turns: each phase as long as on both.
+    pub fn then(mut self, other: StartTimes) -> StartTimes {
+        for (phase, took, parts) in other.phases {
+            match self.phases.iter_mut().find(|(known, ..)| *known == phase) {
+                Some((_, sum, all)) => {
+                    *sum += took;
+                    *all = [all.as_str(), &parts]
+                        .into_iter()
+                        .filter(|part| !part.is_empty())
+                        .collect::<Vec<_>>()
+                        .join("; ");
+                }
+                None => self.phases.push((phase, took, parts)),
+            }
+        }
+        self.ended = self.ended.max(other.ended);
+        self
+    }
+
     /// Each by its name, in the order of their ends.
     pub fn phases(&self) -> impl Iterator<Item = (&'static str, Duration)> {
         self.phases.iter().map(|&(phase, took, _)| (phase, took))

@@ -1,4 +1,5 @@
-//! Several models in one server: each its own engine, and its share of the memory of the device that it is on.
+//! Several models in one server, and several devices of one: each its own engine, and its share of the memory of the
+//! device that it is on.
 //!
 //! Invariant: all are planned before one is loaded, and what does not fit together is refused then. What a model takes
 //! in any case comes first: weights, what steps need, caches whose size was asked for. What is left is shared evenly by
@@ -11,8 +12,10 @@ use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::memory::capacity::human_bytes;
 
 use super::config::{Room, least_bytes};
-use super::{Opened, Plan, StartError};
+use super::{Opened, Plan, Seat, StartError};
 use crate::args::ServedArgs;
+use crate::devices::asked::{Asked, asked, check_apart};
+use crate::devices::file::Listed;
 
 /// Memory that devices share: their own, or the host's, which is that of every device that tells how much it has.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -39,41 +42,102 @@ struct Claim {
     pool: Pool,
     bytes: u64,
     shares: bool,
+    has_own_fraction: bool,
 }
 
-/// Opens models and devices, and fits all engines into memory. One alone is planned as `plan` does it.
+/// Opens models and devices, and fits all engines into memory: a plan for each device of each model, those of a model
+/// behind one another. One alone is planned as `plan` does it.
 pub fn plan_all(models: &[ServedArgs]) -> Result<Vec<Plan>, StartError> {
     let is_alone = models.len() == 1;
-    let of_model = |model: &str, error: StartError| error.of_model(model, is_alone);
-    let mut opened = Vec::with_capacity(models.len());
-    let mut names = HashSet::new();
-    for ServedArgs { name, engine, pooling, .. } in models {
-        let title = name.as_ref().unwrap_or(&engine.model.model);
-        let mut next = Opened::open(engine, name.as_deref()).map_err(|error| of_model(title, error))?;
-        next.bundle.pooling = pooling.or(next.bundle.pooling);
-        if !names.insert(next.name.clone()) {
-            return Err(StartError::TwoOfOneName(next.name));
+    let (mut opened, mut names) = (Vec::with_capacity(models.len()), HashSet::new());
+    for args in models {
+        let title = args.name.as_ref().unwrap_or(&args.engine.model.model);
+        let replicas = open_replicas(args).map_err(|error| error.of_model(title, is_alone))?;
+        if !names.insert(replicas[0].name.clone()) {
+            return Err(StartError::TwoOfOneName(replicas[0].name.clone()));
         }
-        opened.push(next);
+        opened.extend(replicas.into_iter().map(|replica| {
+            let has_own_fraction = args.has_own_fraction || replica.has_own_fraction;
+            (replica, has_own_fraction)
+        }));
     }
+    let of_model = |model: &str, error: StartError| error.of_model(model, is_alone);
+    let is_one = opened.len() == names.len();
     let mut memory = HashMap::new();
-    for model in &opened {
-        let known = memory.entry(Pool::of(model.backend.info())).or_insert(None);
-        *known = known.or_else(|| model.measured_bytes());
+    for (replica, _) in &opened {
+        let known = memory.entry(Pool::of(replica.backend.info())).or_insert(None);
+        *known = known.or_else(|| replica.measured_bytes());
     }
-    let claims = opened.iter().zip(models).map(|(model, args)| {
-        let claim = claim(model, args.has_own_fraction, &memory);
-        claim.map_err(|error| of_model(&model.name, error))
-    });
-    let claims = claims.collect::<Result<Vec<Claim>, _>>()?;
-    let rooms: Vec<Room> = (0..models.len()).map(|index| room(index, models, &claims, &memory)).collect();
-    let plan = |(model, room): (Opened, Room)| {
-        let name = model.name.clone();
-        model.plan(room).map_err(|error| of_model(&name, error))
-    };
-    let plans = opened.into_iter().zip(rooms).map(plan).collect::<Result<Vec<Plan>, _>>()?;
+    let (mut replicas, mut claims) = (Vec::new(), Vec::new());
+    for (replica, has_own_fraction) in opened {
+        let claim = tolerate(claim(&replica, has_own_fraction, &memory), &replica.seat, is_one);
+        if let Some(claim) = claim.map_err(|error| of_model(&replica.name, error))? {
+            claims.push(claim);
+            replicas.push(replica);
+        }
+    }
+    let mut plans = Vec::with_capacity(replicas.len());
+    for (index, replica) in replicas.into_iter().enumerate() {
+        let (name, seat) = (replica.name.clone(), replica.seat.clone());
+        let plan = tolerate(replica.plan(room(index, &claims, &memory)), &seat, is_one);
+        plans.extend(plan.map_err(|error| of_model(&name, error))?);
+    }
+    if let Some(model) = names.into_iter().find(|name| plans.iter().all(|plan| plan.name != *name)) {
+        return Err(StartError::NoDevice { model });
+    }
     check_together(&plans, &memory)?;
     Ok(plans)
+}
+
+/// What `plan_all` gave, a list for each model.
+pub fn by_model(plans: Vec<Plan>) -> Vec<Vec<Plan>> {
+    let mut models: Vec<Vec<Plan>> = Vec::new();
+    for plan in plans {
+        match models.last_mut().filter(|model| model[0].name == plan.name) {
+            Some(model) => model.push(plan),
+            None => models.push(vec![plan]),
+        }
+    }
+    models
+}
+
+/// A model on each of its devices, at least one.
+fn open_replicas(args: &ServedArgs) -> Result<Vec<Opened>, StartError> {
+    let ServedArgs { name, engine, pooling, .. } = args;
+    let devices = asked(&engine.model.device)?;
+    let is_one = devices.len() == 1;
+    let mut opened: Vec<(&Asked, Opened)> = Vec::with_capacity(devices.len());
+    for device in &devices {
+        let bundle = opened.first().map(|(_, first)| &first.bundle);
+        let result = Opened::open(engine, device, bundle, name.as_deref());
+        let seat = Seat { title: device.title.clone(), cores: None, is_optional: device.is_optional };
+        let Some(mut next) = tolerate(result, &seat, is_one)? else { continue };
+        next.bundle.pooling = pooling.or(next.bundle.pooling);
+        next.has_own_fraction = device.listed.as_ref().is_some_and(Listed::has_own_fraction);
+        opened.push((device, next));
+    }
+    let infos = opened.iter().map(|(asked, opened)| (*asked, opened.backend.info()));
+    check_apart(&infos.clone().collect::<Vec<_>>())?;
+    let mut simulators = infos.clone().filter(|(_, info)| info.id == "sim");
+    if let Some((asked, _)) = simulators.next().filter(|_| infos.clone().any(|(_, info)| info.id != "sim")) {
+        return Err(StartError::Simulated { device: asked.title.clone() });
+    }
+    match opened.is_empty() {
+        true => Err(StartError::NoDevice { model: engine.model.model.clone() }),
+        false => Ok(opened.into_iter().map(|(_, opened)| opened).collect()),
+    }
+}
+
+/// What failed on a device that others go on without is `None`, and told as a warning.
+pub(super) fn tolerate<T>(result: Result<T, StartError>, seat: &Seat, is_one: bool) -> Result<Option<T>, StartError> {
+    match result.map_err(|error| error.on_device(&seat.title, is_one)) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if seat.is_optional && !is_one => {
+            tracing::warn!("going on without a device: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn claim(model: &Opened, has_own_fraction: bool, memory: &HashMap<Pool, Option<u64>>) -> Result<Claim, StartError> {
@@ -82,13 +146,13 @@ fn claim(model: &Opened, has_own_fraction: bool, memory: &HashMap<Pool, Option<u
     let own = model.args.memory_fraction.filter(|_| has_own_fraction).zip(memory[&pool]);
     let bytes = own.map_or(least, |(fraction, memory)| least.max((memory as f64 * fraction) as u64));
     let has_size = model.args.kv_blocks.is_some() || model.args.kv_memory.is_some();
-    Ok(Claim { pool, bytes, shares: !has_size && !has_own_fraction })
+    Ok(Claim { pool, bytes, shares: !has_size && !has_own_fraction, has_own_fraction })
 }
 
-fn room(index: usize, models: &[ServedArgs], claims: &[Claim], memory: &HashMap<Pool, Option<u64>>) -> Room {
+fn room(index: usize, claims: &[Claim], memory: &HashMap<Pool, Option<u64>>) -> Room {
     let own = &claims[index];
     let memory_bytes = memory[&own.pool];
-    if models[index].has_own_fraction {
+    if own.has_own_fraction {
         return Room::alone(memory_bytes);
     }
     let others = claims.iter().enumerate().filter(|(other, claim)| *other != index && claim.pool == own.pool);
@@ -121,12 +185,21 @@ fn check_together(plans: &[Plan], memory: &HashMap<Pool, Option<u64>>) -> Result
         let told = members.iter().filter_map(|plan| plan.backend.info().memory_bytes).min();
         let (needed, available) = (total(&members), memory[&pool].or(told));
         if let Some(available) = available.filter(|&available| available < needed) {
-            let each = members.iter().map(|plan| format!("{} {}", plan.name, human_bytes(plan.memory.total())));
+            let each =
+                members.iter().map(|plan| format!("{} {}", title(plan, plans), human_bytes(plan.memory.total())));
             let each = each.collect::<Vec<_>>().join(", ");
             return Err(StartError::TogetherBeyondMemory { device: pool.name().to_owned(), available, needed, each });
         }
     }
     Ok(())
+}
+
+/// Its model, and its device where the model has several.
+fn title(plan: &Plan, plans: &[Plan]) -> String {
+    match plans.iter().filter(|other| other.name == plan.name).count() {
+        1 => plan.name.clone(),
+        _ => format!("{} on {}", plan.name, plan.seat.title),
+    }
 }
 
 /// Where memory will go, model by model, and what those of one device take together.
@@ -135,12 +208,12 @@ pub fn table(plans: &[Plan]) -> String {
         return plan.memory.to_string();
     }
     let mut text = String::new();
-    for Plan { name, backend, memory, .. } in plans {
-        let device = backend.info();
-        writeln!(text, "{name} on {}, {}\n{memory}\n", device.id, device.name).expect("a string takes everything");
+    for Plan { name, seat, backend, memory, .. } in plans {
+        let (title, device) = (&seat.title, &backend.info().name);
+        writeln!(text, "{name} on {title}, {device}\n{memory}\n").expect("a string takes everything");
     }
     for (pool, members) in pools(plans) {
-        let (sum, names) = (human_bytes(total(&members)), members.iter().map(|plan| plan.name.as_str()));
+        let (sum, names) = (human_bytes(total(&members)), members.iter().map(|plan| title(plan, plans)));
         let names = names.collect::<Vec<_>>().join(", ");
         writeln!(text, "{:<10}{sum:>12}   of {}: {names}", "together", pool.name()).expect("the same");
     }

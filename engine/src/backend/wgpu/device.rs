@@ -125,6 +125,18 @@ pub fn devices() -> Vec<DeviceInfo> {
         .collect()
 }
 
+/// Ids of hardware GPUs, the best first. Each is there once: those of the API that finds the most of them.
+pub fn hardware() -> Vec<String> {
+    let all = adapters(MemoryBudgetThresholds::default());
+    let mut all: Vec<_> = all.into_iter().map(|(id, adapter)| (id, adapter.get_info())).collect();
+    all.retain(|(_, info)| rank(info) < 3);
+    let count = |api: wgpu::Backend| all.iter().filter(|(_, info)| info.backend == api).count();
+    let most = all.iter().map(|(_, info)| info.backend).rev().max_by_key(|&api| count(api));
+    all.retain(|(_, info)| Some(info.backend) == most);
+    all.sort_by_key(|(_, info)| rank(info));
+    all.into_iter().map(|(id, _)| id).collect()
+}
+
 /// Adapters by id, `vulkan:0` and so on, in the driver's order.
 pub(super) fn adapters(budget: MemoryBudgetThresholds) -> Vec<(String, wgpu::Adapter)> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();

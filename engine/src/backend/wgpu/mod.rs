@@ -39,7 +39,7 @@ pub use arithmetic::ArithmeticChoice;
 pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
 use device::Device;
-pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
+pub use device::{Fault, OpenError, WgpuOptions, devices, hardware, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
 pub use kill_switch::KillSwitch;
 use mat_mul_tables::MatMulTables;

@@ -2,6 +2,8 @@
 //! Invariant: a name means here what it means there; what Fullbore alone knows has its own name, in the parent module.
 
 use fullbore_engine::engine::StepTokens;
+use fullbore_engine::fleet::ReplicaId;
+use fullbore_engine::worker::EngineHandle;
 use prometheus::core::{Collector, Desc, Describer};
 use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Gauge, GaugeVec, IntCounter, Opts, Registry};
@@ -9,16 +11,25 @@ use prometheus::{Gauge, GaugeVec, IntCounter, Opts, Registry};
 use super::register;
 use crate::api::ServedModel;
 
-pub fn register_engine(registry: &Registry, model: &ServedModel) {
-    let stats = model.engine.stats();
+pub fn register_engines(registry: &Registry, model: &ServedModel) {
+    for (replica, engine) in (0..).map(ReplicaId).zip(model.engine.engines()) {
+        register_engine(registry, model, replica, engine);
+    }
+}
+
+/// By the number that it has among the model's.
+fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId, engine: &EngineHandle) {
+    let stats = engine.stats();
+    let number = replica.0.to_string();
     let options = |name: &str, help: &str| {
-        Opts::new(name, help).const_label("model_name", &model.name).const_label("engine", "0")
+        Opts::new(name, help).const_label("model_name", &model.name).const_label("engine", &number)
     };
+    let num_waiting = model.engine.num_waiting_at(replica) as f64;
     let blocks = stats.blocks;
     let num_blocks = blocks.free + blocks.cached + blocks.referenced;
     let gauges = [
         ("vllm:num_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
-        ("vllm:num_requests_waiting", "Sequences that wait for admission.", model.engine.num_waiting() as f64),
+        ("vllm:num_requests_waiting", "Sequences that wait for admission.", num_waiting),
         (
             "vllm:kv_cache_usage_perc",
             "Share of the KV blocks that running sequences hold, 1 being all.",
@@ -30,7 +41,7 @@ pub fn register_engine(registry: &Registry, model: &ServedModel) {
     }
     let waiting = options("vllm:num_requests_waiting_by_reason", "Those by what they wait for: nothing defers them.");
     let waiting = register(registry, GaugeVec::new(waiting, &["reason"]));
-    waiting.with_label_values(&["capacity"]).set(model.engine.num_waiting() as f64);
+    waiting.with_label_values(&["capacity"]).set(num_waiting);
     waiting.with_label_values(&["deferred"]).set(0.0);
     let counters = [
         ("vllm:num_preemptions_total", "Sequences sent back to wait for others.", stats.num_preemptions),
@@ -43,7 +54,7 @@ pub fn register_engine(registry: &Registry, model: &ServedModel) {
     let of_steps =
         options("vllm:iteration_tokens_total", "Tokens of a step, those of prompts and of answers together.");
     register(registry, of_steps.describe().map(|desc| StepHistogram { desc, tokens: stats.step_tokens }));
-    let config = model.engine.config();
+    let config = engine.config();
     let cache = options("vllm:cache_config_info", "How the KV cache is laid out; always 1.");
     let cache = register(registry, GaugeVec::new(cache, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]));
     let prefix = if config.prefix_cache { "True" } else { "False" };

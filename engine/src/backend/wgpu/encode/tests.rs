@@ -26,9 +26,9 @@ impl Layers {
         let config = ModelConfig::of_shape(shape).expect("a known shape");
         let num_layers = config.num_layers as usize;
         let limits = EngineConfig { max_model_len: 8192, ..EngineConfig::default() }.state_limits();
-        let mut checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::Q4_0 };
+        let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::Q4_0 };
         let mut backend = SimBackend::new(SimOptions::default());
-        let model = Model::load(config, limits, &mut checkpoint, &mut backend, &mut |_| {}).expect("it loads");
+        let model = Model::load(config, limits, &checkpoint, &mut backend, &mut |_| {}).expect("it loads");
         // More than any model has; what a dispatch reads is not looked at.
         let shard = vec![Shard { buffer: BufferId(0), first_row: 0, num_rows: 1 }];
         Layers { model, num_layers, weights: vec![shard; 1000] }

@@ -1,0 +1,342 @@
+//! Several devices behind one model: who asks sees one server, whatever becomes of a device. On simulators, each behind
+//! a gate of its own.
+
+use clap::Parser;
+use fullbore::args::{Args, Command, ServedArgs};
+use fullbore::devices::cores::{Pinned, split};
+
+use super::several::{greedy_of, served};
+use super::*;
+
+/// A server on so many simulators, called `sim@0` and so on.
+struct Fleet {
+    server: Harness,
+    gates: Vec<Gate>,
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.gates.iter().for_each(|gate| gate.set(Pace::Free));
+    }
+}
+
+fn fleet(num_devices: usize, setup: Setup) -> Fleet {
+    let gates: Vec<Gate> = (0..num_devices).map(|_| Gate::new(setup.pace)).collect();
+    let plan = |(index, gate): (usize, &Gate)| {
+        let mut plan = setup.plan_behind(gate.clone());
+        plan.seat.title = format!("sim@{index}");
+        plan
+    };
+    let model = start::load(gates.iter().enumerate().map(plan).collect()).expect("simulators load");
+    let setup = Setup { loaded: false, ..setup };
+    let server = setup.start();
+    server.server.as_ref().expect("running").set_models(vec![model]);
+    Fleet { server, gates }
+}
+
+impl Fleet {
+    fn of(&self, metric: &str, device: usize) -> f64 {
+        self.server.metric(&format!("{metric}{{device=\"sim@{device}\"}}"))
+    }
+
+    /// Until so many requests of this prompt have come, wherever they are.
+    fn wait_until_there(&self, num_requests: usize, prompt: &str) {
+        let num_tokens =
+            self.server.post("/tokenize", &json!({"prompt": prompt})).ok()["count"].as_f64().expect("a count");
+        self.server.wait_for("all to be there", |server| {
+            let waiting: f64 = (0..self.gates.len()).map(|device| self.of("fullbore_requests_waiting", device)).sum();
+            // Told as they begin, and not after a step.
+            let begun = server.metric("vllm:prefix_cache_queries_total") / num_tokens;
+            waiting + begun == num_requests as f64
+        });
+    }
+
+    fn wait_until_idle(&self) {
+        let names = ["fullbore_requests_running", "fullbore_requests_waiting", "fullbore_kv_blocks"];
+        let is_idle = |device| {
+            let used = format!("{}{{device=\"sim@{device}\",state=\"used\"}}", names[2]);
+            self.of(names[0], device) + self.of(names[1], device) + self.server.metric(&used) == 0.0
+        };
+        self.server.wait_for("idle devices", |_| (0..self.gates.len()).all(is_idle));
+    }
+}
+
+/// Of every kind that has a state: greedy, seeded, penalised, with log-probabilities, under a grammar.
+fn bodies(max_tokens: u32) -> Vec<Value> {
+    let own = [
+        json!({"temperature": 0}),
+        json!({"temperature": 0.9, "seed": 7, "top_p": 0.9}),
+        json!({"temperature": 0.7, "seed": 8, "presence_penalty": 0.8, "frequency_penalty": 0.5}),
+        json!({"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2}),
+        json!({"temperature": 0.5, "seed": 9, "structured_outputs": {"regex": "[a-z ]{800,900}"}}),
+        json!({"temperature": 0.8, "seed": 10, "min_tokens": 30, "n": 2}),
+    ];
+    let body = |(index, own): (usize, Value)| {
+        let mut body = json!({"prompt": prompt(index), "max_tokens": max_tokens, "ignore_eos": true,
+            "return_token_ids": true});
+        own.as_object().expect("fields").iter().for_each(|(name, value)| body[name] = value.clone());
+        body
+    };
+    own.into_iter().cycle().take(12).enumerate().map(body).collect()
+}
+
+/// What is said and with which tokens, choice by choice.
+fn said(reply: &Value) -> Vec<Value> {
+    let choices = reply["choices"].as_array().unwrap_or_else(|| panic!("no choices in {reply}"));
+    choices.iter().map(|choice| json!([choice["text"], choice["token_ids"], choice["logprobs"]])).collect()
+}
+
+#[test]
+fn several_devices_answer_as_one_does_and_are_told_apart() {
+    let one = Setup::default().start();
+    let fleet = fleet(3, Setup::default());
+    let server = &fleet.server;
+    std::thread::scope(|scope| {
+        for body in bodies(40) {
+            let one = &one;
+            scope.spawn(move || assert_eq!(said(&server.complete(body.clone())), said(&one.complete(body))));
+        }
+    });
+    fleet.wait_until_idle();
+    let all = |name: &str| (0..3).map(|device| fleet.of(name, device)).collect::<Vec<f64>>();
+    let steps = all("fullbore_steps_total");
+    let moved = all("fullbore_requests_moved_total");
+    assert!(steps.iter().filter(|&&steps| steps > 0.0).count() > 1, "{steps:?}, {moved:?}");
+    assert_eq!(server.metric("vllm:num_requests_running{engine=\"2\"}"), 0.0);
+
+    let card = server.get("/v1/models").ok()["data"][0].clone();
+    assert_eq!((&card["device_id"], &card["max_num_seqs"]), (&json!("sim@0, sim@1, sim@2"), &json!(48)));
+    let limits = server.get("/v1/limits").ok();
+    let ids: Vec<&Value> = limits["data"].as_array().expect("reports").iter().map(|one| &one["device"]["id"]).collect();
+    assert_eq!(ids, ["sim@0", "sim@1", "sim@2"]);
+    let live = server.get("/v1/live").ok();
+    assert_eq!(live["engines"].as_array().map(Vec::len), Some(1), "{live}");
+    assert_eq!(live["engines"][0]["device"]["id"], "sim@0, sim@1, sim@2");
+    server.get("/health/ready").ok();
+}
+
+#[test]
+fn requests_that_share_a_prefix_go_where_it_is_until_that_is_full() {
+    let fleet = fleet(2, Setup::default());
+    let body = json!({"prompt": "The same beginning. ".repeat(20), "max_tokens": 4, "ignore_eos": true});
+    let cached = |reply: Value| reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
+    assert_eq!(cached(fleet.server.complete(body.clone())), 0);
+    fleet.wait_until_idle();
+    for _ in 0..4 {
+        assert!(cached(fleet.server.complete(body.clone())) > 0, "sent where it is not");
+        fleet.wait_until_idle();
+    }
+    let hits = [0, 1].map(|device| fleet.of("fullbore_prefix_cache_hit_tokens_total", device));
+    assert!(hits.contains(&0.0) && hits.iter().sum::<f64>() > 0.0, "{hits:?}");
+}
+
+/// Sends all and reads the first bytes of each.
+fn begin(server: &Harness, bodies: &[Value]) -> Vec<(TcpStream, Vec<u8>)> {
+    let send = |body: &Value| {
+        let mut body = body.clone();
+        body["stream"] = json!(true);
+        server.send(post("/v1/completions", body.to_string().as_bytes()))
+    };
+    let mut streams: Vec<TcpStream> = bodies.iter().map(send).collect();
+    let begin = |stream: &mut TcpStream| {
+        let mut bytes = vec![0; 400];
+        stream.read_exact(&mut bytes).expect("a beginning");
+        bytes
+    };
+    let begun: Vec<Vec<u8>> = streams.iter_mut().map(begin).collect();
+    streams.into_iter().zip(begun).collect()
+}
+
+/// The ids of a stream's choices, each a list, once it has ended.
+fn end((mut stream, mut bytes): (TcpStream, Vec<u8>), num_choices: usize) -> Vec<Vec<u64>> {
+    stream.read_to_end(&mut bytes).expect("an orderly end");
+    let reply = parse_reply(&bytes);
+    let mut tokens = vec![Vec::new(); num_choices];
+    for event in events(&reply.body, true) {
+        assert!(event["error"].is_null(), "{event}");
+        for choice in event["choices"].as_array().expect("choices") {
+            let index = choice["index"].as_u64().expect("an index") as usize;
+            tokens[index].extend(choice["token_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64));
+        }
+    }
+    tokens
+}
+
+#[test]
+fn a_device_that_is_lost_under_streams_is_a_pause_to_them() {
+    let one = Setup::default().start();
+    let bodies = bodies(600);
+    let ids_of = |body: &Value| {
+        let reply = one.complete(body.clone());
+        reply["choices"].as_array().expect("choices").iter().map(|choice| ids(&choice["token_ids"])).collect()
+    };
+    let expected: Vec<Vec<Vec<u64>>> = bodies.iter().map(ids_of).collect();
+    let fleet = fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
+    let (server, gate) = (&fleet.server, &fleet.gates[0]);
+    // Until the device had some of them as it was lost.
+    for round in 1.. {
+        assert!(round < 20, "all streams ended before the device was lost");
+        let streams = begin(server, &bodies);
+        gate.set(Pace::Stalled);
+        let num_moved = || fleet.of("fullbore_requests_moved_total", 0);
+        let (num_running, moved_before) = (fleet.of("fullbore_requests_running", 0), num_moved());
+        gate.set(Pace::Lost);
+        for (stream, expected) in streams.into_iter().zip(&expected) {
+            assert_eq!(&end(stream, expected.len()), expected);
+        }
+        server.get("/health/ready").ok();
+        // It comes back, and is given work again.
+        gate.set(Pace::Each(Duration::from_millis(1)));
+        let steps = fleet.of("fullbore_steps_total", 0);
+        server.wait_for("the device", |server| {
+            let body = json!({"prompt": "x", "max_tokens": 1}).to_string();
+            let streams: Vec<TcpStream> =
+                (0..8).map(|_| server.send(post("/v1/completions", body.as_bytes()))).collect();
+            streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
+            fleet.of("fullbore_steps_total", 0) > steps
+        });
+        if num_running > 0.0 && num_moved() > moved_before {
+            break;
+        }
+    }
+    assert!(fleet.of("fullbore_device_losses_total", 0) >= 1.0);
+    assert_eq!(fleet.of("fullbore_device_losses_total", 1), 0.0);
+    fleet.wait_until_idle();
+    let failed = |device: usize| {
+        server.metric(&format!("fullbore_requests_finished_total{{device=\"sim@{device}\",reason=\"error\"}}"))
+    };
+    assert_eq!([failed(0), failed(1)], [0.0, 0.0]);
+}
+
+/// Time of an idle device is told apart by why it is idle, while requests wait elsewhere.
+#[test]
+fn imbalance_is_told() {
+    let config = EngineConfig { max_num_seqs: 1, max_logit_rows: 1, ..Setup::default().config };
+    let fleet = fleet(2, Setup { config, pace: Pace::Stalled, ..Setup::default() });
+    let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
+    let streams: Vec<TcpStream> = (0..4).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
+    fleet.wait_until_there(4, "x");
+    fleet.gates[0].set(Pace::Lost);
+    let seconds = |cause: &str, device: usize| {
+        let name = "fullbore_imbalance_seconds_total";
+        fleet.server.metric(&format!("{name}{{device=\"sim@{device}\",cause=\"{cause}\"}}"))
+    };
+    fleet.server.wait_for("the device's time", |_| seconds("device_lost", 0) > 0.01);
+    assert_eq!(seconds("device_lost", 1), 0.0);
+    let report = fleet.server.get("/v1/limits").ok()["data"][0].clone();
+    assert!(report["imbalance"]["device_lost"].as_f64().is_some_and(|seconds| seconds > 0.01), "{report}");
+    fleet.gates.iter().for_each(|gate| gate.set(Pace::Free));
+    streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
+}
+
+#[test]
+fn what_waits_while_all_devices_are_gone_is_served_when_one_is_back() {
+    let fleet = fleet(2, Setup { pace: Pace::Stalled, ..Setup::default() });
+    let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
+    let streams: Vec<TcpStream> = (0..6).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
+    fleet.wait_until_there(6, "x");
+    fleet.gates.iter().for_each(|gate| gate.set(Pace::Lost));
+    fleet.server.wait_for("both to be lost", |server| server.get("/health/ready").status == 503);
+    fleet.gates[1].set(Pace::Free);
+    for stream in streams {
+        assert_eq!(read_reply(stream).ok()["usage"]["completion_tokens"], 5);
+    }
+    fleet.server.get("/health/ready").ok();
+}
+
+#[test]
+fn what_waits_behind_a_stalled_device_is_taken_by_one_that_has_nothing_to_do() {
+    let config = EngineConfig { max_num_seqs: 2, max_logit_rows: 2, ..Setup::default().config };
+    let fleet = fleet(2, Setup { config, pace: Pace::Stalled, ..Setup::default() });
+    let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
+    let mut streams: Vec<TcpStream> =
+        (0..12).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
+    fleet.wait_until_there(12, "x");
+    fleet.gates[1].set(Pace::Free);
+    let ended = |device: usize| {
+        fleet.server.metric(&format!("fullbore_requests_finished_total{{device=\"sim@{device}\",reason=\"length\"}}"))
+    };
+    // The stalled one has begun one or two.
+    fleet.server.wait_for("all others", |_| ended(1) >= 10.0 && fleet.of("fullbore_requests_waiting", 0) == 0.0);
+    assert_eq!(ended(0), 0.0);
+    fleet.gates[0].set(Pace::Free);
+    streams.drain(..).for_each(|stream| assert_eq!(read_reply(stream).ok()["usage"]["completion_tokens"], 5));
+    fleet.wait_until_idle();
+    assert!(fleet.of("fullbore_requests_moved_total", 0) >= 4.0);
+    assert_eq!(ended(0) + ended(1), 12.0);
+}
+
+#[test]
+fn who_leaves_frees_its_memory_wherever_it_was() {
+    let fleet = fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
+    let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true, "stream": true}).to_string();
+    let streams: Vec<TcpStream> =
+        (0..40).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
+    fleet.server.wait_for("some to run on each", |_| (0..2).all(|id| fleet.of("fullbore_requests_running", id) > 0.0));
+    drop(streams);
+    fleet.wait_until_idle();
+    fleet.server.complete(json!({"prompt": "x", "max_tokens": 1}));
+}
+
+/// An engine that meets a bug of ours takes its own streams with it, and nothing else.
+#[test]
+fn a_bug_on_one_device_leaves_the_others() {
+    let fleet = fleet(2, Setup::default());
+    fleet.gates[0].set(Pace::Panic);
+    let ask = || fleet.server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 3, "ignore_eos": true}));
+    let statuses: Vec<u16> = (0..12).map(|_| ask().status).collect();
+    assert_eq!(statuses.iter().filter(|status| **status != 200).count(), 1, "{statuses:?}");
+    fleet.server.get("/health/ready").ok();
+    fleet.gates[1].set(Pace::Panic);
+    assert!(ask().status >= 500);
+    assert!(ask().error(503)["message"].as_str().is_some_and(|text| text.contains("bug of its own")));
+}
+
+/// A tiny model on these devices, as the command line reads them.
+fn on_devices(devices: &str) -> Vec<ServedArgs> {
+    let model = format!("--model=tiny={}/tests/golden/tiny/llama", env!("CARGO_MANIFEST_DIR"));
+    let devices = format!("--device={devices}");
+    let common = ["--kv-memory=4MiB", "--max-model-len=64", "--max-num-batched-tokens=64", "--no-saved-costs"];
+    let words = ["fullbore", "serve", "--max-num-seqs=4", &model, &devices].into_iter().chain(common);
+    let Command::Serve(args) = Args::try_parse_from(words).expect("words of serve").command else {
+        panic!("serve is serve")
+    };
+    args.models.0
+}
+
+/// The first of this machine that this process may use.
+fn two_cores() -> [usize; 2] {
+    let may_use = |core: &usize| Pinned::to(&split(&format!("cpu@{core}")).1.expect("cores")).is_ok();
+    let mut cores = (0..1024).filter(may_use);
+    [(); 2].map(|()| cores.next().expect("two cores"))
+}
+
+#[test]
+fn two_replicas_on_cores_of_their_own_answer_as_one_does() {
+    let [first, second] = two_cores();
+    let titles = [first, second].map(|core| format!("cpu@{core}"));
+    let server = served(&on_devices(&titles.join(",")));
+    let one = served(&on_devices("cpu"));
+    let prompts: Vec<Vec<u32>> =
+        (0..6).map(|index| (0..8 + index).map(|i| 3 + (index * 7 + i * 5) % 100).collect()).collect();
+    std::thread::scope(|scope| {
+        for prompt in &prompts {
+            let (server, one) = (&server, &one);
+            scope.spawn(move || assert_eq!(greedy_of(server, "tiny", prompt), greedy_of(one, "tiny", prompt)));
+        }
+    });
+    assert_eq!(server.get("/v1/models").ok()["data"][0]["device_id"], titles.join(", "));
+    let steps = |title: &str| server.metric(&format!("fullbore_steps_total{{device=\"{title}\"}}"));
+    assert!(titles.iter().all(|title| steps(title) > 0.0));
+}
+
+#[test]
+fn devices_that_cannot_serve_are_named() {
+    let [core, _] = two_cores();
+    let sentence = |devices: &str| start::plan_all(&on_devices(devices)).map(|_| ()).expect_err("refused").to_string();
+    assert!(sentence(&format!("cpu@{core},vulkan:none")).contains("on vulkan:none: there is no device vulkan:none"));
+    assert!(sentence("cpu,cpu").contains("cpu and cpu are one device"));
+    assert!(sentence(&format!("cpu@{core},sim")).contains("sim makes up its tokens"));
+    assert!(sentence("cpu@5000").contains("cpu@5000 cannot run on those cores"));
+    assert!(sentence("/no/such/devices.toml").contains("/no/such/devices.toml"));
+}
