@@ -52,6 +52,7 @@ models: toolchain
 
 drivers:
 	@scripts/lavapipe.sh
+	@scripts/cuda.sh
 
 toolchain:
 	@scripts/toolchain.sh

@@ -12,7 +12,8 @@
 # Vulkan loader (Debian's libvulkan1) and its driver's manifest where the loader looks, or in VK_DRIVER_FILES.
 #
 # `runs.csv` says how each run went, `throughput.csv` what whole models reached and by which arithmetic, `devices.txt`
-# what there is; tables are CSV files. All else, JSON and logs, is in `all.tar.gz`, so that few files have to travel back.
+# what there is; tables are CSV files. Where CUDA gives a GPU too, what has `cuda` in its name ran there, and all else on
+# Vulkan: kernels are compiled by NVRTC, whose folder must then be in LD_LIBRARY_PATH. All else, JSON and logs, is in `all.tar.gz`, so that few files have to travel back.
 # It ends with 0 if all runs went well. --small does a little of each, to see on software Vulkan that the script works.
 set -euo pipefail
 size=full
@@ -65,7 +66,7 @@ offline() {
 }
 
 "$binary" devices | tee "$kept/devices.txt"
-if [ $size = full ] && ! grep -E '^(vulkan|metal|dx12):' "$kept/devices.txt" | grep -qv lavapipe; then
+if [ $size = full ] && ! grep -E '^(cuda|vulkan|metal|dx12):' "$kept/devices.txt" | grep -qv lavapipe; then
   echo "gpu: there is no hardware GPU to measure; is the Vulkan loader there, and the driver's manifest?" >&2
   exit 1
 fi
@@ -80,6 +81,8 @@ if [ $size = small ]; then
   offline offline-4 90 "${model[@]}" --num-requests 4 --prompt-tokens 16 --output-tokens 4
   exit $failed
 fi
+# With --device auto a GPU of CUDA would be measured twice, and Vulkan on it not at all.
+grep -q '^cuda:' "$kept/devices.txt" && [ "$device" = auto ] && device=$(grep -oE '^(vulkan|dx12):[0-9]+' "$kept/devices.txt" | head -1)
 run run 30 run "Name three primary colours." "${model[@]}" --max-tokens 48 --temperature 0
 run verify 90 verify
 big=(--weights random --shape llama-3.1-8b --max-num-seqs 32 --max-num-batched-tokens 2048)
@@ -89,6 +92,15 @@ prompts=("${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1)
 offline 8b-decode-1 40 "${one[@]}"
 offline 8b-decode-32 40 "${many[@]}"
 offline 8b-prefill 40 "${prompts[@]}"
+if grep -q '^cuda:' "$kept/devices.txt"; then
+  vulkan=$device device=$(grep -oE '^cuda:[0-9]+' "$kept/devices.txt" | head -1)
+  run verify-cuda 60 verify
+  offline 8b-decode-1-cuda 40 "${one[@]}"
+  offline 8b-decode-32-cuda 40 "${many[@]}"
+  offline 8b-prefill-cuda 40 "${prompts[@]}"
+  run ops-8b-cuda 20 bench ops --shapes 8b --seconds 10 --csv "$kept/ops-8b-cuda.csv"
+  device=$vulkan
+fi
 for arithmetic in matrix-units f16 integer-dot; do
   run verify-$arithmetic 45 verify --arithmetic $arithmetic --only mat_mul
   offline 8b-prefill-$arithmetic 30 "${prompts[@]}" --arithmetic $arithmetic

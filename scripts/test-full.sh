@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source target/lavapipe/env
+source target/cuda/env
 FULLBORE_TEST_FULL=1 cargo test --locked --workspace
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT

@@ -19,6 +19,7 @@ scripts/models.sh
 
 step "drivers"
 source target/lavapipe/env
+source target/cuda/env
 target/debug/fullbore devices
 
 step "tests"

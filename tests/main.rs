@@ -8,6 +8,8 @@ mod block_pool;
 mod corpus;
 /// Needs nothing: fast paths of the cpu backend against its plain twins.
 mod cpu;
+/// Needs a C++ compiler, NVRTC and `ptxas`: the CUDA backend on the host, and its kernels compiled for GPUs.
+mod cuda;
 /// Ops on seeded inputs, for any backend.
 mod device;
 /// Needs nothing: what the doctor says of simulated devices.

@@ -161,6 +161,15 @@ fn grammars_change_nobody_elses_bits_on_the_cpu() {
     check_grammars("cpu", || Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started")));
 }
 
+/// A minute and more.
+#[test]
+fn two_steps_in_flight_give_what_one_gives_on_cuda() {
+    if std::env::var_os("FULLBORE_TEST_FULL").is_none() {
+        return;
+    }
+    check("cuda on the host", || crate::cuda::on_host(false));
+}
+
 #[test]
 fn grammars_change_nobody_elses_bits_on_wgpu() {
     let found = devices();

@@ -46,6 +46,7 @@ fn what_comes_back_from_the_host_is_what_left() {
         check("sim", kv_type, || Box::new(SimBackend::new(SimOptions::default())));
         check("cpu", kv_type, || Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started")));
     }
+    check("cuda on the host", KvType::F16, || crate::cuda::on_host(false));
     let found = devices();
     assert!(!found.is_empty(), "no Vulkan driver: run `make test`, which fetches lavapipe");
     for device in &found {

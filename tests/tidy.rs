@@ -174,6 +174,8 @@ fn towers_do_not_see_each_other() {
 #[test]
 fn unsafe_code_stays_in_its_places() {
     let places = [
+        "cuda-kernels/gpu.rs",
+        "cuda-kernels/host.rs",
         "engine/src/backend/cpu/avx2.rs",
         "engine/src/backend/cpu/avx2/x86.rs",
         "engine/src/backend/wgpu/arithmetic.rs",

@@ -39,10 +39,16 @@ const VOCAB_SIZE: usize = 128;
 
 #[test]
 fn every_family_agrees_with_transformers() {
+    assert_every_family_agrees(&cpu);
+}
+
+/// On what `open` gives, anew for each.
+pub fn assert_every_family_agrees(open: &dyn Fn() -> Box<dyn Backend>) {
     let mut num_decided = 0;
     for name in FAMILIES {
         let expected = expected(name);
-        let events = run(name, &ids(&expected["prompt"]), 64, |_| {});
+        let (config, checkpoint) = read(name, |_| {});
+        let events = run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64, open());
         let (chosen, rows) = differences(&expected, &events);
         println!("{name}: log-probabilities differ by {chosen:.1e} from f32, by {rows:.1e} from K and V in f16");
         assert!(chosen < F32_TOLERANCE, "{name}: log-probabilities differ by {chosen} from those in f32");
@@ -161,7 +167,7 @@ fn the_same_models_as_gguf_give_the_same() {
         if name == "gemma3" {
             config.attention_scale = (1.0 / 24f64.sqrt()) as f32;
         }
-        let events = run_checkpoint(config, Checkpoint::Gguf(file), greedy(&prompt), 64);
+        let events = run_checkpoint(config, Checkpoint::Gguf(file), greedy(&prompt), 64, cpu());
         let (chosen, rows) = differences(&expected, &events);
         println!(
             "{name} as GGUF: log-probabilities differ by {chosen:.1e} from f32, by {rows:.1e} from K and V in f16"
@@ -206,8 +212,10 @@ fn weights_packed_while_they_are_loaded_say_nearly_the_same() {
             let config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
             let of = Arc::new(Checkpoint::Safetensors { dir, family: config.family });
             let checkpoint = Checkpoint::Quantized { of, to };
-            let (chosen, _) =
-                differences(&expected, &run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64));
+            let (chosen, _) = differences(
+                &expected,
+                &run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64, cpu()),
+            );
             chosen
         };
         let (q8_0, q4_0) = (error(WeightFormat::Q8_0), error(WeightFormat::Q4_0));
@@ -223,7 +231,7 @@ fn weights_packed_while_they_are_loaded_say_nearly_the_same() {
 fn run_gguf(path: &Path, prompt: &[TokenId]) -> Vec<Event> {
     let file = Gguf::open(path).unwrap_or_else(|error| panic!("{error}"));
     let config = ModelConfig::from_gguf(&file).unwrap_or_else(|error| panic!("{error}"));
-    run_checkpoint(config, Checkpoint::Gguf(file), greedy(prompt), 64)
+    run_checkpoint(config, Checkpoint::Gguf(file), greedy(prompt), 64, cpu())
 }
 
 /// Every dispatch costs a device time of its own, whatever it computes.
@@ -586,11 +594,20 @@ fn greedy(prompt: &[TokenId]) -> Request {
 }
 
 pub fn run_request(name: &str, request: Request, max_num_batched_tokens: u32, change: Change) -> Vec<Event> {
+    let (config, checkpoint) = read(name, change);
+    run_checkpoint(config, checkpoint, request, max_num_batched_tokens, cpu())
+}
+
+fn cpu() -> Box<dyn Backend> {
+    Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started"))
+}
+
+fn read(name: &str, change: Change) -> (ModelConfig, Checkpoint) {
     let dir = SafetensorsDir::open(&folder(name)).unwrap_or_else(|error| panic!("{error}"));
     let mut config = ModelConfig::from_json(dir.config_json()).unwrap_or_else(|error| panic!("{error}"));
     change(&mut config);
     let checkpoint = Checkpoint::Safetensors { dir, family: config.family };
-    run_checkpoint(config, checkpoint, request, max_num_batched_tokens)
+    (config, checkpoint)
 }
 
 fn run_checkpoint(
@@ -598,6 +615,7 @@ fn run_checkpoint(
     checkpoint: Checkpoint,
     request: Request,
     max_num_batched_tokens: u32,
+    mut backend: Box<dyn Backend>,
 ) -> Vec<Event> {
     let config = EngineConfig {
         max_num_seqs: 1,
@@ -610,7 +628,6 @@ fn run_checkpoint(
         ..EngineConfig::default()
     };
     config.check().expect("a valid config");
-    let mut backend = Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started"));
     let limits = config.state_limits();
     let model = Model::load(model_config, limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.unwrap_or_else(|error| panic!("{error}")), backend, (1, 2));

@@ -57,7 +57,10 @@
 //! - A backend has a clock ([`backend::Backend::now`]), so that a simulated device's time is the engine's too.
 //! - Copies between device and host are a list of their own in a recording, before its ops: a device copies outside
 //!   its compute pass.
-//! - There is no CUDA backend. [`fleet`] replicates a model over devices; none is divided over several.
+//! - CUDA graphs are kept for lists of launches that come again, to the last parameter, and not for sizes of batches:
+//!   what varies in a step is in its parameters too. Where its kernels run is an interface of its own, so that tests
+//!   without a GPU run them on the host.
+//! - [`fleet`] replicates a model over devices; none is divided over several.
 
 pub mod backend;
 pub mod backlog;

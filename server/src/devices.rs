@@ -14,12 +14,15 @@ use crate::fetch;
 
 pub mod asked;
 pub mod cores;
+mod cuda;
 pub mod file;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceChoiceError {
     #[error("there is no device {wanted}; there is {known}")]
     Unknown { wanted: String, known: String },
+    #[error("device {wanted} cannot be had: {reason}; there is {known}")]
+    Cuda { wanted: String, reason: String, known: String },
     #[error(transparent)]
     Gpu(#[from] adapters::OpenError),
     #[error(transparent)]
@@ -37,10 +40,12 @@ pub enum DeviceChoiceError {
 /// Every device of this machine; the simulator is none.
 pub fn all() -> Result<Vec<DeviceInfo>, DeviceChoiceError> {
     let cpu = cpu()?.info().clone();
-    Ok(std::iter::once(cpu).chain(adapters::devices()).collect())
+    let cuda = cuda::devices().unwrap_or_default();
+    Ok(std::iter::once(cpu).chain(cuda).chain(adapters::devices()).collect())
 }
 
-/// Opens the device that `wanted` means: for `auto` the best hardware GPU, else the CPU; software Vulkan only by name.
+/// Opens the device that `wanted` means: for `auto` the first GPU that CUDA gives, else the best hardware GPU, else the
+/// CPU; software Vulkan only by name.
 pub fn open(wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     open_at(wanted, None)
 }
@@ -49,8 +54,8 @@ pub fn open(wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> 
 pub fn open_at(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     let backend = open_any(wanted, tier)?;
     let (asked, info) = (wanted.arithmetic.name(), backend.info());
-    if info.kernels.is_empty() && asked != info.arithmetic {
-        tracing::warn!(device = info.id, "--arithmetic {asked} is for GPUs: going on in {}", info.arithmetic);
+    if asked != info.arithmetic {
+        tracing::warn!(device = info.id, "this device has no --arithmetic {asked}: going on in {}", info.arithmetic);
     }
     Ok(backend)
 }
@@ -61,13 +66,28 @@ fn open_any(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn
         "cpu" => Ok(cpu()?),
         // Host and device share the machine's time, as they do on a real one.
         "sim" => Ok(Box::new(SimBackend::new(SimOptions { sleeps: true, ..SimOptions::default() }))),
-        "auto" => match open_gpu("") {
-            Err(adapters::OpenError::NotFound { .. }) => Ok(cpu()?),
-            opened => Ok(opened?),
+        "auto" => match cuda::open("", wanted.arithmetic) {
+            Ok(cuda) if tier.is_none() => Ok(cuda),
+            other => {
+                if let Err(reason) = other {
+                    tracing::info!("going on without CUDA: {reason}");
+                }
+                match open_gpu("") {
+                    Err(adapters::OpenError::NotFound { .. }) => Ok(cpu()?),
+                    opened => Ok(opened?),
+                }
+            }
         },
         // An empty selector would mean the best there is.
         "" => Err(unknown("")),
         name if !is_one(wanted) => Err(DeviceChoiceError::NotOne { asked: name.to_owned() }),
+        name if cuda::is_meant(name) => {
+            let selector = name.strip_prefix("cuda:").unwrap_or_default();
+            cuda::open(selector, wanted.arithmetic).map_err(|reason| {
+                let (wanted, known) = (name.to_owned(), known());
+                DeviceChoiceError::Cuda { wanted, reason, known }
+            })
+        }
         name => open_gpu(name).map_err(|error| match error {
             adapters::OpenError::NotFound { .. } => unknown(name),
             error => error.into(),
@@ -124,9 +144,15 @@ pub fn share(device: &DeviceInfo, title: &str, engine_name: &str) -> Option<Memb
 }
 
 fn unknown(wanted: &str) -> DeviceChoiceError {
-    let adapters = adapters::devices().into_iter().map(|device| format!("{} ({})", device.id, device.name));
-    let known: Vec<String> = ["auto", "cpu", "sim"].map(str::to_owned).into_iter().chain(adapters).collect();
-    DeviceChoiceError::Unknown { wanted: wanted.to_owned(), known: known.join(", ") }
+    DeviceChoiceError::Unknown { wanted: wanted.to_owned(), known: known() }
+}
+
+/// What `--device` takes here.
+fn known() -> String {
+    let found = cuda::devices().unwrap_or_default().into_iter().chain(adapters::devices());
+    let gpus = found.map(|device| format!("{} ({})", device.id, device.name));
+    let known: Vec<String> = ["auto", "cpu", "sim"].map(str::to_owned).into_iter().chain(gpus).collect();
+    known.join(", ")
 }
 
 fn cpu() -> Result<Box<dyn Backend>, DeviceError> {
@@ -189,6 +215,12 @@ mod tests {
             let sentence = open(&DeviceArgs::new(wanted)).err().expect("not there").to_string();
             let expected = format!("there is no device {wanted}; there is auto, cpu, sim");
             assert!(sentence.starts_with(&expected), "{sentence}");
+        }
+        for wanted in ["cuda:99", "cuda:GPU-no-such"] {
+            let sentence = open(&DeviceArgs::new(wanted)).err().expect("not there").to_string();
+            let begin = format!("device {wanted} cannot be had: ");
+            assert!(sentence.starts_with(&begin) && sentence.contains("CUDA"), "{sentence}");
+            assert!(sentence.contains("there is auto, cpu, sim"), "{sentence}");
         }
     }
 

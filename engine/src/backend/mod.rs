@@ -30,6 +30,10 @@ use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 pub mod around;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod packing;
 pub mod sim;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;

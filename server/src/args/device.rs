@@ -9,8 +9,9 @@ use super::parse::parse_arithmetic;
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct DeviceArgs {
-    /// auto, cpu, sim, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:). A server has one or several, with commas
-    /// between them or in a .toml file, or every GPU by all; what computes on cores may have its own: cpu@0,cpu@1-3.
+    /// auto, cpu, sim, cuda:N, cuda:UUID, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:). A server has one or
+    /// several, with commas between them or in a .toml file, or every GPU by all; what computes on cores may have its
+    /// own: cpu@0,cpu@1-3.
     #[arg(long = "device", value_name = "DEVICE", default_value = "auto")]
     pub name: String,
     /// What one submission to a GPU takes, about, at most: drivers reset a device that is at one for seconds. A step

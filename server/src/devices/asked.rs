@@ -6,6 +6,7 @@ use fullbore_engine::backend::{DeviceInfo, wgpu as adapters};
 
 use super::DeviceChoiceError;
 use super::cores::{self, Cores, Pinned};
+use super::cuda;
 use super::file::{self, Listed};
 use crate::args::DeviceArgs;
 
@@ -35,11 +36,22 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
         return Ok(listed.into_iter().map(|own| Asked { listed: Some(own.clone()), ..one(own.name) }).collect());
     }
     if args.name == "all" {
-        let mut names = adapters::hardware();
+        let mut names = every_gpu();
         names.extend(names.is_empty().then(|| "cpu".to_owned()));
         return Ok(names.into_iter().map(|name| Asked { is_optional: true, ..one(name) }).collect());
     }
     Ok(args.name.split([',', '+']).map(|name| one(name.trim().to_owned())).collect())
+}
+
+/// Each once, by CUDA where that gives it.
+fn every_gpu() -> Vec<String> {
+    let cuda = cuda::devices().unwrap_or_default();
+    let hardware = adapters::hardware();
+    let others = adapters::devices().into_iter().filter(|device| {
+        hardware.contains(&device.id) && cuda.iter().all(|by_cuda| by_cuda.name != device.name)
+    });
+    let ids: Vec<String> = others.map(|device| device.id).collect();
+    cuda.iter().map(|device| device.id.clone()).chain(ids).collect()
 }
 
 impl Asked {
@@ -52,7 +64,7 @@ impl Asked {
 /// Refuses one that is there twice; what computes on cores may be, each time on others.
 pub fn check_apart(devices: &[(&Asked, &DeviceInfo)]) -> Result<(), DeviceChoiceError> {
     for (index, (asked, info)) in devices.iter().enumerate() {
-        let is_on_cores = info.memory_bytes.is_some() || info.id == "sim";
+        let is_on_cores = (info.memory_bytes.is_some() && !cuda::is_meant(&info.id)) || info.id == "sim";
         let is_apart = |other: &Asked| {
             let both = asked.cores.as_ref().zip(other.cores.as_ref());
             is_on_cores && both.is_some_and(|(own, others)| !own.overlap(others))

@@ -6,7 +6,7 @@ use fullbore_shaders::{Arithmetic, MatrixUnits, Tier};
 use wgpu::wgt::{CooperativeMatrixProperties, CooperativeScalarType};
 use wgpu::{ExperimentalFeatures, Features};
 
-use super::packing::Layout;
+use crate::backend::packing::Layout;
 use crate::tensor::WeightFormat;
 
 /// What was asked for. Which matrices its units take, a device says.

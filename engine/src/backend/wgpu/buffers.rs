@@ -4,21 +4,15 @@
 //! more than any before it. Buffers start zeroed (wgpu's guarantee).
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
-use fullbore_shaders::TILE;
-use rayon::prelude::*;
 use wgpu::{BufferUsages, Features, MapMode};
 
 use super::device::Device;
 use super::encode::{Shard, rows_per_shard};
-use super::packing::{Layout, pack_tile};
 use super::stamps::STAMPS_BYTES;
+use crate::backend::packing::{Layout, pack_rows, packed_bytes};
 use crate::backend::{DeviceError, LoadError, LoadTimes, RowSource, WeightSpec};
 use crate::tensor::{BufferId, Tensor};
-
-/// Bytes of a weight on their way to the device at one time, about.
-const LOAD_BYTES: u64 = 8 << 20;
 
 pub(super) struct Buffers {
     device: Device,
@@ -65,52 +59,20 @@ impl Buffers {
 
     /// Packs a weight shard by shard, a few tiles of rows at a time.
     pub fn load(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Vec<Shard>, LoadError> {
-        assert!(spec.format.has_whole_blocks(spec.cols), "{}: rows of {} {}", spec.name, spec.cols, spec.format.name());
         let tile_words = Layout::of(spec.format).tile_words(spec.cols);
         let shard_rows = rows_per_shard(tile_words, self.device.max_shard_bytes);
         let mut shards = Vec::new();
         for first_row in (0..spec.rows).step_by(shard_rows as usize) {
             let num_rows = shard_rows.min(spec.rows - first_row);
-            let size_bytes = u64::from(num_rows.div_ceil(TILE)) * tile_words * 4;
-            let buffer = self.alloc(&spec.name, size_bytes)?;
-            self.load_shard(spec, num_rows, tile_words, buffer, source)?;
+            let buffer = self.alloc(&spec.name, packed_bytes(spec.format, num_rows, spec.cols))?;
+            let mut times = self.times;
+            pack_rows(spec, num_rows, source, &mut times, |offset_bytes, words| {
+                self.write(buffer, offset_bytes, words)
+            })?;
+            self.times = times;
             shards.push(Shard { buffer, first_row, num_rows });
         }
         Ok(shards)
-    }
-
-    fn load_shard(
-        &mut self,
-        spec: &WeightSpec,
-        num_rows: u32,
-        tile_words: u64,
-        buffer: BufferId,
-        source: &mut dyn RowSource,
-    ) -> Result<(), LoadError> {
-        let row_bytes = spec.format.row_bytes(spec.cols);
-        let tiles_at_once = (LOAD_BYTES / (tile_words * 4)).max(1);
-        let rows_at_once = (tiles_at_once * u64::from(TILE)).min(u64::from(num_rows)) as u32;
-        let mut offset_bytes = 0;
-        for first in (0..num_rows).step_by(rows_at_once as usize) {
-            let rows = rows_at_once.min(num_rows - first);
-            let mut bytes = vec![0; (u64::from(rows) * row_bytes) as usize];
-            let read = |source| LoadError::Read { name: spec.name.clone(), source };
-            let begun = Instant::now();
-            source.read_rows(&mut bytes).map_err(read)?;
-            let has_read = Instant::now();
-            let mut words = vec![0u32; (u64::from(rows.div_ceil(TILE)) * tile_words) as usize];
-            let tiles = words.par_chunks_mut(tile_words as usize);
-            tiles
-                .zip(bytes.par_chunks(row_bytes as usize * TILE as usize))
-                .for_each(|(words, rows)| pack_tile(spec.format, spec.cols, rows, words));
-            let has_packed = Instant::now();
-            self.write(buffer, offset_bytes, bytemuck::cast_slice(&words))?;
-            self.times.read += has_read - begun;
-            self.times.pack += has_packed - has_read;
-            self.times.upload += has_packed.elapsed();
-            offset_bytes += words.len() as u64 * 4;
-        }
-        Ok(())
     }
 
     /// Hands over what has been written, so that staging memory does not pile up while loading.

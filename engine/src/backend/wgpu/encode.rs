@@ -8,9 +8,9 @@ use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, MatMulVariant, TILE, Tier};
 
 use super::mat_mul_tables::MatMulTables;
-use super::packing::UNIT;
 use super::params::*;
 use super::pipelines::{AttentionVariant, Kernel};
+use crate::backend::packing::UNIT;
 use crate::op::{
     ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MUL_ADD_ROUNDS, MatMul,
     MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,

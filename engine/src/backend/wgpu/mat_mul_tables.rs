@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use fullbore_shaders::{Arithmetic, MatMulChoice, MatMulVariant, Tier};
 
 use super::arithmetic::of_format;
-use super::packing::Layout;
+use crate::backend::packing::Layout;
 use crate::tensor::WeightFormat;
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 

@@ -9,11 +9,11 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use fullbore_shaders::TILE;
 pub use fullbore_shaders::Tier;
 pub use wgpu::Features;
 use wgpu::{BindGroup, BufferUsages};
 
+use crate::backend::packing::packed_bytes;
 use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
 };
@@ -29,7 +29,6 @@ mod encode;
 mod kill_switch;
 mod mat_mul_tables;
 mod pace;
-pub mod packing;
 mod params;
 mod pipeline_cache;
 pub mod pipelines;
@@ -44,7 +43,6 @@ use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
 pub use kill_switch::KillSwitch;
 use mat_mul_tables::MatMulTables;
 use pace::Pace;
-use packing::Layout;
 use pipeline_cache::PipelineCache;
 use pipelines::{Kernel, Pipelines, uniform_layout};
 use stamps::Stamps;
@@ -251,7 +249,7 @@ impl Backend for WgpuBackend {
     }
 
     fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
-        u64::from(spec.rows.div_ceil(TILE)) * Layout::of(spec.format).tile_words(spec.cols) * 4
+        packed_bytes(spec.format, spec.rows, spec.cols)
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {

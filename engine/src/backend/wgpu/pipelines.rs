@@ -13,9 +13,9 @@ use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType
 
 use super::arithmetic::of_format;
 use super::device::Device;
-use super::packing::Layout;
 use super::pipeline_cache::PipelineCache;
 use crate::backend::DeviceError;
+use crate::backend::packing::Layout;
 use crate::op::{ATTENTION_CUT, ATTENTION_ROWS, ATTENTION_TILE};
 use crate::tensor::{KV_GROUP, KvType, WeightFormat};
 

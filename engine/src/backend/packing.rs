@@ -1,14 +1,22 @@
-//! From the file's blocks to the device's words: one layout a format, stated at the top of `shaders/weight.wgsl`.
+//! From the file's blocks to a GPU's words: one layout a format, stated at the top of `shaders/weight.wgsl`, and the
+//! same in CUDA.
 //!
 //! Invariant: packing moves integers and f16 bits and computes nothing, so the device sees the file's exact values, in
 //! at most 1.12 times the file's bytes.
 
-use fullbore_shaders::{Constants, TILE};
+use std::time::Instant;
 
+use rayon::prelude::*;
+
+use super::{DeviceError, LoadError, LoadTimes, RowSource, WeightSpec};
 use crate::tensor::WeightFormat;
 
 /// Values along K that a kernel takes at a time.
 pub const UNIT: u32 = 32;
+/// Rows of a weight that lie interleaved.
+pub const TILE: u32 = 32;
+/// Bytes of a weight on their way to the device at one time, about.
+const LOAD_BYTES: u64 = 8 << 20;
 
 /// How a format's blocks lie on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +84,8 @@ impl Layout {
         cols.div_ceil(UNIT * self.units) as u64 * self.block_words() as u64 * TILE as u64
     }
 
-    pub fn constants(self) -> Constants {
+    /// As kernels are composed with.
+    pub fn constants(self) -> Vec<(&'static str, u32)> {
         vec![
             ("FLOAT", self.float),
             ("UNITS", self.units),
@@ -93,8 +102,50 @@ impl Layout {
     }
 }
 
+/// Bytes of `num_rows` rows of a weight, packed.
+pub fn packed_bytes(format: WeightFormat, num_rows: u32, cols: u32) -> u64 {
+    u64::from(num_rows.div_ceil(TILE)) * Layout::of(format).tile_words(cols) * 4
+}
+
+/// Pulls `num_rows` rows of a weight out of `source`, and gives them to `write` packed, a few tiles at a time and in
+/// order, with their distance from the begin in bytes. What that took is added to `times`.
+pub fn pack_rows(
+    spec: &WeightSpec,
+    num_rows: u32,
+    source: &mut dyn RowSource,
+    times: &mut LoadTimes,
+    mut write: impl FnMut(u64, &[u8]) -> Result<(), DeviceError>,
+) -> Result<(), LoadError> {
+    assert!(spec.format.has_whole_blocks(spec.cols), "{}: rows of {} {}", spec.name, spec.cols, spec.format.name());
+    let tile_words = Layout::of(spec.format).tile_words(spec.cols);
+    let row_bytes = spec.format.row_bytes(spec.cols);
+    let tiles_at_once = (LOAD_BYTES / (tile_words * 4)).max(1);
+    let rows_at_once = (tiles_at_once * u64::from(TILE)).min(u64::from(num_rows)) as u32;
+    let mut offset_bytes = 0;
+    for first in (0..num_rows).step_by(rows_at_once as usize) {
+        let rows = rows_at_once.min(num_rows - first);
+        let mut bytes = vec![0; (u64::from(rows) * row_bytes) as usize];
+        let read = |source| LoadError::Read { name: spec.name.clone(), source };
+        let begun = Instant::now();
+        source.read_rows(&mut bytes).map_err(read)?;
+        let has_read = Instant::now();
+        let mut words = vec![0u32; (u64::from(rows.div_ceil(TILE)) * tile_words) as usize];
+        let tiles = words.par_chunks_mut(tile_words as usize);
+        tiles
+            .zip(bytes.par_chunks(row_bytes as usize * TILE as usize))
+            .for_each(|(words, rows)| pack_tile(spec.format, spec.cols, rows, words));
+        let has_packed = Instant::now();
+        write(offset_bytes, bytemuck::cast_slice(&words))?;
+        times.read += has_read - begun;
+        times.pack += has_packed - has_read;
+        times.upload += has_packed.elapsed();
+        offset_bytes += words.len() as u64 * 4;
+    }
+    Ok(())
+}
+
 /// Packs up to `TILE` rows of `cols` values out of `rows` into `out`, `tile_words` long.
-pub fn pack_tile(format: WeightFormat, cols: u32, rows: &[u8], out: &mut [u32]) {
+fn pack_tile(format: WeightFormat, cols: u32, rows: &[u8], out: &mut [u32]) {
     let layout = Layout::of(format);
     let block_words = layout.block_words() as usize;
     out.fill(0);

@@ -1,0 +1,448 @@
+//! NVIDIA GPUs through the CUDA driver, which is opened when it is first asked for.
+//!
+//! Invariant: one context and one stream a device; an error other than of memory voids the device, and says so. A list
+//! of launches that came before is launched as one graph.
+#![allow(unsafe_code)]
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CString, c_int, c_void};
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+use cudarc::driver::result::{self as cuda, DriverError};
+use cudarc::driver::sys;
+
+use crate::{CudaError, Device, DeviceInfo, Function, Launch, Module, Work};
+
+pub mod compile;
+
+/// CUDA 12.0, whose functions are used.
+const MIN_DRIVER: i32 = 12_000;
+/// Turing, for whose instructions the kernels are written.
+const MIN_ARCHITECTURE: u32 = 75;
+/// A device that is at one piece of work for so long hangs.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Most work is done within this, and is waited for without sleeping.
+const SPIN: Duration = Duration::from_micros(300);
+/// Launches from which on a graph is worth having.
+const GRAPH_LAUNCHES: usize = 8;
+/// Graphs kept; when there are more, all go.
+const MAX_GRAPHS: usize = 512;
+/// Lists remembered that came once; when there are more, all are forgotten.
+const MAX_SEEN: usize = 8192;
+
+/// A GPU that could be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// As in `cuda:0`.
+    pub ordinal: i32,
+    pub name: String,
+    /// As `nvidia-smi -L` has it: `GPU-` and 32 hexadecimal digits in five groups.
+    pub uuid: String,
+    pub architecture: u32,
+    pub driver: String,
+}
+
+/// The GPUs of this machine; an error says why there is none.
+pub fn gpus() -> Result<Vec<GpuInfo>, CudaError> {
+    let driver = start()?;
+    let count = cuda::device::get_count().map_err(not_there)?;
+    (0..count).map(|ordinal| GpuInfo::of(ordinal, &driver)).collect()
+}
+
+impl GpuInfo {
+    fn of(ordinal: c_int, driver: &str) -> Result<GpuInfo, CudaError> {
+        let device = cuda::device::get(ordinal).map_err(not_there)?;
+        let name = cuda::device::get_name(device).map_err(not_there)?;
+        let bytes = cuda::device::get_uuid(device).map_err(not_there)?.bytes;
+        let hex: String = bytes.iter().map(|byte| format!("{:02x}", byte.cast_unsigned())).collect();
+        let groups = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
+        let attribute = |which| {
+            // SAFETY: the device is from `get`.
+            unsafe { cuda::device::get_attribute(device, which) }.map_err(not_there)
+        };
+        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let architecture = (major * 10 + minor).unsigned_abs();
+        let uuid = format!("GPU-{}", groups.join("-"));
+        Ok(GpuInfo { ordinal, name, uuid, architecture, driver: driver.to_owned() })
+    }
+}
+
+/// Opens the driver and says what it is. Nothing of it is called before it is known to be there.
+fn start() -> Result<String, CudaError> {
+    // SAFETY: these look for the library, and ask it for its version.
+    let version = unsafe {
+        if !sys::is_culib_present() {
+            let reason = "there is no CUDA driver (libcuda.so.1, nvcuda.dll): NVIDIA's driver is not installed";
+            return Err(CudaError::NotThere(reason.to_owned()));
+        }
+        let mut version = 0;
+        sys::cuDriverGetVersion(&raw mut version).result().map_err(not_there)?;
+        version
+    };
+    let name = format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
+    if version < MIN_DRIVER {
+        let reason = format!("the CUDA driver is for {name}; 12.0 or newer is needed: update NVIDIA's driver");
+        return Err(CudaError::NotThere(reason));
+    }
+    cuda::init().map_err(not_there)?;
+    Ok(name)
+}
+
+fn text(error: DriverError) -> String {
+    let name = error.error_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+    let what = error.error_string().map_or(String::new(), |what| what.to_string_lossy().into_owned());
+    format!("{what} ({name})")
+}
+
+fn not_there(error: DriverError) -> CudaError {
+    CudaError::NotThere(format!("the CUDA driver says: {}", text(error)))
+}
+
+fn lost(error: DriverError) -> CudaError {
+    CudaError::Lost(format!("the CUDA driver says: {}", text(error)))
+}
+
+pub struct Gpu {
+    gpu: GpuInfo,
+    info: DeviceInfo,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: HashMap<Module, sys::CUmodule>,
+    functions: Vec<Loaded>,
+    memory: Vec<sys::CUdeviceptr>,
+    host_memory: Vec<*mut c_void>,
+    places: Vec<Place>,
+    /// By their launches' hash.
+    graphs: HashMap<u64, sys::CUgraphExec>,
+    /// Hashes of lists that came once.
+    seen: HashSet<u64>,
+    hasher: RandomState,
+}
+
+/// # Safety
+/// The driver's handles belong to a process, not to a thread; each call makes the context current first.
+unsafe impl Send for Gpu {}
+
+#[derive(Clone, Copy)]
+struct Loaded {
+    function: sys::CUfunction,
+    threads: u32,
+}
+
+/// Of one piece of work: what it brings to the device and back, and when it began and ended there.
+struct Place {
+    upload: Pinned,
+    download: Pinned,
+    download_bytes: usize,
+    begin: sys::CUevent,
+    end: sys::CUevent,
+}
+
+/// Memory of the host that the device reads and writes without a detour.
+struct Pinned {
+    at: *mut c_void,
+    size_bytes: usize,
+}
+
+impl Pinned {
+    const NONE: Pinned = Pinned { at: std::ptr::null_mut(), size_bytes: 0 };
+
+    /// At least so much, with nothing kept.
+    fn grow(&mut self, size_bytes: usize) -> Result<(), CudaError> {
+        if size_bytes <= self.size_bytes {
+            return Ok(());
+        }
+        let wanted = size_bytes.next_power_of_two().max(1 << 16);
+        // SAFETY: the old memory is no longer used: its work was waited for.
+        unsafe {
+            self.release();
+            self.at = cuda::malloc_host(wanted, 0).map_err(|error| of_memory(error, wanted as u64))?;
+        }
+        self.size_bytes = wanted;
+        Ok(())
+    }
+
+    unsafe fn release(&mut self) {
+        if !self.at.is_null() {
+            // A device that was lost frees it by itself.
+            let _ = unsafe { cuda::free_host(self.at) };
+        }
+        *self = Pinned::NONE;
+    }
+}
+
+fn of_memory(error: DriverError, needed_bytes: u64) -> CudaError {
+    match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { needed_bytes },
+        _ => lost(error),
+    }
+}
+
+impl Gpu {
+    pub fn open(gpu: &GpuInfo) -> Result<Gpu, CudaError> {
+        start()?;
+        if gpu.architecture < MIN_ARCHITECTURE {
+            let least = MIN_ARCHITECTURE / 10;
+            let (name, major, minor) = (&gpu.name, gpu.architecture / 10, gpu.architecture % 10);
+            let reason = format!("{name} has compute capability {major}.{minor}; {least}.5 or newer is needed");
+            return Err(CudaError::NotThere(reason));
+        }
+        let device = cuda::device::get(gpu.ordinal).map_err(not_there)?;
+        // SAFETY: the device is from `get`; the context is released in `drop`.
+        let (context, free_bytes) = unsafe {
+            let context = cuda::primary_ctx::retain(device).map_err(not_there)?;
+            cuda::ctx::set_current(context).map_err(not_there)?;
+            (context, cuda::mem_get_info().map_err(not_there)?.0)
+        };
+        let stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(not_there)?;
+        let info = DeviceInfo {
+            name: gpu.name.clone(),
+            driver: gpu.driver.clone(),
+            architecture: gpu.architecture,
+            free_bytes: Some(free_bytes as u64),
+        };
+        Ok(Gpu {
+            gpu: gpu.clone(),
+            info,
+            context,
+            stream,
+            modules: HashMap::new(),
+            functions: Vec::new(),
+            memory: Vec::new(),
+            host_memory: Vec::new(),
+            places: Vec::new(),
+            graphs: HashMap::new(),
+            seen: HashSet::new(),
+            hasher: RandomState::new(),
+        })
+    }
+
+    fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is open as long as this is.
+        unsafe { cuda::ctx::set_current(self.context) }.map_err(lost)
+    }
+
+    fn place(&mut self, place: usize) -> Result<&mut Place, CudaError> {
+        let event = || cuda::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(lost);
+        while self.places.len() <= place {
+            let (begin, end) = (event()?, event()?);
+            let (upload, download) = (Pinned::NONE, Pinned::NONE);
+            self.places.push(Place { upload, download, download_bytes: 0, begin, end });
+        }
+        Ok(&mut self.places[place])
+    }
+
+    /// # Safety
+    /// Addresses in the parameters are of memory that is there.
+    unsafe fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
+        let Loaded { function, threads } = self.functions[launch.function.0 as usize];
+        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+        let (grid, block) = ((launch.blocks, 1, 1), (threads, 1, 1));
+        unsafe { cuda::launch_kernel(function, grid, block, 0, self.stream, &mut params) }.map_err(lost)
+    }
+
+    /// # Safety
+    /// As of `launch`.
+    unsafe fn launch_all(&mut self, launches: &[Launch]) -> Result<(), CudaError> {
+        let hash = self.hasher.hash_one(launches);
+        unsafe {
+            if let Some(&graph) = self.graphs.get(&hash) {
+                return cuda::graph::launch(graph, self.stream).map_err(lost);
+            }
+            if self.seen.len() == MAX_SEEN {
+                self.seen.clear();
+            }
+            if launches.len() < GRAPH_LAUNCHES || self.seen.insert(hash) {
+                return launches.iter().try_for_each(|launch| self.launch(launch));
+            }
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            cuda::stream::begin_capture(self.stream, mode).map_err(lost)?;
+            let launched = launches.iter().try_for_each(|launch| self.launch(launch));
+            let graph = cuda::stream::end_capture(self.stream).map_err(lost)?;
+            launched?;
+            let made = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map_err(lost)?;
+            cuda::graph::destroy(graph).map_err(lost)?;
+            if self.graphs.len() == MAX_GRAPHS {
+                self.forget_graphs();
+            }
+            self.graphs.insert(hash, made);
+            cuda::graph::launch(made, self.stream).map_err(lost)
+        }
+    }
+
+    /// A graph that runs is freed when it has ended.
+    fn forget_graphs(&mut self) {
+        self.seen.clear();
+        for (_, graph) in self.graphs.drain() {
+            // SAFETY: it was made by `instantiate`, and is in no list any more.
+            let _ = unsafe { cuda::graph::exec_destroy(graph) };
+        }
+    }
+
+    /// Frees all that is on the device, as far as it still answers.
+    fn release(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        self.forget_graphs();
+        // SAFETY: each handle was made here and is used no more.
+        unsafe {
+            for place in &mut self.places {
+                place.upload.release();
+                place.download.release();
+                let _ = cuda::event::destroy(place.begin).and(cuda::event::destroy(place.end));
+            }
+            for &at in &self.memory {
+                let _ = cuda::free_sync(at);
+            }
+            for &at in &self.host_memory {
+                let _ = cuda::free_host(at);
+            }
+            for &module in self.modules.values() {
+                let _ = cuda::module::unload(module);
+            }
+            let _ = cuda::stream::destroy(self.stream);
+            if let Ok(device) = cuda::device::get(self.gpu.ordinal) {
+                let _ = cuda::primary_ctx::release(device);
+            }
+        }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+impl Device for Gpu {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn alloc(&mut self, size_bytes: u64) -> Result<u64, CudaError> {
+        self.enter()?;
+        // SAFETY: memory of that size is filled before anyone has its address.
+        unsafe {
+            let at = cuda::malloc_sync(size_bytes as usize).map_err(|error| of_memory(error, size_bytes))?;
+            self.memory.push(at);
+            cuda::memset_d8_sync(at, 0, size_bytes as usize).map_err(lost)?;
+            Ok(at)
+        }
+    }
+
+    fn alloc_host(&mut self, size_bytes: u64) -> Result<u64, CudaError> {
+        self.enter()?;
+        // SAFETY: as in `alloc`.
+        unsafe {
+            let at = cuda::malloc_host(size_bytes as usize, 0).map_err(|error| of_memory(error, size_bytes))?;
+            self.host_memory.push(at);
+            std::ptr::write_bytes(at.cast::<u8>(), 0, size_bytes as usize);
+            Ok(at as u64)
+        }
+    }
+
+    fn write(&mut self, to: u64, data: &[u8]) -> Result<(), CudaError> {
+        self.enter()?;
+        // SAFETY: the address is the caller's to know.
+        unsafe { cuda::memcpy_htod_sync(to, data) }.map_err(lost)
+    }
+
+    fn function(&mut self, module: &Module, kernel: &str) -> Result<Function, CudaError> {
+        self.enter()?;
+        let failed = |reason: String| CudaError::Kernel { kernel: format!("{} {kernel}", module.name()), reason };
+        let (threads, _) = module.kernel(kernel).ok_or_else(|| failed("it is not in its module".to_owned()))?;
+        let loaded = match self.modules.get(module) {
+            Some(&loaded) => loaded,
+            None => {
+                let image = compile::compile(module, self.gpu.architecture).map_err(failed)?;
+                // SAFETY: the image is a whole one, and ends in a zero where it is text.
+                let loaded = unsafe { cuda::module::load_data(image.as_ptr().cast()) };
+                let loaded = loaded.map_err(|error| failed(text(error)))?;
+                self.modules.insert(module.clone(), loaded);
+                loaded
+            }
+        };
+        let name = CString::new(kernel).expect("no zero in a name");
+        // SAFETY: the module stays loaded.
+        let function = unsafe { cuda::module::get_function(loaded, name) }.map_err(|error| failed(text(error)))?;
+        self.functions.push(Loaded { function, threads });
+        Ok(Function(self.functions.len() as u32 - 1))
+    }
+
+    fn submit(&mut self, place: usize, work: &Work) -> Result<(), CudaError> {
+        self.enter()?;
+        let stream = self.stream;
+        let Place { upload, download, download_bytes, begin, end } = self.place(place)?;
+        upload.grow(work.upload.len())?;
+        *download_bytes = work.downloads.iter().map(|(_, size_bytes)| *size_bytes as usize).sum();
+        download.grow(*download_bytes)?;
+        let (staged, results, begin, end) = (upload.at, download.at, *begin, *end);
+        // SAFETY: staged memory is as long as what goes there and is not touched until `wait`; addresses on the device
+        // are the caller's to know.
+        unsafe {
+            cuda::event::record(begin, stream).map_err(lost)?;
+            if !work.upload.is_empty() {
+                std::ptr::copy_nonoverlapping(work.upload.as_ptr(), staged.cast(), work.upload.len());
+                let staged = std::slice::from_raw_parts(staged.cast::<u8>(), work.upload.len());
+                cuda::memcpy_htod_async(work.upload_to, staged, stream).map_err(lost)?;
+            }
+            for copied in work.copies {
+                let size_bytes = copied.size_bytes as usize;
+                sys::cuMemcpyAsync(copied.to, copied.from, size_bytes, stream).result().map_err(lost)?;
+            }
+            self.launch_all(work.launches)?;
+            let mut to = results.cast::<u8>();
+            for &(from, size_bytes) in work.downloads.iter().filter(|(_, size_bytes)| *size_bytes > 0) {
+                let part = std::slice::from_raw_parts_mut(to, size_bytes as usize);
+                cuda::memcpy_dtoh_async(part, from, stream).map_err(lost)?;
+                to = to.add(size_bytes as usize);
+            }
+            cuda::event::record(end, stream).map_err(lost)
+        }
+    }
+
+    fn wait(&mut self, place: usize, out: &mut Vec<u8>) -> Result<Duration, CudaError> {
+        self.enter()?;
+        let Place { download, download_bytes, begin, end, .. } = &self.places[place];
+        let begun = Instant::now();
+        loop {
+            // SAFETY: the event was recorded by `submit`.
+            match unsafe { cuda::event::query(*end) } {
+                Ok(()) => break,
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) if begun.elapsed() > PATIENCE => {
+                    let reason = format!("it has been at one step for {} s: it hangs", PATIENCE.as_secs());
+                    return Err(CudaError::Lost(reason));
+                }
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) if begun.elapsed() > SPIN => {
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => std::thread::yield_now(),
+                Err(error) => return Err(lost(error)),
+            }
+        }
+        // SAFETY: all copies into it have ended.
+        out.extend_from_slice(match download_bytes {
+            0 => &[],
+            _ => unsafe { std::slice::from_raw_parts(download.at.cast::<u8>(), *download_bytes) },
+        });
+        // SAFETY: both were recorded, on one stream.
+        let took_ms = unsafe { cuda::event::elapsed(*begin, *end) }.map_err(lost)?;
+        Ok(Duration::from_secs_f32(took_ms.max(0.0) / 1e3))
+    }
+
+    fn reopen(&mut self) -> Result<(), CudaError> {
+        // All that it has goes with its context. To free it piece by piece would wait for what hangs.
+        // SAFETY: nothing of the old context is used any more.
+        if let Ok(device) = cuda::device::get(self.gpu.ordinal) {
+            let _ = unsafe { sys::cuDevicePrimaryCtxReset_v2(device) };
+        }
+        let gpu = gpus()?.into_iter().find(|gpu| gpu.uuid == self.gpu.uuid);
+        let gone = || CudaError::NotThere(format!("{} ({}) is gone", self.gpu.name, self.gpu.uuid));
+        let opened = Gpu::open(&gpu.ok_or_else(gone)?)?;
+        std::mem::forget(std::mem::replace(self, opened));
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! From a module's text to what a GPU loads: by NVRTC, NVIDIA's compiler as a library, which needs no GPU.
+
+use std::ffi::{CString, c_char};
+
+use cudarc::nvrtc::result::{self as nvrtc, NvrtcError};
+use cudarc::nvrtc::sys;
+
+use crate::Module;
+
+/// Products and sums are rounded one by one, so that all kernels of an op give the same bits.
+const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=false", "-default-device", "-diag-suppress=177"];
+
+/// PTX for compute capability `architecture` (80 is 8.0), ending in a zero. A newer driver takes it for any newer GPU.
+pub fn compile(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
+    // SAFETY: it looks for the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(
+            "NVRTC, which compiles kernels, was not found (libnvrtc.so.12): install NVIDIA's CUDA toolkit, or \
+             PyPI's nvidia-cuda-nvrtc-cu12 with its folder in LD_LIBRARY_PATH"
+                .to_owned(),
+        );
+    }
+    let text = CString::new(module.text()).expect("no zero in a text");
+    let name = CString::new(module.name()).expect("no zero in a name");
+    let failed = |error: NvrtcError| format!("NVRTC says {error}");
+    let program = nvrtc::create_program(&text, Some(&name)).map_err(failed)?;
+    // A compiler that is older than the GPU takes the newest that it knows.
+    let compiled = [architecture, 90, 80, 75].into_iter().find_map(|target| {
+        if target > architecture {
+            return None;
+        }
+        let target = format!("--gpu-architecture=compute_{target}");
+        let options: Vec<&str> = OPTIONS.into_iter().chain([target.as_str()]).collect();
+        // SAFETY: the program was made above.
+        match unsafe { nvrtc::compile_program(program, &options) } {
+            Err(NvrtcError(sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION)) => None,
+            compiled => Some(compiled),
+        }
+    });
+    // SAFETY: as above; it is destroyed once, at the end.
+    unsafe {
+        let compiled = match compiled {
+            None => Err(format!("NVRTC knows no GPU as old as compute capability {architecture}")),
+            Some(Ok(())) => nvrtc::get_ptx(program).map(bytes).map_err(failed),
+            Some(Err(error)) => {
+                let log = nvrtc::get_program_log(program).map(bytes).unwrap_or_default();
+                let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
+                Err(format!("{}: {log}", failed(error)))
+            }
+        };
+        nvrtc::destroy_program(program).map_err(failed)?;
+        compiled
+    }
+}
+
+fn bytes(chars: Vec<c_char>) -> Vec<u8> {
+    chars.into_iter().map(c_char::cast_unsigned).collect()
+}

@@ -1,0 +1,113 @@
+// Packed weights: `value = scale * code + min`, bit for bit the value that the file's format defines. The layout is
+// that of shaders/weight.wgsl: [tile of 32 rows][block][word of a block][row in tile], so that lanes of a warp read
+// neighbouring words.
+//
+// FLOAT is 1 for f32, 2 for f16, 3 for bf16, 0 for codes; the other constants are of codes.
+
+// Where the words of `row` begin in the block that holds `unit`; they are 32 apart.
+DEVICE const u32* block_at(const u32* weight, u32 row, u32 unit, u32 num_units) {
+    u64 block = (u64)(row / 32) * (num_units / UNITS) + unit / UNITS;
+    return weight + block * (BLOCK_WORDS * 32) + row % 32;
+}
+
+struct Scales {
+    // Of the first 16 values of a unit, and of the last 16.
+    f32 scale[2];
+    f32 min[2];
+};
+
+DEVICE Scales unit_scales(const u32* block, u32 unit) {
+    Scales s;
+#if FLOAT
+    s.scale[0] = s.scale[1] = 1;
+    s.min[0] = s.min[1] = 0;
+#else
+    u32 first = block[0];
+    f32 scale = from_f16(first & 0xffffu);
+    f32 min = from_f16(first >> 16);
+#if SUPER
+    u32 small = block[(1 + unit / 2) * 32] >> (unit % 2 * 16);
+#if MIN_GROUP == 32
+    s.scale[0] = s.scale[1] = scale * from_code(small & 255u);
+    s.min[0] = s.min[1] = -min * from_code(small >> 8 & 255u);
+#elif MIN_GROUP == 16
+    s.scale[0] = scale * from_code(small & 15u);
+    s.min[0] = -min * from_code(small >> 4 & 15u);
+    s.scale[1] = scale * from_code(small >> 8 & 15u);
+    s.min[1] = -min * from_code(small >> 12 & 15u);
+#else
+    s.scale[0] = scale * (f32)(int)(signed char)(small & 255u);
+    s.scale[1] = scale * (f32)(int)(signed char)(small >> 8 & 255u);
+    s.min[0] = -(f32)OFFSET * s.scale[0];
+    s.min[1] = -(f32)OFFSET * s.scale[1];
+#endif
+#else
+    s.scale[0] = s.scale[1] = scale;
+#if MIN_GROUP == 32
+    s.min[0] = s.min[1] = min;
+#else
+    s.min[0] = s.min[1] = -(f32)OFFSET * scale;
+#endif
+#endif
+#endif
+    return s;
+}
+
+#if LOOKUP
+// IQ4_NL's table: 16 signed bytes, -127 to 113, four a word.
+DEVICE f32 looked_up(u32 code) {
+    u32 low = code < 4 ? 0xbfad9881u : 0xf6eaddcfu;
+    u32 high = code < 12 ? 0x26190d01u : 0x71594535u;
+    return (f32)(int)(signed char)((code < 8 ? low : high) >> (code % 4 * 8) & 255u);
+}
+#endif
+
+// Values `8 * part ..` of a unit.
+DEVICE void eight_weights(const u32* block, u32 unit, u32 part, const Scales& s, f32 (&w)[8]) {
+#if FLOAT == 1
+    for (u32 i = 0; i < 8; i++) w[i] = __uint_as_float(block[(part * 8 + i) * 32]);
+#elif FLOAT
+    for (u32 i = 0; i < 4; i++) {
+        u32 two = block[(part * 4 + i) * 32];
+#if FLOAT == 2
+        w[2 * i] = from_f16(two & 0xffffu);
+        w[2 * i + 1] = from_f16(two >> 16);
+#else
+        w[2 * i] = __uint_as_float(two << 16);
+        w[2 * i + 1] = __uint_as_float(two & 0xffff0000u);
+#endif
+    }
+#else
+    u32 codes[8];
+#if LOW_BITS == 8
+    u32 first = block[(LOW_AT + unit * 8 + part * 2) * 32];
+    u32 second = block[(LOW_AT + unit * 8 + part * 2 + 1) * 32];
+    for (u32 i = 0; i < 4; i++) {
+        codes[i] = first >> (8 * i) & 255u;
+        codes[4 + i] = second >> (8 * i) & 255u;
+    }
+#elif LOW_BITS == 4
+    u32 low = block[(LOW_AT + unit * 4 + part) * 32];
+    for (u32 i = 0; i < 8; i++) codes[i] = low >> (4 * i) & 15u;
+#else
+    u32 low = block[(LOW_AT + unit * 2 + part / 2) * 32] >> (part % 2 * 16);
+    for (u32 i = 0; i < 8; i++) codes[i] = low >> (2 * i) & 3u;
+#endif
+#if HIGH_BITS == 1
+    u32 high = block[(HIGH_AT + unit) * 32] >> (part * 8);
+    for (u32 i = 0; i < 8; i++) codes[i] |= (high >> i & 1u) << LOW_BITS;
+#elif HIGH_BITS == 2
+    u32 high = block[(HIGH_AT + unit * 2 + part / 2) * 32] >> (part % 2 * 16);
+    for (u32 i = 0; i < 8; i++) codes[i] |= (high >> (2 * i) & 3u) << LOW_BITS;
+#endif
+    f32 scale = s.scale[part / 2];
+    f32 min = s.min[part / 2];
+    for (u32 i = 0; i < 8; i++) {
+#if LOOKUP
+        w[i] = looked_up(codes[i]) * scale;
+#else
+        w[i] = fmaf(from_code(codes[i]), scale, min);
+#endif
+    }
+#endif
+}

@@ -1,0 +1,268 @@
+//! From ops to launches: which kernel, which parameters, how many blocks.
+//!
+//! Invariant: plain data; nothing here touches a device.
+
+use bytemuck::Pod;
+use fullbore_cuda_kernels::MAX_PARAMS;
+
+use super::kernel::{HeadDim, Kernel};
+use super::mat_mul_tables::MatMulTables;
+use super::params::*;
+use crate::backend::packing::UNIT;
+use crate::op::{
+    ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MatMul, MulAdd, Op, ResetCounts, RmsNorm, RopeKv,
+    RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
+};
+use crate::tensor::{BufferId, Tensor};
+use crate::tuning::MatMulShape;
+
+/// Pairs of a row and a query head that a block of attention takes on, as `attention.cu` has it.
+const ATTENTION_PAIRS: u32 = 8;
+
+/// A kernel to launch, before the device has loaded it.
+#[derive(Clone, Copy)]
+pub struct Encoded {
+    pub kernel: Kernel,
+    pub blocks: u32,
+    pub params: [u8; MAX_PARAMS],
+}
+
+/// Where launches go, and what they are made of besides the op.
+pub struct Encoder<'a> {
+    /// By buffer id.
+    pub buffers: &'a [Address],
+    /// By weight id.
+    pub weights: &'a [Address],
+    pub mat_muls: &'a MatMulTables,
+    pub out: &'a mut Vec<Encoded>,
+}
+
+impl Encoder<'_> {
+    pub fn op(&mut self, op: &Op) {
+        match op {
+            Op::UpdateTable(op) => self.update_table(op),
+            Op::Embed(op) => self.embed(op),
+            Op::RmsNorm(op) => self.rms_norm(op),
+            Op::MatMul(op) => self.mat_mul(op),
+            Op::RopeKv(op) => self.rope_kv(op),
+            Op::Attention(op) => self.attention(op),
+            Op::GatedAct(op) => self.gated_act(op),
+            Op::AddNorm(op) => self.add_norm(op),
+            Op::ResetCounts(op) => self.reset_counts(op),
+            Op::Sample(op) => self.sample(op),
+            Op::MulAdd(op) => self.mul_add(op),
+        }
+    }
+
+    /// Empty launches are dropped.
+    fn push(&mut self, kernel: Kernel, blocks: u32, params: &impl Pod) {
+        if blocks == 0 {
+            return;
+        }
+        let mut bytes = [0; MAX_PARAMS];
+        let params = bytemuck::bytes_of(params);
+        bytes[..params.len()].copy_from_slice(params);
+        self.out.push(Encoded { kernel, blocks, params: bytes });
+    }
+
+    fn buffer(&self, buffer: BufferId) -> Address {
+        self.buffers[buffer.0 as usize]
+    }
+
+    fn at(&self, tensor: Tensor) -> Address {
+        self.buffer(tensor.buffer) + tensor.offset_bytes()
+    }
+
+    /// Null for none.
+    fn at_some(&self, tensor: Option<Tensor>) -> Address {
+        tensor.map_or(0, |tensor| self.at(tensor))
+    }
+
+    fn update_table(&mut self, op: &UpdateTable) {
+        let (entries, table, num_entries) = (self.at(op.entries), self.at(op.table), op.entries.rows);
+        let params = UpdateTableParams { entries, table, num_entries, pad: 0 };
+        self.push(Kernel::UpdateTable, num_entries.div_ceil(256), &params);
+    }
+
+    fn embed(&mut self, op: &Embed) {
+        let num_units = op.out.cols.div_ceil(UNIT);
+        let params = EmbedParams {
+            ids: self.at(op.ids),
+            sampled: self.at(op.sampled),
+            weight: self.weights[op.table.id.0 as usize],
+            out: self.at(op.out),
+            num_tokens: op.out.rows,
+            cols: op.out.cols,
+            num_units,
+            scale: op.scale,
+        };
+        let num_eights = op.out.rows * num_units * (UNIT / 8);
+        self.push(Kernel::Embed(op.table.format), num_eights.div_ceil(256), &params);
+    }
+
+    fn rms_norm(&mut self, op: &RmsNorm) {
+        let (x, weight, out) = (self.at(op.x), self.at(op.weight), self.at(op.out));
+        let params = RmsNormParams { x, weight, out, cols: op.x.cols, eps: op.eps };
+        self.push(Kernel::RmsNorm, op.x.rows, &params);
+    }
+
+    /// By the table of the weight's shape.
+    fn mat_mul(&mut self, op: &MatMul) {
+        let choices = self.mat_muls.of(MatMulShape::of(op.weight));
+        let mut first_row = 0;
+        while first_row < op.x.rows {
+            let left = op.x.rows - first_row;
+            let choice = choices.iter().find(|choice| choice.max_rows >= left);
+            let choice = choice.expect("the last line takes any number");
+            let taken = choice.takes(left);
+            let (rows, columns) = choice.variant.shape();
+            let row_bytes = |tensor: Tensor| u64::from(first_row) * u64::from(tensor.cols) * 4;
+            let params = MatMulParams {
+                x: self.at(op.x) + row_bytes(op.x),
+                weight: self.weights[op.weight.id.0 as usize],
+                bias: self.at_some(op.bias),
+                out: self.at(op.out) + row_bytes(op.out) + u64::from(op.first_col) * 4,
+                num_rows: taken,
+                inner: op.x.cols,
+                num_units: op.x.cols.div_ceil(UNIT),
+                num_cols: op.weight.rows,
+                stride: op.out.cols,
+                pad: 0,
+            };
+            let blocks = taken.div_ceil(rows) * op.weight.rows.div_ceil(columns);
+            self.push(Kernel::MatMul(op.weight.format, choice.variant), blocks, &params);
+            first_row += taken;
+        }
+    }
+
+    fn rope_kv(&mut self, op: &RopeKv) {
+        let cache = op.cache;
+        let num_heads = op.q.cols / cache.head_dim;
+        let num_items = op.q.rows * (num_heads + 2 * cache.num_kv_heads);
+        let params = RopeKvParams {
+            qkv: self.at(op.qkv),
+            norms: self.at_some(op.norms),
+            table: self.at(op.table),
+            positions: self.at(op.positions),
+            slots: self.at(op.slots),
+            q: self.at(op.q),
+            k_cache: self.buffer(cache.k),
+            v_cache: self.buffer(cache.v),
+            num_items,
+            num_heads,
+            num_kv_heads: cache.num_kv_heads,
+            head_dim: cache.head_dim,
+            half_dim: op.table.cols / 2,
+            halves: u32::from(op.style == RopeStyle::Halves),
+            block_size: cache.block_size,
+            eps: op.eps,
+        };
+        self.push(Kernel::RopeKv(cache.kv_type), num_items.div_ceil(4), &params);
+    }
+
+    /// Items of one row, the others, and the merging of what was split among the former.
+    fn attention(&mut self, op: &Attention) {
+        let cache = op.cache;
+        let (group, head_dim) = (op.num_heads / cache.num_kv_heads, HeadDim::of(cache.head_dim));
+        let singles = Tensor { rows: op.num_single_rows, ..op.items };
+        let others = Tensor {
+            rows: op.items.rows - op.num_single_rows,
+            offset: op.items.offset + op.num_single_rows * op.items.cols,
+            ..op.items
+        };
+        for (items, rows_of_item) in [(singles, 1), (others, ATTENTION_ROWS)] {
+            let pair_blocks = (rows_of_item * group).div_ceil(ATTENTION_PAIRS);
+            let params = AttentionParams {
+                q: self.at(op.q),
+                k_cache: self.buffer(cache.k),
+                v_cache: self.buffer(cache.v),
+                items: self.at(items),
+                table: self.at(op.table),
+                out: self.at(op.out),
+                partials: self.at(op.partials),
+                pair_blocks,
+                num_heads: op.num_heads,
+                num_kv_heads: cache.num_kv_heads,
+                head_dim: cache.head_dim,
+                table_cols: op.table.cols,
+                block_size: cache.block_size,
+                window: op.window,
+                scale: op.scale,
+                soft_cap: op.soft_cap,
+                pad: 0,
+            };
+            let blocks = items.rows * cache.num_kv_heads * pair_blocks;
+            self.push(Kernel::Attention(cache.kv_type, head_dim), blocks, &params);
+        }
+        let params = AttentionMergeParams {
+            merges: self.at(op.merges),
+            partials: self.at(op.partials),
+            out: self.at(op.out),
+            num_merges: op.merges.rows,
+            num_heads: op.num_heads,
+            head_dim: cache.head_dim,
+            pad: 0,
+        };
+        let blocks = (op.merges.rows * op.out.cols).div_ceil(128);
+        self.push(Kernel::AttentionMerge(cache.kv_type), blocks, &params);
+    }
+
+    fn gated_act(&mut self, op: &GatedAct) {
+        let Tensor { rows, cols, .. } = op.out;
+        let activation = match op.activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+        };
+        let params =
+            GatedActParams { gate_up: self.at(op.gate_up), out: self.at(op.out), rows, cols, activation, pad: 0 };
+        self.push(Kernel::GatedAct, rows * cols.div_ceil(256), &params);
+    }
+
+    fn add_norm(&mut self, op: &AddNorm) {
+        let params = AddNormParams {
+            x: self.at(op.x),
+            y: self.at(op.y),
+            post_weight: self.at_some(op.post_weight),
+            rows: self.at_some(op.rows),
+            weight: self.at(op.weight),
+            out: self.at(op.out),
+            cols: op.x.cols,
+            eps: op.eps,
+        };
+        self.push(Kernel::AddNorm, op.out.rows, &params);
+    }
+
+    fn reset_counts(&mut self, op: &ResetCounts) {
+        let (resets, tokens, counts) = (self.at(op.resets), self.at(op.tokens), self.at(op.counts));
+        let params = ResetCountsParams { resets, tokens, counts, vocab: op.counts.cols, pad: 0 };
+        self.push(Kernel::ResetCounts, op.resets.rows, &params);
+    }
+
+    /// Slices of rows first, then rows.
+    fn sample(&mut self, op: &Sample) {
+        let num_slices = op.slices.cols / SLICE_WORDS;
+        let params = SampleParams {
+            logits: self.at(op.logits),
+            rows: self.at(op.rows),
+            extras: self.at(op.extras),
+            counts: self.at(op.counts),
+            slices: self.at(op.slices),
+            sampled: self.at(op.sampled),
+            chosen: self.at(op.chosen),
+            top: self.at(op.top),
+            vocab: op.logits.cols,
+            num_slices,
+            slice_len: SAMPLE_SLICE,
+            pad: 0,
+        };
+        self.push(Kernel::SampleSlices, op.logits.rows * num_slices, &params);
+        self.push(Kernel::Sample, op.logits.rows, &params);
+    }
+
+    fn mul_add(&mut self, op: &MulAdd) {
+        let num_elements = op.x.num_elements();
+        let params =
+            MulAddParams { x: self.at(op.x), num_elements, scale: op.scale, offset: op.offset, rounds: op.rounds };
+        self.push(Kernel::MulAdd, num_elements.div_ceil(2048), &params);
+    }
+}

@@ -1,0 +1,187 @@
+//! Which CUDA kernel an op takes, and the text that it is in.
+
+use fullbore_cuda_kernels::Module;
+
+use crate::backend::packing::Layout;
+use crate::tensor::{KvType, WeightFormat};
+
+/// A kernel of one module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    UpdateTable,
+    Embed(WeightFormat),
+    RmsNorm,
+    MatMul(WeightFormat, MatMulVariant),
+    RopeKv(KvType),
+    Attention(KvType, HeadDim),
+    AttentionMerge(KvType),
+    GatedAct,
+    AddNorm,
+    ResetCounts,
+    SampleSlices,
+    Sample,
+    MulAdd,
+}
+
+/// What matmuls compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    #[default]
+    F32,
+    /// Tensor cores: products of f16, sums in f32, for more than eight rows.
+    MatrixUnits,
+}
+
+impl Arithmetic {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Arithmetic::F32 => "f32",
+            Arithmetic::MatrixUnits => "matrix-units",
+        }
+    }
+
+    /// By how much a product may differ from the plain cpu's, relative to the largest.
+    pub const fn tolerance(self) -> f32 {
+        match self {
+            Arithmetic::F32 => 1e-5,
+            Arithmetic::MatrixUnits => 2e-3,
+        }
+    }
+}
+
+/// By the rows that a block computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MatMulVariant {
+    Rows1,
+    Rows2,
+    Rows4,
+    Rows8,
+    Rows16,
+    Rows64,
+    /// On tensor cores, by 64 rows; its sums have an order of their own.
+    Matrix,
+}
+
+impl MatMulVariant {
+    pub const ALL: [MatMulVariant; 7] = [
+        MatMulVariant::Rows1,
+        MatMulVariant::Rows2,
+        MatMulVariant::Rows4,
+        MatMulVariant::Rows8,
+        MatMulVariant::Rows16,
+        MatMulVariant::Rows64,
+        MatMulVariant::Matrix,
+    ];
+
+    /// Rows and columns of a block.
+    pub const fn shape(self) -> (u32, u32) {
+        match self {
+            MatMulVariant::Rows1 => (1, 32),
+            MatMulVariant::Rows2 => (2, 32),
+            MatMulVariant::Rows4 => (4, 32),
+            MatMulVariant::Rows8 => (8, 32),
+            MatMulVariant::Rows16 => (16, 128),
+            MatMulVariant::Rows64 => (64, 64),
+            MatMulVariant::Matrix => (64, 128),
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            MatMulVariant::Rows1 => "mat_mul_1",
+            MatMulVariant::Rows2 => "mat_mul_2",
+            MatMulVariant::Rows4 => "mat_mul_4",
+            MatMulVariant::Rows8 => "mat_mul_8",
+            MatMulVariant::Rows16 => "mat_mul_16",
+            MatMulVariant::Rows64 => "mat_mul_64",
+            MatMulVariant::Matrix => "mat_mul_matrix",
+        }
+    }
+
+    pub const fn arithmetic(self) -> Arithmetic {
+        match self {
+            MatMulVariant::Matrix => Arithmetic::MatrixUnits,
+            _ => Arithmetic::F32,
+        }
+    }
+}
+
+/// Elements of a head that a kernel has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HeadDim {
+    Up64,
+    Up128,
+    Up256,
+}
+
+impl HeadDim {
+    const ALL: [HeadDim; 3] = [HeadDim::Up64, HeadDim::Up128, HeadDim::Up256];
+
+    pub fn of(head_dim: u32) -> HeadDim {
+        match head_dim {
+            0..=64 => HeadDim::Up64,
+            65..=128 => HeadDim::Up128,
+            129..=256 => HeadDim::Up256,
+            _ => panic!("heads of {head_dim} elements are refused when a model is read"),
+        }
+    }
+}
+
+impl Kernel {
+    /// All that there are.
+    pub fn all() -> Vec<Kernel> {
+        let mut all = vec![
+            Kernel::UpdateTable,
+            Kernel::RmsNorm,
+            Kernel::GatedAct,
+            Kernel::AddNorm,
+            Kernel::ResetCounts,
+            Kernel::SampleSlices,
+            Kernel::Sample,
+            Kernel::MulAdd,
+        ];
+        for format in WeightFormat::ALL {
+            all.push(Kernel::Embed(format));
+            all.extend(MatMulVariant::ALL.map(|variant| Kernel::MatMul(format, variant)));
+        }
+        for kv_type in KvType::ALL {
+            all.extend([Kernel::RopeKv(kv_type), Kernel::AttentionMerge(kv_type)]);
+            all.extend(HeadDim::ALL.map(|head_dim| Kernel::Attention(kv_type, head_dim)));
+        }
+        all
+    }
+
+    /// Its module, and its name in it.
+    pub fn source(self) -> (Module, &'static str) {
+        let plain = |parts, name| (Module { parts, constants: Vec::new() }, name);
+        let weights = |format, parts, name| (Module { parts, constants: Layout::of(format).constants() }, name);
+        let cache = |kv_type: KvType, parts, name| {
+            (Module { parts, constants: vec![("CODE_BITS", kv_type.code_bits())] }, name)
+        };
+        match self {
+            Kernel::UpdateTable => plain(&["update_table"], "update_table"),
+            Kernel::Embed(format) => weights(format, &["weight", "embed"], "embed"),
+            Kernel::RmsNorm => plain(&["rms_norm"], "rms_norm"),
+            Kernel::MatMul(format, variant) => match variant.arithmetic() {
+                Arithmetic::F32 => weights(format, &["weight", "mat_mul"], variant.name()),
+                Arithmetic::MatrixUnits => weights(format, &["weight", "mat_mul_matrix"], variant.name()),
+            },
+            Kernel::RopeKv(kv_type) => cache(kv_type, &["kv_head", "rope_kv"], "rope_kv"),
+            Kernel::Attention(kv_type, head_dim) => {
+                let name = match head_dim {
+                    HeadDim::Up64 => "attention_64",
+                    HeadDim::Up128 => "attention_128",
+                    HeadDim::Up256 => "attention_256",
+                };
+                cache(kv_type, &["kv_head", "attention"], name)
+            }
+            Kernel::AttentionMerge(kv_type) => cache(kv_type, &["kv_head", "attention"], "attention_merge"),
+            Kernel::GatedAct => plain(&["gated_act"], "gated_act"),
+            Kernel::AddNorm => plain(&["add_norm"], "add_norm"),
+            Kernel::ResetCounts => plain(&["reset_counts"], "reset_counts"),
+            Kernel::SampleSlices => plain(&["sample"], "sample_slices"),
+            Kernel::Sample => plain(&["sample"], "sample"),
+            Kernel::MulAdd => plain(&["mul_add"], "mul_add"),
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The backend for NVIDIA GPUs through CUDA: a recording becomes one upload, its copies and launches on one stream.
+//!
+//! Invariant: a step allocates nothing on the device. Weights stay packed, as on other GPUs. For one (N, K, format)
+//! every matmul kernel adds in the same order. Where kernels run is the device's: a GPU, or the host in tests.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{Hash, Hasher};
+use std::ops::Range;
+use std::time::Instant;
+
+use fullbore_cuda_kernels::{Copied, CudaError, Device, Function, Gpu, GpuInfo, Launch, Work, all_texts, gpus};
+use siphasher::sip::SipHasher13;
+
+use crate::backend::packing::{pack_rows, packed_bytes};
+use crate::backend::{
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
+};
+use crate::recording::Recording;
+use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
+use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
+
+mod encode;
+pub mod kernel;
+mod mat_mul_tables;
+mod params;
+
+use encode::{Encoded, Encoder};
+pub use kernel::Arithmetic;
+use kernel::Kernel;
+use mat_mul_tables::MatMulTables;
+use params::Address;
+
+/// What CUDA devices begin with: `cuda`, `cuda:0`, `cuda:GPU-...`.
+pub const PREFIX: &str = "cuda";
+
+pub struct CudaBackend {
+    device: Box<dyn Device>,
+    info: DeviceInfo,
+    /// By buffer id.
+    buffers: Vec<Address>,
+    /// By weight id.
+    weights: Vec<Address>,
+    mat_muls: MatMulTables,
+    taken_bytes: u64,
+    functions: HashMap<Kernel, Function>,
+    /// When each recording in flight was submitted.
+    in_flight: VecDeque<Instant>,
+    /// When it had done what was waited for last.
+    free_at: Option<Instant>,
+    num_submitted: u64,
+    times: LoadTimes,
+    /// Refilled each step.
+    encoded: Vec<Encoded>,
+    launches: Vec<Launch>,
+}
+
+/// Why a GPU cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct OpenError(String);
+
+impl From<CudaError> for OpenError {
+    fn from(error: CudaError) -> OpenError {
+        OpenError(error.to_string())
+    }
+}
+
+/// The GPUs that CUDA gives, as `--device` takes them; an error says why there is none.
+pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
+    Ok(gpus()?.iter().map(|gpu| describe(gpu, None)).collect())
+}
+
+/// What the kernels are written like: a hash of all texts.
+fn kernels() -> String {
+    let mut hasher = SipHasher13::new();
+    all_texts().hash(&mut hasher);
+    format!("cuda {:016x}", hasher.finish())
+}
+
+fn describe(gpu: &GpuInfo, memory_bytes: Option<u64>) -> DeviceInfo {
+    DeviceInfo {
+        id: format!("{PREFIX}:{}", gpu.ordinal),
+        name: gpu.name.clone(),
+        driver: format!("{}; {}", gpu.driver, gpu.uuid),
+        tier: format!("sm_{}", gpu.architecture),
+        arithmetic: Arithmetic::F32.name().to_owned(),
+        kernels: kernels(),
+        memory_bytes,
+        max_buffer_bytes: u64::MAX,
+    }
+}
+
+impl CudaBackend {
+    /// Opens the GPU that `selector` names: nothing for the first, a number, or the begin of a UUID.
+    pub fn open(selector: &str, arithmetic: Arithmetic) -> Result<CudaBackend, OpenError> {
+        let found = gpus()?;
+        let is_meant = |gpu: &&GpuInfo| match selector.parse::<i32>() {
+            Ok(ordinal) => gpu.ordinal == ordinal,
+            Err(_) => gpu.uuid.to_lowercase().starts_with(&selector.to_lowercase()),
+        };
+        let named = found.iter().map(|gpu| format!("{PREFIX}:{} ({}, {})", gpu.ordinal, gpu.name, gpu.uuid));
+        let unknown = || OpenError(format!("CUDA has {}", named.collect::<Vec<_>>().join(", ")));
+        let gpu = found.iter().find(is_meant).ok_or_else(unknown)?;
+        let device = Gpu::open(gpu)?;
+        let info = describe(gpu, device.info().free_bytes);
+        Ok(CudaBackend::on(Box::new(device), info, arithmetic))
+    }
+
+    /// On a device that is open.
+    pub fn on(device: Box<dyn Device>, info: DeviceInfo, arithmetic: Arithmetic) -> CudaBackend {
+        CudaBackend {
+            device,
+            info: DeviceInfo { arithmetic: arithmetic.name().to_owned(), kernels: kernels(), ..info },
+            mat_muls: MatMulTables::new(arithmetic),
+            buffers: Vec::new(),
+            weights: Vec::new(),
+            taken_bytes: 0,
+            functions: HashMap::new(),
+            in_flight: VecDeque::new(),
+            free_at: None,
+            num_submitted: 0,
+            times: LoadTimes::default(),
+            encoded: Vec::new(),
+            launches: Vec::new(),
+        }
+    }
+
+    fn error(&self, error: CudaError, what: &str) -> DeviceError {
+        let device = self.info.id.clone();
+        match error {
+            CudaError::OutOfMemory { needed_bytes } => {
+                let (what, taken_bytes) = (what.to_owned(), self.taken_bytes);
+                DeviceError::OutOfMemory { device, what, needed_bytes, taken_bytes }
+            }
+            CudaError::Kernel { kernel, reason } => DeviceError::Kernel { device, kernel, reason },
+            CudaError::Lost(reason) | CudaError::NotThere(reason) => DeviceError::Lost { device, reason },
+        }
+    }
+
+    fn take(&mut self, label: &str, size_bytes: u64, on_host: bool) -> Result<Address, DeviceError> {
+        let size_bytes = size_bytes.max(4);
+        let taken = match on_host {
+            true => self.device.alloc_host(size_bytes),
+            false => self.device.alloc(size_bytes),
+        };
+        let address = taken.map_err(|error| self.error(error, label))?;
+        self.taken_bytes += size_bytes;
+        Ok(address)
+    }
+
+    fn function(&mut self, kernel: Kernel) -> Result<Function, DeviceError> {
+        if let Some(&function) = self.functions.get(&kernel) {
+            return Ok(function);
+        }
+        let begun = Instant::now();
+        let (module, name) = kernel.source();
+        let function = self.device.function(&module, name).map_err(|error| self.error(error, name))?;
+        self.times.pipelines += begun.elapsed();
+        self.times.num_pipelines += 1;
+        self.functions.insert(kernel, function);
+        Ok(function)
+    }
+}
+
+impl Backend for CudaBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
+        let address = self.take(label, size_bytes, false)?;
+        self.buffers.push(address);
+        Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
+        let address = self.take(label, size_bytes, true)?;
+        self.buffers.push(address);
+        Ok(Some(BufferId(self.buffers.len() as u32 - 1)))
+    }
+
+    fn write(&mut self, buffer: BufferId, offset_bytes: u64, data: &[u8]) -> Result<(), DeviceError> {
+        let to = self.buffers[buffer.0 as usize] + offset_bytes;
+        self.device.write(to, data).map_err(|error| self.error(error, "a write"))
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        let variants: Vec<_> = self.mat_muls.variants().collect();
+        variants.into_iter().try_for_each(|variant| self.function(Kernel::MatMul(spec.format, variant)).map(drop))?;
+        self.function(Kernel::Embed(spec.format))?;
+        let address = self.take(&spec.name, self.weight_bytes(spec), false)?;
+        let mut times = self.times;
+        pack_rows(spec, spec.rows, source, &mut times, |offset_bytes, words| {
+            self.device.write(address + offset_bytes, words).map_err(|error| self.error(error, &spec.name))
+        })?;
+        self.times = times;
+        self.weights.push(address);
+        let id = WeightId(self.weights.len() as u32 - 1);
+        Ok(Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format })
+    }
+
+    fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
+        packed_bytes(spec.format, spec.rows, spec.cols)
+    }
+
+    fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
+        assert!(self.in_flight.len() < MAX_IN_FLIGHT, "{MAX_IN_FLIGHT} recordings are in flight");
+        self.encoded.clear();
+        let (buffers, weights, mat_muls) = (&self.buffers[..], &self.weights[..], &self.mat_muls);
+        let mut encoder = Encoder { buffers, weights, mat_muls, out: &mut self.encoded };
+        recording.ops.iter().for_each(|op| encoder.op(op));
+        self.launches.clear();
+        for index in 0..self.encoded.len() {
+            let Encoded { kernel, blocks, params } = self.encoded[index];
+            let function = self.function(kernel)?;
+            self.launches.push(Launch { function, blocks, params });
+        }
+        let at = |buffer: BufferId| self.buffers[buffer.0 as usize];
+        let copies = recording.copies.iter().map(|copy| {
+            let (from, to) = (at(copy.from) + copy.from_bytes, at(copy.to) + copy.to_bytes);
+            Copied { from, to, size_bytes: copy.size_bytes }
+        });
+        let downloads = recording.downloads.iter().map(|tensor| {
+            let from = at(tensor.buffer) + tensor.offset_bytes();
+            (from, tensor.size_bytes())
+        });
+        let (copies, downloads): (Vec<_>, Vec<_>) = (copies.collect(), downloads.collect());
+        let work = Work {
+            upload_to: at(recording.upload_buffer),
+            upload: bytemuck::cast_slice(&recording.upload),
+            copies: &copies,
+            launches: &self.launches,
+            downloads: &downloads,
+        };
+        let place = self.num_submitted as usize % MAX_IN_FLIGHT;
+        let submitted_at = Instant::now();
+        self.device.submit(place, &work).map_err(|error| self.error(error, "a step"))?;
+        self.in_flight.push_back(submitted_at);
+        self.num_submitted += 1;
+        Ok(Ticket(self.num_submitted - 1))
+    }
+
+    fn wait(&mut self, ticket: Ticket, out: &mut Vec<u8>) -> Result<Range<Instant>, DeviceError> {
+        let num_waited = self.num_submitted - self.in_flight.len() as u64;
+        assert_eq!(ticket.0, num_waited, "tickets are waited for once each and in order");
+        let submitted_at = self.in_flight.pop_front().expect("a recording is in flight");
+        let place = ticket.0 as usize % MAX_IN_FLIGHT;
+        let took = self.device.wait(place, out).map_err(|error| self.error(error, "a step"))?;
+        let begun = self.free_at.map_or(submitted_at, |free_at| free_at.max(submitted_at));
+        let ended = (begun + took).min(Instant::now()).max(begun);
+        self.free_at = Some(ended);
+        Ok(begun..ended)
+    }
+
+    fn settle(&mut self) -> LoadTimes {
+        std::mem::take(&mut self.times)
+    }
+
+    fn reopen(&mut self) -> Result<(), DeviceError> {
+        self.buffers.clear();
+        self.weights.clear();
+        self.functions.clear();
+        self.in_flight.clear();
+        (self.free_at, self.taken_bytes, self.num_submitted) = (None, 0, 0);
+        self.device.reopen().map_err(|error| self.error(error, "the device"))
+    }
+
+    fn mat_mul_kernels(&self, _: WeightFormat) -> Vec<MatMulKernel> {
+        self.mat_muls.kernels()
+    }
+
+    fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
+        self.mat_muls.lines(shape)
+    }
+
+    fn set_mat_mul_table(&mut self, shape: MatMulShape, table: &[MatMulLine]) -> Result<(), String> {
+        self.mat_muls.set(shape, table)
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+}

@@ -1,0 +1,39 @@
+//! NVIDIA GPUs through CUDA, where this was built with it.
+
+use fullbore_engine::backend::{Backend, DeviceInfo, wgpu as adapters};
+
+/// Whether a name is of a CUDA device: `cuda`, `cuda:0`, `cuda:GPU-...`.
+pub fn is_meant(name: &str) -> bool {
+    name == "cuda" || name.starts_with("cuda:")
+}
+
+/// An error says why there is none.
+#[cfg(feature = "cuda")]
+pub fn devices() -> Result<Vec<DeviceInfo>, String> {
+    fullbore_engine::backend::cuda::devices().map_err(|error| error.to_string())
+}
+
+/// By its number or the begin of its UUID; the first for neither. Arithmetic that it does not have is f32.
+#[cfg(feature = "cuda")]
+pub fn open(selector: &str, arithmetic: adapters::ArithmeticChoice) -> Result<Box<dyn Backend>, String> {
+    use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
+    let arithmetic = match arithmetic {
+        adapters::ArithmeticChoice::MatrixUnits => Arithmetic::MatrixUnits,
+        _ => Arithmetic::F32,
+    };
+    let opened = CudaBackend::open(selector, arithmetic);
+    opened.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(|error| error.to_string())
+}
+
+#[cfg(not(feature = "cuda"))]
+const NOT_BUILT: &str = "this was built without CUDA; build with --features cuda";
+
+#[cfg(not(feature = "cuda"))]
+pub fn devices() -> Result<Vec<DeviceInfo>, String> {
+    Err(NOT_BUILT.to_owned())
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn open(_: &str, _: adapters::ArithmeticChoice) -> Result<Box<dyn Backend>, String> {
+    Err(NOT_BUILT.to_owned())
+}
