@@ -101,10 +101,10 @@ fn long_functions(text: &str) -> Vec<(usize, usize)> {
             continue;
         }
         let closing = format!("{}}}", &line[..line.len() - trimmed.len()]);
-        if let Some(length) = lines[start..].iter().position(|line| *line == closing) {
-            if length + 1 > MAX_FUNCTION_LINES {
-                found.push((start + 1, length + 1));
-            }
+        if let Some(length) = lines[start..].iter().position(|line| *line == closing)
+            && length + 1 > MAX_FUNCTION_LINES
+        {
+            found.push((start + 1, length + 1));
         }
     }
     found
