@@ -47,9 +47,9 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
 fn every_gpu() -> Vec<String> {
     let cuda = cuda::devices().unwrap_or_default();
     let hardware = adapters::hardware();
-    let others = adapters::devices().into_iter().filter(|device| {
-        hardware.contains(&device.id) && cuda.iter().all(|by_cuda| by_cuda.name != device.name)
-    });
+    let others = adapters::devices()
+        .into_iter()
+        .filter(|device| hardware.contains(&device.id) && cuda.iter().all(|by_cuda| by_cuda.name != device.name));
     let ids: Vec<String> = others.map(|device| device.id).collect();
     cuda.iter().map(|device| device.id.clone()).chain(ids).collect()
 }
