@@ -113,6 +113,7 @@ impl Chat {
                 thought,
                 calls: Some(CallFormat::of_template(template.source())),
                 functions: functions.collect(),
+                calls_alone: self.tools.are_forced(),
                 // As OpenAI has it.
                 ends_as_text: matches!(self.tools.choice, ToolChoice::Named(_)),
             },

@@ -19,6 +19,8 @@ pub struct ReplyFormat {
     pub calls: Option<CallFormat>,
     /// Their names.
     pub functions: Vec<String>,
+    /// Whether nothing but calls may come.
+    pub calls_alone: bool,
     /// Whether a text with calls ends as one without: the client chose the function itself.
     pub ends_as_text: bool,
 }
@@ -108,8 +110,10 @@ impl Reply {
         let mut pieces = Pieces::default();
         while self.step(&mut pieces, true) {}
         if let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) {
-            // A call that was cut off stays what it was; what never told its name is text.
-            match scanner.has_begun() {
+            // A call that was cut off stays what it was, also before its name; where nothing says that it is one, what
+            // never told a name is text.
+            let is_marked = self.format.calls.is_some_and(|format| format.marks().open.is_some());
+            match scanner.has_begun() || is_marked || self.format.calls_alone {
                 true => self.is_cut_off = true,
                 false => pieces.content += &scanner.into_raw(),
             }
@@ -351,7 +355,7 @@ mod tests {
     }
 
     fn format(thought: Thought, calls: Option<CallFormat>) -> ReplyFormat {
-        ReplyFormat { thought, calls, functions: vec!["f".to_owned(), "g".to_owned()], ends_as_text: false }
+        ReplyFormat { thought, calls, functions: vec!["f".to_owned(), "g".to_owned()], ..ReplyFormat::default() }
     }
 
     fn expect(reasoning: &str, content: &str, calls: &[(&str, &str)]) -> Said {
@@ -394,6 +398,10 @@ mod tests {
             reply.finish_reason()
         };
         assert_eq!([plain, two, cut_off].map(reason), ["stop", "tool_calls", "stop"]);
+        // Cut off before its name.
+        for rest in ["{", "{\"na", "{\"name\": \"", "{\"arguments\": {\"a\": 1"] {
+            assert_eq!(parse(&hermes, &format!("So.\n<tool_call>\n{rest}")), expect("", "So.", &[]), "{rest}");
+        }
         for rest in ["</tool_ca", "</tool_call>", "</tool_call>\n<tool"] {
             let cut_off = format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{}}}}\n{rest}");
             assert_eq!(parse(&hermes, &cut_off), expect("", "", &[("f", "{}")]), "{rest}");
