@@ -135,12 +135,55 @@ fn vllms_names_mean_what_they_mean_there() {
     let times = ["request_prefill_time_seconds_sum", "request_decode_time_seconds_sum"];
     let inference = metric("request_inference_time_seconds_sum");
     assert!((times.iter().map(|name| metric(name)).sum::<f64>() - inference).abs() < 1e-6);
+    // A step is of one kind, and each was read back.
+    let of_parts =
+        |name: &str| ["prefill", "decode", "mixed"].map(|part| server.metric(&format!("{name}{{part=\"{part}\"}}")));
+    let passes: f64 = of_parts("fullbore_step_part_seconds_count").iter().sum();
+    let read_back = server.metric("fullbore_step_part_seconds_count{part=\"read_back\"}");
+    assert_eq!((passes, read_back), (steps, steps));
+    for part in ["prefill", "decode", "mixed", "sampling", "read_back"] {
+        let below = |bound: &str| {
+            server.metric(&format!("fullbore_step_part_seconds_bucket{{le=\"{bound}\",part=\"{part}\"}}"))
+        };
+        let bounds = ["0.000015625", "0.001", "0.016", "1.024", "4.096", "+Inf"].map(below);
+        let count = server.metric(&format!("fullbore_step_part_seconds_count{{part=\"{part}\"}}"));
+        assert!(bounds.is_sorted() && bounds[5] == count, "{part}: {bounds:?} of {count}");
+    }
     // A text that a stop string ends has ended well.
     let stops = json!(["a", "e", "i", "o", "u", " ", "s", "t", "r", "n"]);
     server.complete(json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true, "stop": stops}));
     let ended = |reason: &str| metric(&format!("request_success_total{{finished_reason=\"{reason}\"}}"));
     server.wait_for("the third to end", |server| server.metric("vllm:request_params_n_count") == 3.0);
     assert_eq!((ended("length"), ended("stop"), ended("abort"), ended("error")), (4.0, 1.0, 0.0, 0.0));
+}
+
+#[test]
+fn errors_late_in_a_stream_are_counted_by_cause() {
+    // Whose letter is I.
+    let sim = SimOptions { poisonous_token: Some(77), ..SimOptions::default() };
+    // So slow that no answer ends before the error of another.
+    let server = Setup { sim, pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() }.start();
+    let said = json!([{"role": "user", "content": "I"}]);
+    let asked = [
+        ("/v1/completions", json!({"prompt": "I"})),
+        ("/v1/chat/completions", json!({"messages": said})),
+        ("/v1/messages", json!({"messages": said, "max_tokens": 4})),
+        ("/v1/responses", json!({"input": "I"})),
+    ];
+    for (index, (path, mut body)) in asked.into_iter().enumerate() {
+        body["stream"] = json!(true);
+        let reply = server.post(path, &body);
+        assert!(reply.status == 200 && reply.text().contains("not finite"), "{reply:?}");
+        let count = (index + 1) as f64;
+        assert_eq!(server.metric("fullbore_requests_refused_total{cause=\"internal_error\"}"), count, "{path}");
+        assert_eq!(server.metric("vllm:request_success_total{finished_reason=\"error\"}"), count, "{path}");
+    }
+    // Of two choices the one that is left has no client that left.
+    let both = json!({"prompt": [[20, 77], [20, 21]], "max_tokens": 900, "ignore_eos": true, "stream": true});
+    assert!(server.post("/v1/completions", &both).text().contains("not finite"));
+    let ended = |reason: &str| server.metric(&format!("vllm:request_success_total{{finished_reason=\"{reason}\"}}"));
+    server.wait_for("both ends", |_| ended("error") == 6.0);
+    assert_eq!((ended("abort"), ended("stop"), ended("length")), (0.0, 0.0, 0.0));
 }
 
 #[test]

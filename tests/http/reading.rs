@@ -109,6 +109,7 @@ fn a_stream_that_is_being_prepared_says_that_somebody_is_there() {
         assert!(sentence.contains("cannot be used"), "{data}");
         assert_eq!(event.contains("event: error\n"), path != "/v1/chat/completions", "{event}");
     }
+    assert_eq!(server.metric("fullbore_requests_refused_total{cause=\"invalid_field\"}"), 3.0);
 }
 
 #[test]

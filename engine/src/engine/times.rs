@@ -51,12 +51,21 @@ impl StepTokens {
 pub struct Part {
     pub num: u64,
     pub ns: u64,
+    /// Those that took at most 1, 2, 4, ... times [`Part::LEAST_NS`], and longer than those before; the last has all
+    /// that took longer.
+    pub num_by_time: [u64; Part::NUM_BUCKETS],
 }
 
 impl Part {
+    pub const NUM_BUCKETS: usize = 20;
+    /// 1/64 ms; the bounds double from there to 4.1 s.
+    pub const LEAST_NS: u64 = 15_625;
+
     fn add(&mut self, ns: u64) {
         self.num += 1;
         self.ns += ns;
+        let bucket = ns.div_ceil(Self::LEAST_NS).max(1).next_power_of_two().trailing_zeros() as usize;
+        self.num_by_time[bucket.min(Self::NUM_BUCKETS - 1)] += 1;
     }
 }
 

@@ -6,7 +6,6 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -21,7 +20,7 @@ use super::constraint::Form;
 use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
 use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
-use crate::http::metrics::{Choices, Observer};
+use crate::http::metrics::{Choices, EarlyEnd, End, Observer};
 use crate::http::rates::Meter;
 use crate::traces::Trace;
 
@@ -112,7 +111,7 @@ struct Choice {
     /// `None` once the choice has ended.
     receiver: Option<Receiver<Event>>,
     /// Told when the choice has ended, for who sees only that nobody listens.
-    stopped: Arc<AtomicBool>,
+    early_end: EarlyEnd,
     num_prompt_tokens: u32,
     /// Of those, what the prefix cache had.
     cached_tokens: u32,
@@ -185,7 +184,7 @@ impl Generation {
                 of_prompt = Arc::new(Choices::new(model.metrics.clone()));
             }
             let observer = Observer::new(of_prompt.clone(), &job.request, arrived, trace.clone());
-            choices.push(Choice::new(model, index, &job, receiver, observer.stopped()));
+            choices.push(Choice::new(model, index, &job, receiver, observer.early_end()));
             let num_prompt_tokens = job.request.prompt.len() as u32;
             let sink = ChannelSink { sender, observer, meter: meter.clone(), num_prompt_tokens };
             requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
@@ -224,11 +223,22 @@ impl Generation {
             let index = (self.turn + look) % num_choices;
             if let Poll::Ready(delta) = self.choices[index].poll_delta(context) {
                 self.turn = index + 1;
-                return Poll::Ready(Some(delta.map_err(|error| self.error(error))));
+                return Poll::Ready(Some(delta.map_err(|error| {
+                    self.fail();
+                    self.error(error)
+                })));
             }
         }
         let ended = self.choices.iter().all(|choice| choice.receiver.is_none());
         if ended { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    /// An error ends all choices, and no client has left them.
+    pub fn fail(&mut self) {
+        for choice in &self.choices {
+            // One that has ended well stays so.
+            let _ = choice.early_end.set(End::Error);
+        }
     }
 
     fn error(&self, error: ApiError) -> ApiError {
@@ -240,13 +250,7 @@ impl Generation {
 }
 
 impl Choice {
-    fn new(
-        model: &ServedModel,
-        index: usize,
-        job: &Job,
-        receiver: Receiver<Event>,
-        stopped: Arc<AtomicBool>,
-    ) -> Choice {
+    fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Event>, early_end: EarlyEnd) -> Choice {
         let detokenizer = Detokenizer::new(model.tokenizer.clone());
         let reply = job.reply.clone().map(Reply::new);
         let calls = reply.as_ref().and_then(Reply::calls);
@@ -255,7 +259,7 @@ impl Choice {
         Choice {
             nth: job.nth,
             receiver: Some(receiver),
-            stopped,
+            early_end,
             num_prompt_tokens: job.request.prompt.len() as u32,
             cached_tokens: 0,
             num_tokens: 0,
@@ -392,7 +396,8 @@ impl Choice {
 
     /// The last piece; the engine hears of it by the closed channel, if it does not know.
     fn end(&mut self, mut finish_reason: &'static str) -> Delta {
-        self.stopped.store(true, Ordering::Relaxed);
+        // Where the engine told of an end, that is known already.
+        let _ = self.early_end.set(End::Stop);
         self.receiver = None;
         if let Some(reply) = &mut self.reply {
             let pieces = reply.finish();

@@ -162,7 +162,7 @@ impl ApiError {
         }
     }
 
-    fn refusal(&self) -> Refusal {
+    pub fn refusal(&self) -> Refusal {
         let other = if self.param.is_some() { "invalid_field" } else { "invalid_request" };
         Refusal(self.code.unwrap_or(other))
     }

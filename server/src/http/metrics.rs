@@ -3,7 +3,7 @@
 //! from the arrival of a body on) is counted here. What is of a model has its name as the label `model_name`, and
 //! what is of one of its engines the id of its device as `device`.
 
-use fullbore_engine::engine::{EngineStats, StepParts};
+use fullbore_engine::engine::{EngineStats, Part, StepParts};
 use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::limits::Cause;
 use fullbore_engine::worker::EngineHandle;
@@ -18,7 +18,7 @@ use warp::http::header::{CONTENT_TYPE, HeaderValue};
 use warp::reply::Response;
 
 use super::App;
-use super::error::Refusal;
+use super::error::{ApiError, Refusal};
 use crate::api::ServedModel;
 use crate::log::Log;
 
@@ -26,10 +26,13 @@ mod asked;
 mod observer;
 mod quantiles;
 mod requests;
+mod steps;
 mod vllm;
 
+use steps::{Counts, register_histogram};
+
 pub use asked::Asked;
-pub use observer::Observer;
+pub use observer::{EarlyEnd, End, Observer};
 pub use quantiles::{BucketCounts, Quantiles};
 pub use requests::{Choices, RequestMetrics};
 
@@ -51,7 +54,10 @@ impl Default for HttpMetrics {
         let registry = Registry::new();
         let responses = Opts::new("fullbore_http_responses_total", "HTTP responses by status.");
         let refused = "Connections refused because too many were open.";
-        let refusals = Opts::new("fullbore_requests_refused_total", "Requests answered with an error, by its cause.");
+        let refusals = Opts::new(
+            "fullbore_requests_refused_total",
+            "Requests answered with an error, late in a stream too, by its cause.",
+        );
         let requests = Opts::new("http_requests_total", "Requests of the API that were answered.");
         let durations =
             HistogramOpts::new("http_request_duration_seconds", "From their heads to the end of the answer.");
@@ -79,6 +85,11 @@ impl HttpMetrics {
             let class = format!("{}xx", status.as_u16() / 100);
             self.requests.with_label_values(&[labels[0], labels[1], class.as_str()]).inc();
         }
+    }
+
+    /// An error that ends a stream, after the status of its answer has been told.
+    pub fn count_late_error(&self, error: &ApiError) {
+        self.refused_requests.with_label_values(&[error.refusal().0]).inc();
     }
 
     /// The last of its answer has been sent, or is not wanted any more.
@@ -175,7 +186,8 @@ fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId,
         seconds.with_label_values(&[cause.name()]).inc_by(stats.limits.total.seconds(cause));
     }
     imbalance(registry, &options, model, replica);
-    step_parts(registry, &options, &stats.step_parts);
+    let parts = options("fullbore_step_part_seconds", "Time of steps, by what is known apart.");
+    step_parts(registry, parts, &stats.step_parts);
     let finished = options("fullbore_requests_finished_total", "Sequences by how they ended.");
     let finished = register(registry, IntCounterVec::new(finished, &["reason"]));
     let reasons = [
@@ -201,17 +213,15 @@ fn imbalance(registry: &Registry, options: &dyn Fn(&str, &str) -> Opts, model: &
 }
 
 /// Of what is not known apart there is no time; `StepParts` says what is.
-fn step_parts(registry: &Registry, options: &dyn Fn(&str, &str) -> Opts, parts: &StepParts) {
-    let seconds = options("fullbore_step_part_seconds_total", "Time of steps, by what is known apart.");
-    let seconds = register(registry, CounterVec::new(seconds, &["part"]));
-    let number = options("fullbore_step_parts_total", "How many such parts there were.");
-    let number = register(registry, IntCounterVec::new(number, &["part"]));
-    let StepParts { prefill, decode, mixed, sampling, read_back } = *parts;
-    let parts = [prefill, decode, mixed, sampling, read_back];
-    for (name, part) in ["prefill", "decode", "mixed", "sampling", "read_back"].into_iter().zip(parts) {
-        seconds.with_label_values(&[name]).inc_by(part.ns as f64 / 1e9);
-        number.with_label_values(&[name]).inc_by(part.num);
-    }
+fn step_parts(registry: &Registry, options: Opts, parts: &StepParts) {
+    let StepParts { prefill, decode, mixed, sampling, read_back } = parts;
+    let parts =
+        [("prefill", prefill), ("decode", decode), ("mixed", mixed), ("sampling", sampling), ("read_back", read_back)];
+    let seconds = |ns: u64| ns as f64 / 1e9;
+    let counts = parts.map(|(name, part)| {
+        Counts::doubling(Some(("part", name)), seconds(Part::LEAST_NS), &part.num_by_time, seconds(part.ns))
+    });
+    register_histogram(registry, options, counts.into());
 }
 
 fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 9] {

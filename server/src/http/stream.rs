@@ -97,7 +97,10 @@ impl EventStream {
             self.ended = !matches!(next, Some(Ok(_)));
             let events = match next {
                 Some(Ok(delta)) => answer.more(model, delta, usage),
-                Some(Err(error)) => answer.fail(&error, usage),
+                Some(Err(error)) => {
+                    self.app.metrics.count_late_error(&error);
+                    answer.fail(&error, usage)
+                }
                 None => answer.end(usage),
             };
             events.iter().for_each(|event| event.write(&mut self.written));
@@ -127,8 +130,11 @@ impl Stream for EventStream {
         if catch_unwind(AssertUnwindSafe(|| this.write(context))).is_err() {
             this.app.metrics.count_panic();
             this.ended = true;
+            let error = ApiError::bug();
+            this.app.metrics.count_late_error(&error);
             let Prepared { answer, generation, .. } = &mut this.prepared;
-            let told = answer.fail(&ApiError::bug(), generation.usage());
+            generation.fail();
+            let told = answer.fail(&error, generation.usage());
             told.iter().for_each(|event| event.write(&mut this.written));
         }
         if this.written.is_empty() {
@@ -166,6 +172,7 @@ impl Stream for LateStream {
                     }
                     Poll::Ready(Err(error)) => {
                         this.stage = Stage::Ended;
+                        this.app.metrics.count_late_error(&error);
                         error.event(this.endpoint).write(&mut written);
                     }
                     Poll::Pending => {
@@ -191,6 +198,7 @@ mod tests {
     use crate::api::{self, Delta, Usage};
     use crate::http::accept::Limits;
     use crate::http::access::{Access, Client};
+    use crate::http::metrics;
     use crate::start::Plan;
 
     /// An answer with a bug in it.
@@ -231,6 +239,9 @@ mod tests {
         let event = told.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\n")).expect("one event");
         let event: Value = serde_json::from_str(event).expect("JSON");
         assert_eq!((&event["error"]["code"], app.metrics.num_panics()), (&json!("internal_error"), 1), "{event}");
+        let counted = metrics::metrics(&app).into_body().collect().await.expect("an end").to_bytes();
+        let counted = String::from_utf8(counted.to_vec()).expect("text");
+        assert!(counted.contains("fullbore_requests_refused_total{cause=\"internal_error\"} 1\n"), "{counted}");
         model.end();
         assert_eq!(model.engine.stats().blocks.referenced, 0);
     }

@@ -2,8 +2,7 @@
 //! histograms where it ended well; times are taken where the engine hands its events over, so that a client that reads
 //! slowly lengthens nothing.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fullbore_engine::request::{Event, FinishReason, Request};
@@ -12,8 +11,11 @@ use prometheus::Histogram;
 use super::Choices;
 use crate::traces::{EndedSequence, Trace};
 
+/// Set by who reads a sequence's events where he ends it before the engine does.
+pub type EarlyEnd = Arc<OnceLock<End>>;
+
 /// Watches one sequence's events, and ends with a line of the log. Dropped before the end it tells of a client that
-/// left.
+/// left, unless somebody has told why.
 pub struct Observer {
     /// It is one of these.
     choices: Arc<Choices>,
@@ -27,8 +29,7 @@ pub struct Observer {
     last_token: Option<Instant>,
     cached_tokens: u32,
     num_tokens: u32,
-    /// Set where the text has ended before the engine's sequence did.
-    stopped: Arc<AtomicBool>,
+    early_end: EarlyEnd,
     is_ended: bool,
     /// Where somebody collects traces.
     trace: Option<Trace>,
@@ -48,15 +49,15 @@ impl Observer {
             last_token: None,
             cached_tokens: 0,
             num_tokens: 0,
-            stopped: Arc::default(),
+            early_end: EarlyEnd::default(),
             is_ended: false,
             trace,
         }
     }
 
-    /// To be set by who finds a stop string: the sequence then ends because it is left, and has ended well.
-    pub fn stopped(&self) -> Arc<AtomicBool> {
-        self.stopped.clone()
+    /// To be set by who finds a stop string, or an error: the engine sees only that the sequence is left.
+    pub fn early_end(&self) -> EarlyEnd {
+        self.early_end.clone()
     }
 
     pub fn event(&mut self, event: &Event) {
@@ -163,15 +164,15 @@ impl Observer {
 impl Drop for Observer {
     fn drop(&mut self) {
         if !self.is_ended {
-            let stopped = self.stopped.load(Ordering::Relaxed);
-            self.end(if stopped { End::Stop } else { End::Aborted(self.phase()) }, Instant::now());
+            let early = self.early_end.get().copied();
+            self.end(early.unwrap_or(End::Aborted(self.phase())), Instant::now());
         }
     }
 }
 
 /// How a sequence ended.
-#[derive(Clone, Copy)]
-enum End {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
     Stop,
     Length,
     /// Its client left while it was at this.

@@ -1,14 +1,12 @@
 //! What vLLM's dashboards and the routers that speak its dialect read: its names, from the engine's own numbers.
 //! Invariant: a name means here what it means there; what Fullbore alone knows has its own name, in the parent module.
 
-use fullbore_engine::engine::StepTokens;
 use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::worker::EngineHandle;
-use prometheus::core::{Collector, Desc, Describer};
-use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Gauge, GaugeVec, IntCounter, Opts, Registry};
 
 use super::register;
+use super::steps::{Counts, register_histogram};
 use crate::api::ServedModel;
 
 pub fn register_engines(registry: &Registry, model: &ServedModel) {
@@ -53,53 +51,12 @@ fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId,
     }
     let of_steps =
         options("vllm:iteration_tokens_total", "Tokens of a step, those of prompts and of answers together.");
-    register(registry, of_steps.describe().map(|desc| StepHistogram { desc, tokens: stats.step_tokens }));
+    let tokens = &stats.step_tokens;
+    register_histogram(registry, of_steps, vec![Counts::doubling(None, 1.0, &tokens.num_steps, tokens.sum as f64)]);
     let config = engine.config();
     let cache = options("vllm:cache_config_info", "How the KV cache is laid out; always 1.");
     let cache = register(registry, GaugeVec::new(cache, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]));
     let prefix = if config.prefix_cache { "True" } else { "False" };
     let sizes = [config.block_size, config.num_blocks].map(|size| size.to_string());
     cache.with_label_values(&[&sizes[0], &sizes[1], prefix]).set(1.0);
-}
-
-/// What the engine counts in buckets of its own.
-#[derive(Clone)]
-struct StepHistogram {
-    desc: Desc,
-    tokens: StepTokens,
-}
-
-impl Collector for StepHistogram {
-    fn desc(&self) -> Vec<&Desc> {
-        vec![&self.desc]
-    }
-
-    fn collect(&self) -> Vec<MetricFamily> {
-        let mut num_steps = 0;
-        let mut buckets = Vec::new();
-        for (exponent, &more) in self.tokens.num_steps.iter().enumerate() {
-            num_steps += more;
-            // The last has no bound.
-            if exponent + 1 < StepTokens::NUM_BUCKETS {
-                let mut bucket = Bucket::default();
-                bucket.set_upper_bound((1_u64 << exponent) as f64);
-                bucket.set_cumulative_count(num_steps);
-                buckets.push(bucket);
-            }
-        }
-        let mut histogram = Histogram::default();
-        histogram.set_bucket(buckets);
-        histogram.set_sample_count(num_steps);
-        histogram.set_sample_sum(self.tokens.sum as f64);
-        let mut labels: Vec<LabelPair> = self.desc.const_label_pairs.clone();
-        labels.sort();
-        let mut metric = Metric::from_label(labels);
-        metric.set_histogram(histogram);
-        let mut family = MetricFamily::default();
-        family.set_name(self.desc.fq_name.clone());
-        family.set_help(self.desc.help.clone());
-        family.set_field_type(MetricType::HISTOGRAM);
-        family.set_metric(vec![metric]);
-        vec![family]
-    }
 }
