@@ -375,6 +375,25 @@ fn a_least_length_keeps_ends_away_and_a_grammar_comes_first() {
 }
 
 #[test]
+fn a_form_and_allowed_tokens_that_exclude_each_other_end_the_request() {
+    let of_letters = |grammar: &str, letters: &str| {
+        let plain = request(3, Some(regex(grammar)));
+        let allowed = token_mask(letters.bytes().map(|letter| TokenId(4 + u32::from(letter))), VOCAB_SIZE);
+        Request { sampling: SamplingParams { allowed_tokens: Some(allowed), ..plain.sampling }, ..plain }
+    };
+    // At once, behind three letters, and never.
+    let cases = [("[a-c]{3}x", "yz"), ("[a-c]{3}x", "ab"), ("[a-c]{3}x", "ax")];
+    let requests = cases.map(|(grammar, letters)| of_letters(grammar, letters));
+    let answers = run(&mut engine_on(SimBackend::new(SimOptions::default()), config()), &requests);
+    for (answer, num_tokens) in answers[..2].iter().zip([0, 3]) {
+        let Some(FinishReason::Contradiction(sentence)) = &answer.reason else { panic!("{answers:?}") };
+        assert!(sentence.contains("grammar") && sentence.contains("allowed_token_ids"), "{sentence}");
+        assert!(answer.tokens.len() == num_tokens && !answer.text().contains('c'), "{answer:?}");
+    }
+    assert_eq!((answers[2].text().as_str(), &answers[2].reason), ("aaax", &Some(FinishReason::Stop)));
+}
+
+#[test]
 fn who_waits_has_no_states_and_those_of_who_runs_are_bounded() {
     let form = regex("[a-c]{2,20}");
     let num_bytes = form.num_bytes() as u64;

@@ -6,7 +6,7 @@ use fullbore_engine::batch::{Batch, Logits, SequenceId};
 use fullbore_engine::config::{EngineConfig, LatencyTarget, UnfitRequest};
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::memory::KvCache;
-use fullbore_engine::request::{Request, SamplingParams, Share, TokenId};
+use fullbore_engine::request::{FinishReason, Request, SamplingParams, Share, TokenId};
 use fullbore_engine::scheduler::{Choice, Scheduler, StepTrace};
 use fullbore_engine::sequence::Sequence;
 use fullbore_engine::tensor::KvType;
@@ -480,7 +480,7 @@ fn what_a_waiting_sequence_computed_is_withdrawn_when_it_fails() {
         let chain = run.cache.chain(&tokens, 0);
         let found = |run: &Run| run.cache.find(&chain, &tokens, u32::MAX).num_blocks;
         assert!(found(&run) > 0, "it may be found while nothing is wrong");
-        let failed = vec![Choice::Failed("not finite".to_owned()); in_flight.slices.len()];
+        let failed = vec![Choice::Failed(FinishReason::Error("not finite".to_owned())); in_flight.slices.len()];
         run.scheduler.complete(&mut run.cache, &in_flight, &failed, &mut run.trace, &mut Vec::new());
         run.scheduler.check(&run.cache);
         assert_eq!(found(&run), 0, "a prompt of {prompt_len}");

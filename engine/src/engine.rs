@@ -305,7 +305,6 @@ impl Engine {
         while let Some(id) = self.gone.pop() {
             self.abort(id);
         }
-        self.stats.grammar_bytes = self.grammar_bytes();
         self.scheduler.set_grammar_bytes(self.stats.grammar_bytes);
         self.scheduler.schedule(&mut self.cache, &mut self.planned.batch, &mut self.planned.trace);
         self.stats.num_preemptions = self.scheduler.num_preemptions();
@@ -409,6 +408,8 @@ impl Engine {
         self.scheduler.check(&self.cache);
         let num_sequences = self.scheduler.queue().len() + self.scheduler.running().count();
         assert_eq!(self.clients.len(), num_sequences, "a sequence without a client, or the other way round");
+        let grammar_bytes: u64 = self.clients.values().map(Client::grammar_bytes).sum();
+        assert_eq!(self.stats.grammar_bytes, grammar_bytes, "what forms take");
         if self.is_idle() {
             assert_eq!(self.cache.counts().referenced, 0, "blocks leaked");
         }
@@ -433,13 +434,13 @@ impl Engine {
             }
         }
         self.pool(batch);
-        masks.follow(&mut self.clients, &mut self.choices);
+        masks.follow(&mut self.clients, &mut self.choices, &mut self.stats.grammar_bytes);
     }
 
     fn tell(&mut self, outcome: Outcome, logprobs: Option<TokenLogprobs>) {
         let Some(client) = self.clients.get_mut(&outcome.sequence) else { return };
         let mut flow = Flow::Continue;
-        let failed = matches!(outcome.finished, Some((FinishReason::Error(_), _)));
+        let failed = matches!(outcome.finished, Some((FinishReason::Error(_) | FinishReason::Contradiction(_), _)));
         let prompt_done = !failed && (outcome.token.is_some() || outcome.finished.is_some());
         if prompt_done && !client.prompt_logprobs.is_empty() {
             flow = client.sink.event(Event::Prompt(std::mem::take(&mut client.prompt_logprobs)));

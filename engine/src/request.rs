@@ -187,6 +187,8 @@ pub enum FinishReason {
     Length,
     /// This request alone failed, or the engine has ended; the sentence says how.
     Error(String),
+    /// Two things that the request asks for exclude each other where its text has come to; the sentence names both.
+    Contradiction(String),
     /// The device was lost while it worked for this request; the same may succeed on the one that comes after it.
     DeviceLost(String),
 }

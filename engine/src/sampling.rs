@@ -6,7 +6,7 @@
 use crate::batch::{Batch, PackedBatch, SequenceId, Slice};
 use crate::model::Choices;
 use crate::op::{CHOSEN_WORDS, MAX_TOP, NON_FINITE, NONE, SampleRow};
-use crate::request::{MAX_LOGIT_BIASES, MAX_LOGPROBS, Request, TokenId, TokenLogprobs};
+use crate::request::{FinishReason, MAX_LOGIT_BIASES, MAX_LOGPROBS, Request, TokenId, TokenLogprobs};
 use crate::scheduler::Choice;
 use crate::tensor::Tensor;
 
@@ -194,8 +194,8 @@ impl Rows<'_> {
 
 pub(crate) const NOT_FINITE: &str = "the model's output was not finite (NaN or infinity); this request was ended";
 
-fn broken_row() -> Choice {
-    Choice::Failed(NOT_FINITE.to_owned())
+pub(crate) fn broken_row() -> Choice {
+    Choice::Failed(FinishReason::Error(NOT_FINITE.to_owned()))
 }
 
 #[cfg(test)]

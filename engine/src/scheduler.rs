@@ -95,7 +95,7 @@ pub enum Choice {
     /// The same, and its grammar lets nothing follow.
     Last(TokenId),
     /// This sequence alone failed: what was computed for it is not to be trusted.
-    Failed(String),
+    Failed(FinishReason),
 }
 
 /// What a step did to one sequence.
@@ -374,7 +374,7 @@ impl Scheduler {
         let mut outcome = Outcome { sequence: sequence.id, token: None, finished: None };
         let is_whole_prompt = sequence.request.max_tokens == 0 && slice.end() == sequence.num_prompt_tokens();
         let reason = match choice {
-            Choice::Failed(sentence) => Some(FinishReason::Error(sentence.clone())),
+            Choice::Failed(reason) => Some(reason.clone()),
             Choice::Token(token) | Choice::Last(token) => {
                 sequence.num_pending -= 1;
                 sequence.tokens.push(*token);

@@ -144,6 +144,24 @@ fn what_cannot_be_followed_is_refused_before_any_token() {
     server.complete(json!({"prompt": "x", "max_tokens": 1}));
 }
 
+#[test]
+fn allowed_tokens_that_a_form_excludes_are_named() {
+    let server = Setup::default().start();
+    // Of letters: at once, and behind two of them.
+    for (regex, letters) in [("[ab]{2}c", "xyz"), ("[ab]{2}c", "ab")] {
+        let ids: Vec<u32> = letters.bytes().map(|letter| 4 + u32::from(letter)).collect();
+        let mut body = json!({"prompt": "x", "max_tokens": 9, "guided_regex": regex, "allowed_token_ids": ids});
+        let error = server.post("/v1/completions", &body).error(400);
+        let sentence = error["message"].as_str().expect("a sentence");
+        assert!(sentence.contains("grammar") && sentence.contains("allowed_token_ids"), "{sentence}");
+        assert_eq!(error["param"], "allowed_token_ids");
+        body["stream"] = json!(true);
+        let told = events(&server.post("/v1/completions", &body).body, false);
+        assert_eq!(told.last().expect("an event")["error"], error);
+    }
+    assert_eq!(server.metric("fullbore_requests_refused_total{cause=\"invalid_field\"}"), 4.0);
+}
+
 /// Schemas that take long to compile, many at a time, and one answer that goes on.
 #[test]
 fn compiling_holds_up_no_answer() {

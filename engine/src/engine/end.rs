@@ -47,9 +47,9 @@ impl Engine {
         let (count, word) = match &reason {
             FinishReason::Stop => (&mut self.stats.num_stopped, "stop"),
             FinishReason::Length => (&mut self.stats.num_length, "length"),
-            FinishReason::Error(sentence) | FinishReason::DeviceLost(sentence) => {
-                (&mut self.stats.num_failed, sentence.as_str())
-            }
+            FinishReason::Error(sentence)
+            | FinishReason::Contradiction(sentence)
+            | FinishReason::DeviceLost(sentence) => (&mut self.stats.num_failed, sentence.as_str()),
         };
         *count += 1;
         self.stats.num_not_finite += u64::from(word == sampling::NOT_FINITE);

@@ -39,6 +39,7 @@ impl Engine {
         for &(id, cached_tokens) in &admitted {
             let Some(client) = self.clients.get_mut(&id).filter(|client| client.started_ns.is_none()) else { continue };
             client.started_ns = Some(now_ns);
+            self.stats.grammar_bytes += client.grammar_bytes();
             let num_tokens = client.request.prompt.len() + client.request.generated.len();
             self.meter.started(now_ns, num_tokens as u32, cached_tokens);
             if client.sink.event(Event::Started { cached_tokens }) == Flow::Stop {
@@ -51,6 +52,7 @@ impl Engine {
 
     /// `client` is gone; whether its sequence ever began, it knows.
     pub(super) fn count_end(&mut self, client: &Client) {
+        self.stats.grammar_bytes -= client.grammar_bytes();
         if let Some(started_ns) = client.started_ns {
             self.meter.ended(started_ns, self.now_ns());
         }

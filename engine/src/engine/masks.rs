@@ -16,7 +16,7 @@ use crate::backend::DeviceError;
 use crate::batch::{Batch, SequenceId};
 use crate::grammar::{Matcher, Progress};
 use crate::limits::Phase;
-use crate::request::Request;
+use crate::request::{FinishReason, Request, TokenId};
 use crate::scheduler::Choice;
 
 /// Of a step's rows that follow a grammar.
@@ -33,7 +33,7 @@ struct MaskedRow {
     slice: usize,
     sequence: SequenceId,
     /// `None` before the mask is computed, and where the sequence has ended.
-    computed: Option<Result<(), String>>,
+    computed: Option<Result<(), FinishReason>>,
 }
 
 impl Masks {
@@ -61,15 +61,23 @@ impl Masks {
         is_right.then(|| &self.words[row * num_words..][..num_words])
     }
 
-    /// Computes the masks of all rows, several at a time.
-    fn compute(&mut self, clients: &mut FxHashMap<SequenceId, Client>, batch: &Batch, vocab_size: u32) {
+    /// Computes the masks of all rows, several at a time. Here and below `grammar_bytes` is the sum of the clients'.
+    fn compute(
+        &mut self,
+        clients: &mut FxHashMap<SequenceId, Client>,
+        batch: &Batch,
+        vocab_size: u32,
+        grammar_bytes: &mut u64,
+    ) {
         let num_words = vocab_size.div_ceil(32) as usize;
         self.words.clear();
         self.words.resize(self.rows.len() * num_words, 0);
         let pairs = self.rows.iter_mut().zip(self.words.chunks_exact_mut(num_words));
         let work = pairs.filter_map(|(row, mask)| {
             let client = clients.get_mut(&row.sequence)?;
+            let num_bytes = client.grammar_bytes();
             let matcher = client.matcher.take_if(|matcher| !matcher.is_ended())?;
+            *grammar_bytes -= num_bytes;
             let num_generated = batch.slices[row.slice].end() - client.request.prompt.len() as u32;
             Some(Work { row, mask, matcher, request: client.request.clone(), num_generated })
         });
@@ -79,27 +87,39 @@ impl Masks {
             several => several.par_iter_mut().for_each(Work::compute),
         }
         for Work { row, matcher, .. } in work {
-            clients.get_mut(&row.sequence).expect("it was there").matcher = Some(matcher);
+            let client = clients.get_mut(&row.sequence).expect("it was there");
+            client.matcher = Some(matcher);
+            *grammar_bytes += client.grammar_bytes();
         }
     }
 
     /// Has the matchers take what the step chose; `choices` has one entry a slice.
-    pub fn follow(&self, clients: &mut FxHashMap<SequenceId, Client>, choices: &mut [Choice]) {
+    pub fn follow(&self, clients: &mut FxHashMap<SequenceId, Client>, choices: &mut [Choice], grammar_bytes: &mut u64) {
         for row in &self.rows {
             let choice = &mut choices[row.slice];
             let Choice::Token(token) = *choice else { continue };
             // A sequence that has ended is told nothing of what was chosen for it.
-            let matcher = clients.get_mut(&row.sequence).and_then(|client| client.matcher.as_mut());
-            let Some(matcher) = matcher else { continue };
-            *choice = match &row.computed {
-                Some(Ok(())) => match matcher.advance(token) {
-                    Ok(Progress::Goes) => Choice::Token(token),
-                    Ok(Progress::Ended) => Choice::Last(token),
-                    Err(sentence) => Choice::Failed(sentence),
-                },
-                Some(Err(sentence)) => Choice::Failed(sentence.clone()),
-                None => Choice::Failed("a token was chosen behind the end of this request's grammar".to_owned()),
-            };
+            let Some(client) = clients.get_mut(&row.sequence) else { continue };
+            *grammar_bytes -= client.grammar_bytes();
+            if let Some(matcher) = &mut client.matcher {
+                *choice = row.follow(matcher, token);
+            }
+            *grammar_bytes += client.grammar_bytes();
+        }
+    }
+}
+
+impl MaskedRow {
+    /// What the choice of `token` is for it.
+    fn follow(&self, matcher: &mut Matcher, token: TokenId) -> Choice {
+        match &self.computed {
+            Some(Ok(())) => match matcher.advance(token) {
+                Ok(Progress::Goes) => Choice::Token(token),
+                Ok(Progress::Ended) => Choice::Last(token),
+                Err(sentence) => Choice::Failed(FinishReason::Error(sentence)),
+            },
+            Some(Err(reason)) => Choice::Failed(reason.clone()),
+            None => Choice::Failed(FinishReason::Error(BEHIND_THE_END.to_owned())),
         }
     }
 }
@@ -114,29 +134,44 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// Leaves of the grammar's mask what the request's own allows too. A least length keeps no text from ending where
+    /// its grammar has it end.
+    fn narrow(&mut self) -> Result<(), FinishReason> {
+        let sampling = &self.request.sampling;
+        let may_come = narrow(self.mask, sampling.mask(self.num_generated))
+            || narrow(self.mask, sampling.allowed_tokens.as_deref());
+        may_come.then_some(()).ok_or_else(|| FinishReason::Contradiction(DISJOINT.to_owned()))
+    }
+
     fn compute(&mut self) {
-        let computed = self.matcher.mask(self.mask);
-        if let (Ok(()), Some(own)) = (&computed, self.request.sampling.mask(self.num_generated)) {
-            narrow(self.mask, own);
-        }
-        self.row.computed = Some(computed);
+        let computed = self.matcher.mask(self.mask).map_err(FinishReason::Error);
+        self.row.computed = Some(computed.and_then(|()| self.narrow()));
     }
 }
 
-/// Leaves of a grammar's mask what the request's own allows too, unless nothing would be left.
-fn narrow(mask: &mut [u32], own: &[u32]) {
-    if mask.iter().zip(own).any(|(word, own)| word & own != 0) {
+const BEHIND_THE_END: &str = "a token was chosen behind the end of this request's grammar";
+const DISJOINT: &str = "the grammar of this request allows no token here that its allowed_token_ids have; \
+                        change one of them";
+
+/// Leaves of a mask what `own` allows too, unless nothing would be left; whether something is.
+fn narrow(mask: &mut [u32], own: Option<&[u32]>) -> bool {
+    let Some(own) = own else { return true };
+    let meets = mask.iter().zip(own).any(|(word, own)| word & own != 0);
+    if meets {
         mask.iter_mut().zip(own).for_each(|(word, own)| *word &= own);
+    }
+    meets
+}
+
+impl Client {
+    /// What its matcher takes since it has begun, or will with its first mask.
+    pub(super) fn grammar_bytes(&self) -> u64 {
+        let begun = self.matcher.as_ref().filter(|_| self.started_ns.is_some());
+        begun.map_or(0, |matcher| matcher.num_bytes() as u64)
     }
 }
 
 impl Engine {
-    /// What the matchers of sequences that have begun take, or will with their first masks.
-    pub(super) fn grammar_bytes(&self) -> u64 {
-        let begun = self.clients.values().filter(|client| client.started_ns.is_some());
-        begun.filter_map(|client| client.matcher.as_ref()).map(|matcher| matcher.num_bytes() as u64).sum()
-    }
-
     /// Where the oldest step in flight waits for masks: computes them, and has the device choose. All steps before it
     /// have been completed.
     pub(super) fn submit_choices(&mut self) -> Result<(), DeviceError> {
@@ -146,7 +181,7 @@ impl Engine {
         self.turn_to(Phase::Record);
         let oldest = self.in_flight.front_mut().expect("it is there");
         let Step { batch, masks, .. } = &mut oldest.step;
-        masks.compute(&mut self.clients, batch, self.model.config.vocab_size);
+        masks.compute(&mut self.clients, batch, self.model.config.vocab_size, &mut self.stats.grammar_bytes);
         let request = |id: SequenceId| self.clients.get(&id).map(|client| &*client.request);
         record_choices(batch, masks, request, &self.model, &mut self.packed, &mut self.recording);
         self.turn_to(Phase::Upload);

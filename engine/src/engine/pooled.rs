@@ -5,7 +5,6 @@ use super::Engine;
 use crate::batch::Batch;
 use crate::request::Pooling;
 use crate::sampling;
-use crate::scheduler::Choice;
 
 /// The sum of rows, or the last one.
 #[derive(Clone, Debug, Default)]
@@ -47,7 +46,7 @@ impl Engine {
             let Some(client) = self.clients.get_mut(&slice.sequence) else { continue };
             let Some(pooling) = client.request.pooling else { continue };
             if !rows.iter().all(|value| value.is_finite()) {
-                self.choices[index] = Choice::Failed(sampling::NOT_FINITE.to_owned());
+                self.choices[index] = sampling::broken_row();
                 continue;
             }
             if slice.start == 0 {

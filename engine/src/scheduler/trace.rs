@@ -119,7 +119,7 @@ impl fmt::Display for StepTrace {
         let reason = |reason: &FinishReason| match reason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
-            FinishReason::Error(_) | FinishReason::DeviceLost(_) => "error",
+            FinishReason::Error(_) | FinishReason::Contradiction(_) | FinishReason::DeviceLost(_) => "error",
         };
         let finished = list(self.finished.iter().map(|(id, why)| format!("{}:{}", name(*id), reason(why))).collect());
         let BlockCounts { referenced, cached, total, .. } = self.blocks;

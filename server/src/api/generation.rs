@@ -314,6 +314,9 @@ impl Choice {
                 Ok(self.take_token(id, logprobs))
             }
             Event::Finished { reason: FinishReason::Error(sentence), .. } => Err(ApiError::internal(sentence)),
+            Event::Finished { reason: FinishReason::Contradiction(sentence), .. } => {
+                Err(ApiError::invalid("allowed_token_ids", sentence))
+            }
             Event::Finished { reason: FinishReason::DeviceLost(sentence), .. } => Err(ApiError::not_yet(&sentence)),
             Event::Finished { reason, .. } => {
                 self.begin();

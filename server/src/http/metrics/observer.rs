@@ -211,7 +211,7 @@ impl From<&FinishReason> for End {
         match reason {
             FinishReason::Stop => End::Stop,
             FinishReason::Length => End::Length,
-            FinishReason::Error(_) => End::Error,
+            FinishReason::Error(_) | FinishReason::Contradiction(_) => End::Error,
             FinishReason::DeviceLost(_) => End::DeviceLost,
         }
     }
