@@ -22,6 +22,7 @@ use crate::args::{AccessArgs, ServeArgs, ServedArgs};
 use crate::http::accept::{self, Door, Limits};
 use crate::http::access::Access;
 use crate::http::keys::{KeyError, Keys};
+use crate::http::proxies::Proxies;
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, descriptors, routes};
 use crate::live;
@@ -282,7 +283,8 @@ impl AccessArgs {
             max_connections_per_ip: self.max_connections_per_ip.max(1),
             ..Limits::default()
         };
-        let access = Access::new(host, keys, &self.allowed_hosts, &self.allowed_origins);
+        let access = Access::new(host, keys, &self.allowed_hosts, &self.allowed_origins)
+            .with_proxies(Proxies::new(&self.trusted_proxies));
         Ok(Entrance { limits, access, tls, ..Entrance::default() })
     }
 }

@@ -1,5 +1,8 @@
 //! Requests before the engine has them: what one client's bodies and grammars cost another's.
 
+use fullbore::http::keys::Keys;
+use fullbore::http::proxies::{Proxies, parse_network};
+
 use super::access::{chat_as, keys};
 use super::*;
 
@@ -172,6 +175,42 @@ fn bodies_that_wait_are_bounded_together_and_leave_room_for_others() {
     drop(held);
     server.wait_for("room", |server| kept(server) == 0);
     assert_eq!(ask_as(&server, "the-key-of-alice", &large).status, 200);
+}
+
+#[test]
+fn clients_behind_a_trusted_proxy_are_told_apart() {
+    let limits = Limits { max_bytes_of_bodies: 2 << 20, ..Limits::default() };
+    let start = |networks: &[&str]| {
+        let networks: Vec<_> = networks.iter().map(|text| parse_network(text).expect("a network")).collect();
+        let access = Access::new(LOCAL, Keys::default(), &["*".to_owned()], &[]);
+        Setup { limits, access: access.with_proxies(Proxies::new(&networks)), ..Setup::default() }.start()
+    };
+    let half = |server: &Harness, lines: &str| {
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json";
+        let head = format!("{head}\r\n{lines}\r\ncontent-length: 4000000\r\n\r\n");
+        server.send([head.as_bytes(), &vec![b' '; 600_000]].concat())
+    };
+    let ask = |server: &Harness, lines: &str| {
+        let large = json!({"prompt": "x", "max_tokens": 1, "pad": " ".repeat(600_000)}).to_string();
+        let raw = String::from_utf8(post("/v1/completions", large.as_bytes())).expect("text");
+        read_reply(server.send(raw.replacen("\r\n", &format!("\r\n{lines}\r\n"), 1))).status
+    };
+    let (first, other) = ("x-forwarded-for: 203.0.113.1", "x-forwarded-for: 203.0.113.2");
+    for (networks, others) in [(vec!["127.0.0.0/8", "10.0.0.0/8"], 200), (vec!["10.0.0.0/8"], 429), (vec![], 429)] {
+        let server = start(&networks);
+        let held = half(&server, first);
+        server.wait_for("what was sent", |server| server.metric("fullbore_body_bytes") >= 600_000.0);
+        assert_eq!((ask(&server, first), ask(&server, other)), (429, others), "{networks:?}");
+        // Whatever else a client says of himself.
+        for spoofed in [
+            "x-forwarded-for: 203.0.113.9, 203.0.113.1",
+            "x-forwarded-for: 203.0.113.9\r\nx-forwarded-for: 203.0.113.1, 10.0.0.5",
+            "forwarded: for=203.0.113.9, for=\"203.0.113.1:80\"",
+        ] {
+            assert_eq!(ask(&server, spoofed), 429, "{networks:?}: {spoofed}");
+        }
+        drop(held);
+    }
 }
 
 #[test]

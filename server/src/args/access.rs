@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
+use ipnet::IpNet;
+
+use crate::http::proxies::parse_network;
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct AccessArgs {
@@ -23,6 +26,10 @@ pub struct AccessArgs {
     /// A web page's origin, such as https://chat.example, whose scripts may ask; * is any.
     #[arg(long = "allowed-origin", value_name = "ORIGIN")]
     pub allowed_origins: Vec<String>,
+    /// A network of proxies (10.0.0.0/8, or an address) whose X-Forwarded-For or Forwarded says for whom they ask, so
+    /// that clients without keys are told apart; nobody else's is read.
+    #[arg(long = "trusted-proxy", value_name = "CIDR", value_parser = parse_network)]
+    pub trusted_proxies: Vec<IpNet>,
     /// A certificate (PEM, the server's own first) to speak TLS with; read again on SIGHUP.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
@@ -32,7 +39,7 @@ pub struct AccessArgs {
     /// Connections open at once, at most.
     #[arg(long, default_value_t = 1024)]
     pub max_connections: usize,
-    /// Of them from one address, or one /64 of IPv6; this machine's own apart.
+    /// Of them from one address, or one /64 of IPv6; this machine's own and trusted proxies' apart.
     #[arg(long, default_value_t = 256)]
     pub max_connections_per_ip: usize,
 }

@@ -37,7 +37,7 @@ use super::{App, OpenRequest};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub max_connections: usize,
-    /// Of one address, or of one /64 of IPv6; this machine's own apart.
+    /// Of one address, or of one /64 of IPv6; this machine's own and trusted proxies' apart.
     pub max_connections_per_ip: usize,
     /// For a request's head to arrive, from the accept or the last answer on: also how long a connection may idle.
     pub head_timeout: Duration,
@@ -140,7 +140,8 @@ where
 fn places(door: &Door, peers: &Arc<Peers>, address: IpAddr) -> Result<Places, ApiError> {
     let permit = door.connections.clone().try_acquire_owned();
     let permit = permit.map_err(|_| ApiError::not_yet("too many connections are open; try again later"))?;
-    let place = peers.place(address, door.app.limits.max_connections_per_ip);
+    let most = if door.app.access.is_proxy(address) { usize::MAX } else { door.app.limits.max_connections_per_ip };
+    let place = peers.place(address, most);
     let too_many = || ApiError::not_yet(&format!("too many connections are open from {address}; reuse or close some"));
     Ok((permit, place.ok_or_else(too_many)?))
 }

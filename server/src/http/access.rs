@@ -19,6 +19,7 @@ use super::error::ApiError;
 use super::keys::{Holder, Keys};
 use super::page;
 use super::peers;
+use super::proxies::Proxies;
 use super::rates::Meter;
 
 /// What a server that was told nothing does: everybody may ask, by any name, and no other site's pages.
@@ -29,6 +30,7 @@ pub struct Access {
     hosts: Option<Vec<String>>,
     /// Of web pages that may read answers; `*` is any.
     origins: Vec<String>,
+    proxies: Proxies,
 }
 
 /// Who asks, as routes see it.
@@ -70,7 +72,17 @@ impl Access {
     pub fn new(host: IpAddr, keys: Keys, allowed_hosts: &[String], origins: &[String]) -> Access {
         let hosts = host.is_loopback() && !allowed_hosts.iter().any(|host| host == "*");
         let hosts = hosts.then(|| allowed_hosts.iter().map(|host| host.to_ascii_lowercase()).collect());
-        Access { keys: RwLock::new(Arc::new(keys)), hosts, origins: origins.to_vec() }
+        Access { keys: RwLock::new(Arc::new(keys)), hosts, origins: origins.to_vec(), proxies: Proxies::default() }
+    }
+
+    /// Has `proxies` say for whom they ask.
+    pub fn with_proxies(self, proxies: Proxies) -> Access {
+        Access { proxies, ..self }
+    }
+
+    /// Whether a connection from `address` may be many clients'.
+    pub fn is_proxy(&self, address: IpAddr) -> bool {
+        self.proxies.trust(address)
     }
 
     /// From the next request on.
@@ -79,13 +91,13 @@ impl Access {
         *current = Arc::new(keys.with_meters_of(&current));
     }
 
-    /// Who asks from `address`.
+    /// Who asks by a connection from `address`.
     pub fn admit<B>(&self, request: &Request<B>, address: IpAddr) -> Result<Client, ApiError> {
         self.check_host(request)?;
         let shown = key(request.headers());
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
         if keys.is_empty() {
-            let origin = Origin::Network(peers::network(address));
+            let origin = Origin::Network(peers::network(self.proxies.client(address, request.headers())));
             return Ok(Client { name: shown.map(Arc::from), origin, ..Client::default() });
         }
         match shown.and_then(|key| keys.holder(key)) {

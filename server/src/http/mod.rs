@@ -30,6 +30,7 @@ mod lane;
 pub mod metrics;
 mod page;
 mod peers;
+pub mod proxies;
 pub mod rates;
 pub mod routes;
 mod stream;
