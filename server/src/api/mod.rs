@@ -52,7 +52,7 @@ pub mod texts;
 mod tools;
 
 pub use answer::{Answer, Event, collect};
-pub use constraint::Form;
+pub use constraint::{Constraint, Form};
 pub use generation::{Delta, Generation, Handed, Job, Jobs, Usage};
 pub use tenancy::parse_share;
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bytes::Buf;
 use futures_util::Stream;
+use futures_util::future::{Either, select};
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -221,14 +222,22 @@ where
     app.open_models()?;
     let body = Arc::new(body);
     let traced = app.tracer.is_some().then_some(headers);
-    let mut prepared = Box::pin(prepare(endpoint, app.clone(), client, traced, body.clone()));
-    let prepared = match timeout(app.limits.keep_alive, &mut prepared).await {
+    let mut preparing = Box::pin(prepare(endpoint, app.clone(), client, traced, body.clone()));
+    let prepared = match timeout(app.limits.keep_alive, &mut preparing).await {
         Ok(prepared) => prepared?,
         // It has waited as long as a stream may be silent.
-        Err(_) if endpoint.is_ever_streamed() && asks_for_stream(&body) => {
-            return Ok(stream::late_response(app, endpoint, prepared));
+        Err(_) if endpoint.is_ever_streamed() => {
+            let looked = body.clone();
+            let asks = std::pin::pin!(app.work.look(move || asks_for_stream(&looked)));
+            match select(asks, preparing).await {
+                Either::Left((asks, preparing)) => match asks? {
+                    true => return Ok(stream::late_response(app.clone(), endpoint, preparing)),
+                    false => preparing.await?,
+                },
+                Either::Right((prepared, _)) => prepared?,
+            }
         }
-        Err(_) => prepared.await?,
+        Err(_) => preparing.await?,
     };
     drop(body);
     match prepared.answer.is_streamed() {

@@ -3,7 +3,8 @@
 //!
 //! Invariant: long texts are read a few at a time, so that they leave cores to the engine and to everybody else; short
 //! ones never wait for them, and neither for a grammar. In each lane clients have turns in fairness, and none waits
-//! without an end. One grammar is compiled once, however many ask for it at the same time.
+//! without an end. One grammar is compiled once, however many ask for it at the same time: on the turn of whoever has
+//! one first, so that nobody waits in another's line, and nobody's line pays for more than if he had asked alone.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -12,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use fullbore_engine::grammar::{Compilation, Grammar};
-use tokio::sync::OnceCell;
+use tokio::sync::watch;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::timeout;
 
@@ -24,28 +25,37 @@ use crate::api::{Form, ServedModel};
 pub struct RequestWork {
     short: Arc<Lane>,
     long: Arc<Lane>,
+    looks: Arc<Lane>,
     grammars: Arc<Lane>,
     flights: Mutex<Flights>,
     /// For a turn to read a text, at most.
     text_wait: Duration,
 }
 
-/// A grammar once it is compiled; whoever asks for it first sees to that, and the next where he leaves.
-type Flight = OnceCell<Compilation>;
+/// A grammar that is asked for, kept by those who ask.
+struct Flight {
+    /// Until somebody has a turn, and compiles.
+    sender: Mutex<Option<watch::Sender<Option<Compilation>>>>,
+    receiver: watch::Receiver<Option<Compilation>>,
+}
+
 /// Those that are asked for now, by model and source.
 type Flights = HashMap<(String, Arc<str>), Weak<Flight>>;
 
 /// Above this a body is long: about 4000 tokens, which take a tokenizer some milliseconds.
 const LONG_BYTES: usize = 16 << 10;
 const MAX_SHORT: usize = 64;
+/// Bodies of which one field is looked for, at a time.
+const MAX_LOOKS: usize = 1;
 /// Compilations at a time, late ones included, and of one client.
 const MAX_GRAMMARS: usize = 4;
 const MAX_GRAMMARS_EACH: usize = 2;
 const TEXT_WAIT: Duration = Duration::from_secs(300);
 /// For a turn to compile a grammar.
 const GRAMMAR_WAIT: Duration = Duration::from_secs(2);
-/// For all of it: a turn of one's own after somebody else's, and what the compilers take.
+/// For what somebody compiles on a turn of his own.
 const FLIGHT_WAIT: Duration = Duration::from_secs(10);
+const BUSY: &str = "grammars are being compiled";
 
 impl Default for RequestWork {
     /// Long texts have half of the cores.
@@ -55,6 +65,7 @@ impl Default for RequestWork {
         RequestWork {
             short: lane(MAX_SHORT),
             long: lane((num_cores / 2).max(1)),
+            looks: lane(MAX_LOOKS),
             grammars: Lane::new(MAX_GRAMMARS, MAX_GRAMMARS_EACH),
             flights: Mutex::default(),
             text_wait: TEXT_WAIT,
@@ -86,14 +97,35 @@ impl RequestWork {
             return form.answer(known);
         }
         let flight = self.flight(&model.name, form.source.key());
-        let compiled = flight.get_or_try_init(|| async {
-            let turn = in_time(GRAMMAR_WAIT, "grammars are being compiled", self.grammars.turn(origin)).await?;
-            let (model, source) = (model.clone(), form.source.clone());
-            let done = spawn_blocking(move || model.grammars.compile_checked(&source, turn));
-            outcome(done.await)
+        let turn = tokio::select! {
+            biased;
+            compiled = flight.compiled() => return form.answer(compiled?),
+            turn = in_time(GRAMMAR_WAIT, BUSY, self.grammars.turn(origin)) => turn,
+        };
+        match turn.map(|turn| (turn, flight.begin())) {
+            Ok((turn, Some(sender))) => {
+                let (model, source) = (model.clone(), form.source.clone());
+                let done = spawn_blocking(move || {
+                    let compiled = model.grammars.compile_checked(&source, turn);
+                    sender.send_replace(Some(compiled));
+                });
+                outcome(done.await)?;
+            }
+            Err(busy) if !flight.has_begun() => return Err(busy),
+            // Somebody has, on a turn of his own.
+            Ok((_, None)) | Err(_) => {}
+        }
+        form.answer(in_time(FLIGHT_WAIT, BUSY, flight.compiled()).await??)
+    }
+
+    /// Looks a body through for one thing, however busy those are who read bodies.
+    pub async fn look(&self, look: impl FnOnce() -> bool + Send + 'static) -> Result<bool, ApiError> {
+        let turn = self.looks.turn(&Origin::default()).await;
+        let done = spawn_blocking(move || {
+            let _turn = turn;
+            look()
         });
-        let compiled = in_time(FLIGHT_WAIT, "grammars are being compiled", compiled).await??;
-        form.answer(compiled.clone())
+        outcome(done.await)
     }
 
     fn flight(&self, model: &str, source: &Arc<str>) -> Arc<Flight> {
@@ -101,10 +133,32 @@ impl RequestWork {
         flights.retain(|_, flight| flight.strong_count() > 0);
         let known = flights.entry((model.to_owned(), source.clone())).or_default();
         known.upgrade().unwrap_or_else(|| {
-            let flight = Arc::default();
+            let flight = Arc::new(Flight::new());
             *known = Arc::downgrade(&flight);
             flight
         })
+    }
+}
+
+impl Flight {
+    fn new() -> Flight {
+        let (sender, receiver) = watch::channel(None);
+        Flight { sender: Mutex::new(Some(sender)), receiver }
+    }
+
+    /// For one of those who ask: what tells all of them.
+    fn begin(&self) -> Option<watch::Sender<Option<Compilation>>> {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn has_begun(&self) -> bool {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    async fn compiled(&self) -> Result<Compilation, ApiError> {
+        let mut receiver = self.receiver.clone();
+        let told = receiver.wait_for(Option::is_some).await.map(|compiled| compiled.clone());
+        told.ok().flatten().ok_or_else(ApiError::bug)
     }
 }
 
@@ -130,7 +184,14 @@ mod tests {
     use std::sync::mpsc::channel;
     use std::task::Poll;
 
+    use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::bundle::Bundle;
+    use fullbore_engine::config::EngineConfig;
+    use fullbore_engine::grammar::GrammarSource;
+
     use super::*;
+    use crate::api::Constraint;
+    use crate::start::Plan;
 
     async fn is_pending<T>(future: &mut Pin<&mut impl Future<Output = T>>) -> bool {
         poll_fn(|context| Poll::Ready(future.as_mut().poll(context).is_pending())).await
@@ -154,6 +215,40 @@ mod tests {
         assert!(is_pending(&mut next).await);
         assert_eq!(other.await.ok(), Some("other"));
         assert_eq!(next.await.ok(), Some("next"));
+    }
+
+    #[tokio::test]
+    async fn a_form_is_compiled_on_the_turn_of_whoever_has_one_first() {
+        let backend = Box::new(SimBackend::new(SimOptions::default()));
+        let plan = Plan::of("sim", Bundle::simulated(), backend, EngineConfig::default(), 0);
+        let model = Arc::new(plan.load().expect("the simulator loads"));
+        let work = RequestWork::default();
+        let [busy, other] = [1, 2].map(|number| Origin::Network(IpAddr::from([10, 0, 0, number])));
+        let form = || {
+            let source = GrammarSource::Regex("[a-c]+".to_owned());
+            Constraint { param: "guided_regex".to_owned(), source }.check().expect("a form")
+        };
+        // The first to ask has as many turns as he may have; the other does not wait in his line.
+        let held = [work.grammars.turn(&busy).await, work.grammars.turn(&busy).await];
+        let forms = [form(), form()];
+        let first = work.compile(&busy, &model, &forms[0]);
+        let mut first = std::pin::pin!(first);
+        assert!(is_pending(&mut first).await);
+        assert!(work.compile(&other, &model, &forms[1]).await.is_ok());
+        assert!(first.await.is_ok(), "what one has compiled both have");
+        assert_eq!(model.grammars.num_compiled(), 1);
+        drop(held);
+        model.end();
+    }
+
+    #[tokio::test]
+    async fn a_look_waits_for_no_text() {
+        let work = RequestWork { long: Lane::new(1, 1), short: Lane::new(1, 1), ..RequestWork::default() };
+        let origin = Origin::default();
+        let held = [work.long.turn(&origin).await, work.short.turn(&origin).await];
+        let own = std::thread::current().id();
+        assert!(work.look(move || std::thread::current().id() != own).await.is_ok_and(|is_elsewhere| is_elsewhere));
+        drop(held);
     }
 
     #[tokio::test]
