@@ -249,3 +249,62 @@ fn every_module_is_reachable() {
     }
     report(&problems);
 }
+
+/// Rows of the table in docs/security.md: what is tried, what stops it, and the tests that hold it.
+fn attacks() -> Vec<[String; 3]> {
+    let page = fs::read_to_string(root().join("docs/security.md")).expect("a page");
+    let table = page.split("| attack |").nth(1).expect("the table");
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    let cells = |row: &str| -> [String; 3] {
+        let cells: Vec<String> = row.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect();
+        cells.try_into().unwrap_or_else(|cells| panic!("three cells: {cells:?}"))
+    };
+    rows.map(cells).collect()
+}
+
+/// The module that a source file is, below its crate.
+fn module(path: &str) -> String {
+    let crates = ["tests/", "server/src/", "engine/src/"];
+    let below = crates.iter().find_map(|folder| path.strip_prefix(folder)).unwrap_or(path);
+    below.trim_end_matches(".rs").trim_end_matches("/mod").replace('/', "::")
+}
+
+#[test]
+fn every_attack_has_a_limit_and_a_test_that_there_is() {
+    let all = sources("rs");
+    let makefile = fs::read_to_string(root().join("Makefile")).expect("a Makefile");
+    // A file, and what it has of modules and functions behind that.
+    let is_test = |name: &str| {
+        let words: Vec<&str> = name.split("::").collect();
+        (1..=words.len()).any(|length| {
+            let (path, rest) = words.split_at(length);
+            let path = path.join("::");
+            let is_of = |own: &str| own == path || own.ends_with(&format!("::{path}"));
+            all.iter().filter(|source| is_of(&module(&source.path))).any(|source| {
+                let has = |word: &&str| {
+                    [format!("fn {word}()"), format!("mod {word} {{")].iter().any(|part| source.text.contains(part))
+                };
+                source.text.contains("test]\n") && rest.iter().all(has)
+            })
+        })
+    };
+    let mut problems = Vec::new();
+    for [attack, limit, tests] in attacks() {
+        if limit.is_empty() {
+            problems.push(format!("{attack}: say what stops it"));
+        }
+        let named: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
+        let files: Vec<String> = named.iter().filter_map(|name| fs::read_to_string(root().join(name)).ok()).collect();
+        let there = |name: &str| match name.split_once(' ') {
+            Some(("make", target)) => makefile.contains(&format!("\n{target}:")),
+            Some(("fullbore", _)) => true,
+            _ if root().join(name).is_file() => true,
+            _ => is_test(name) || files.iter().any(|file| file.contains(name)),
+        };
+        problems.extend(named.iter().filter(|name| !there(name)).map(|name| format!("{attack}: no test {name}")));
+        if named.is_empty() {
+            problems.push(format!("{attack}: name its test"));
+        }
+    }
+    report(&problems);
+}
