@@ -51,9 +51,10 @@ impl AddAssign<&StepParts> for StepParts {
         let StepParts { prefill, decode, mixed, sampling, read_back } = self;
         let parts = [prefill, decode, mixed, sampling, read_back];
         let others = [other.prefill, other.decode, other.mixed, other.sampling, other.read_back];
-        for (Part { num, ns }, other) in parts.into_iter().zip(others) {
+        for (Part { num, ns, num_by_time }, other) in parts.into_iter().zip(others) {
             *num += other.num;
             *ns += other.ns;
+            num_by_time.iter_mut().zip(other.num_by_time).for_each(|(sum, more)| *sum += more);
         }
     }
 }
