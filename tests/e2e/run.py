@@ -92,8 +92,14 @@ class Server:
         return reply.choices[0].token_ids
 
     def gauge(self, name):
-        text = self.get("/metrics")[1]
-        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+        """The first sample of that name that has these labels, whatever others it has."""
+        name, _, labels = name.rstrip("}").partition("{")
+        wanted = [label for label in labels.split(",") if label]
+        for line in self.get("/metrics")[1].splitlines():
+            found, _, its = line.rpartition(" ")[0].rstrip("}").partition("{")
+            if found == name and all(label in its.split(",") for label in wanted):
+                return float(line.split()[-1])
+        raise AssertionError(f"no {name} with {wanted}")
 
 
 def models_are_listed(server):
