@@ -159,8 +159,9 @@ fn vllms_names_mean_what_they_mean_there() {
 
 #[test]
 fn errors_late_in_a_stream_are_counted_by_cause() {
-    // Whose letter is I.
-    let sim = SimOptions { poisonous_token: Some(77), ..SimOptions::default() };
+    let tokenizer = Bundle::simulated().tokenizer;
+    let poisonous_token = (0..).find(|id| tokenizer.token(TokenId(*id)) == Some("I")).expect("a letter's token");
+    let sim = SimOptions { poisonous_token: Some(poisonous_token), ..SimOptions::default() };
     // So slow that no answer ends before the error of another.
     let server = Setup { sim, pace: Pace::Each(Duration::from_millis(2)), ..Setup::default() }.start();
     let said = json!([{"role": "user", "content": "I"}]);
@@ -179,7 +180,8 @@ fn errors_late_in_a_stream_are_counted_by_cause() {
         assert_eq!(server.metric("vllm:request_success_total{finished_reason=\"error\"}"), count, "{path}");
     }
     // Of two choices the one that is left has no client that left.
-    let both = json!({"prompt": [[20, 77], [20, 21]], "max_tokens": 900, "ignore_eos": true, "stream": true});
+    let prompts = [[20, poisonous_token], [20, 21]];
+    let both = json!({"prompt": prompts, "max_tokens": 900, "ignore_eos": true, "stream": true});
     assert!(server.post("/v1/completions", &both).text().contains("not finite"));
     let ended = |reason: &str| server.metric(&format!("vllm:request_success_total{{finished_reason=\"{reason}\"}}"));
     server.wait_for("both ends", |_| ended("error") == 6.0);
