@@ -71,7 +71,9 @@ fn files_open_with_their_purpose() {
 #[test]
 fn files_functions_and_lines_fit() {
     let mut problems = Vec::new();
-    for source in ["rs", "wgsl", "js", "css", "html"].into_iter().flat_map(sources) {
+    // Pages of results are written by a bench.
+    let is_ours = |source: &Source| !source.path.starts_with("benches/results/");
+    for source in ["rs", "wgsl", "js", "css", "html"].into_iter().flat_map(sources).filter(is_ours) {
         let num_lines = source.text.lines().count();
         if num_lines > MAX_FILE_LINES && !source.is_test() {
             problems.push(format!("{}: {num_lines} lines; split it by noun", source.path));
