@@ -2,21 +2,6 @@
 // fma a value, and then over the runs in order. That order is the same in all kernels here, so the bits of a row do not
 // depend on how many rows there are.
 
-struct MatMulParams {
-    // (num_rows, inner)
-    const f32* x;
-    const u32* weight;
-    // (num_cols), or null
-    const f32* bias;
-    // (num_rows, stride), from the first column that is written
-    f32* out;
-    u32 num_rows;
-    u32 inner;
-    u32 num_units;
-    u32 num_cols;
-    u32 stride;
-};
-
 static constexpr u32 SLICES = 16;
 
 // For few rows: a warp a slice, a lane a column, so that a weight is read once, by neighbouring lanes, and activations

@@ -4,21 +4,6 @@
 // Fragments are those of `mma.sync.m16n8k16` (PTX ISA 7.0): with g = lane / 4 and t = lane % 4, a lane holds of A the
 // pairs of columns 2t and 2t + 8 of rows g and g + 8, of B those of column g, and of D columns 2t of rows g and g + 8.
 
-struct MatMulParams {
-    // (num_rows, inner)
-    const f32* x;
-    const u32* weight;
-    // (num_cols), or null
-    const f32* bias;
-    // (num_rows, stride), from the first column that is written
-    f32* out;
-    u32 num_rows;
-    u32 inner;
-    u32 num_units;
-    u32 num_cols;
-    u32 stride;
-};
-
 static constexpr u32 ROWS = 64;
 static constexpr u32 COLUMNS = 128;
 // Words of a row of a unit in f16, and four more: eight rows then begin on different banks.

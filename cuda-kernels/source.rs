@@ -25,6 +25,7 @@ pub const fn all_texts() -> &'static [(&'static str, &'static str)] {
         "kv_head",
         "mat_mul",
         "mat_mul_matrix",
+        "mat_mul_params",
         "mul_add",
         "reset_counts",
         "rms_norm",

@@ -163,8 +163,10 @@ impl Kernel {
             Kernel::Embed(format) => weights(format, &["weight", "embed"], "embed"),
             Kernel::RmsNorm => plain(&["rms_norm"], "rms_norm"),
             Kernel::MatMul(format, variant) => match variant.arithmetic() {
-                Arithmetic::F32 => weights(format, &["weight", "mat_mul"], variant.name()),
-                Arithmetic::MatrixUnits => weights(format, &["weight", "mat_mul_matrix"], variant.name()),
+                Arithmetic::F32 => weights(format, &["weight", "mat_mul_params", "mat_mul"], variant.name()),
+                Arithmetic::MatrixUnits => {
+                    weights(format, &["weight", "mat_mul_params", "mat_mul_matrix"], variant.name())
+                }
             },
             Kernel::RopeKv(kv_type) => cache(kv_type, &["kv_head", "rope_kv"], "rope_kv"),
             Kernel::Attention(kv_type, head_dim) => {

@@ -1,0 +1,16 @@
+// What every kernel of `mat_mul` is given.
+
+struct MatMulParams {
+    // (num_rows, inner)
+    const f32* x;
+    const u32* weight;
+    // (num_cols), or null
+    const f32* bias;
+    // (num_rows, stride), from the first column that is written
+    f32* out;
+    u32 num_rows;
+    u32 inner;
+    u32 num_units;
+    u32 num_cols;
+    u32 stride;
+};
