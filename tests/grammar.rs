@@ -2,13 +2,17 @@
 //! requests follow one. Needs nothing.
 
 use std::collections::HashMap;
+use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
+use std::{env, fs, io};
 
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
+use fullbore_engine::grammar::sandbox::{self, Sandbox};
 use fullbore_engine::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource, MAX_MATCHER_BYTES, Progress};
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, SamplingParams, Sink, TokenId, token_mask};
 use fullbore_engine::text::{GgufVocab, Tokenizer};
@@ -42,6 +46,48 @@ fn compile(source: GrammarSource) -> Result<Grammar, GrammarError> {
 
 fn schema(schema: Value) -> Result<Grammar, GrammarError> {
     compile(GrammarSource::JsonSchema(schema))
+}
+
+/// Says to a process of these tests that it is a sandbox's.
+const IN_SANDBOX: &str = "FULLBORE_TEST_IN_SANDBOX";
+
+/// The process of a sandbox where it is one, and else a sandbox whose server has gone.
+#[test]
+fn a_sandbox_ends_with_its_server() {
+    let served = match env::var_os(IN_SANDBOX) {
+        Some(_) => sandbox::serve(io::stdin().lock(), io::stdout()),
+        None => sandbox::serve(io::empty(), io::sink()),
+    };
+    assert!(served.is_ok(), "{served:?}");
+}
+
+/// What runs these tests again, as a sandbox, behind `words` of a shell.
+fn sandboxed(words: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{words}; exec \"$0\" \"$@\"")]).arg(env::current_exe().expect("a program"));
+    command.args(["--exact", "grammar::a_sandbox_ends_with_its_server", "--nocapture"]).env(IN_SANDBOX, "");
+    command
+}
+
+pub fn test_sandbox() -> Sandbox {
+    Sandbox::new(|| sandboxed(":"))
+}
+
+/// Forms that llguidance makes no parser of in any time that is given, each for a reason of its own.
+pub fn endless_forms() -> [GrammarSource; 4] {
+    let alike = |index: usize| json!({"type": "string", "pattern": format!("[ab]*a[ab]{{{}}}c", 10 + index)});
+    let unlike: serde_json::Map<String, Value> =
+        (0..1500).map(|index| (format!("^[a-z]*{index}$"), json!({"type": "string"}))).collect();
+    [
+        // As many states as there are remainders.
+        GrammarSource::JsonSchema(json!({"type": "integer", "multipleOf": 20_000_003})),
+        // Whether any text is in all of them.
+        GrammarSource::JsonSchema(json!({"allOf": (0..20).map(alike).collect::<Vec<_>>()})),
+        // Whether any key is in two of them.
+        GrammarSource::JsonSchema(json!({"type": "object", "patternProperties": unlike})),
+        // What may come first, after any number that does not.
+        GrammarSource::Regex("a?b?c?d?e?f?g?h?".repeat(15_000)),
+    ]
 }
 
 /// Whether the grammar takes `text`, byte by byte, and may end behind it.
@@ -218,6 +264,51 @@ fn large_grammars_end_in_time_either_way() {
         }
         assert!(begun.elapsed() < Duration::from_secs(2), "{:?} for {:.80?}", begun.elapsed(), source);
     }
+}
+
+/// The class of them: each is refused when its time is over, and nothing goes on.
+#[test]
+fn forms_that_never_end_are_stopped() {
+    let pids = env::temp_dir().join(format!("fullbore-sandboxes-{}", std::process::id()));
+    let command = format!("echo $$ >> '{}'", pids.display());
+    let sandbox = Sandbox::new(move || sandboxed(&command));
+    let compiler = GrammarCompiler::new(TOKENIZER.clone(), vec![TokenId(2)], VOCAB_SIZE).with_sandbox(sandbox);
+    let held = Arc::new(());
+    std::thread::scope(|scope| {
+        for form in endless_forms() {
+            let (compiler, held) = (&compiler, held.clone());
+            scope.spawn(move || {
+                let error = compiler.compile_checked(&form.clone().check().expect("a small one"), held).err();
+                assert!(matches!(error, Some(GrammarError::TooSlow { .. })), "{error:?} for {form:.80?}");
+            });
+        }
+    });
+    assert_eq!(Arc::strong_count(&held), 1, "nothing works on any of them");
+    let started = |count: usize| {
+        let told = fs::read_to_string(&pids).expect("sandboxes tell who they are");
+        assert_eq!(told.lines().count(), count, "{told}");
+        told.lines().filter(|pid| Path::new("/proc").join(pid).exists()).count()
+    };
+    assert_eq!(started(4), 0, "all have ended");
+    // The next are tried by one that is new, and kept.
+    for form in ["[a-c]{3}", "[a-c]{4}"] {
+        assert!(compiler.compile(&GrammarSource::Regex(form.to_owned())).is_ok());
+    }
+    assert!(matches!(compiler.compile(&GrammarSource::Regex("a(".to_owned())), Err(GrammarError::Invalid(_))));
+    assert_eq!(started(5), 1);
+    drop(compiler);
+    assert_eq!(started(5), 0);
+    fs::remove_file(pids).expect("it was there");
+}
+
+#[test]
+fn forms_that_take_too_much_memory_are_refused_and_take_nobody_with_them() {
+    // In KiB, of which the stack of a compilation is 256 MiB.
+    let sandbox = Sandbox::new(|| sandboxed("ulimit -c 0; ulimit -d 300000"));
+    let compiler = GrammarCompiler::new(TOKENIZER.clone(), vec![TokenId(2)], VOCAB_SIZE).with_sandbox(sandbox);
+    let classes = GrammarSource::Regex(r"\w{1,3}\d\p{L}\P{N}".repeat(12_000));
+    assert_eq!(compiler.compile(&classes).err(), Some(GrammarError::TooMuchMemory));
+    assert!(compiler.compile(&GrammarSource::Regex("[a-c]{3}".to_owned())).is_ok());
 }
 
 #[test]

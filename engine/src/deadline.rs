@@ -17,6 +17,9 @@ pub(crate) enum Lost<T> {
     NotStarted(String),
 }
 
+/// What a panic is told as; its own words are in the log.
+pub(crate) const BUG: &str = "what works on it met a bug of its own";
+
 /// Does `work` on a thread, and leaves that thread alone once the deadline is over.
 pub(crate) fn with_deadline<T: Send + 'static>(
     name: &str,
@@ -31,6 +34,6 @@ pub(crate) fn with_deadline<T: Send + 'static>(
     spawned.map_err(|error| Lost::NotStarted(format!("no thread could be started for it: {error}")))?;
     receiver.recv_timeout(deadline).map_err(|error| match error {
         mpsc::RecvTimeoutError::Timeout => Lost::Late(receiver),
-        mpsc::RecvTimeoutError::Disconnected => Lost::Failed("what works on it met a bug of its own".to_owned()),
+        mpsc::RecvTimeoutError::Disconnected => Lost::Failed(BUG.to_owned()),
     })
 }

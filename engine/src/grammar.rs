@@ -3,8 +3,8 @@
 //! Invariant: a [`Matcher`] knows every token of its sequence's text, in order, and says which may come next. It never
 //! gives a mask that it is not sure of: what goes wrong is an error, and the request ends with it. Each sequence has
 //! lexer states of its own, so that none can fail another; they are copied with its first mask, so that who waits has
-//! none, and are [`MAX_MATCHER_BYTES`] at most. Compiled off the engine's thread, by [`GrammarCompiler`]; knows no
-//! request and no device.
+//! none, and are [`MAX_MATCHER_BYTES`] at most. Compiled off the engine's thread, by [`GrammarCompiler`], strangers'
+//! after a trial in a process that can be stopped, a [`sandbox`]; knows no request and no device.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,18 +12,21 @@ use std::sync::Arc;
 
 use llguidance::TokenParser;
 use llguidance::api::StopReason;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::request::TokenId;
 
+mod build;
 mod cache;
 mod compile;
+pub mod sandbox;
 mod vocabulary;
 
 pub use compile::{CheckedSource, Compilation, GrammarCompiler, GrammarError};
 
 /// A grammar as it is written.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum GrammarSource {
     /// A schema of JSON, an object.
     JsonSchema(Value),
@@ -36,7 +39,7 @@ impl GrammarSource {
     /// All of it as one part of a rule of Lark.
     pub fn expression(&self) -> String {
         match self {
-            GrammarSource::JsonSchema(schema) => format!("%json {}", compile::with_json_options(schema.clone())),
+            GrammarSource::JsonSchema(schema) => format!("%json {}", build::with_json_options(schema.clone())),
             GrammarSource::Regex(regex) => format!("/{}/", llguidance::regex_to_lark(regex, "")),
             GrammarSource::Lark(lark) => format!("%lark {{\n{lark}\n}}"),
         }
@@ -133,7 +136,7 @@ impl Matcher {
         }
         match mask.iter().any(|word| *word != 0) {
             true => Ok(()),
-            false => Err(self.fail(compile::NOTHING_FOLLOWS)),
+            false => Err(self.fail(build::NOTHING_FOLLOWS)),
         }
     }
 
@@ -177,7 +180,7 @@ impl Matcher {
 }
 
 fn problem(error: impl ToString) -> String {
-    compile::first_line(&error.to_string()).to_owned()
+    build::first_line(&error.to_string()).to_owned()
 }
 
 impl fmt::Debug for Grammar {

@@ -10,7 +10,8 @@
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
 //! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long.
-//! - What a text must follow is a [`grammar`], compiled before its request comes in.
+//! - What a text must follow is a [`grammar`], compiled before its request comes in: a stranger's is tried in a
+//!   process of its own first.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it, and makes a
 //!   device that was lost anew. What it sees of a device's time goes to [`limits`], which says what holds it back.
 //! - The engines of a model, one for each device, are a [`fleet`]: it lets requests in, and its router says which

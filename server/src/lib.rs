@@ -16,6 +16,7 @@ pub mod http;
 pub mod live;
 pub mod log;
 pub mod run;
+pub mod sandbox;
 pub mod serve;
 pub mod simulate;
 pub mod start;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command, LogFormat};
 use fullbore::log::{FlushedLog, Log, log_panics};
-use fullbore::{bench, device_report, devices, fetch, run, serve, simulate, top, tune, verify};
+use fullbore::{bench, device_report, devices, fetch, run, sandbox, serve, simulate, top, tune, verify};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -50,6 +50,7 @@ fn command(command: Command, log: &Log) -> Result<(), Box<dyn Error>> {
         Command::Tune(args) => tune::run(&args)?,
         Command::Fetch { model } => println!("{}", fetch::fetch(&model)?.display()),
         Command::Simulate(args) => simulate::simulate(&args)?,
+        Command::TryGrammars => sandbox::serve()?,
         Command::Bench { command: BenchCommand::Offline(args) } => bench::offline(&args)?,
         Command::Bench { command: BenchCommand::Latency(args) } => bench::latency(&args)?,
         Command::Bench { command: BenchCommand::Serve(args) } => bench::serve(&args)?,

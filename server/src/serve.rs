@@ -27,6 +27,7 @@ use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, descriptors, routes};
 use crate::live;
 use crate::log::Log;
+use crate::sandbox::sandbox;
 use crate::start::{self, Plan, StartError};
 use crate::traces::Tracer;
 
@@ -254,7 +255,8 @@ fn load(models: &[ServedArgs], shares: &HashMap<String, Share>) -> Result<Vec<Se
         let loaded = start::load(plans).map_err(|error| error.of_model(&name, is_alone))?;
         let title = if is_alone { String::new() } else { format!("{name}\n") };
         eprintln!("{title}{}", loaded.times);
-        Ok(ServedModel { shares: shares.clone(), ..loaded })
+        let grammars = loaded.grammars.with_sandbox(sandbox());
+        Ok(ServedModel { shares: shares.clone(), grammars, ..loaded })
     };
     start::by_model(plans).into_iter().map(load).collect()
 }

@@ -8,6 +8,7 @@ its own on a free port of 127.0.0.1. Ends with `N passed, N failed`, and with st
 
 import concurrent.futures
 import contextlib
+import glob
 import json
 import os
 import re
@@ -203,6 +204,21 @@ def forms_are_followed(server):
         raise AssertionError("a broken regex was taken")
     except openai.BadRequestError as error:
         assert error.param == "structured_outputs.regex", error
+
+
+def a_form_that_never_ends_is_stopped(server):
+    def busy():
+        """Of the server's own processes, those that run or may."""
+        pids = [pid for path in glob.glob(f"/proc/{server.process.pid}/task/*/children") for pid in open(path).read().split()]
+        assert pids, "forms are tried in no process"
+        return [pid for pid in pids if open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "R"]
+
+    form = {"guided_json": {"type": "integer", "multipleOf": 20_000_003}}
+    status, text = server.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, **form})
+    assert status == 400 and "make it simpler" in text, text
+    status, text = server.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, "guided_regex": "[a-d]{3}"})
+    assert status == 200, text
+    assert busy() == [], "what was refused goes on"
 
 
 def functions_are_called(server):
@@ -458,8 +474,8 @@ COMMANDS = [devices_are_listed, a_dry_run_prints_the_table_alone, one_prompt_is_
             an_interrupted_bench_leaves_what_is_whole]
 EVERYWHERE = [models_are_listed, page_is_served, sixteen_streams_equal_each_alone]
 ON_CPU = [chat_streams_what_it_says, truncation_is_length_and_stop_is_stop, logprobs_and_echo, seeds_repeat, prompts_as_ids_and_lists,
-          forms_are_followed, functions_are_called, texts_become_tokens, bad_input_is_named, a_dropped_client_frees_its_blocks,
-          *clients.TESTS]
+          forms_are_followed, a_form_that_never_ends_is_stopped, functions_are_called, texts_become_tokens, bad_input_is_named,
+          a_dropped_client_frees_its_blocks, *clients.TESTS]
 
 
 def run(name, test, *arguments):

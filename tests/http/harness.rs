@@ -29,6 +29,8 @@ use fullbore_engine::request::Share;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+use crate::grammar::test_sandbox;
+
 /// How steps end.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Pace {
@@ -137,6 +139,8 @@ pub(super) struct Setup {
     /// The folder for prices of steps.
     pub(super) costs: Option<PathBuf>,
     pub(super) loaded: bool,
+    /// Whether forms are tried in processes of their own, as `fullbore serve` does.
+    pub(super) sandboxed: bool,
     pub(super) bundle: fn(&mut Bundle),
 }
 
@@ -161,6 +165,7 @@ impl Default for Setup {
             shares: Vec::new(),
             costs: None,
             loaded: true,
+            sandboxed: false,
             bundle: |_| {},
         }
     }
@@ -210,6 +215,9 @@ impl Harness {
 
     pub(super) fn load(&self, setup: &Setup) {
         let mut model = setup.plan_behind(self.gate.clone()).load().expect("the simulator loads");
+        if setup.sandboxed {
+            model.grammars = model.grammars.with_sandbox(test_sandbox());
+        }
         model.shares = setup.shares.iter().map(|&(name, share)| (name.to_owned(), share)).collect();
         self.server.as_ref().expect("running").set_models(vec![model]);
     }

@@ -8,9 +8,9 @@ use super::*;
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A server that knows alice and bob.
-fn of_two(setup: Setup) -> Harness {
-    let keys = keys("the-key-of-alice alice\nthe-key-of-bob bob");
+/// A server that knows alice and bob, and carol and dave.
+fn of_four(setup: Setup) -> Harness {
+    let keys = keys("the-key-of-alice alice\nthe-key-of-bob bob\nthe-key-of-carol carol\nthe-key-of-dave dave");
     Setup { access: Access::new(LOCAL, keys, &["*".to_owned()], &[]), ..setup }.start()
 }
 
@@ -30,7 +30,7 @@ fn slow_form(seed: usize) -> Value {
 
 #[test]
 fn slow_grammars_of_one_client_hold_up_nobody_elses() {
-    let server = of_two(Setup::default());
+    let server = of_four(Setup::default());
     std::thread::scope(|scope| {
         let server = &server;
         let ask = |seed: usize| move || ask_as(server, "the-key-of-alice", &slow_form(seed)).status;
@@ -53,9 +53,40 @@ fn slow_grammars_of_one_client_hold_up_nobody_elses() {
     });
 }
 
+/// As many as have all the turns there are, from several clients; each is stopped when its time is over.
+#[test]
+fn forms_that_never_end_keep_nobody_from_a_form() {
+    let server = of_four(Setup { sandboxed: true, ..Setup::default() });
+    std::thread::scope(|scope| {
+        let server = &server;
+        let ask = |index: usize| {
+            let key = format!("the-key-of-{}", ["alice", "bob", "carol"][index % 3]);
+            // Each is another.
+            let form = json!({"guided_json": {"type": "integer", "multipleOf": 20_000_003 + index}});
+            move || ask_as(server, &key, &form)
+        };
+        let endless: Vec<_> = (0..9).map(|index| scope.spawn(ask(index))).collect();
+        let mut num_answered = 0;
+        while endless.iter().any(|endless| !endless.is_finished()) {
+            let form = json!({"guided_regex": format!("[a-f]{{{}}}", 2 + num_answered)});
+            let reply = ask_as(server, "the-key-of-dave", &form);
+            assert_eq!(reply.status, 200, "{reply:?}");
+            num_answered += 1;
+        }
+        assert!(num_answered >= 2, "{num_answered} answers came meanwhile");
+        for endless in endless {
+            let error = endless.join().expect("an answer").error(400);
+            assert!(error["message"].as_str().is_some_and(|message| message.contains("longer than")), "{error}");
+        }
+    });
+    // Nothing of it goes on, so that all turns are there.
+    let forms = (0..4).map(|index| json!({"guided_regex": format!("[x-z]{{{}}}", 2 + index)}));
+    assert!(forms.into_iter().all(|form| ask_as(&server, "the-key-of-alice", &form).status == 200));
+}
+
 #[test]
 fn one_form_is_compiled_once_for_all_who_ask_at_the_same_time() {
-    let server = of_two(Setup::default());
+    let server = of_four(Setup::default());
     std::thread::scope(|scope| {
         let server = &server;
         let ask = |index: usize| {
@@ -155,7 +186,7 @@ fn half_a_body(server: &Harness, key: &str, num_bytes: usize) -> TcpStream {
 #[test]
 fn bodies_that_wait_are_bounded_together_and_leave_room_for_others() {
     let limits = Limits { max_bytes_of_bodies: 2 << 20, ..Limits::default() };
-    let server = of_two(Setup { limits, ..Setup::default() });
+    let server = of_four(Setup { limits, ..Setup::default() });
     let kept = |server: &Harness| {
         let raw =
             "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer the-key-of-bob\r\n\r\n";

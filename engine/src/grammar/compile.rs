@@ -1,27 +1,28 @@
 //! From the source of a grammar to one that can be followed, for strangers' sources.
 //!
-//! Invariant: whoever asks has an answer after [`DEADLINE`]. A compilation is bounded in size, nesting and work before
-//! and while it runs; how many run at a time, late ones included, is the caller's to see to, by what it has them hold.
-//! An error is a sentence about the source, and nothing half compiled is ever given.
+//! Invariant: whoever asks has an answer after [`DEADLINE`], twice that where there is a sandbox. A source is bounded
+//! in size and nesting before it is tried; in a sandbox what takes longer is stopped, and without one it goes on for
+//! as long as it takes. How many run at a time, late ones included, is the caller's to see to, by what it has them
+//! hold. An error is a sentence about the source, and nothing half compiled is ever given.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use llguidance::ParserFactory;
-use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::build::{Builder, STACK_BYTES};
 use super::cache::Cache;
-use super::{Compiled, Grammar, GrammarSource, MAX_MATCHER_BYTES, vocabulary};
+use super::sandbox::Sandbox;
+use super::vocabulary::Vocabulary;
+use super::{Grammar, GrammarSource};
 use crate::deadline::{Lost, with_deadline};
 use crate::request::TokenId;
 use crate::text::Tokenizer;
 
 /// For a grammar from its source to its first mask.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// Only pages that are used cost memory.
-const STACK_BYTES: usize = 256 << 20;
 const MAX_SCHEMA_BYTES: usize = 64 << 10;
 /// Of a regex or of Lark, which may hold the schemas of many tools.
 const MAX_SOURCE_BYTES: usize = 256 << 10;
@@ -29,12 +30,8 @@ const MAX_SOURCE_BYTES: usize = 256 << 10;
 const MAX_SCHEMA_DEPTH: usize = 32;
 /// Brackets of all kinds within each other in a regex or a Lark grammar.
 const MAX_NESTING: usize = 200;
-/// Of a sequence, at 1 to 2 KiB each.
-const MAX_LEXER_STATES: usize = 8192;
-/// White space between the tokens of JSON at most: a model that likes it does not write it for ever.
-const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum GrammarError {
     #[error("{0}")]
     Invalid(String),
@@ -46,6 +43,8 @@ pub enum GrammarError {
     TooManyStates { num_bytes: usize, max_bytes: usize },
     #[error("it takes longer than {deadline:?} to compile; make it simpler")]
     TooSlow { deadline: Duration },
+    #[error("it takes more memory to compile than it may have; make it simpler")]
+    TooMuchMemory,
     /// No fault of the source's; the same may succeed later.
     #[error("it was not compiled: {0}")]
     NotStarted(String),
@@ -61,30 +60,35 @@ pub struct CheckedSource {
 pub type Compilation = Result<Grammar, GrammarError>;
 
 /// Compiles grammars for one tokenizer.
-pub struct GrammarCompiler(Arc<Shared>);
-
-struct Shared {
+pub struct GrammarCompiler {
     tokenizer: Arc<Tokenizer>,
     stop_ids: Vec<TokenId>,
     /// Of the model, which may have more than the tokenizer's.
     vocab_size: u32,
     /// Made for the first grammar.
-    factory: OnceLock<Result<ParserFactory, String>>,
+    builder: OnceLock<Result<Arc<Builder>, GrammarError>>,
     cache: Mutex<Cache<Compilation>>,
     num_compiled: AtomicU64,
+    sandbox: Option<Sandbox>,
 }
 
 impl GrammarCompiler {
     /// Texts end with one of `stop_ids`.
     pub fn new(tokenizer: Arc<Tokenizer>, stop_ids: Vec<TokenId>, vocab_size: u32) -> GrammarCompiler {
-        GrammarCompiler(Arc::new(Shared {
+        GrammarCompiler {
             tokenizer,
             stop_ids,
             vocab_size,
-            factory: OnceLock::new(),
+            builder: OnceLock::new(),
             cache: Mutex::default(),
             num_compiled: AtomicU64::new(0),
-        }))
+            sandbox: None,
+        }
+    }
+
+    /// The same, for strangers' sources: each is tried in `sandbox` first.
+    pub fn with_sandbox(self, sandbox: Sandbox) -> GrammarCompiler {
+        GrammarCompiler { sandbox: Some(sandbox), ..self }
     }
 
     /// Blocks until the grammar is compiled, or known, or will not be in time.
@@ -94,36 +98,39 @@ impl GrammarCompiler {
 
     /// The same; `held` is dropped when nothing works on it any more, which may be later.
     pub fn compile_checked<T: Send + 'static>(&self, source: &CheckedSource, held: T) -> Compilation {
-        let slot = lock(&self.0.cache).slot(&source.key);
+        let slot = lock(&self.cache).slot(&source.key);
         let made = slot.get_or_init(|| self.make(source, held)).clone();
         if let Err(GrammarError::TooSlow { .. } | GrammarError::NotStarted(_)) = &made {
-            lock(&self.0.cache).forget(&source.key);
+            lock(&self.cache).forget(&source.key);
         }
         made
     }
 
     /// What came of this source, where it was compiled lately.
     pub fn known(&self, source: &CheckedSource) -> Option<Compilation> {
-        lock(&self.0.cache).known(&source.key)
+        lock(&self.cache).known(&source.key)
     }
 
     /// Compilations that were begun.
     pub fn num_compiled(&self) -> u64 {
-        self.0.num_compiled.load(Ordering::Relaxed)
+        self.num_compiled.load(Ordering::Relaxed)
     }
 
     fn make<T: Send + 'static>(&self, source: &CheckedSource, held: T) -> Compilation {
         // Once for the tokenizer, whatever it takes: no fault of this grammar.
-        let _ = self.0.factory();
-        self.0.num_compiled.fetch_add(1, Ordering::Relaxed);
-        let (shared, grammar) = (self.0.clone(), source.source.clone());
+        let builder = self.builder()?;
+        self.num_compiled.fetch_add(1, Ordering::Relaxed);
+        if let Some(sandbox) = &self.sandbox {
+            sandbox.try_source(|| self.vocabulary(), &source.source, DEADLINE)?;
+        }
+        let grammar = source.source.clone();
         let work = move || {
             let _held = held;
-            shared.build(grammar)
+            builder.build(grammar)
         };
         match with_deadline("grammar", STACK_BYTES, DEADLINE, work) {
             Ok(Ok((grammar, num_bytes))) => {
-                lock(&self.0.cache).measured(&source.key, num_bytes);
+                lock(&self.cache).measured(&source.key, num_bytes);
                 Ok(grammar)
             }
             Ok(Err(error)) => Err(error),
@@ -132,6 +139,14 @@ impl GrammarCompiler {
             Err(Lost::Failed(problem)) => Err(GrammarError::Invalid(problem)),
             Err(Lost::NotStarted(problem)) => Err(GrammarError::NotStarted(problem)),
         }
+    }
+
+    fn builder(&self) -> Result<Arc<Builder>, GrammarError> {
+        self.builder.get_or_init(|| Builder::new(&self.vocabulary()).map(Arc::new)).clone()
+    }
+
+    fn vocabulary(&self) -> Vocabulary {
+        Vocabulary::new(&self.tokenizer, &self.stop_ids, self.vocab_size)
     }
 }
 
@@ -166,63 +181,6 @@ impl CheckedSource {
     }
 }
 
-impl Shared {
-    fn factory(&self) -> &Result<ParserFactory, String> {
-        self.factory.get_or_init(|| {
-            let mut factory = vocabulary::factory(&self.tokenizer, &self.stop_ids)?;
-            factory.quiet();
-            let limits = factory.limits_mut();
-            // A mask of more work would hold up everybody's step.
-            limits.step_lexer_fuel = 100_000;
-            limits.max_lexer_states = MAX_LEXER_STATES;
-            limits.verbose_errors = false;
-            Ok(factory)
-        })
-    }
-
-    /// A grammar whose first mask is computed, and the bytes that it takes.
-    fn build(&self, source: GrammarSource) -> Result<(Grammar, usize), GrammarError> {
-        let invalid = |error: &dyn ToString| GrammarError::Invalid(first_line(&error.to_string()).to_owned());
-        let factory = self.factory().as_ref().map_err(|problem| invalid(problem))?;
-        let grammar = match source {
-            GrammarSource::JsonSchema(schema) => GrammarWithLexer::from_json_schema(with_json_options(schema)),
-            GrammarSource::Regex(regex) => GrammarWithLexer::from_regex(&regex),
-            GrammarSource::Lark(lark) => GrammarWithLexer::from_lark(lark),
-        };
-        let parser = factory.create_parser(TopLevelGrammar::from_grammar(grammar));
-        let mut parser = parser.map_err(|error| invalid(&error))?;
-        parser.start_without_prompt();
-        parser.compute_mask().map_err(|error| invalid(&error))?;
-        let num_bytes = parser.parser.lexer_stats().num_bytes;
-        if num_bytes > MAX_MATCHER_BYTES {
-            return Err(GrammarError::TooManyStates { num_bytes, max_bytes: MAX_MATCHER_BYTES });
-        }
-        let grammar = Grammar(Arc::new(Compiled { fresh: parser, num_bytes, vocab_size: self.vocab_size }));
-        let mut mask = vec![0; self.vocab_size.div_ceil(32) as usize];
-        grammar.matcher().mask(&mut mask).map_err(|error| invalid(&error))?;
-        Ok((grammar, num_bytes))
-    }
-}
-
-/// A schema with our own options for how its JSON is written, whatever it brought.
-pub(super) fn with_json_options(mut schema: Value) -> Value {
-    if let Some(fields) = schema.as_object_mut() {
-        fields.insert("x-guidance".to_owned(), json!({"whitespace_pattern": JSON_SPACE}));
-    }
-    schema
-}
-
-/// What llguidance says, without the state that it dumps.
-pub(super) fn first_line(problem: &str) -> &str {
-    let end = problem.find("\n<").unwrap_or(problem.len());
-    match problem[..end].trim() {
-        "NoExtensionBias" => NOTHING_FOLLOWS,
-        problem => problem,
-    }
-}
-
-pub(super) const NOTHING_FOLLOWS: &str = "no token of the model can follow";
-
 /// Levels of lists and objects.
 fn depth(value: &Value) -> usize {
     match value {
@@ -254,6 +212,6 @@ fn nesting(text: &str) -> usize {
 }
 
 /// What is locked is whole after every write, so a panic elsewhere leaves it usable.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

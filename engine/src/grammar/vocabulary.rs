@@ -8,24 +8,44 @@ use std::sync::Arc;
 use llguidance::ParserFactory;
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
+use serde::{Deserialize, Serialize};
 
 use crate::request::TokenId;
 use crate::text::Tokenizer;
 
-/// What makes parsers for `tokenizer`, whose texts end with one of `stop_ids`.
-pub(super) fn factory(tokenizer: &Tokenizer, stop_ids: &[TokenId]) -> Result<ParserFactory, String> {
-    let mut words: Vec<Vec<u8>> = (0..tokenizer.vocab_size() as u32).map(|id| word(tokenizer, TokenId(id))).collect();
-    let mut ends: Vec<u32> = stop_ids.iter().map(|id| id.0).filter(|id| (*id as usize) < words.len()).collect();
-    if ends.is_empty() {
-        // A model without one: a token beyond the vocabulary, which it cannot choose.
-        ends.push(words.len() as u32);
-        words.push(Vec::new());
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Vocabulary {
+    /// The bytes of each token in a grammar.
+    words: Vec<Vec<u8>>,
+    /// Of which one ends a text; the first is always there.
+    ends: Vec<u32>,
+    /// Of the model.
+    pub vocab_size: u32,
+}
+
+impl Vocabulary {
+    /// Of `tokenizer`, whose texts end with one of `stop_ids`.
+    pub fn new(tokenizer: &Tokenizer, stop_ids: &[TokenId], vocab_size: u32) -> Vocabulary {
+        let mut words: Vec<Vec<u8>> =
+            (0..tokenizer.vocab_size() as u32).map(|id| word(tokenizer, TokenId(id))).collect();
+        let mut ends: Vec<u32> = stop_ids.iter().map(|id| id.0).filter(|id| (*id as usize) < words.len()).collect();
+        if ends.is_empty() {
+            // A model without one: a token beyond the vocabulary, which it cannot choose.
+            ends.push(words.len() as u32);
+            words.push(Vec::new());
+        }
+        Vocabulary { words, ends, vocab_size }
     }
-    let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, ends[0]), &words).with_eos_tokens(&ends);
-    let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-    let slices = SlicedBiasComputer::general_slices();
-    let factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices);
-    factory.map_err(|error| error.to_string())
+
+    /// What makes parsers.
+    pub fn factory(&self) -> Result<ParserFactory, String> {
+        let info = TokRxInfo::new(self.words.len() as u32, self.ends[0]);
+        let trie = TokTrie::from(&info, &self.words).with_eos_tokens(&self.ends);
+        let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let slices = SlicedBiasComputer::general_slices();
+        let factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices);
+        factory.map_err(|error| error.to_string())
+    }
 }
 
 /// The bytes of a token in a grammar; none for one that no text needs.

@@ -47,12 +47,12 @@ const LONG_BYTES: usize = 16 << 10;
 const MAX_SHORT: usize = 64;
 /// Bodies of which one field is looked for, at a time.
 const MAX_LOOKS: usize = 1;
-/// Compilations at a time, late ones included, and of one client.
+/// Compilations at a time, and of one client.
 const MAX_GRAMMARS: usize = 4;
 const MAX_GRAMMARS_EACH: usize = 2;
 const TEXT_WAIT: Duration = Duration::from_secs(300);
 /// For a turn to compile a grammar.
-const GRAMMAR_WAIT: Duration = Duration::from_secs(2);
+const GRAMMAR_WAIT: Duration = Duration::from_secs(10);
 /// For what somebody compiles on a turn of his own.
 const FLIGHT_WAIT: Duration = Duration::from_secs(10);
 const BUSY: &str = "grammars are being compiled";
