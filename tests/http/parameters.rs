@@ -144,6 +144,15 @@ fn what_is_known_and_not_there_is_refused_by_name() {
             ("modalities", json!(["text", "audio"]), json!(["text"])),
             ("chat_template", json!("{{ messages }}"), Value::Null),
             ("prompt_embeds", json!("x"), Value::Null),
+            ("mirostat", json!(2), json!(0)),
+            ("typical_p", json!(0.5), json!(1.0)),
+            ("repeat_penalty", json!(1.1), json!(1)),
+            ("xtc_probability", json!(0.5), json!(0.0)),
+            ("dry_multiplier", json!(0.8), json!(0)),
+            ("dynatemp_range", json!(0.5), json!(0)),
+            ("top_n_sigma", json!(1.0), json!(-1)),
+            ("logits_processors", json!(["x"]), json!([])),
+            ("n_predict", json!(8), json!(-1)),
         ] {
             assert_eq!(with(name, value).error(400)["param"], name);
             assert_eq!(with(name, harmless).status, 200, "{name}");

@@ -172,6 +172,8 @@ fn what_is_not_stateless_or_not_text_is_refused_by_name() {
         (json!({"tools": tools(), "tool_choice": {"type": "function", "name": "no"}}), "tool_choice"),
         (json!({"text": {"format": {"type": "xml"}}}), "text.format"),
         (json!({"text": {"format": {"type": "json_schema"}}}), "text.format"),
+        (json!({"text": {"verbosity": "low"}}), "verbosity"),
+        (json!({"typical_p": 0.5}), "typical_p"),
         (json!({"max_output_tokens": 0}), "max_output_tokens"),
         (json!({"input": "word ".repeat(50_000)}), "input"),
     ];

@@ -89,8 +89,12 @@ pub fn wrong(name: &str, value: &Value, expected: impl Display) -> ApiError {
 
 fn changes_nothing(name: &str, value: &Value) -> bool {
     match name {
-        "best_of" => value.as_f64() == Some(1.0),
-        "top_logprobs" => value.as_f64() == Some(0.0),
+        "best_of" | "repeat_penalty" | "typical_p" => value.as_f64() == Some(1.0),
+        "dry_multiplier" | "dynatemp_range" | "mirostat" | "top_logprobs" | "xtc_probability" => {
+            value.as_f64() == Some(0.0)
+        }
+        // Below 0 it is llama.cpp's way to say no limit.
+        "n_predict" | "top_n_sigma" => value.as_f64() == Some(-1.0),
         "skip_special_tokens" => *value == true,
         "modalities" => *value == json!(["text"]),
         "truncation" => *value == "disabled",

@@ -15,8 +15,9 @@ use super::sampling::{self, MAX_CHOICES, MAX_LOGPROBS, Own};
 use super::{Endpoint, ServedModel, logprobs, unix_seconds};
 use crate::http::error::ApiError;
 
-/// Fields that change the answer and that we do not have: OpenAI's, vLLM's, and what other servers take a grammar by.
-pub const UNSUPPORTED: [&str; 23] = [
+/// Fields that change the answer and that we do not have: OpenAI's, vLLM's, and what other servers take a length or a
+/// grammar by.
+pub const UNSUPPORTED: [&str; 24] = [
     "audio",
     "bad_words",
     "chat_template",
@@ -30,6 +31,7 @@ pub const UNSUPPORTED: [&str; 23] = [
     "include_stop_str_in_output",
     "json_schema",
     "modalities",
+    "n_predict",
     "prediction",
     "prompt_embeds",
     "regex",

@@ -81,8 +81,9 @@ fn option<'a>(fields: &Fields<'a>, object: &str, name: &str) -> Result<Option<&'
 /// `text.format`.
 fn constraint(fields: &Fields) -> Result<Option<Constraint>, ApiError> {
     const PARAM: &str = "text.format";
-    let format = fields.object("text")?.map(|text| text.object("format")).transpose()?.flatten();
-    let Some(format) = format else { return Ok(None) };
+    let Some(text) = fields.object("text")? else { return Ok(None) };
+    text.refuse(&["verbosity"])?;
+    let Some(format) = text.object("format")? else { return Ok(None) };
     match format.string("type")? {
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(Constraint::any_json(PARAM))),

@@ -23,6 +23,18 @@ pub const MAX_LOGPROBS: i64 = request::MAX_LOGPROBS as i64;
 pub const MAX_STOPS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 256;
 
+/// Ways to choose that others have and we do not.
+const UNSUPPORTED: [&str; 8] = [
+    "dry_multiplier",
+    "dynatemp_range",
+    "logits_processors",
+    "mirostat",
+    "repeat_penalty",
+    "top_n_sigma",
+    "typical_p",
+    "xtc_probability",
+];
+
 /// What not all dialects have, or call the same.
 #[derive(Clone, Debug, Default)]
 pub struct Own<'a> {
@@ -58,6 +70,7 @@ pub struct Prompt {
 
 impl Sampling {
     pub fn read(model: &ServedModel, client: &Client, fields: &Fields, own: Own) -> Result<Sampling, ApiError> {
+        fields.refuse(&UNSUPPORTED)?;
         let top_p = fields.number("top_p", 0.0..=1.0)?.or(model.defaults.top_p).unwrap_or(1.0);
         if top_p <= 0.0 {
             return Err(ApiError::invalid("top_p", "top_p is 0; it must be above 0 and at most 1"));
