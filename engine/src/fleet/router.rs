@@ -8,6 +8,7 @@
 //! Invariant: what is counted of a replica is the sum over its placements, each counted from [`Router::place`] until
 //! it is given back; nobody is asked how busy they are. How long answers are is learnt from those that ended.
 
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use super::ReplicaId;
@@ -56,8 +57,9 @@ pub struct Router {
     replicas: Vec<Replica>,
     holders: Holders,
     block_size: u32,
-    /// By replica, of the request that is being placed.
+    /// By replica, of the request that is being placed: what is there of its prompt, and when it would end.
     cached_tokens: Vec<u32>,
+    finish_ns: Vec<f64>,
     /// Where the next search begins.
     turn: usize,
     answers: AnswerLength,
@@ -91,6 +93,9 @@ struct AnswerLength {
 const MEMORY: u32 = 256;
 /// What is expected before any answer has ended.
 const FIRST_GUESS: f64 = 128.0;
+/// Predictions that differ by this share are a tie, for prices are known no better: of such the one goes first that has
+/// more of the prompt.
+const TIE: f64 = 0.02;
 /// A request that waits is moved where it is predicted to end in this share of the time, or less.
 const WORTH_A_MOVE: f64 = 0.9;
 
@@ -103,6 +108,7 @@ impl Router {
             holders: Holders::new(num_replicas),
             block_size,
             cached_tokens: vec![0; traits.len()],
+            finish_ns: Vec::with_capacity(traits.len()),
             turn: 0,
             answers: AnswerLength { mean: FIRST_GUESS, num_ended: 0 },
         }
@@ -112,20 +118,22 @@ impl Router {
     pub fn place(&mut self, ask: Ask) -> Option<Placement> {
         self.find_cached(ask);
         let owed_tokens = self.answers.expected(ask.max_tokens);
-        let num_replicas = self.replicas.len();
-        let mut best: Option<(f64, usize)> = None;
-        for index in (self.turn..num_replicas).chain(0..self.turn) {
-            let replica = &self.replicas[index];
-            if replica.is_open {
-                let ns = replica.finish_ns(ask.prompt_tokens, self.cached_tokens[index], owed_tokens);
-                if best.is_none_or(|(least, _)| ns < least) {
-                    best = Some((ns, index));
-                }
-            }
+        let finish_ns = |(replica, cached): (&Replica, &u32)| match replica.is_open {
+            true => replica.finish_ns(ask.prompt_tokens, *cached, owed_tokens),
+            false => f64::INFINITY,
+        };
+        self.finish_ns.clear();
+        self.finish_ns.extend(self.replicas.iter().zip(&self.cached_tokens).map(finish_ns));
+        let least = self.finish_ns.iter().copied().fold(f64::INFINITY, f64::min);
+        if least == f64::INFINITY {
+            return None;
         }
-        let (predicted_ns, index) = best?;
+        let num_replicas = self.replicas.len();
+        let round = (self.turn..num_replicas).chain(0..self.turn);
+        let tied = round.filter(|&index| self.finish_ns[index] <= least * (1.0 + TIE));
+        let index = tied.min_by_key(|&index| Reverse(self.cached_tokens[index])).expect("the least is among them");
         self.turn = (index + 1) % num_replicas;
-        Some(self.put(index, ask, owed_tokens, predicted_ns as u64))
+        Some(self.put(index, ask, owed_tokens, self.finish_ns[index] as u64))
     }
 
     /// Counts a request on a replica that somebody else has chosen.
@@ -361,6 +369,24 @@ mod tests {
         let places: Vec<Placement> = (0..8).map(|_| place(&mut router)).collect();
         let ids: Vec<u16> = places.iter().map(|placement| placement.replica.0).collect();
         assert_eq!(ids, [0, 1, 2, 3, 0, 1, 2, 3]);
+    }
+
+    /// Prices that were measured are never the same, and one client alone leaves all queues empty.
+    #[test]
+    fn nearly_equal_replicas_take_turns_but_for_a_prefix() {
+        let mut router = router(&[1.0, 1.01, 0.995, 0.9]);
+        let alone = |router: &mut Router, ask: Ask| {
+            let placement = router.place(ask).expect("open");
+            let replica = placement.replica.0;
+            router.withdraw(placement);
+            replica
+        };
+        let turns: Vec<u16> = (0..6).map(|_| alone(&mut router, ask(&[]))).collect();
+        assert_eq!(turns, [0, 1, 2, 0, 1, 2]);
+        // One block of it saves less than the difference is.
+        let shared = chain(7, 24);
+        router.tell(ReplicaId(2), BlockEvent::Stored(shared[0]));
+        assert!((0..6).all(|_| alone(&mut router, ask(&shared)) == 2));
     }
 
     #[test]
