@@ -4,7 +4,7 @@ CACHE := $(or $(FULLBORE_CACHE),$(HOME)/.cache/fullbore)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: serve test test-full test-e2e fuzz test-fresh verify bench bench-lavapipe models drivers toolchain
+.PHONY: serve test test-full test-e2e fuzz test-fresh verify bench bench-lavapipe models ptx drivers toolchain
 
 # Builds the server, fetches the default model and serves it.
 serve: toolchain
@@ -49,6 +49,10 @@ bench-lavapipe: toolchain drivers
 # The two models and the tokenizer vectors that tests read, into $(CACHE).
 models: toolchain
 	@scripts/models.sh
+
+# The CUDA kernels as PTX, for machines without NVRTC, after their text has changed.
+ptx: toolchain drivers
+	@. target/cuda/env && FULLBORE_REWRITE_PTX=1 cargo test --locked --workspace --test fullbore ptx_that_is_shipped
 
 drivers:
 	@scripts/lavapipe.sh

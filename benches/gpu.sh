@@ -13,7 +13,8 @@
 #
 # `runs.csv` says how each run went, `throughput.csv` what whole models reached and by which arithmetic, `devices.txt`
 # what there is; tables are CSV files. Where CUDA gives a GPU too, what has `cuda` in its name ran there, and all else on
-# Vulkan: kernels are compiled by NVRTC, whose folder must then be in LD_LIBRARY_PATH. All else, JSON and logs, is in `all.tar.gz`, so that few files have to travel back.
+# Vulkan; with NVRTC's folder in LD_LIBRARY_PATH its kernels are compiled there, and else what was compiled beforehand
+# is loaded. All else, JSON and logs, is in `all.tar.gz`, so that few files have to travel back.
 # It ends with 0 if all runs went well. --small does a little of each, to see on software Vulkan that the script works.
 set -euo pipefail
 size=full
@@ -89,6 +90,8 @@ big=(--weights random --shape llama-3.1-8b --max-num-seqs 32 --max-num-batched-t
 one=("${big[@]}" --num-requests 1 --prompt-tokens 16 --output-tokens 128)
 many=("${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128)
 prompts=("${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1)
+most=(--weights random --shape llama-3.1-8b --max-num-seqs 256 --max-num-batched-tokens 2048 --num-requests 256
+  --prompt-tokens 16 --output-tokens 128)
 offline 8b-decode-1 40 "${one[@]}"
 offline 8b-decode-32 40 "${many[@]}"
 offline 8b-prefill 40 "${prompts[@]}"
@@ -98,6 +101,10 @@ if grep -q '^cuda:' "$kept/devices.txt"; then
   offline 8b-decode-1-cuda 40 "${one[@]}"
   offline 8b-decode-32-cuda 40 "${many[@]}"
   offline 8b-prefill-cuda 40 "${prompts[@]}"
+  run verify-cuda-matrix-units 60 verify --arithmetic matrix-units
+  offline 8b-decode-32-cuda-matrix-units 30 "${many[@]}" --arithmetic matrix-units
+  offline 8b-prefill-cuda-matrix-units 30 "${prompts[@]}" --arithmetic matrix-units
+  offline 8b-decode-256-cuda-matrix-units 40 "${most[@]}" --arithmetic matrix-units
   run ops-8b-cuda 20 bench ops --shapes 8b --seconds 10 --csv "$kept/ops-8b-cuda.csv"
   device=$vulkan
 fi

@@ -1,37 +1,7 @@
 // Causal paged attention with an online softmax (Milakov and Gimelshein 2018): a block computes up to PAIRS pairs of a
 // row of an item and a query head of one KV head, which share its loads.
 //
-// Scores: a lane holds one position of a tile of 32. Values: a lane holds elements of the head, 32 apart. Tiles are
-// aligned to absolute positions, and cuts are CUT of these: each begins from nothing, and is merged with what earlier
-// ones gave, or left to `attention_merge`, which takes the same steps. So a row's numbers depend on its own sequence
-// alone. After FlashDecoding (Dao et al. 2023), with the cuts fixed.
-
-struct AttentionParams {
-    // (tokens, num_heads * head_dim)
-    const f32* q;
-    // [block][kv_head][token in block][head_words]
-    const u32* k_cache;
-    const u32* v_cache;
-    // (items, 7): first row, rows, row of table, position of the first row, positions covered (begin, end), partial
-    const u32* items;
-    // (slots, table_cols): block ids
-    const u32* table;
-    // (tokens, num_heads * head_dim)
-    f32* out;
-    // (cuts, num_heads * (head_dim + 2)): values, largest score, sum of weights
-    f32* partials;
-    // Of the items' rows times query heads, blocks of PAIRS.
-    u32 pair_blocks;
-    u32 num_heads;
-    u32 num_kv_heads;
-    u32 head_dim;
-    u32 table_cols;
-    u32 block_size;
-    u32 window;
-    f32 scale;
-    // 0 for none.
-    f32 soft_cap;
-};
+// Scores: a lane holds one position of a tile of 32. Values: a lane holds elements of the head, 32 apart.
 
 struct AttentionMergeParams {
     // (num_merges, 3): row of out, first cut, number of cuts
@@ -43,11 +13,9 @@ struct AttentionMergeParams {
     u32 head_dim;
 };
 
-static constexpr u32 CUT = 256;
 static constexpr u32 WARPS = 4;
 static constexpr u32 PAIRS_OF_WARP = 2;
 static constexpr u32 PAIRS = WARPS * PAIRS_OF_WARP;
-static constexpr f32 LOWEST = -3.0e38f;
 
 // What is known of some positions: their largest score, the sum of weights under it, and the values.
 template <u32 PARTS>
@@ -81,10 +49,9 @@ struct Seen {
 DEVICE void load_tile(const AttentionParams& p, const u32* cache, u32 table_row, u32 kv_head, u32 tile, u32 len, u32 stride,
                       f32* out) {
     for (u32 i = threadIdx.x; i < len * p.head_dim; i += WARPS * WARP) {
-        u32 t = i / p.head_dim, position = tile + t;
-        u32 block = p.table[table_row * p.table_cols + position / p.block_size];
-        u64 row = ((u64)block * p.num_kv_heads + kv_head) * p.block_size + position % p.block_size;
-        out[t * stride + i % p.head_dim] = kv_element(cache + row * head_words(p.head_dim), p.head_dim, i % p.head_dim);
+        u32 t = i / p.head_dim;
+        u64 place = cached_place(p, table_row, kv_head, tile + t);
+        out[t * stride + i % p.head_dim] = kv_element(cache + place * head_words(p.head_dim), p.head_dim, i % p.head_dim);
     }
 }
 

@@ -40,6 +40,7 @@ pub struct GpuInfo {
     /// As `nvidia-smi -L` has it: `GPU-` and 32 hexadecimal digits in five groups.
     pub uuid: String,
     pub architecture: u32,
+    pub num_multiprocessors: u32,
     pub driver: String,
 }
 
@@ -64,8 +65,10 @@ impl GpuInfo {
         let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let architecture = (major * 10 + minor).unsigned_abs();
+        let num_multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let num_multiprocessors = num_multiprocessors.unsigned_abs();
         let uuid = format!("GPU-{}", groups.join("-"));
-        Ok(GpuInfo { ordinal, name, uuid, architecture, driver: driver.to_owned() })
+        Ok(GpuInfo { ordinal, name, uuid, architecture, num_multiprocessors, driver: driver.to_owned() })
     }
 }
 
@@ -201,6 +204,7 @@ impl Gpu {
             name: gpu.name.clone(),
             driver: gpu.driver.clone(),
             architecture: gpu.architecture,
+            num_multiprocessors: gpu.num_multiprocessors,
             free_bytes: Some(free_bytes as u64),
         };
         Ok(Gpu {
@@ -357,7 +361,7 @@ impl Device for Gpu {
         let loaded = match self.modules.get(module) {
             Some(&loaded) => loaded,
             None => {
-                let image = compile::compile(module, self.gpu.architecture).map_err(failed)?;
+                let image = compile::image(module, self.gpu.architecture).map_err(failed)?;
                 // SAFETY: the image is a whole one, and ends in a zero where it is text.
                 let loaded = unsafe { cuda::module::load_data(image.as_ptr().cast()) };
                 let loaded = loaded.map_err(|error| failed(text(error)))?;

@@ -6,6 +6,7 @@
 
 mod gpu;
 pub mod host;
+pub mod ptx;
 mod source;
 
 use std::time::Duration;
@@ -56,6 +57,7 @@ pub struct DeviceInfo {
     pub driver: String,
     /// Compute capability, as in sm_90: 90. 0 for the host.
     pub architecture: u32,
+    pub num_multiprocessors: u32,
     /// Free bytes when it was opened.
     pub free_bytes: Option<u64>,
 }

@@ -1,119 +1,140 @@
-// `out = x @ weight^T + bias` on tensor cores: products of f16, sums in f32. A block computes 64 rows of 128 columns,
-// unit by unit through shared memory; each of its eight warps 32 of 32.
-//
-// Fragments are those of `mma.sync.m16n8k16` (PTX ISA 7.0): with g = lane / 4 and t = lane % 4, a lane holds of A the
-// pairs of columns 2t and 2t + 8 of rows g and g + 8, of B those of column g, and of D columns 2t of rows g and g + 8.
+// `out = x @ weight^T + bias` on tensor cores: products of f16, sums in f32. A block computes some rows of 128 columns in
+// one of `splits` runs of K, unit by unit: while one unit is multiplied, the next is read, decoded and put into the other
+// half of shared memory. Where K is split, `mat_mul_sum` adds the runs in order.
 
-static constexpr u32 ROWS = 64;
 static constexpr u32 COLUMNS = 128;
+static constexpr u32 THREADS = 256;
 // Words of a row of a unit in f16, and four more: eight rows then begin on different banks.
 static constexpr u32 PITCH = 16 + 4;
 
-DEVICE u32 pair_of_f16(f32 low, f32 high) {
-#ifdef FULLBORE_HOST
-    return host_to_f16(low) | (u32)host_to_f16(high) << 16;
-#else
-    u32 pair;
-    asm("{\n"
-        ".reg .f16 low, high;\n"
-        "cvt.rn.f16.f32 low, %1;\n"
-        "cvt.rn.f16.f32 high, %2;\n"
-        "mov.b32 %0, {low, high};\n"
-        "}"
-        : "=r"(pair)
-        : "f"(low), "f"(high));
-    return pair;
-#endif
-}
+// Eight warps, ROW_WARPS of them below one another; each has ROW_TILES x 16 rows of COLUMN_TILES x 8 columns.
+template <u32 ROW_WARPS, u32 ROW_TILES>
+struct Product {
+    static constexpr u32 ROWS = ROW_WARPS * ROW_TILES * 16;
+    static constexpr u32 COLUMN_TILES = COLUMNS * ROW_WARPS / 64;
+    // Groups of four values of x that a thread brings.
+    static constexpr u32 BROUGHT = (ROWS * 8 + THREADS - 1) / THREADS;
 
-// `d += a * b`, 16 x 16 by 16 x 8, by a whole warp.
-DEVICE void multiply(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#ifdef FULLBORE_HOST
-    host_mma(d, a, b);
-#elif __CUDA_ARCH__ >= 800
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[2]), "r"(a[3]), "r"(b[1]));
-#endif
-}
+    // What a thread has read of a unit, and not yet put into shared memory.
+    f32 x[BROUGHT][4];
+    Quad w[2];
 
-KERNEL(256, mat_mul_matrix, MatMulParams) {
-    __shared__ u32 x[ROWS * PITCH];
-    __shared__ u32 w[COLUMNS * PITCH];
-    u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-    u32 g = lane / 4, t = lane % 4;
-    u32 tiles = div_up(p.num_cols, COLUMNS), padded = div_up(p.num_cols, 32) * 32;
-    u32 first_column = blockIdx.x % tiles * COLUMNS, first_row = blockIdx.x / tiles * ROWS;
-    // Of this warp, in the block.
-    u32 row = warp / 4 * 32, column = warp % 4 * 32;
-    f32 sums[2][4][4];
+    DEVICE_METHOD void read_x(const MatMulParams& p, u32 first_row, u32 unit, bool aligned) {
+        bool whole = aligned && (unit + 1) * 32 <= p.inner;
 #pragma unroll
-    for (u32 m = 0; m < 2; m++)
+        for (u32 i = 0; i < BROUGHT; i++) {
+            u32 at = threadIdx.x + i * THREADS, k = unit * 32 + at % 8 * 4;
+            // Behind the last row that one is computed again, and not written.
+            const f32* from = p.x + (u64)least(first_row + at / 8, p.num_rows - 1) * p.inner + k;
+            if (whole) {
+                Floats four = *(const Floats*)from;
 #pragma unroll
-        for (u32 n = 0; n < 4; n++)
+                for (u32 j = 0; j < 4; j++) x[i][j] = four.at[j];
+            } else {
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) sums[m][n][i] = 0;
-    for (u32 unit = 0; unit < p.num_units; unit++) {
-        __syncthreads();
-        for (u32 i = thread; i < ROWS * 16; i += 256) {
-            const f32* from = p.x + (u64)least(first_row + i / 16, p.num_rows - 1) * p.inner;
-            u32 k = unit * 32 + i % 16 * 2;
-            f32 low = k < p.inner ? from[k] : 0, high = k + 1 < p.inner ? from[k + 1] : 0;
-            x[i / 16 * PITCH + i % 16] = pair_of_f16(low, high);
-        }
-        for (u32 i = thread; i < COLUMNS * 4; i += 256) {
-            // A tile beyond the last one is not there.
-            u32 own = least(first_column + i % COLUMNS, padded - 1), part = i / COLUMNS;
-            const u32* block = block_at(p.weight, own, unit, p.num_units);
-            f32 values[8];
-            eight_weights(block, unit % UNITS, part, unit_scales(block, unit % UNITS), values);
-#pragma unroll
-            for (u32 j = 0; j < 4; j++)
-                w[i % COLUMNS * PITCH + part * 4 + j] = pair_of_f16(values[2 * j], values[2 * j + 1]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (u32 k = 0; k < 16; k += 8) {
-            u32 a[2][4], b[4][2];
-#pragma unroll
-            for (u32 m = 0; m < 2; m++) {
-                const u32* top = x + (row + m * 16 + g) * PITCH + k + t;
-                a[m][0] = top[0];
-                a[m][1] = top[8 * PITCH];
-                a[m][2] = top[4];
-                a[m][3] = top[8 * PITCH + 4];
+                for (u32 j = 0; j < 4; j++) x[i][j] = k + j < p.inner ? from[j] : 0;
             }
-#pragma unroll
-            for (u32 n = 0; n < 4; n++) {
-                const u32* own = w + (column + n * 8 + g) * PITCH + k + t;
-                b[n][0] = own[0];
-                b[n][1] = own[4];
-            }
-#pragma unroll
-            for (u32 m = 0; m < 2; m++)
-#pragma unroll
-                for (u32 n = 0; n < 4; n++) multiply(sums[m][n], a[m], b[n]);
         }
     }
+
+    // Two parts of a unit of one column.
+    DEVICE_METHOD void read_w(const MatMulParams& p, u32 first_column, u32 unit) {
+        // A tile beyond the last one is not there.
+        u32 column = least(first_column + threadIdx.x % COLUMNS, div_up(p.num_cols, 32) * 32 - 1);
+        const u32* block = block_at(p.weight, column, unit, p.num_units);
+        Scales scales = unit_scales(block, unit % UNITS);
 #pragma unroll
-    for (u32 m = 0; m < 2; m++)
+        for (u32 i = 0; i < 2; i++) {
+            f32 values[8];
+            eight_weights(block, unit % UNITS, threadIdx.x / COLUMNS * 2 + i, scales, values);
 #pragma unroll
-        for (u32 n = 0; n < 4; n++)
+            for (u32 j = 0; j < 4; j++) w[i].at[j] = pair_of_f16(values[2 * j], values[2 * j + 1]);
+        }
+    }
+
+    DEVICE_METHOD void put(u32* x_unit, u32* w_unit) const {
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                u32 to_row = first_row + row + m * 16 + g + i / 2 * 8;
-                u32 to_column = first_column + column + n * 8 + 2 * t + i % 2;
-                if (to_row >= p.num_rows || to_column >= p.num_cols) continue;
-                f32 value = sums[m][n][i];
-                if (p.bias) value += p.bias[to_column];
-                p.out[(u64)to_row * p.stride + to_column] = value;
+        for (u32 i = 0; i < BROUGHT; i++) {
+            u32 at = threadIdx.x + i * THREADS;
+            if (BROUGHT * THREADS > ROWS * 8 && at >= ROWS * 8) break;
+            u32* to = x_unit + at / 8 * PITCH + at % 8 * 2;
+            to[0] = pair_of_f16(x[i][0], x[i][1]);
+            to[1] = pair_of_f16(x[i][2], x[i][3]);
+        }
+        u32* to = w_unit + threadIdx.x % COLUMNS * PITCH + threadIdx.x / COLUMNS * 8;
+        *(Quad*)to = w[0];
+        *(Quad*)(to + 4) = w[1];
+    }
+
+    DEVICE void compute(const MatMulParams& p) {
+        __shared__ Quad x_quads[2][ROWS * PITCH / 4], w_quads[2][COLUMNS * PITCH / 4];
+        u32 tiles = div_up(p.num_cols, COLUMNS), split = blockIdx.x / tiles % p.splits;
+        u32 first_column = blockIdx.x % tiles * COLUMNS, first_row = blockIdx.x / tiles / p.splits * ROWS;
+        u32 units = div_up(p.num_units, p.splits);
+        u32 begin = least(split * units, p.num_units), end = least(begin + units, p.num_units);
+        bool aligned = p.inner % 4 == 0 && (u64)p.x % 16 == 0;
+        // Of this warp, in the block.
+        u32 warp = threadIdx.x / WARP;
+        u32 row = warp % ROW_WARPS * ROW_TILES * 16, column = warp / ROW_WARPS * COLUMN_TILES * 8;
+        f32 sums[ROW_TILES][COLUMN_TILES][4];
+#pragma unroll
+        for (u32 m = 0; m < ROW_TILES; m++)
+#pragma unroll
+            for (u32 n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) sums[m][n][i] = 0;
+        Product next;
+        if (begin < end) {
+            next.read_x(p, first_row, begin, aligned);
+            next.read_w(p, first_column, begin);
+            next.put((u32*)x_quads[begin % 2], (u32*)w_quads[begin % 2]);
+        }
+        for (u32 unit = begin; unit < end; unit++) {
+            __syncthreads();
+            bool more = unit + 1 < end;
+            if (more) {
+                next.read_x(p, first_row, unit + 1, aligned);
+                next.read_w(p, first_column, unit + 1);
             }
-}
+            const u32* x_unit = (const u32*)x_quads[unit % 2];
+            const u32* w_unit = (const u32*)w_quads[unit % 2];
+#pragma unroll
+            for (u32 k = 0; k < 16; k += 8) {
+                Quad a[ROW_TILES];
+#pragma unroll
+                for (u32 m = 0; m < ROW_TILES; m++) a[m] = load_a(x_unit + (row + m * 16) * PITCH + k, PITCH);
+#pragma unroll
+                for (u32 n = 0; n < COLUMN_TILES; n += 2) {
+                    Quad b = load_two_b(w_unit + (column + n * 8) * PITCH + k, PITCH);
+#pragma unroll
+                    for (u32 m = 0; m < ROW_TILES; m++) {
+                        multiply(sums[m][n], a[m].at, b.at[0], b.at[1]);
+                        multiply(sums[m][n + 1], a[m].at, b.at[2], b.at[3]);
+                    }
+                }
+            }
+            // The other half was read before the last barrier.
+            if (more) next.put((u32*)x_quads[(unit + 1) % 2], (u32*)w_quads[(unit + 1) % 2]);
+        }
+        u32 g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        f32* out = p.out + (u64)split * p.num_rows * p.stride;
+#pragma unroll
+        for (u32 m = 0; m < ROW_TILES; m++)
+#pragma unroll
+            for (u32 n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    u32 to_row = first_row + row + m * 16 + g + i / 2 * 8;
+                    u32 to_column = first_column + column + n * 8 + 2 * t + i % 2;
+                    if (to_row >= p.num_rows || to_column >= p.num_cols) continue;
+                    f32 value = sums[m][n][i];
+                    if (p.bias) value += p.bias[to_column];
+                    out[(u64)to_row * p.stride + to_column] = value;
+                }
+    }
+};
+
+KERNEL(256, mat_mul_matrix_16, MatMulParams) { Product<1, 1>::compute(p); }
+KERNEL(256, mat_mul_matrix_32, MatMulParams) { Product<1, 2>::compute(p); }
+KERNEL(256, mat_mul_matrix_64, MatMulParams) { Product<2, 2>::compute(p); }
+KERNEL(256, mat_mul_matrix_128, MatMulParams) { Product<2, 4>::compute(p); }

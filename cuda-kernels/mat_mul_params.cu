@@ -6,11 +6,13 @@ struct MatMulParams {
     const u32* weight;
     // (num_cols), or null
     const f32* bias;
-    // (num_rows, stride), from the first column that is written
+    // (num_rows, stride), from the first column that is written; where K is split, as many of these
     f32* out;
     u32 num_rows;
     u32 inner;
     u32 num_units;
     u32 num_cols;
     u32 stride;
+    // Runs of K, of which only tensor cores have more than one.
+    u32 splits;
 };

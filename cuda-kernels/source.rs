@@ -1,5 +1,7 @@
 //! The kernels' text, put together from parts and constants.
 
+use siphasher::sip::SipHasher13;
+
 /// Kernels that are compiled together: `common.cu` and these parts, behind constants.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Module {
@@ -19,6 +21,8 @@ pub const fn all_texts() -> &'static [(&'static str, &'static str)] {
     texts!(
         "add_norm",
         "attention",
+        "attention_matrix",
+        "attention_params",
         "common",
         "embed",
         "gated_act",
@@ -26,6 +30,8 @@ pub const fn all_texts() -> &'static [(&'static str, &'static str)] {
         "mat_mul",
         "mat_mul_matrix",
         "mat_mul_params",
+        "mat_mul_sum",
+        "matrix",
         "mul_add",
         "reset_counts",
         "rms_norm",
@@ -57,6 +63,11 @@ impl Module {
         let constants = self.constants.iter().map(|(name, value)| format!("#define {name} {value}\n"));
         let parts = ["common"].iter().chain(self.parts).map(|part| text_of(part).to_owned());
         constants.chain(parts).collect()
+    }
+
+    /// By which PTX and text are held together.
+    pub fn text_hash(&self) -> u64 {
+        SipHasher13::new().hash(self.text().as_bytes())
     }
 
     /// Threads of a block of one of the kernels, and its struct of parameters; `None` if there is no such kernel.

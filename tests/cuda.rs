@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fullbore_cuda_kernels::host::Host;
+use fullbore_cuda_kernels::ptx::{Ptx, find, pack, shipped, shipped_architecture};
 use fullbore_cuda_kernels::{Module, compile};
 use fullbore_engine::backend::cuda::kernel::Kernel;
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
@@ -48,7 +49,8 @@ fn every_op_is_near_its_twin_in_both_orders() {
 
 #[test]
 fn tensor_cores_are_near_their_twin_in_both_orders() {
-    let cases: Vec<Case> = every_case().into_iter().filter(|case| case.op == "mat_mul").collect();
+    let is_on_them = |case: &Case| matches!(case.op, "mat_mul" | "attention");
+    let cases: Vec<Case> = every_case().into_iter().filter(is_on_them).collect();
     let twins = Device::twin().outputs(&cases);
     for reversed in [false, true] {
         let backend = computing_in(Arithmetic::MatrixUnits, reversed);
@@ -94,7 +96,7 @@ fn modules() -> Vec<(Module, bool)> {
     let some = [WeightFormat::BF16, WeightFormat::Q4_0, WeightFormat::Q5K];
     let mut modules = Vec::new();
     for kernel in Kernel::all() {
-        let is_hot = matches!(kernel, Kernel::MatMul(..) | Kernel::Attention(..));
+        let is_hot = matches!(kernel, Kernel::MatMul(..) | Kernel::Attention(..) | Kernel::AttentionMatrix(..));
         match kernel {
             Kernel::Embed(format) | Kernel::MatMul(format, _) if !is_full() && !some.contains(&format) => continue,
             _ => {}
@@ -128,6 +130,25 @@ fn assemble(module: &Module, architecture: u32, is_hot: bool) -> Result<(), Stri
     }
 }
 
+/// What `worker` makes of each, in order.
+fn on_both_cores<T: Sync, R: Send>(work: &[T], worker: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let run = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(piece) = work.get(index) else { return done };
+            done.push((index, worker(piece)));
+        }
+    };
+    let mut done = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..2).map(|_| scope.spawn(run)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("no worker panics")).collect::<Vec<(usize, R)>>()
+    });
+    done.sort_unstable_by_key(|(index, _)| *index);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
 /// What is not hot for the oldest one alone, but for the full run.
 #[test]
 fn every_kernel_compiles_for_each_generation_and_no_hot_one_spills() {
@@ -138,21 +159,60 @@ fn every_kernel_compiles_for_each_generation_and_no_hot_one_spills() {
             architectures.iter().map(move |architecture| (module.clone(), *architecture, is_hot))
         })
         .collect();
-    let next = AtomicUsize::new(0);
-    let worker = || {
-        let mut failed = Vec::new();
-        while let Some((module, architecture, is_hot)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(reason) = assemble(module, *architecture, *is_hot) {
-                failed.push(format!("{} for sm_{architecture}: {reason}", module.name()));
-            }
-        }
-        failed
-    };
-    let failed = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..2).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().flat_map(|worker| worker.join().expect("no worker panics")).collect::<Vec<String>>()
-    });
+    let failed: Vec<String> = on_both_cores(&work, |(module, architecture, is_hot)| {
+        let failed = assemble(module, *architecture, *is_hot).err()?;
+        Some(format!("{} for sm_{architecture}: {failed}", module.name()))
+    })
+    .into_iter()
+    .flatten()
+    .collect();
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// Every module once, whatever the format.
+fn all_modules() -> Vec<Module> {
+    let mut modules: Vec<Module> = Vec::new();
+    for kernel in Kernel::all() {
+        let (module, _) = kernel.source();
+        if !modules.contains(&module) {
+            modules.push(module);
+        }
+    }
+    modules
+}
+
+/// The archive, written anew where `FULLBORE_REWRITE_PTX` is set, as `make ptx` does; some minutes.
+#[test]
+fn ptx_that_is_shipped_is_of_this_text() {
+    let work: Vec<(Module, u32)> =
+        all_modules().into_iter().map(|module| (module.clone(), shipped_architecture(&module))).collect();
+    if std::env::var_os("FULLBORE_REWRITE_PTX").is_some() {
+        let compiled = on_both_cores(&work, |(module, architecture)| {
+            let mut text = compile(module, *architecture)?;
+            text.pop_if(|last| *last == 0);
+            let text = String::from_utf8(text).map_err(|error| error.to_string())?;
+            Ok(Ptx { name: module.name(), architecture: *architecture, hash: module.text_hash(), text })
+        });
+        let all = compiled.into_iter().collect::<Result<Vec<Ptx>, String>>().expect("every module compiles");
+        let place = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda-kernels/ptx.lzma");
+        std::fs::write(place, pack(&all).expect("memory is written")).expect("the archive can be written");
+        return;
+    }
+    assert_eq!(shipped().len(), work.len(), "`make ptx` was not run");
+    for (module, architecture) in &work {
+        let found = find(module, *architecture).map(|ptx| ptx.architecture);
+        assert_eq!(found, Some(*architecture), "{}: `make ptx` was not run", module.name());
+    }
+    // NVRTC says the same of the smallest.
+    for (module, architecture) in work.iter().filter(|(module, _)| module.constants.is_empty()) {
+        let compiled = compile(module, *architecture).unwrap_or_else(|error| panic!("{error}"));
+        let shipped = find(module, *architecture).expect("found above");
+        assert!(
+            compiled.strip_suffix(b"\0") == Some(shipped.text.as_bytes()),
+            "{} was compiled otherwise",
+            module.name()
+        );
+    }
 }
 
 #[test]

@@ -87,10 +87,11 @@ inline unsigned short host_to_f16(float value) {
 }
 
 // `d += a * b` on fragments of mma.m16n8k16, with sums in f32 along K.
-inline void host_mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    unsigned lane = threadIdx.x % 32, *words = host::exchange();
-    memcpy(words + lane * host::EXCHANGED, a, sizeof a);
-    memcpy(words + lane * host::EXCHANGED + 4, b, sizeof b);
+inline void host_mma(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) {
+    unsigned lane = threadIdx.x % 32, *words = host::exchange(), *own = words + lane * host::EXCHANGED;
+    memcpy(own, a, sizeof a);
+    own[4] = b_low;
+    own[5] = b_high;
     host::wait_for(host::WARP_WAIT);
     auto half = [&](unsigned owner, unsigned word, unsigned k) {
         return host_from_f16((unsigned short)(words[owner * host::EXCHANGED + word] >> (k % 2 * 16)));
@@ -102,6 +103,22 @@ inline void host_mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
             float right = half(column * 4 + k % 8 / 2, 4 + k / 8, k);
             d[i] = fmaf(left, right, d[i]);
         }
+    }
+    host::wait_for(host::WARP_WAIT);
+}
+
+// Four matrices, whose rows are where lanes say, as ldmatrix.x4 gives them out.
+inline void host_ldmatrix(unsigned (&words)[4], const unsigned* row) {
+    if ((uintptr_t)row % 16 != 0) {
+        fprintf(stderr, "a row of a matrix does not begin at 16 bytes\n");
+        abort();
+    }
+    unsigned lane = threadIdx.x % 32, *exchange = host::exchange();
+    memcpy(exchange + lane * host::EXCHANGED, &row, sizeof row);
+    host::wait_for(host::WARP_WAIT);
+    for (unsigned i = 0; i < 4; i++) {
+        memcpy(&row, exchange + (i * 8 + lane / 4) * host::EXCHANGED, sizeof row);
+        words[i] = row[lane % 4];
     }
     host::wait_for(host::WARP_WAIT);
 }

@@ -60,6 +60,10 @@ pub trait Around: Send {
         self.inner().mat_mul_kernels(format)
     }
 
+    fn attention_tolerance(&self) -> f32 {
+        self.inner().attention_tolerance()
+    }
+
     fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
         self.inner().mat_mul_table(shape)
     }
@@ -116,6 +120,10 @@ impl<A: Around> Backend for A {
 
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         Around::mat_mul_kernels(self, format)
+    }
+
+    fn attention_tolerance(&self) -> f32 {
+        Around::attention_tolerance(self)
     }
 
     fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {

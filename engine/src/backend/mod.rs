@@ -78,6 +78,11 @@ pub trait Backend: Send {
         Vec::new()
     }
 
+    /// By how much attention may differ from the plain cpu's, relative to the largest.
+    fn attention_tolerance(&self) -> f32 {
+        2e-5
+    }
+
     /// The table in use.
     fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
         let _ = shape;

@@ -137,7 +137,8 @@ pub fn attention(kv_type: KvType, heads: Heads) -> Case {
             out,
         };
         let ops = [stored(device, &k, &v, slots, cache)?, Op::Attention(attention)];
-        Ok(Output::f32(device.run(&ops, &[out])?, 2e-5))
+        let tolerance = device.backend().attention_tolerance();
+        Ok(Output::f32(device.run(&ops, &[out])?, tolerance))
     })
 }
 

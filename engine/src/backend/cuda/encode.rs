@@ -5,7 +5,7 @@
 use bytemuck::Pod;
 use fullbore_cuda_kernels::MAX_PARAMS;
 
-use super::kernel::{HeadDim, Kernel};
+use super::kernel::{Arithmetic, HeadDim, Kernel, MatMulVariant, MatrixPairs};
 use super::mat_mul_tables::MatMulTables;
 use super::params::*;
 use crate::backend::packing::UNIT;
@@ -27,6 +27,38 @@ pub struct Encoded {
     pub params: [u8; MAX_PARAMS],
 }
 
+/// How K is divided over blocks where the columns of a product are too few for all multiprocessors. The runs of K that
+/// a weight has depend on its shape alone.
+#[derive(Clone, Copy, Debug)]
+pub struct SplitK {
+    /// (splits, up to `ROWS`, columns)
+    pub parts: Address,
+    pub num_multiprocessors: u32,
+}
+
+impl SplitK {
+    /// Rows of a product that is split at most.
+    const ROWS: u32 = 64;
+    /// Blocks that keep a multiprocessor busy.
+    const BLOCKS: u32 = 2;
+    /// Units of a run at least: fewer are not worth the sum.
+    const UNITS: u32 = 8;
+
+    pub fn bytes(num_multiprocessors: u32) -> u64 {
+        let (_, columns) = MatMulVariant::Matrix64.shape();
+        u64::from(num_multiprocessors * SplitK::BLOCKS) * u64::from(SplitK::ROWS * columns) * 4
+    }
+
+    fn splits(self, variant: MatMulVariant, rows: u32, num_cols: u32, num_units: u32) -> u32 {
+        if variant.arithmetic() != Arithmetic::MatrixUnits || rows > SplitK::ROWS {
+            return 1;
+        }
+        let (_, columns) = variant.shape();
+        let tiles = num_cols.div_ceil(columns);
+        (self.num_multiprocessors * SplitK::BLOCKS / tiles).min(num_units / SplitK::UNITS).max(1)
+    }
+}
+
 /// Where launches go, and what they are made of besides the op.
 pub struct Encoder<'a> {
     /// By buffer id.
@@ -34,6 +66,7 @@ pub struct Encoder<'a> {
     /// By weight id.
     pub weights: &'a [Address],
     pub mat_muls: &'a MatMulTables,
+    pub split_k: SplitK,
     pub out: &'a mut Vec<Encoded>,
 }
 
@@ -117,20 +150,33 @@ impl Encoder<'_> {
             let taken = choice.takes(left);
             let (rows, columns) = choice.variant.shape();
             let row_bytes = |tensor: Tensor| u64::from(first_row) * u64::from(tensor.cols) * 4;
-            let params = MatMulParams {
+            let (num_cols, num_units) = (op.weight.rows, op.x.cols.div_ceil(UNIT));
+            let splits = self.split_k.splits(choice.variant, taken, num_cols, num_units);
+            let bias = self.at_some(op.bias);
+            let out = self.at(op.out) + row_bytes(op.out) + u64::from(op.first_col) * 4;
+            let whole = MatMulParams {
                 x: self.at(op.x) + row_bytes(op.x),
                 weight: self.weights[op.weight.id.0 as usize],
-                bias: self.at_some(op.bias),
-                out: self.at(op.out) + row_bytes(op.out) + u64::from(op.first_col) * 4,
+                bias,
+                out,
                 num_rows: taken,
                 inner: op.x.cols,
-                num_units: op.x.cols.div_ceil(UNIT),
-                num_cols: op.weight.rows,
+                num_units,
+                num_cols,
                 stride: op.out.cols,
-                pad: 0,
+                splits,
             };
-            let blocks = taken.div_ceil(rows) * op.weight.rows.div_ceil(columns);
+            let parts = self.split_k.parts;
+            let params = match splits {
+                1 => whole,
+                _ => MatMulParams { bias: 0, out: parts, stride: num_cols, ..whole },
+            };
+            let blocks = taken.div_ceil(rows) * num_cols.div_ceil(columns) * splits;
             self.push(Kernel::MatMul(op.weight.format, choice.variant), blocks, &params);
+            if splits > 1 {
+                let sum = MatMulSumParams { parts, bias, out, num_rows: taken, num_cols, stride: op.out.cols, splits };
+                self.push(Kernel::MatMulSum, (taken * num_cols).div_ceil(256), &sum);
+            }
             first_row += taken;
         }
     }
@@ -164,6 +210,8 @@ impl Encoder<'_> {
     fn attention(&mut self, op: &Attention) {
         let cache = op.cache;
         let (group, head_dim) = (op.num_heads / cache.num_kv_heads, HeadDim::of(cache.head_dim));
+        // Fragments go by eight elements.
+        let on_units = self.mat_muls.arithmetic() == Arithmetic::MatrixUnits && cache.head_dim.is_multiple_of(8);
         let singles = Tensor { rows: op.num_single_rows, ..op.items };
         let others = Tensor {
             rows: op.items.rows - op.num_single_rows,
@@ -171,7 +219,14 @@ impl Encoder<'_> {
             ..op.items
         };
         for (items, rows_of_item) in [(singles, 1), (others, ATTENTION_ROWS)] {
-            let pair_blocks = (rows_of_item * group).div_ceil(ATTENTION_PAIRS);
+            let pairs = rows_of_item * group;
+            let (kernel, pairs_of_block) = if on_units {
+                let of_block = MatrixPairs::of(pairs);
+                (Kernel::AttentionMatrix(cache.kv_type, head_dim, of_block), of_block.count())
+            } else {
+                (Kernel::Attention(cache.kv_type, head_dim), ATTENTION_PAIRS)
+            };
+            let pair_blocks = pairs.div_ceil(pairs_of_block);
             let params = AttentionParams {
                 q: self.at(op.q),
                 k_cache: self.buffer(cache.k),
@@ -192,7 +247,7 @@ impl Encoder<'_> {
                 pad: 0,
             };
             let blocks = items.rows * cache.num_kv_heads * pair_blocks;
-            self.push(Kernel::Attention(cache.kv_type, head_dim), blocks, &params);
+            self.push(kernel, blocks, &params);
         }
         let params = AttentionMergeParams {
             merges: self.at(op.merges),

@@ -12,8 +12,11 @@ pub enum Kernel {
     Embed(WeightFormat),
     RmsNorm,
     MatMul(WeightFormat, MatMulVariant),
+    MatMulSum,
     RopeKv(KvType),
     Attention(KvType, HeadDim),
+    /// On tensor cores.
+    AttentionMatrix(KvType, HeadDim, MatrixPairs),
     AttentionMerge(KvType),
     GatedAct,
     AddNorm,
@@ -23,12 +26,12 @@ pub enum Kernel {
     MulAdd,
 }
 
-/// What matmuls compute with.
+/// What matmuls and attention compute with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Arithmetic {
     #[default]
     F32,
-    /// Tensor cores: products of f16, sums in f32, for more than eight rows.
+    /// Tensor cores: products of f16, sums in f32, in matmuls of more than eight rows and in attention.
     MatrixUnits,
 }
 
@@ -58,19 +61,25 @@ pub enum MatMulVariant {
     Rows8,
     Rows16,
     Rows64,
-    /// On tensor cores, by 64 rows; its sums have an order of their own.
-    Matrix,
+    /// On tensor cores; their sums have an order of their own.
+    Matrix16,
+    Matrix32,
+    Matrix64,
+    Matrix128,
 }
 
 impl MatMulVariant {
-    pub const ALL: [MatMulVariant; 7] = [
+    pub const ALL: [MatMulVariant; 10] = [
         MatMulVariant::Rows1,
         MatMulVariant::Rows2,
         MatMulVariant::Rows4,
         MatMulVariant::Rows8,
         MatMulVariant::Rows16,
         MatMulVariant::Rows64,
-        MatMulVariant::Matrix,
+        MatMulVariant::Matrix16,
+        MatMulVariant::Matrix32,
+        MatMulVariant::Matrix64,
+        MatMulVariant::Matrix128,
     ];
 
     /// Rows and columns of a block.
@@ -82,7 +91,10 @@ impl MatMulVariant {
             MatMulVariant::Rows8 => (8, 32),
             MatMulVariant::Rows16 => (16, 128),
             MatMulVariant::Rows64 => (64, 64),
-            MatMulVariant::Matrix => (64, 128),
+            MatMulVariant::Matrix16 => (16, 128),
+            MatMulVariant::Matrix32 => (32, 128),
+            MatMulVariant::Matrix64 => (64, 128),
+            MatMulVariant::Matrix128 => (128, 128),
         }
     }
 
@@ -94,13 +106,18 @@ impl MatMulVariant {
             MatMulVariant::Rows8 => "mat_mul_8",
             MatMulVariant::Rows16 => "mat_mul_16",
             MatMulVariant::Rows64 => "mat_mul_64",
-            MatMulVariant::Matrix => "mat_mul_matrix",
+            MatMulVariant::Matrix16 => "mat_mul_matrix_16",
+            MatMulVariant::Matrix32 => "mat_mul_matrix_32",
+            MatMulVariant::Matrix64 => "mat_mul_matrix_64",
+            MatMulVariant::Matrix128 => "mat_mul_matrix_128",
         }
     }
 
     pub const fn arithmetic(self) -> Arithmetic {
         match self {
-            MatMulVariant::Matrix => Arithmetic::MatrixUnits,
+            MatMulVariant::Matrix16 | MatMulVariant::Matrix32 | MatMulVariant::Matrix64 | MatMulVariant::Matrix128 => {
+                Arithmetic::MatrixUnits
+            }
             _ => Arithmetic::F32,
         }
     }
@@ -127,6 +144,29 @@ impl HeadDim {
     }
 }
 
+/// Pairs of a row and a query head that a block of attention on tensor cores computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MatrixPairs {
+    Of16,
+    Of32,
+}
+
+impl MatrixPairs {
+    const ALL: [MatrixPairs; 2] = [MatrixPairs::Of16, MatrixPairs::Of32];
+
+    /// What leaves least of a block idle.
+    pub const fn of(pairs_of_item: u32) -> MatrixPairs {
+        if pairs_of_item <= 16 { MatrixPairs::Of16 } else { MatrixPairs::Of32 }
+    }
+
+    pub const fn count(self) -> u32 {
+        match self {
+            MatrixPairs::Of16 => 16,
+            MatrixPairs::Of32 => 32,
+        }
+    }
+}
+
 impl Kernel {
     /// All that there are.
     pub fn all() -> Vec<Kernel> {
@@ -139,6 +179,7 @@ impl Kernel {
             Kernel::SampleSlices,
             Kernel::Sample,
             Kernel::MulAdd,
+            Kernel::MatMulSum,
         ];
         for format in WeightFormat::ALL {
             all.push(Kernel::Embed(format));
@@ -146,7 +187,10 @@ impl Kernel {
         }
         for kv_type in KvType::ALL {
             all.extend([Kernel::RopeKv(kv_type), Kernel::AttentionMerge(kv_type)]);
-            all.extend(HeadDim::ALL.map(|head_dim| Kernel::Attention(kv_type, head_dim)));
+            for head_dim in HeadDim::ALL {
+                all.push(Kernel::Attention(kv_type, head_dim));
+                all.extend(MatrixPairs::ALL.map(|pairs| Kernel::AttentionMatrix(kv_type, head_dim, pairs)));
+            }
         }
         all
     }
@@ -165,9 +209,10 @@ impl Kernel {
             Kernel::MatMul(format, variant) => match variant.arithmetic() {
                 Arithmetic::F32 => weights(format, &["weight", "mat_mul_params", "mat_mul"], variant.name()),
                 Arithmetic::MatrixUnits => {
-                    weights(format, &["weight", "mat_mul_params", "mat_mul_matrix"], variant.name())
+                    weights(format, &["weight", "mat_mul_params", "matrix", "mat_mul_matrix"], variant.name())
                 }
             },
+            Kernel::MatMulSum => plain(&["mat_mul_sum"], "mat_mul_sum"),
             Kernel::RopeKv(kv_type) => cache(kv_type, &["kv_head", "rope_kv"], "rope_kv"),
             Kernel::Attention(kv_type, head_dim) => {
                 let name = match head_dim {
@@ -175,9 +220,22 @@ impl Kernel {
                     HeadDim::Up128 => "attention_128",
                     HeadDim::Up256 => "attention_256",
                 };
-                cache(kv_type, &["kv_head", "attention"], name)
+                cache(kv_type, &["kv_head", "attention_params", "attention"], name)
             }
-            Kernel::AttentionMerge(kv_type) => cache(kv_type, &["kv_head", "attention"], "attention_merge"),
+            Kernel::AttentionMatrix(kv_type, head_dim, pairs) => {
+                let name = match (head_dim, pairs) {
+                    (HeadDim::Up64, MatrixPairs::Of16) => "attention_matrix_64_16",
+                    (HeadDim::Up64, MatrixPairs::Of32) => "attention_matrix_64_32",
+                    (HeadDim::Up128, MatrixPairs::Of16) => "attention_matrix_128_16",
+                    (HeadDim::Up128, MatrixPairs::Of32) => "attention_matrix_128_32",
+                    (HeadDim::Up256, MatrixPairs::Of16) => "attention_matrix_256_16",
+                    (HeadDim::Up256, MatrixPairs::Of32) => "attention_matrix_256_32",
+                };
+                cache(kv_type, &["kv_head", "attention_params", "matrix", "attention_matrix"], name)
+            }
+            Kernel::AttentionMerge(kv_type) => {
+                cache(kv_type, &["kv_head", "attention_params", "attention"], "attention_merge")
+            }
             Kernel::GatedAct => plain(&["gated_act"], "gated_act"),
             Kernel::AddNorm => plain(&["add_norm"], "add_norm"),
             Kernel::ResetCounts => plain(&["reset_counts"], "reset_counts"),

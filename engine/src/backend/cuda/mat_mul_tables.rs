@@ -41,7 +41,12 @@ impl MatMulTables {
         ];
         let many: &[(u32, MatMulVariant)] = match arithmetic {
             Arithmetic::F32 => &[(48, MatMulVariant::Rows16), (u32::MAX, MatMulVariant::Rows64)],
-            Arithmetic::MatrixUnits => &[(u32::MAX, MatMulVariant::Matrix)],
+            Arithmetic::MatrixUnits => &[
+                (16, MatMulVariant::Matrix16),
+                (32, MatMulVariant::Matrix32),
+                (64, MatMulVariant::Matrix64),
+                (u32::MAX, MatMulVariant::Matrix128),
+            ],
         };
         let choice = |&(max_rows, variant): &(u32, MatMulVariant)| Choice { max_rows, variant, fills: false };
         MatMulTables { arithmetic, own: few.iter().chain(many).map(choice).collect(), set: HashMap::new() }
@@ -51,10 +56,14 @@ impl MatMulTables {
         self.set.get(&shape).unwrap_or(&self.own)
     }
 
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
     /// What a table may name.
     pub fn variants(&self) -> impl Iterator<Item = MatMulVariant> {
         let has_units = self.arithmetic == Arithmetic::MatrixUnits;
-        MatMulVariant::ALL.into_iter().filter(move |variant| has_units || *variant != MatMulVariant::Matrix)
+        MatMulVariant::ALL.into_iter().filter(move |variant| has_units || variant.arithmetic() == Arithmetic::F32)
     }
 
     pub fn kernels(&self) -> Vec<MatMulKernel> {
@@ -128,7 +137,7 @@ mod tests {
         let own = tables.of(SHAPE).to_vec();
         let line = |max_rows, kernel: &str| MatMulLine { max_rows, kernel: kernel.to_owned(), fills: true };
         for (table, problem) in [
-            (vec![line(None, "mat_mul_matrix")], "no kernel mat_mul_matrix"),
+            (vec![line(None, "mat_mul_matrix_64")], "no kernel mat_mul_matrix_64"),
             (vec![line(Some(4), "mat_mul_4")], "ascend"),
             (vec![line(Some(0), "mat_mul_4"), line(None, "mat_mul_64")], "ascend"),
             (vec![line(None, "mat_mul_64"), line(None, "mat_mul_64")], "ascend"),

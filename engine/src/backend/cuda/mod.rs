@@ -24,7 +24,7 @@ pub mod kernel;
 mod mat_mul_tables;
 mod params;
 
-use encode::{Encoded, Encoder};
+use encode::{Encoded, Encoder, SplitK};
 pub use kernel::Arithmetic;
 use kernel::Kernel;
 use mat_mul_tables::MatMulTables;
@@ -41,6 +41,8 @@ pub struct CudaBackend {
     /// By weight id.
     weights: Vec<Address>,
     mat_muls: MatMulTables,
+    /// Where products that are split leave their parts, from the first weight on.
+    parts: Option<Address>,
     taken_bytes: u64,
     functions: HashMap<Kernel, Function>,
     /// When each recording in flight was submitted.
@@ -114,6 +116,7 @@ impl CudaBackend {
             mat_muls: MatMulTables::new(arithmetic),
             buffers: Vec::new(),
             weights: Vec::new(),
+            parts: None,
             taken_bytes: 0,
             functions: HashMap::new(),
             in_flight: VecDeque::new(),
@@ -188,6 +191,10 @@ impl Backend for CudaBackend {
         let variants: Vec<_> = self.mat_muls.variants().collect();
         variants.into_iter().try_for_each(|variant| self.function(Kernel::MatMul(spec.format, variant)).map(drop))?;
         self.function(Kernel::Embed(spec.format))?;
+        if self.parts.is_none() && self.mat_muls.arithmetic() == Arithmetic::MatrixUnits {
+            let size_bytes = SplitK::bytes(self.device.info().num_multiprocessors);
+            self.parts = Some(self.take("parts of products", size_bytes, false)?);
+        }
         let address = self.take(&spec.name, self.weight_bytes(spec), false)?;
         let mut times = self.times;
         pack_rows(spec, spec.rows, source, &mut times, |offset_bytes, words| {
@@ -207,7 +214,9 @@ impl Backend for CudaBackend {
         assert!(self.in_flight.len() < MAX_IN_FLIGHT, "{MAX_IN_FLIGHT} recordings are in flight");
         self.encoded.clear();
         let (buffers, weights, mat_muls) = (&self.buffers[..], &self.weights[..], &self.mat_muls);
-        let mut encoder = Encoder { buffers, weights, mat_muls, out: &mut self.encoded };
+        let num_multiprocessors = self.device.info().num_multiprocessors;
+        let split_k = SplitK { parts: self.parts.unwrap_or(0), num_multiprocessors };
+        let mut encoder = Encoder { buffers, weights, mat_muls, split_k, out: &mut self.encoded };
         recording.ops.iter().for_each(|op| encoder.op(op));
         self.launches.clear();
         for index in 0..self.encoded.len() {
@@ -259,6 +268,7 @@ impl Backend for CudaBackend {
     fn reopen(&mut self) -> Result<(), DeviceError> {
         self.buffers.clear();
         self.weights.clear();
+        self.parts = None;
         self.functions.clear();
         self.in_flight.clear();
         (self.free_at, self.taken_bytes, self.num_submitted) = (None, 0, 0);
@@ -267,6 +277,13 @@ impl Backend for CudaBackend {
 
     fn mat_mul_kernels(&self, _: WeightFormat) -> Vec<MatMulKernel> {
         self.mat_muls.kernels()
+    }
+
+    fn attention_tolerance(&self) -> f32 {
+        match self.mat_muls.arithmetic() {
+            Arithmetic::F32 => 2e-5,
+            Arithmetic::MatrixUnits => 2e-3,
+        }
     }
 
     fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {

@@ -52,7 +52,19 @@ pub struct MatMulParams {
     pub num_units: u32,
     pub num_cols: u32,
     pub stride: u32,
-    pub pad: u32,
+    pub splits: u32,
+}
+
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MatMulSumParams {
+    pub parts: Address,
+    pub bias: Address,
+    pub out: Address,
+    pub num_rows: u32,
+    pub num_cols: u32,
+    pub stride: u32,
+    pub splits: u32,
 }
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -200,8 +212,9 @@ mod tests {
             Kernel::Embed(_) => of::<EmbedParams>(),
             Kernel::RmsNorm => of::<RmsNormParams>(),
             Kernel::MatMul(..) => of::<MatMulParams>(),
+            Kernel::MatMulSum => of::<MatMulSumParams>(),
             Kernel::RopeKv(_) => of::<RopeKvParams>(),
-            Kernel::Attention(..) => of::<AttentionParams>(),
+            Kernel::Attention(..) | Kernel::AttentionMatrix(..) => of::<AttentionParams>(),
             Kernel::AttentionMerge(_) => of::<AttentionMergeParams>(),
             Kernel::GatedAct => of::<GatedActParams>(),
             Kernel::AddNorm => of::<AddNormParams>(),
