@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::build::{Builder, STACK_BYTES};
 use super::cache::Cache;
-use super::sandbox::Sandbox;
+use super::sandbox::{Sandbox, Trials};
 use super::vocabulary::Vocabulary;
 use super::{Grammar, GrammarSource};
 use crate::deadline::{Lost, with_deadline};
@@ -69,7 +69,7 @@ pub struct GrammarCompiler {
     builder: OnceLock<Result<Arc<Builder>, GrammarError>>,
     cache: Mutex<Cache<Compilation>>,
     num_compiled: AtomicU64,
-    sandbox: Option<Sandbox>,
+    trials: Option<Arc<Trials>>,
 }
 
 impl GrammarCompiler {
@@ -82,13 +82,15 @@ impl GrammarCompiler {
             builder: OnceLock::new(),
             cache: Mutex::default(),
             num_compiled: AtomicU64::new(0),
-            sandbox: None,
+            trials: None,
         }
     }
 
     /// The same, for strangers' sources: each is tried in `sandbox` first.
     pub fn with_sandbox(self, sandbox: Sandbox) -> GrammarCompiler {
-        GrammarCompiler { sandbox: Some(sandbox), ..self }
+        let (tokenizer, stop_ids, vocab_size) = (self.tokenizer.clone(), self.stop_ids.clone(), self.vocab_size);
+        let trials = Trials::new(sandbox, move || Vocabulary::new(&tokenizer, &stop_ids, vocab_size));
+        GrammarCompiler { trials: Some(trials), ..self }
     }
 
     /// Blocks until the grammar is compiled, or known, or will not be in time.
@@ -120,8 +122,8 @@ impl GrammarCompiler {
         // Once for the tokenizer, whatever it takes: no fault of this grammar.
         let builder = self.builder()?;
         self.num_compiled.fetch_add(1, Ordering::Relaxed);
-        if let Some(sandbox) = &self.sandbox {
-            sandbox.try_source(|| self.vocabulary(), &source.source, DEADLINE)?;
+        if let Some(trials) = &self.trials {
+            trials.try_source(&source.source, DEADLINE)?;
         }
         let grammar = source.source.clone();
         let work = move || {
@@ -142,11 +144,8 @@ impl GrammarCompiler {
     }
 
     fn builder(&self) -> Result<Arc<Builder>, GrammarError> {
-        self.builder.get_or_init(|| Builder::new(&self.vocabulary()).map(Arc::new)).clone()
-    }
-
-    fn vocabulary(&self) -> Vocabulary {
-        Vocabulary::new(&self.tokenizer, &self.stop_ids, self.vocab_size)
+        let vocabulary = || Vocabulary::new(&self.tokenizer, &self.stop_ids, self.vocab_size);
+        self.builder.get_or_init(|| Builder::new(&vocabulary()).map(Arc::new)).clone()
     }
 }
 

@@ -6,14 +6,15 @@
 //! memory can be limited. Lines of JSON go through its pipes: the vocabulary, then a source at a time, and an
 //! [`Outcome`] comes back for each, for the vocabulary too.
 //!
-//! Invariant: when [`Sandbox::try_source`] returns, no process works on the source any more. A process knows one
-//! vocabulary, is started when it is needed and kept for the next source, and ends with the one that started it.
+//! Invariant: when [`Trials::try_source`] returns, no process works on the source any more. A process knows one
+//! vocabulary, is started when it is needed and kept for the next source, and ends with the one that started it. While
+//! one takes long, the next is started beside it, so that who comes after it has one.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -35,9 +36,18 @@ const MAX_IDLE: usize = 2;
 /// Of a thread that waits for a process.
 const WAITER_STACK_BYTES: usize = 256 << 10;
 
-/// Processes for one vocabulary.
+/// A trial that takes longer may have to be stopped.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// How processes are started.
 pub struct Sandbox {
     command: Box<dyn Fn() -> Command + Send + Sync>,
+}
+
+/// Processes for one vocabulary.
+pub(super) struct Trials {
+    sandbox: Sandbox,
+    vocabulary: Box<dyn Fn() -> Vocabulary + Send + Sync>,
     idle: Mutex<Vec<Process>>,
 }
 
@@ -56,23 +66,42 @@ struct Pipes {
 impl Sandbox {
     /// `command` starts a process that calls [`serve`]; its pipes are set here.
     pub fn new(command: impl Fn() -> Command + Send + Sync + 'static) -> Sandbox {
-        Sandbox { command: Box::new(command), idle: Mutex::default() }
+        Sandbox { command: Box::new(command) }
+    }
+}
+
+impl Trials {
+    pub fn new(sandbox: Sandbox, vocabulary: impl Fn() -> Vocabulary + Send + Sync + 'static) -> Arc<Trials> {
+        Arc::new(Trials { sandbox, vocabulary: Box::new(vocabulary), idle: Mutex::default() })
     }
 
     /// Builds a grammar and throws it away; after `deadline` that is stopped.
-    pub(super) fn try_source(
-        &self,
-        vocabulary: impl FnOnce() -> Vocabulary,
-        source: &GrammarSource,
-        deadline: Duration,
-    ) -> Outcome {
-        let mut process = self.idle().map_or_else(|| self.start(&vocabulary()), Ok)?;
-        let outcome = process.ask(line(source), deadline)?;
+    pub fn try_source(self: &Arc<Trials>, source: &GrammarSource, deadline: Duration) -> Outcome {
+        let mut process = self.idle().map_or_else(|| self.start(), Ok)?;
+        let outcome = process.ask(line(source), deadline, || self.start_beside())?;
+        self.keep(process);
+        outcome
+    }
+
+    fn keep(&self, process: Process) {
         let mut idle = lock(&self.idle);
         if idle.len() < MAX_IDLE {
             idle.push(process);
         }
-        outcome
+    }
+
+    /// Where there is no other: one for whoever comes next.
+    fn start_beside(self: &Arc<Trials>) {
+        let trials = self.clone();
+        let start = move || {
+            if lock(&trials.idle).is_empty()
+                && let Ok(process) = trials.start()
+            {
+                trials.keep(process);
+            }
+        };
+        // Without a thread for that, whoever comes next starts one himself.
+        let _ = thread::Builder::new().name("grammar-start".to_owned()).spawn(start);
     }
 
     /// A process that waits; those that have ended meanwhile are let go.
@@ -82,13 +111,14 @@ impl Sandbox {
         idle.pop()
     }
 
-    fn start(&self, vocabulary: &Vocabulary) -> Result<Process, GrammarError> {
-        let spawned = (self.command)().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    fn start(&self) -> Result<Process, GrammarError> {
+        let spawned =
+            (self.sandbox.command)().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let mut child = spawned
             .map_err(|error| GrammarError::NotStarted(format!("no process could be started for it: {error}")))?;
         let (input, output) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
         let mut process = Process { child, pipes: Some(Pipes { input, output: BufReader::new(output) }) };
-        match process.ask(line(vocabulary), START_DEADLINE) {
+        match process.ask(line(&(self.vocabulary)()), START_DEADLINE, || {}) {
             Ok(outcome) => outcome.map(|()| process),
             Err(_) => Err(GrammarError::NotStarted("the process for it did not begin".to_owned())),
         }
@@ -96,14 +126,22 @@ impl Sandbox {
 }
 
 impl Process {
-    /// What it answers to a line; after an error it is of no use any more.
-    fn ask(&mut self, line: Vec<u8>, deadline: Duration) -> Result<Outcome, GrammarError> {
+    /// What it answers to a line, of which `late` is told when that has not come soon; after an error it is of no use
+    /// any more.
+    fn ask(&mut self, line: Vec<u8>, deadline: Duration, late: impl FnOnce()) -> Result<Outcome, GrammarError> {
         let mut pipes = self.pipes.take().expect("an error was the last");
         let exchange = move || {
             let outcome = pipes.exchange(&line);
             (pipes, outcome)
         };
-        match with_deadline("grammar-wait", WAITER_STACK_BYTES, deadline, exchange) {
+        let answered = match with_deadline("grammar-wait", WAITER_STACK_BYTES, PATIENCE, exchange) {
+            Err(Lost::Late(receiver)) => {
+                late();
+                receiver.recv_timeout(deadline.saturating_sub(PATIENCE)).map_err(|_| Lost::Late(receiver))
+            }
+            answered => answered,
+        };
+        match answered {
             Ok((pipes, Ok(outcome))) => {
                 self.pipes = Some(pipes);
                 Ok(outcome)
