@@ -15,9 +15,10 @@ use cudarc::driver::sys;
 use crate::{CudaError, Device, DeviceInfo, Function, Launch, Module, Work};
 
 pub mod compile;
+mod driver;
 
-/// CUDA 12.0, whose functions are used.
-const MIN_DRIVER: i32 = 12_000;
+use driver::start;
+
 /// Turing, for whose instructions the kernels are written.
 const MIN_ARCHITECTURE: u32 = 75;
 /// A device that is at one piece of work for so long hangs.
@@ -70,27 +71,6 @@ impl GpuInfo {
         let uuid = format!("GPU-{}", groups.join("-"));
         Ok(GpuInfo { ordinal, name, uuid, architecture, num_multiprocessors, driver: driver.to_owned() })
     }
-}
-
-/// Opens the driver and says what it is. Nothing of it is called before it is known to be there.
-fn start() -> Result<String, CudaError> {
-    // SAFETY: these look for the library, and ask it for its version.
-    let version = unsafe {
-        if !sys::is_culib_present() {
-            let reason = "there is no CUDA driver (libcuda.so.1, nvcuda.dll): NVIDIA's driver is not installed";
-            return Err(CudaError::NotThere(reason.to_owned()));
-        }
-        let mut version = 0;
-        sys::cuDriverGetVersion(&raw mut version).result().map_err(not_there)?;
-        version
-    };
-    let name = format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
-    if version < MIN_DRIVER {
-        let reason = format!("the CUDA driver is for {name}; 12.0 or newer is needed: update NVIDIA's driver");
-        return Err(CudaError::NotThere(reason));
-    }
-    cuda::init().map_err(not_there)?;
-    Ok(name)
 }
 
 fn text(error: DriverError) -> String {

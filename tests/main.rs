@@ -10,6 +10,8 @@ mod corpus;
 mod cpu;
 /// Needs a C++ compiler, NVRTC and `ptxas`: the CUDA backend on the host, and its kernels compiled for GPUs.
 mod cuda;
+/// Needs a C++ compiler: what calls the CUDA driver, against a double of it.
+mod cuda_driver;
 /// Ops on seeded inputs, for any backend.
 mod device;
 /// Needs nothing: what the doctor says of simulated devices.

@@ -1,0 +1,184 @@
+// A CUDA driver without a GPU, of the kind that FULLBORE_DRIVER names, for tests of what calls one. Memory is the host's;
+// of kernels it runs `mul_add` alone, when it is launched, or when a graph is that it was captured in. What a driver
+// would not survive ends the process: addresses that are not its own, calls without a context, captures within another.
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace {
+enum { SUCCESS = 0, OUT_OF_MEMORY = 2, NO_DEVICE = 100, DEVICE_UNAVAILABLE = 46, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719 };
+
+typedef uintptr_t Address;
+
+struct Module {
+    std::string ptx;
+};
+
+struct Function {
+    std::string name;
+    size_t params_size;
+};
+
+struct Launch {
+    const Function* function;
+    unsigned blocks, threads;
+    std::vector<char> params;
+};
+
+std::map<Address, size_t> memory;
+std::vector<Launch>* capture = nullptr;
+bool has_context = false, was_lost = false;
+unsigned num_queries = 0;
+
+bool is(const char* kind) {
+    const char* given = getenv("FULLBORE_DRIVER");
+    return given && !strcmp(given, kind);
+}
+
+void expect(bool condition, const char* what) {
+    if (condition) return;
+    fprintf(stderr, "the driver would not survive this: %s\n", what);
+    abort();
+}
+
+void check(Address at, size_t size) {
+    auto next = memory.upper_bound(at);
+    bool inside = next != memory.begin() && at + size <= (--next)->first + next->second;
+    expect(inside, "an address that is not of its memory");
+}
+
+int allocate(Address* at, size_t size) {
+    expect(has_context, "a call without a context");
+    if (is("small") && size > 1 << 20) return OUT_OF_MEMORY;
+    *at = (Address)malloc(size);
+    memory[*at] = size;
+    return SUCCESS;
+}
+
+int release(Address at) {
+    expect(memory.erase(at) == 1, "memory that is freed twice");
+    free((void*)at);
+    return SUCCESS;
+}
+
+void run(const Launch& launch) {
+    if (launch.function->name != "mul_add") return;
+    struct {
+        float* x;
+        unsigned num_elements;
+        float scale, offset;
+        unsigned rounds;
+    } p;
+    expect(launch.params.size() == sizeof p, "parameters of another size");
+    memcpy(&p, launch.params.data(), sizeof p);
+    check((Address)p.x, p.num_elements * 4);
+    expect(launch.threads == 256 && launch.blocks >= 1, "another number of threads");
+    for (unsigned i = 0; i < p.num_elements; i++)
+        for (unsigned round = 0; round < p.rounds; round++) p.x[i] = p.x[i] * p.scale + p.offset;
+}
+}  // namespace
+
+#define CALL extern "C" int
+
+CALL cuDriverGetVersion(int* version) { return *version = is("old") ? 11040 : 12020, SUCCESS; }
+CALL cuInit(unsigned) { return is("none") ? NO_DEVICE : SUCCESS; }
+CALL cuGetErrorName(int error, const char** name) { return *name = error == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR", SUCCESS; }
+CALL cuGetErrorString(int error, const char** text) {
+    *text = error == DEVICE_UNAVAILABLE ? "it is busy" : error == LAUNCH_FAILED ? "it is lost" : "it has failed";
+    return SUCCESS;
+}
+CALL cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; }
+CALL cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+CALL cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "a double"), SUCCESS; }
+CALL cuDeviceGetUuid(unsigned char* uuid, int) { return memset(uuid, 0xab, 16), SUCCESS; }
+CALL cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? 8 : which == 76 ? 6 : 4, SUCCESS; }
+CALL cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memory, is("busy") ? DEVICE_UNAVAILABLE : SUCCESS; }
+CALL cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+CALL cuDevicePrimaryCtxReset_v2(int) {
+    was_lost = true;
+    memory.clear();
+    return SUCCESS;
+}
+CALL cuCtxSetCurrent(void* context) {
+    has_context = context == &memory;
+    return SUCCESS;
+}
+CALL cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = 1 << 30, SUCCESS; }
+
+CALL cuMemAlloc_v2(Address* at, size_t size) { return allocate(at, size); }
+CALL cuMemHostAlloc(void** at, size_t size, unsigned) { return allocate((Address*)at, size); }
+CALL cuMemFree_v2(Address at) { return release(at); }
+CALL cuMemFreeHost(void* at) { return release((Address)at); }
+CALL cuMemsetD8_v2(Address at, unsigned char value, size_t size) { return check(at, size), memset((void*)at, value, size), SUCCESS; }
+CALL cuMemcpyHtoD_v2(Address to, const void* from, size_t size) { return check(to, size), memcpy((void*)to, from, size), SUCCESS; }
+CALL cuMemcpyAsync(Address to, Address from, size_t size, void*) {
+    expect(!capture, "a copy within a capture");
+    check(to, size);
+    check(from, size);
+    memcpy((void*)to, (void*)from, size);
+    return SUCCESS;
+}
+// What is copied beside a running device is pinned.
+CALL cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, void* stream) { return cuMemcpyAsync(to, (Address)from, size, stream); }
+CALL cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, void* stream) { return cuMemcpyAsync((Address)to, from, size, stream); }
+
+CALL cuModuleLoadData(Module** module, const char* image) { return *module = new Module{image}, SUCCESS; }
+CALL cuModuleUnload(Module* module) { return delete module, SUCCESS; }
+CALL cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    size_t at = module->ptx.find(".entry " + std::string(name) + "(");
+    if (at == std::string::npos) return NOT_FOUND;
+    // `.param .align 8 .b8 NAME_param_0[SIZE]`
+    at = module->ptx.find('[', at);
+    *function = new Function{name, strtoul(module->ptx.c_str() + at + 1, nullptr, 10)};
+    return SUCCESS;
+}
+CALL cuLaunchKernel(const Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned, void*,
+                    void** params, void**) {
+    expect(has_context && x > 0 && y == 1 && z == 1 && threads > 0 && threads <= 1024, "a launch of another form");
+    const char* bytes = (const char*)params[0];
+    Launch launch = {function, x, threads, std::vector<char>(bytes, bytes + function->params_size)};
+    if (capture) capture->push_back(launch);
+    else run(launch);
+    return SUCCESS;
+}
+
+CALL cuStreamCreate(void** stream, unsigned) { return *stream = &memory, SUCCESS; }
+CALL cuStreamDestroy_v2(void*) { return SUCCESS; }
+CALL cuStreamBeginCapture_v2(void*, int) {
+    expect(!capture, "a capture within another");
+    capture = new std::vector<Launch>;
+    return SUCCESS;
+}
+CALL cuStreamEndCapture(void*, std::vector<Launch>** graph) {
+    expect(capture, "the end of no capture");
+    *graph = capture;
+    capture = nullptr;
+    return SUCCESS;
+}
+CALL cuGraphInstantiateWithFlags(std::vector<Launch>** made, std::vector<Launch>* graph, unsigned long long) {
+    return *made = new std::vector<Launch>(*graph), SUCCESS;
+}
+CALL cuGraphDestroy(std::vector<Launch>* graph) { return delete graph, SUCCESS; }
+CALL cuGraphExecDestroy(std::vector<Launch>* graph) { return delete graph, SUCCESS; }
+#ifndef WITHOUT_GRAPHS
+CALL cuGraphLaunch(std::vector<Launch>* graph, void*) {
+    fprintf(stderr, "a graph of %zu launches\n", graph->size());
+    for (const Launch& launch : *graph) run(launch);
+    return SUCCESS;
+}
+#endif
+
+CALL cuEventCreate(void** event, unsigned) { return *event = &memory, SUCCESS; }
+CALL cuEventDestroy_v2(void*) { return SUCCESS; }
+CALL cuEventRecord(void*, void*) { return SUCCESS; }
+// Not ready when it is first asked.
+CALL cuEventQuery(void*) {
+    if (is("lost") && !was_lost) return LAUNCH_FAILED;
+    return num_queries++ % 2 == 0 ? NOT_READY : SUCCESS;
+}
+CALL cuEventElapsedTime(float* ms, void*, void*) { return *ms = 0.25f, SUCCESS; }
