@@ -28,6 +28,7 @@ mod connections;
 mod embeddings;
 mod fleet;
 mod harness;
+mod kv_events;
 mod life;
 mod limits;
 mod live;
@@ -46,5 +47,6 @@ mod structured;
 mod tenants;
 mod tools;
 mod traces;
+mod worker;
 
 pub use harness::*;

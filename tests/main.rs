@@ -31,6 +31,8 @@ mod golden;
 mod grammar;
 /// Needs nothing: the server on `sim` over real sockets.
 mod http;
+/// Needs nothing: what others are told of KV blocks against what is findable.
+mod kv_events;
 /// Needs nothing: what holds a simulated device back, provoked and named.
 mod limits;
 /// Needs Vulkan drivers: a device that is destroyed while it works, and comes back or does not.

@@ -580,6 +580,7 @@ fn random_request(random: &mut Random, config: &EngineConfig, prefixes: &[Vec<To
         logprobs: random.one_in(8).then(|| random.below(4)),
         prompt_logprobs: (max_tokens == 0 || random.one_in(8)).then(|| random.below(3)),
         cache_salt: u64::from(random.below(2)),
+        salt_name: None,
         tenant: u64::from(random.below(3)),
         share: Share {
             weight: random.between(1, 3),

@@ -245,6 +245,7 @@ impl Engine {
         self.next_id += 1;
         let request = request.into();
         let mut chain = self.cache.chain(&request.prompt, request.cache_salt);
+        chain.set_salt(request.salt_name.clone());
         if !request.generated.is_empty() {
             self.cache.extend(&mut chain, &[request.prompt.as_slice(), &request.generated].concat());
         }

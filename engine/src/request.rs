@@ -38,6 +38,8 @@ pub struct Request {
     pub pooling: Option<Pooling>,
     /// Requests share cached prefixes only within one salt.
     pub cache_salt: u64,
+    /// What of the salt is the client's own word, for routers that look for its prefixes.
+    pub salt_name: Option<Arc<str>>,
     /// Whom it is served for: service is shared fairly between tenants.
     pub tenant: u64,
     pub share: Share,

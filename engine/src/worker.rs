@@ -314,6 +314,7 @@ impl Worker {
             self.loaded_at = Instant::now();
             self.engine.load()
         });
+        self.engine.cache_mut().send_kv_events();
         let stats = self.engine.stats();
         let on_device = Duration::from_secs_f64(stats.total_step_ms / 1e3);
         let mut state = lock(&self.shared.state);

@@ -13,6 +13,7 @@ pub mod devices;
 pub mod fetch;
 mod files;
 pub mod http;
+pub mod kv_events;
 pub mod live;
 pub mod log;
 pub mod run;

@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fullbore_engine::memory::kv_events::KvEventSender;
 use fullbore_engine::request::Share;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,6 +26,7 @@ use crate::http::keys::{KeyError, Keys};
 use crate::http::proxies::Proxies;
 use crate::http::tls::{Tls, TlsError};
 use crate::http::{App, descriptors, routes};
+use crate::kv_events::{KvEventsConfig, KvEventsError, Publisher};
 use crate::live;
 use crate::log::Log;
 use crate::sandbox::sandbox;
@@ -39,6 +41,8 @@ pub enum ServeError {
     Listen { address: SocketAddr, source: io::Error },
     #[error("cannot start the server's threads: {0}")]
     Runtime(#[from] io::Error),
+    #[error(transparent)]
+    KvEvents(#[from] KvEventsError),
     #[error(transparent)]
     Key(#[from] KeyError),
     #[error(transparent)]
@@ -140,6 +144,12 @@ impl Server {
         }
     }
 
+    /// Says that it is not ready, and for so long serves whoever comes all the same.
+    pub async fn leave(&self, accepting: Duration) {
+        self.app.leave();
+        tokio::time::sleep(accepting).await;
+    }
+
     /// Refuses new requests, so that readiness turns 503, and waits at most so long for the answers of those that run.
     pub async fn drain(&self, most: Duration) {
         self.app.drain();
@@ -214,7 +224,8 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     descriptors::make_room(entrance.limits.max_connections);
     let server = Server::start(args.host, args.port, entrance).await?;
     let models = args.models.0.clone();
-    let load = tokio::task::spawn_blocking(move || load(&models, &shares));
+    let publishers = publishers(args.kv_events_config.as_ref(), models.len()).await?;
+    let load = tokio::task::spawn_blocking(move || load(&models, &shares, &publishers));
     tokio::select! {
         loaded = load => server.set_models(loaded.map_err(|_| ServeError::LoaderDied)??),
         () = end() => return Ok(()),
@@ -237,20 +248,47 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
         }
     }
     tracing::info!("ending: waiting at most {} seconds for open requests", args.drain_timeout);
+    let leave = async {
+        server.leave(Duration::from_secs(args.drain_accept_seconds)).await;
+        server.drain(Duration::from_secs(args.drain_timeout)).await;
+    };
     tokio::select! {
-        () = server.drain(Duration::from_secs(args.drain_timeout)) => {}
+        () = leave => {}
         () = end() => tracing::info!("ending at once"),
     }
     server.shutdown(GRACE).await;
     Ok(())
 }
 
+/// One for each model, where others are to be told of KV blocks.
+async fn publishers(config: Option<&KvEventsConfig>, num_models: usize) -> Result<Vec<Publisher>, KvEventsError> {
+    let mut publishers = Vec::new();
+    if let Some(config) = config.filter(|config| config.is_on()) {
+        for nth in (0..).take(num_models) {
+            let publisher = Publisher::bind(config, nth).await?;
+            let (address, replay) = (publisher.address(), publisher.replay_address());
+            tracing::info!(%address, ?replay, "KV events are published");
+            publishers.push(publisher);
+        }
+    }
+    Ok(publishers)
+}
+
 /// All models, one after the other.
-fn load(models: &[ServedArgs], shares: &HashMap<String, Share>) -> Result<Vec<ServedModel>, StartError> {
+fn load(
+    models: &[ServedArgs],
+    shares: &HashMap<String, Share>,
+    publishers: &[Publisher],
+) -> Result<Vec<ServedModel>, ServeError> {
     let plans = start::plan_all(models)?;
     eprintln!("{}", start::table(&plans));
     let is_alone = models.len() == 1;
-    let load = |plans: Vec<Plan>| {
+    let load = |(nth, mut plans): (usize, Vec<Plan>)| {
+        if let Some(publisher) = publishers.get(nth) {
+            let to = publisher.start(plans[0].config.block_size)?;
+            let devices = (0..).zip(&mut plans);
+            devices.for_each(|(source, plan)| plan.kv_events = Some(KvEventSender { source, to: to.clone() }));
+        }
         let name = plans[0].name.clone();
         let loaded = start::load(plans).map_err(|error| error.of_model(&name, is_alone))?;
         let title = if is_alone { String::new() } else { format!("{name}\n") };
@@ -258,7 +296,7 @@ fn load(models: &[ServedArgs], shares: &HashMap<String, Share>) -> Result<Vec<Se
         let grammars = loaded.grammars.with_sandbox(sandbox());
         Ok(ServedModel { shares: shares.clone(), grammars, ..loaded })
     };
-    start::by_model(plans).into_iter().map(load).collect()
+    start::by_model(plans).into_iter().enumerate().map(load).collect()
 }
 
 impl AccessArgs {

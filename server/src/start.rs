@@ -14,6 +14,7 @@ use fullbore_engine::config::{ConfigError, EngineConfig, LatencyTarget};
 use fullbore_engine::cost::CostModel;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes};
+use fullbore_engine::memory::kv_events::KvEventSender;
 use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::tuning::TunedMatMul;
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
@@ -123,6 +124,8 @@ pub struct Plan {
     pub costs: Option<SavedCosts>,
     /// What is known of steps without those.
     pub tuned_cost: Option<CostModel>,
+    /// Where others are told of its KV blocks.
+    pub kv_events: Option<KvEventSender>,
     pub times: StartTimes,
 }
 
@@ -217,7 +220,7 @@ impl Opened {
         let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
         let products = Weights::products(&bundle.config, &bundle.checkpoint);
         let tuned_cost = products.and_then(|products| tuning::cost_of(&tuned, &products));
-        Ok(Plan { name, seat, bundle, backend, config, memory, costs, tuned_cost, times })
+        Ok(Plan { name, seat, bundle, backend, config, memory, costs, tuned_cost, kv_events: None, times })
     }
 }
 
@@ -304,7 +307,8 @@ impl Plan {
         let memory = memory_table(&bundle.config, &config, weights);
         let (name, times) = (name.to_owned(), StartTimes::default());
         let seat = Seat::whole(&backend.info().id);
-        Plan { name, seat, bundle, backend, config, memory, costs: None, tuned_cost: None, times }
+        let (costs, tuned_cost, kv_events) = (None, None, None);
+        Plan { name, seat, bundle, backend, config, memory, costs, tuned_cost, kv_events, times }
     }
 
     /// Refuses what the device's memory, where that is known, cannot hold.

@@ -42,10 +42,10 @@ def responses_are_as_openai_has_them(server):
     history = [*ASK, call, {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}]
     assert server.client.responses.create(**{**ask, "input": history}, tools=[tool], tool_choice="none").output_text
     try:
-        server.client.responses.create(**{**ask, "store": True})
+        server.client.responses.create(**ask, previous_response_id=called.id)
         raise AssertionError("what is not kept was taken")
     except openai.BadRequestError as error:
-        assert error.param == "store", error
+        assert error.param == "previous_response_id", error
 
 
 def messages_are_as_anthropic_has_them(server):

@@ -152,7 +152,7 @@ fn what_is_not_stateless_or_not_text_is_refused_by_name() {
     let server = Setup::default().start();
     let image = json!([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]);
     let cases = [
-        (json!({"store": true}), "store"),
+        (json!({"store": "all"}), "store"),
         (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
         (json!({"conversation": "conv_1"}), "conversation"),
         (json!({"background": true}), "background"),

@@ -10,12 +10,14 @@ use crate::request::TokenId;
 pub mod block_pool;
 pub mod block_table;
 pub mod capacity;
+pub mod kv_events;
 pub mod miss;
 pub mod prefix_cache;
 pub mod swap;
 
 pub use block_pool::{BlockId, BlockPool};
 pub use block_table::BlockTable;
+use kv_events::KvEventSender;
 use prefix_cache::PrefixCache;
 pub use prefix_cache::{BlockChain, BlockEvent, BlockHash, BlockHasher};
 
@@ -142,6 +144,22 @@ impl KvCache {
         self.prefixes.iter_mut().flat_map(PrefixCache::events)
     }
 
+    /// From now on tells others which blocks are findable; before any is. Nobody is told anything where the prefix
+    /// cache is off.
+    pub fn tell_kv_events_to(&mut self, sender: KvEventSender) {
+        self.prefixes.iter_mut().for_each(|prefixes| prefixes.tell_kv_events_to(sender.clone()));
+    }
+
+    /// Tells them what happened since the last call, as far as there is room for it.
+    pub fn send_kv_events(&mut self) {
+        self.prefixes.iter_mut().for_each(PrefixCache::send_kv_events);
+    }
+
+    /// Names of the findable blocks.
+    pub fn findable(&self) -> impl Iterator<Item = BlockHash> + '_ {
+        self.prefixes.iter().flat_map(PrefixCache::names)
+    }
+
     /// What `open` would find now, without holding it.
     pub fn find(&self, chain: &BlockChain, tokens: &[TokenId], max_tokens: u32) -> CachedPrefix {
         let mut found = CachedPrefix::default();
@@ -210,7 +228,7 @@ impl KvCache {
         let num_full = (num_computed as usize / block_size).min(chain.hashes().len());
         for index in table.num_published as usize..num_full {
             let chunk = &tokens[index * block_size..(index + 1) * block_size];
-            prefixes.insert(chain.hashes()[index], chunk, table.blocks[index]);
+            prefixes.insert(chain, index, chunk, table.blocks[index]);
             table.num_published += 1;
         }
     }
@@ -235,10 +253,7 @@ impl KvCache {
     pub fn forget_all(&mut self) {
         assert_eq!(self.counts().referenced, 0, "somebody holds blocks of what is gone");
         let Some(prefixes) = &mut self.prefixes else { return };
-        let blocks: Vec<BlockId> = prefixes.blocks().collect();
-        for block in blocks {
-            prefixes.forget(block);
-        }
+        prefixes.forget_all();
         self.num_cached = 0;
         self.version += 1;
     }

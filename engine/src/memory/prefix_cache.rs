@@ -8,10 +8,12 @@
 
 use std::collections::HashMap;
 use std::hash::Hasher;
+use std::sync::Arc;
 
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use crate::memory::block_pool::BlockId;
+use crate::memory::kv_events::{KvEvent, KvEventSender, KvFeed, StoredBlock};
 use crate::memory::miss::Evicted;
 use crate::request::TokenId;
 
@@ -24,6 +26,8 @@ pub struct BlockHash(pub u128);
 pub struct BlockChain {
     root: u128,
     hashes: Vec<BlockHash>,
+    /// What its client divides the cache by, where that may be told.
+    salt: Option<Arc<str>>,
 }
 
 /// A block became findable or ceased to be.
@@ -55,6 +59,8 @@ pub struct PrefixCache {
     evicted: Evicted,
     /// Since they were last taken, where somebody takes them.
     events: Option<Vec<BlockEvent>>,
+    /// Where others are told of them.
+    feed: Option<KvFeed>,
 }
 
 impl BlockHasher {
@@ -64,7 +70,7 @@ impl BlockHasher {
 
     /// An empty chain. Requests of unlike salt share nothing.
     pub fn chain(&self, salt: u64) -> BlockChain {
-        BlockChain { root: self.hash(0, &[], salt), hashes: Vec::new() }
+        BlockChain { root: self.hash(0, &[], salt), ..BlockChain::default() }
     }
 
     /// Adds the blocks that `tokens` fill and the chain does not have yet. O(new blocks).
@@ -99,6 +105,7 @@ impl PrefixCache {
             promised: HashMap::with_capacity(capacity),
             evicted: Evicted::new(num_blocks as usize),
             events: None,
+            feed: None,
         }
     }
 
@@ -116,6 +123,40 @@ impl PrefixCache {
         self.events.iter_mut().flat_map(|events| events.drain(..))
     }
 
+    /// From now on others are told what is findable, from what there is now on.
+    pub fn tell_kv_events_to(&mut self, sender: KvEventSender) {
+        assert!(self.by_hash.is_empty(), "blocks that nobody was told of");
+        self.feed = Some(KvFeed::new(sender, self.keys.len() as u32));
+    }
+
+    /// Sends what happened, as far as there is room.
+    pub fn send_kv_events(&mut self) {
+        let Some(mut feed) = self.feed.take() else { return };
+        if feed.send(|feed| self.all_blocks(feed)) {
+            self.feed = Some(feed);
+        }
+    }
+
+    /// Findable blocks, each after the one that it follows where that is findable.
+    fn all_blocks(&self, feed: &KvFeed) -> Vec<KvEvent> {
+        let mut followers: HashMap<BlockHash, Vec<BlockId>> = HashMap::new();
+        let mut next = Vec::new();
+        for &block in self.by_hash.values() {
+            match feed.lineage(block).parent.filter(|parent| self.by_hash.contains_key(parent)) {
+                Some(parent) => followers.entry(parent).or_default().push(block),
+                None => next.push(block),
+            }
+        }
+        let mut told = Vec::with_capacity(self.by_hash.len());
+        while let Some(block) = next.pop() {
+            let hash = self.keys[block.0 as usize].expect("it is findable");
+            let (lineage, tokens) = (feed.lineage(block).clone(), self.held(block).into());
+            told.push(KvEvent::Stored(StoredBlock { hash, lineage, tokens }));
+            next.extend(followers.remove(&hash).unwrap_or_default());
+        }
+        told
+    }
+
     /// The block called `hash`, if it holds `tokens`.
     pub fn find(&self, hash: BlockHash, tokens: &[TokenId]) -> Option<BlockId> {
         let block = *self.by_hash.get(&hash)?;
@@ -127,8 +168,9 @@ impl PrefixCache {
         self.by_hash.get(&hash).copied()
     }
 
-    /// Makes `block`, which holds `tokens`, findable, unless another block with the same key already is.
-    pub fn insert(&mut self, hash: BlockHash, tokens: &[TokenId], block: BlockId) {
+    /// Makes `block`, which holds `tokens`, findable as block `index` of `chain`, unless another one already is.
+    pub fn insert(&mut self, chain: &BlockChain, index: usize, tokens: &[TokenId], block: BlockId) {
+        let hash = chain.hashes[index];
         self.promised.remove(&hash);
         if self.by_hash.contains_key(&hash) {
             return;
@@ -139,6 +181,7 @@ impl PrefixCache {
         self.tokens[at..at + self.block_size].copy_from_slice(tokens);
         self.by_hash.insert(hash, block);
         self.events.iter_mut().for_each(|events| events.push(BlockEvent::Stored(hash)));
+        self.feed.iter_mut().for_each(|feed| feed.stored(block, chain, index, tokens));
     }
 
     pub fn contains(&self, block: BlockId) -> bool {
@@ -157,7 +200,17 @@ impl PrefixCache {
         let hash = self.keys[block.0 as usize].take()?;
         self.by_hash.remove(&hash)?;
         self.events.iter_mut().for_each(|events| events.push(BlockEvent::Removed(hash)));
+        self.feed.iter_mut().for_each(|feed| feed.removed(hash));
         Some(hash)
+    }
+
+    /// Makes all blocks unfindable.
+    pub fn forget_all(&mut self) {
+        let blocks: Vec<BlockId> = self.blocks().collect();
+        for block in blocks {
+            self.forget(block);
+        }
+        self.feed.iter_mut().for_each(KvFeed::cleared);
     }
 
     /// Whether a block called `hash` was evicted lately.
@@ -190,6 +243,10 @@ impl PrefixCache {
         self.by_hash.values().copied()
     }
 
+    pub fn names(&self) -> impl Iterator<Item = BlockHash> + '_ {
+        self.by_hash.keys().copied()
+    }
+
     pub fn check(&self) {
         assert_eq!(self.by_hash.len(), self.keys.iter().flatten().count());
         for (hash, block) in &self.by_hash {
@@ -206,6 +263,15 @@ impl PrefixCache {
 impl BlockChain {
     pub fn hashes(&self) -> &[BlockHash] {
         &self.hashes
+    }
+
+    pub fn salt(&self) -> Option<&Arc<str>> {
+        self.salt.as_ref()
+    }
+
+    /// Says by what its client divides the cache.
+    pub fn set_salt(&mut self, salt: Option<Arc<str>>) {
+        self.salt = salt;
     }
 
     /// What the key of block `index` is chained to.

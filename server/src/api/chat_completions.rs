@@ -16,6 +16,12 @@ const MAX_VARIABLES: usize = 64;
 const MAX_VARIABLES_BYTES: usize = 16 << 10;
 
 pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> Result<Jobs, ApiError> {
+    let (chat, sampling, options) = read(model, client, fields)?;
+    chat.jobs(model, id, &sampling, options)
+}
+
+/// All of a body but how it is answered.
+pub fn read(model: &ServedModel, client: &Client, fields: &Fields) -> Result<(Chat, Sampling, ChatOptions), ApiError> {
     fields.refuse(&openai::UNSUPPORTED)?;
     fields.refuse(&["best_of", "echo"])?;
     let sampling = Sampling::read(model, client, fields, openai::own(fields, 1)?)?;
@@ -24,7 +30,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         prompt_logprobs: openai::prompt_logprobs(fields)?,
         constraint: Constraint::read(fields)?,
     };
-    chat(fields)?.jobs(model, id, &sampling, options)
+    Ok((chat(fields)?, sampling, options))
 }
 
 /// What goes through the template.

@@ -103,8 +103,8 @@ pub fn text_ids(model: &ServedModel, param: &str, text: &str, with_bos: bool) ->
     Ok(ids)
 }
 
-/// What `echo` repeats.
-fn text(model: &ServedModel, input: &Input, ids: &[TokenId]) -> String {
+/// The text of a prompt, which `echo` repeats.
+pub fn text(model: &ServedModel, input: &Input, ids: &[TokenId]) -> String {
     match input {
         Input::Text(text) => (*text).to_owned(),
         Input::Ids(_) => text_of(model, ids),

@@ -50,6 +50,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
             pooling: Some(pooling),
             sampling: SamplingParams::default(),
             cache_salt: tenancy.cache_salt,
+            salt_name: tenancy.salt_name.clone(),
             tenant: tenancy.tenant,
             share: tenancy.share,
             priority: tenancy.priority,

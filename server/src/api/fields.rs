@@ -96,6 +96,8 @@ fn changes_nothing(name: &str, value: &Value) -> bool {
         // Below 0 it is llama.cpp's way to say no limit.
         "n_predict" | "top_n_sigma" => value.as_f64() == Some(-1.0),
         "skip_special_tokens" => *value == true,
+        // Routers add it, and clients leave it out who expect it; the answer says that nothing was stored.
+        "store" => value.is_boolean(),
         "modalities" => *value == json!(["text"]),
         "truncation" => *value == "disabled",
         "verbosity" => *value == "medium",

@@ -44,12 +44,14 @@ pub mod models;
 mod openai;
 pub mod openapi;
 mod parts;
+mod render;
 mod reply;
 mod responses;
 mod sampling;
 mod tenancy;
 pub mod texts;
 mod tools;
+pub mod worker;
 
 pub use answer::{Answer, Event, collect};
 pub use constraint::{Constraint, Form};

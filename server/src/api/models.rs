@@ -19,7 +19,10 @@ pub fn card(model: &ServedModel) -> Value {
         "id": model.name,
         "object": "model",
         "created": model.loaded_at,
+        // Routers that know a worker by it find none of theirs, and ask `/version`.
         "owned_by": "fullbore",
+        "root": model.name,
+        "parent": null,
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,

@@ -21,6 +21,9 @@ pub fn document() -> Value {
             get["parameters"] = json!([model]);
         }
         paths.insert((*path).to_owned(), json!({"get": get}));
+        if *path == "/ping" {
+            paths[*path]["post"] = paths[*path]["get"].clone();
+        }
     }
     for Post { path, summary, body, answer, streams } in posts() {
         let example = example(path);
@@ -57,12 +60,17 @@ const GETS: &[(&str, &str, &str)] = &[
     ("/health", "Whether it can serve", "Health"),
     ("/health/live", "Whether the process lives", "Health"),
     ("/health/ready", "Whether it can serve", "Health"),
+    ("/load", "How many requests run or wait", "Object"),
     ("/metrics", "Prometheus' text format", "text"),
     ("/openapi.json", "This document", "Object"),
+    ("/ping", "Whether it can serve", "Health"),
+    ("/tokenizer_info", "Special tokens and the chat template", "Object"),
     ("/v1/limits", "Where the device's time went, and what holds it back", "Object"),
     ("/v1/live", "What engines were at in the last minutes, second by second", "Object"),
+    ("/v1/loads", "What each device of a model is at", "Object"),
     ("/v1/models", "The models that there are", "Models"),
     ("/v1/models/{model}", "One of them", "Object"),
+    ("/version", "Of this server", "Object"),
 ];
 
 /// Name, type, and what it is.
@@ -70,7 +78,9 @@ type Parameter = (&'static str, &'static str, &'static str);
 
 /// What may follow the `?` of these paths.
 const QUERIES: &[(&str, &[Parameter])] = &[
+    ("/tokenizer_info", &[MODEL]),
     ("/v1/limits", &[MODEL]),
+    ("/v1/loads", &[MODEL]),
     ("/v1/live", &[MODEL, ("after", "integer", "Frames that ended later alone, in Unix milliseconds")]),
 ];
 const MODEL: Parameter = ("model", "string", "This model alone");
@@ -98,6 +108,20 @@ fn posts() -> Vec<Post> {
             false,
         ),
         post("/v1/embeddings", "Vectors of texts", bodies::embeddings(), "Embeddings", false),
+        post(
+            "/v1/completions/render",
+            "Prompts as the model reads them",
+            bodies::render_completions(),
+            "Rendered",
+            false,
+        ),
+        post(
+            "/v1/chat/completions/render",
+            "A chat as the model reads it, and how it would be sampled",
+            bodies::chat(),
+            "RenderedChat",
+            false,
+        ),
         post("/tokenize", "A text or a chat as token ids", bodies::tokenize(), "Tokens", false),
         post("/detokenize", "Token ids as text", bodies::detokenize(), "Prompt", false),
         post("/apply-template", "A chat as the model reads it", bodies::apply_template(), "Prompt", false),
@@ -108,8 +132,10 @@ fn posts() -> Vec<Post> {
 fn example(path: &str) -> Value {
     let chat = json!([{"role": "user", "content": "Name three primary colours."}]);
     match path {
-        "/v1/completions" => json!({"prompt": "Once upon a time", "max_tokens": 16}),
-        "/v1/chat/completions" | "/v1/messages" => json!({"messages": chat, "max_tokens": 16}),
+        "/v1/completions" | "/v1/completions/render" => json!({"prompt": "Once upon a time", "max_tokens": 16}),
+        "/v1/chat/completions" | "/v1/chat/completions/render" | "/v1/messages" => {
+            json!({"messages": chat, "max_tokens": 16})
+        }
         "/v1/responses" => json!({"input": "Name three primary colours.", "max_output_tokens": 16}),
         "/v1/embeddings" => json!({"input": ["Once upon a time", "There was a king"]}),
         "/detokenize" => json!({"tokens": [1, 2]}),
@@ -203,6 +229,8 @@ mod tests {
                 "/v1/embeddings" => prepare(Endpoint::Embeddings, &model, &Client::default(), body).map(drop),
                 "/v1/messages" => prepare(Endpoint::Messages, &model, &Client::default(), body).map(drop),
                 "/v1/messages/count_tokens" => texts::answer(TextEndpoint::CountTokens, &model, body).map(drop),
+                "/v1/completions/render" => texts::answer(TextEndpoint::RenderCompletions, &model, body).map(drop),
+                "/v1/chat/completions/render" => texts::answer(TextEndpoint::RenderChat, &model, body).map(drop),
                 "/tokenize" => texts::answer(TextEndpoint::Tokenize, &model, body).map(drop),
                 "/detokenize" => texts::answer(TextEndpoint::Detokenize, &model, body).map(drop),
                 "/apply-template" => texts::answer(TextEndpoint::ApplyTemplate, &model, body).map(drop),

@@ -128,6 +128,30 @@ impl Sampling {
         model.engine.config().max_model_len.saturating_sub(num_prompt_tokens).max(1)
     }
 
+    /// What was asked for, with what stands where nothing was, in vLLM's words.
+    pub fn told(&self, max_tokens: u32) -> Value {
+        let params = &self.params;
+        json!({
+            "n": self.n,
+            "max_tokens": max_tokens,
+            "min_tokens": params.min_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+            "seed": params.seed,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "repetition_penalty": params.repetition_penalty,
+            "stop": self.stops,
+            "stop_token_ids": self.stop_ids.iter().map(|id| id.0).collect::<Vec<_>>(),
+        })
+    }
+
+    pub fn priority(&self) -> i32 {
+        self.tenancy.priority
+    }
+
     /// A place for each choice of `num_prompts` prompts.
     pub fn reserve(&self, model: &ServedModel, num_prompts: usize) -> Result<Vec<Place>, ApiError> {
         let num_choices = num_prompts * self.n as usize;
@@ -159,6 +183,7 @@ impl Sampling {
                 prompt_logprobs: prompt.prompt_logprobs.max(echoed),
                 pooling: None,
                 cache_salt: self.tenancy.cache_salt,
+                salt_name: self.tenancy.salt_name.clone(),
                 tenant: self.tenancy.tenant,
                 share: self.tenancy.share,
                 priority: self.tenancy.priority,

@@ -2,6 +2,7 @@
 //! names are one tenant, and no name at all is one too. Whether a client may ask at all is for `http/access.rs` to say.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 use fullbore_engine::request::Share;
 
@@ -10,12 +11,14 @@ use super::fields::Fields;
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Tenancy {
     pub tenant: u64,
     pub share: Share,
     pub priority: i32,
     pub cache_salt: u64,
+    /// As the client wrote it.
+    pub salt_name: Option<Arc<str>>,
 }
 
 impl Tenancy {
@@ -36,6 +39,7 @@ impl Tenancy {
             share: client.share.or_else(share).unwrap_or_default(),
             priority: priority as i32,
             cache_salt: hash((key, salt)),
+            salt_name: salt.map(Arc::from),
         })
     }
 }

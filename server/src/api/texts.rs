@@ -1,13 +1,13 @@
-//! Text and token ids without a model's step: `/tokenize` and `/detokenize` as vLLM has them, `/apply-template` as
-//! llama.cpp does, `/v1/messages/count_tokens` as Anthropic does. Invariant: what a prompt is here it is for the
-//! endpoints that generate.
+//! Text and token ids without a model's step: `/tokenize`, `/detokenize` and [`render`] as vLLM has them,
+//! `/apply-template` as llama.cpp does, `/v1/messages/count_tokens` as Anthropic does. Invariant: what a prompt is here
+//! it is for the endpoints that generate.
 
 use serde_json::{Value, json};
 
 use super::chat_completions::chat;
 use super::fields::{Fields, wrong};
 use super::sampling::token_id;
-use super::{ServedModel, anthropic, completions, fields_of};
+use super::{ServedModel, anthropic, completions, fields_of, render};
 use crate::http::error::ApiError;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum TextEndpoint {
     Detokenize,
     ApplyTemplate,
     CountTokens,
+    RenderCompletions,
+    RenderChat,
 }
 
 /// Tokens of one detokenized text at most, in contexts of the model.
@@ -27,6 +29,8 @@ pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Resu
         TextEndpoint::Tokenize => tokenize(model, &fields),
         TextEndpoint::Detokenize => detokenize(model, &fields),
         TextEndpoint::CountTokens => anthropic::count_tokens(model, &fields),
+        TextEndpoint::RenderCompletions => render::completions(model, &fields),
+        TextEndpoint::RenderChat => render::chat(model, &fields),
         TextEndpoint::ApplyTemplate => Ok(json!({"prompt": chat(&fields)?.render(model)?.text})),
     }
 }

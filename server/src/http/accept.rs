@@ -31,7 +31,7 @@ use super::access::{self, Client};
 use super::error::ApiError;
 use super::peers::{PeerPlace, Peers};
 use super::tls::Tls;
-use super::{App, OpenRequest};
+use super::{App, OpenRequest, orca};
 
 /// What a client may take of the server.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +73,9 @@ impl Default for Limits {
 /// Connections beyond the cap that are being told so, at most; more are closed unheard.
 const MAX_REFUSALS: usize = 64;
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
+
+/// Routers know an answer by what they called its request.
+const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-request-id");
 
 /// Where connections come from, and what each may have.
 pub struct Door {
@@ -216,6 +219,8 @@ where
     let origin = app.access.allowed_origin(&request);
     let client = app.access.admit(&request, address);
     let meter = client.as_ref().ok().and_then(|client| client.meter.clone());
+    let request_id = request.headers().get(REQUEST_ID).cloned();
+    let load = client.as_ref().ok().and_then(|_| orca::asked(request.headers()));
     let mut response = match (app.access.preflight(&request), client.and_then(|client| in_rate(client, &request))) {
         (Some(response), _) => response,
         (None, Err(error)) => error.response(request.uri().path()),
@@ -233,6 +238,12 @@ where
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
     if let Some(meter) = meter {
         meter.tell(response.headers_mut(), std::time::Instant::now());
+    }
+    if let Some(id) = request_id {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    if let Some(format) = load {
+        orca::tell(response.headers_mut(), format, app.models());
     }
     if let Some(origin) = origin {
         access::allow(response.headers_mut(), origin);

@@ -61,7 +61,7 @@ impl Default for Origin {
 }
 
 /// Whoever may reach the port may see that it is alive; and have the page, which asks for a key itself.
-const OPEN_PATHS: [&str; 3] = ["/health", "/health/live", "/health/ready"];
+const OPEN_PATHS: [&str; 4] = ["/health", "/health/live", "/health/ready", "/ping"];
 
 /// Anthropic's clients show their key here.
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");

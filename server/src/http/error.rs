@@ -137,6 +137,11 @@ impl ApiError {
         ApiError { retry_after: Some(1), ..ApiError::unavailable(message) }
     }
 
+    /// The process is about to end.
+    pub fn leaving() -> ApiError {
+        ApiError::not_yet("the server is shutting down; ask another, or come again")
+    }
+
     /// A panic of ours, of which the log says more.
     pub fn bug() -> ApiError {
         ApiError::internal("the server met a bug of its own; its log says more")

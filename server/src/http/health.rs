@@ -15,7 +15,7 @@ pub fn live() -> Response {
 
 /// Ready when every model is; otherwise why the first that is not cannot serve.
 pub fn ready(app: &App) -> Response {
-    let answer = app.open_models().and_then(|models| {
+    let answer = app.ready_models().and_then(|models| {
         for model in models {
             check(model, app.limits.max_stall).map_err(|error| match models.len() {
                 1 => error,

@@ -28,6 +28,7 @@ mod health;
 pub mod keys;
 mod lane;
 pub mod metrics;
+mod orca;
 mod page;
 mod peers;
 pub mod proxies;
@@ -48,6 +49,7 @@ pub struct App {
     log: Option<Log>,
     /// In the order of the command line; none while they are loaded.
     models: OnceLock<Vec<Arc<ServedModel>>>,
+    leaving: AtomicBool,
     draining: AtomicBool,
     /// Requests whose answer is not sent yet.
     num_open: watch::Sender<usize>,
@@ -70,6 +72,7 @@ impl App {
             tracer: tracer.map(Arc::new),
             log,
             models: OnceLock::new(),
+            leaving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             num_open: watch::Sender::new(0),
         }
@@ -105,6 +108,19 @@ impl App {
         })
     }
 
+    /// From now on the server says that it is not ready, and serves whoever comes all the same.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// The models, where more requests are wanted, or why they are not.
+    pub fn ready_models(&self) -> Result<&[Arc<ServedModel>], ApiError> {
+        match self.leaving.load(Ordering::Relaxed) {
+            true => Err(ApiError::leaving()),
+            false => self.open_models(),
+        }
+    }
+
     /// From now on requests are refused.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
@@ -123,7 +139,7 @@ impl App {
     /// The models, or why none of them is to be had now.
     pub fn open_models(&self) -> Result<&[Arc<ServedModel>], ApiError> {
         match self.draining.load(Ordering::Relaxed) {
-            true => Err(ApiError::not_yet("the server is shutting down; ask another, or come again")),
+            true => Err(ApiError::leaving()),
             false => self.known_models(),
         }
     }

@@ -26,6 +26,7 @@ use super::{App, health, metrics, page};
 use crate::api::limits::LimitsQuery;
 use crate::api::live::LiveQuery;
 use crate::api::texts::{self, TextEndpoint};
+use crate::api::worker::{self, WorkerQuery};
 use crate::api::{self, Endpoint, Generation, ServedModel};
 
 pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone + Send + 'static {
@@ -56,6 +57,7 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
     let completions = warp::path!("v1" / "completions").map(|| Endpoint::Completions);
     let chat = warp::path!("v1" / "chat" / "completions").map(|| Endpoint::Chat);
     let texts = texts(with_app.clone());
+    let worker = worker(with_app.clone());
     let responses = warp::path!("v1" / "responses").map(|| Endpoint::Responses);
     let messages = warp::path!("v1" / "messages").map(|| Endpoint::Messages);
     let embeddings = warp::path!("v1" / "embeddings").map(|| Endpoint::Embeddings);
@@ -81,6 +83,8 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         .or(generate)
         .unify()
         .or(texts)
+        .unify()
+        .or(worker)
         .unify();
     let rest = page.or(file).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
@@ -126,9 +130,30 @@ fn texts(
     let detokenize = warp::path!("detokenize").map(|| TextEndpoint::Detokenize);
     let template = warp::path!("apply-template").map(|| TextEndpoint::ApplyTemplate);
     let count = warp::path!("v1" / "messages" / "count_tokens").map(|| TextEndpoint::CountTokens);
+    let prompts = warp::path!("v1" / "completions" / "render").map(|| TextEndpoint::RenderCompletions);
+    let chat = warp::path!("v1" / "chat" / "completions" / "render").map(|| TextEndpoint::RenderChat);
     let endpoint = tokenize.or(detokenize).unify().or(template).unify().or(count).unify();
+    let endpoint = endpoint.or(prompts).unify().or(chat).unify();
     let endpoint = endpoint.and(warp::post()).and(with_app).and(warp::path::full()).and(warp::ext::get());
     endpoint.and(warp::header::headers_cloned()).and(warp::body::stream()).then(text_reply)
+}
+
+/// What routers ask of a worker.
+fn worker(
+    with_app: impl Filter<Extract = (Arc<App>,), Error = Infallible> + Clone + Send + 'static,
+) -> impl Filter<Extract = (Response,), Error = Rejection> + Clone + Send + 'static {
+    let ping = warp::path!("ping").and(warp::get().or(warp::post()).unify()).and(with_app.clone());
+    let ping = ping.map(|app: Arc<App>| health::ready(&app));
+    let version = warp::path!("version").and(warp::get()).map(|| json_response(&worker::version()));
+    let load = warp::path!("load").and(warp::get()).and(with_app.clone());
+    let load = load.map(|app: Arc<App>| answer_get(app.known_models().map(worker::load)));
+    let loads = warp::path!("v1" / "loads").map(|| worker::loads as fn(&ServedModel) -> Value);
+    let tokenizer = warp::path!("tokenizer_info").map(|| worker::tokenizer_info as fn(&ServedModel) -> Value);
+    let of_model = loads.or(tokenizer).unify().and(warp::get()).and(with_app).and(warp::query());
+    let of_model = of_model.map(|answer: fn(&ServedModel) -> Value, app: Arc<App>, query: WorkerQuery| {
+        answer_get(app.known_model(query.model.as_deref()).map(|model| answer(model)))
+    });
+    ping.or(version).unify().or(load).unify().or(of_model).unify()
 }
 
 async fn text_reply<S, B>(

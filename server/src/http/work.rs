@@ -166,7 +166,7 @@ impl Flight {
 fn outcome<T>(done: Result<T, JoinError>) -> Result<T, ApiError> {
     done.map_err(|error| match error.try_into_panic() {
         Ok(panic) => resume_unwind(panic),
-        Err(_) => ApiError::not_yet("the server is shutting down; ask another, or come again"),
+        Err(_) => ApiError::leaving(),
     })
 }
 

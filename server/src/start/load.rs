@@ -102,10 +102,13 @@ impl Plan {
     /// The same, for a server: with what is known of steps, and of others on the device.
     fn load_served(self, hash_key: (u64, u64)) -> Result<Replica, StartError> {
         let neighbours = devices::share(self.backend.info(), &self.seat.title, &self.name);
-        let tuned_cost = self.tuned_cost;
+        let (tuned_cost, kv_events) = (self.tuned_cost, self.kv_events.clone());
         let mut replica = self.load_replica(hash_key)?;
         if let Some(neighbours) = neighbours {
             replica.engine.set_neighbours(neighbours);
+        }
+        if let Some(sender) = kv_events {
+            replica.engine.cache_mut().tell_kv_events_to(sender);
         }
         if let Some(cost) = replica.costs.as_ref().and_then(SavedCosts::read).or(tuned_cost) {
             replica.engine.set_cost(cost);

@@ -155,12 +155,15 @@ fn chat_template() -> Fields {
     ]
 }
 
-pub fn completions() -> Value {
-    let prompt = json!({"oneOf": [{"type": "string"}, token_ids(),
+fn prompt() -> Value {
+    json!({"oneOf": [{"type": "string"}, token_ids(),
         {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": {"type": "string"}},
-        {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": token_ids()}]});
+        {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": token_ids()}]})
+}
+
+pub fn completions() -> Value {
     let own = vec![
-        ("prompt", prompt),
+        ("prompt", prompt()),
         ("max_tokens", tokens(0)),
         ("best_of", integer(1, MAX_CHOICES as i64)),
         ("echo", bool()),
@@ -250,6 +253,11 @@ pub fn embeddings() -> Value {
         ("cache_salt", string()),
     ];
     body(&[own], &["input"])
+}
+
+/// What `completions` reads of a prompt.
+pub fn render_completions() -> Value {
+    body(&[vec![("model", string()), ("prompt", prompt())]], &["prompt"])
 }
 
 pub fn tokenize() -> Value {

@@ -132,6 +132,9 @@ fn answers() -> Value {
         "Embeddings": answer(&[("object", text.clone()), ("data", objects.clone()), ("model", text.clone()),
             ("usage", usage.clone())]),
         "InputTokens": answer(&[("input_tokens", number.clone())]),
+        "Rendered": {"type": "array", "items": answer(&[("prompt", text.clone()), ("prompt_token_ids", ids.clone())])},
+        "RenderedChat": answer(&[("model", text.clone()), ("token_ids", ids.clone()),
+            ("sampling_params", json!({"type": "object"})), ("stream", json!({"type": "boolean"}))]),
         "Tokens": answer(&[("count", number.clone()), ("max_model_len", number), ("tokens", ids)]),
         "Prompt": answer(&[("prompt", text)]),
     })

@@ -12,12 +12,15 @@ pub struct Asked {
 }
 
 /// Paths of the API; what is below one that ends with a slash is as it.
-const HANDLERS: [&str; 14] = [
+const HANDLERS: [&str; 20] = [
     "/v1/chat/completions",
+    "/v1/chat/completions/render",
     "/v1/completions",
+    "/v1/completions/render",
     "/v1/embeddings",
     "/v1/limits",
     "/v1/live",
+    "/v1/loads",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/models",
@@ -25,11 +28,14 @@ const HANDLERS: [&str; 14] = [
     "/v1/responses",
     "/apply-template",
     "/detokenize",
+    "/load",
     "/openapi.json",
     "/tokenize",
+    "/tokenizer_info",
+    "/version",
 ];
 /// As vLLM, which counts what is asked of people's probes and scrapers nowhere.
-const UNCOUNTED: [&str; 4] = ["/health", "/metrics", "/page", "/favicon.ico"];
+const UNCOUNTED: [&str; 5] = ["/health", "/ping", "/metrics", "/page", "/favicon.ico"];
 
 impl Asked {
     pub fn new<B>(request: &Request<B>) -> Asked {

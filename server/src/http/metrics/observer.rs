@@ -38,6 +38,7 @@ pub struct Observer {
 impl Observer {
     pub fn new(choices: Arc<Choices>, request: &Request, arrived: Instant, trace: Option<Trace>) -> Observer {
         choices.count();
+        choices.metrics().count_begin();
         Observer {
             choices,
             request: request.id.clone(),

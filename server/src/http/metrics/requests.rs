@@ -2,7 +2,7 @@
 //! sequence is told once is told by its [`super::Observer`].
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
@@ -30,6 +30,8 @@ pub struct RequestMetrics {
     prefix_hits: IntCounter,
     ended: IntCounterVec,
     aborted: IntCounterVec,
+    /// Sequences that have not ended.
+    num_open: AtomicU64,
 }
 
 /// Seconds: from a step of a small model to a long answer of a large one; close together, for percentiles are read off
@@ -97,6 +99,7 @@ impl RequestMetrics {
             prefix_hits: counter("vllm:prefix_cache_hits_total", "Those of them that it had."),
             ended: counters(ended, "finished_reason", &ENDS),
             aborted: counters(aborted, "phase", &["queue", "prefill", "decode"]),
+            num_open: AtomicU64::new(0),
             model: model.to_owned(),
         }
     }
@@ -115,6 +118,15 @@ impl RequestMetrics {
         for counters in [&self.prompts_by_source, &self.ended, &self.aborted] {
             register(registry, Ok(counters.clone()));
         }
+    }
+
+    /// Sequences that run or wait, as of now.
+    pub fn num_open(&self) -> u64 {
+        self.num_open.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_begin(&self) {
+        self.num_open.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Times to the first token, and between two.
@@ -139,6 +151,7 @@ impl RequestMetrics {
 
     /// A sequence has ended: one of [`ENDS`], and where its client left what it was at.
     pub(super) fn count_end(&self, end: &str, phase: Option<&str>) {
+        self.num_open.fetch_sub(1, Ordering::Relaxed);
         self.ended.with_label_values(&[end]).inc();
         if let Some(phase) = phase {
             self.aborted.with_label_values(&[phase]).inc();

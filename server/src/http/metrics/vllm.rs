@@ -25,14 +25,12 @@ fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId,
     let num_waiting = model.engine.num_waiting_at(replica) as f64;
     let blocks = stats.blocks;
     let num_blocks = blocks.free + blocks.cached + blocks.referenced;
+    let usage = f64::from(blocks.referenced) / f64::from(num_blocks.max(1));
     let gauges = [
         ("vllm:num_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
         ("vllm:num_requests_waiting", "Sequences that wait for admission.", num_waiting),
-        (
-            "vllm:kv_cache_usage_perc",
-            "Share of the KV blocks that running sequences hold, 1 being all.",
-            f64::from(blocks.referenced) / f64::from(num_blocks.max(1)),
-        ),
+        ("vllm:kv_cache_usage_perc", "Share of the KV blocks that running sequences hold, 1 being all.", usage),
+        ("vllm:gpu_cache_usage_perc", "The same under vLLM's older name.", usage),
     ];
     for (name, help, value) in gauges {
         register(registry, Gauge::with_opts(options(name, help))).set(value);

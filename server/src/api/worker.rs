@@ -1,0 +1,78 @@
+//! What routers ask of a worker in vLLM's and SGLang's words: `/version`, `/load`, `/v1/loads`, `/tokenizer_info`.
+//! Invariant: numbers are those of `/metrics`; what is not known is left out.
+
+use std::sync::Arc;
+
+use fullbore_engine::fleet::ReplicaId;
+use fullbore_engine::request::TokenId;
+use fullbore_engine::worker::EngineHandle;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{ServedModel, unix_seconds};
+
+#[derive(Debug, Default, Deserialize)]
+pub struct WorkerQuery {
+    /// This one [default: the first].
+    pub model: Option<String>,
+}
+
+pub fn version() -> Value {
+    json!({"version": env!("CARGO_PKG_VERSION")})
+}
+
+/// Sequences that run or wait, whichever model they are for.
+pub fn load(models: &[Arc<ServedModel>]) -> Value {
+    json!({"server_load": models.iter().map(|model| model.metrics.num_open()).sum::<u64>()})
+}
+
+/// Each device is a rank.
+pub fn loads(model: &ServedModel) -> Value {
+    let engines = model.engine.engines();
+    let loads: Vec<Value> =
+        (0..).map(ReplicaId).zip(engines).map(|(replica, engine)| rank(model, replica, engine)).collect();
+    let rate = model.history.after(0).last().map(|frame| frame.generated_tokens as f64 / frame.period.as_secs_f64());
+    let mut answer = json!({"timestamp": unix_seconds(), "dp_rank_count": loads.len(), "loads": loads});
+    // Of all ranks together, where there are several.
+    if let (Some(rate), [_]) = (rate, engines) {
+        answer["loads"][0]["gen_throughput"] = rate.into();
+    }
+    answer
+}
+
+fn rank(model: &ServedModel, ReplicaId(rank): ReplicaId, engine: &EngineHandle) -> Value {
+    let (stats, config) = (engine.stats(), engine.config());
+    let num_waiting = model.engine.num_waiting_at(ReplicaId(rank));
+    let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
+    let tokens = |num_blocks: u32| u64::from(num_blocks) * u64::from(config.block_size);
+    let token_usage = share(tokens(stats.blocks.referenced), tokens(config.num_blocks));
+    let slot_usage = share(stats.num_running.into(), config.max_num_seqs.into());
+    json!({
+        "dp_rank": rank,
+        "num_running_reqs": stats.num_running,
+        "num_waiting_reqs": num_waiting,
+        "num_total_reqs": u64::from(stats.num_running) + num_waiting,
+        "num_used_tokens": tokens(stats.blocks.referenced),
+        "max_total_num_tokens": tokens(config.num_blocks),
+        "token_usage": token_usage,
+        "cache_hit_rate": share(stats.cached_tokens, stats.prompt_tokens),
+        "utilization": token_usage.max(slot_usage),
+        "max_running_requests": config.max_num_seqs,
+    })
+}
+
+/// As transformers' configuration of a tokenizer has it.
+pub fn tokenizer_info(model: &ServedModel) -> Value {
+    let spelled = |id: Option<TokenId>| id.and_then(|id| model.tokenizer.token(id));
+    let eos = spelled(model.tokenizer.eos());
+    json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": spelled(model.tokenizer.bos()),
+        "eos_token": eos,
+        // Nothing is ever padded here.
+        "pad_token": eos,
+        "add_bos_token": model.tokenizer.add_bos(),
+        "model_max_length": model.max_model_len(),
+        "chat_template": model.chat_template.as_ref().map(|template| template.source()),
+    })
+}
