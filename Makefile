@@ -4,7 +4,7 @@ CACHE := $(or $(FULLBORE_CACHE),$(HOME)/.cache/fullbore)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: serve test test-full test-e2e fuzz test-fresh verify bench bench-lavapipe models ptx drivers toolchain
+.PHONY: serve test test-full test-e2e test-cluster fuzz test-fresh verify bench bench-lavapipe models ptx drivers toolchain
 
 # Builds the server, fetches the default model and serves it.
 serve: toolchain
@@ -25,6 +25,12 @@ test-e2e: toolchain drivers
 	@scripts/models.sh
 	cargo build --locked -p fullbore
 	@. target/lavapipe/env && scripts/e2e.sh target/debug/fullbore
+
+# Several workers behind SMG, for real, and the manifests of deploy/: three minutes on 2 cores.
+test-cluster: toolchain
+	@scripts/models.sh
+	cargo build --locked -p fullbore
+	@scripts/cluster.sh target/debug/fullbore
 
 # What strangers send, at random, from the corpus that is kept: FUZZ_SECONDS (300) for each target of fuzz/.
 fuzz: toolchain

@@ -1,0 +1,211 @@
+"""What tests of a cluster share: workers, gateways, and requests to either. On 127.0.0.1 alone."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import urllib.parse
+from dataclasses import dataclass
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(what, ready, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
+        time.sleep(0.05)
+
+
+def exchange(url, method, path, body=None, seconds=120):
+    """Connection and response; the body is yet to be read."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=seconds)
+    data = None if body is None else json.dumps(body)
+    connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+    return connection, connection.getresponse()
+
+
+class Process:
+    """A program with a log; `with` ends it, and nothing but it."""
+
+    def __init__(self, name, port, command, path):
+        self.name, self.port, self.command, self.path = name, port, command, path
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"fullbore-cluster-{name}-{port}-", suffix=".log")
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT)
+        try:
+            until(f"{self.name} to be ready", self.is_ready, 90)
+        except AssertionError:
+            self.terminate()
+            raise AssertionError(f"{self.name} did not become ready:\n{self.text()[-3000:]}") from None
+
+    def is_ready(self):
+        assert self.process.poll() is None, f"{self.name} ended"
+        try:
+            connection, response = exchange(self.url, "GET", self.path, seconds=5)
+            connection.close()
+            return response.status == 200
+        except OSError:
+            return False
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self):
+        self.process.wait()
+        self.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self.log.close()
+
+
+class Worker(Process):
+    def __init__(self, binary, device, *flags):
+        port = free_port()
+        command = [binary, "serve", "--model", "smollm2", "--device", device, "--port", str(port), "--no-saved-costs",
+                   "--no-tuning", "--max-num-seqs", "4", "--block-size", "16", "--drain-timeout", "60", *flags]
+        if "--max-model-len" not in flags:
+            command += ["--max-model-len", "1024", "--kv-memory", "96MiB"]
+        super().__init__("worker", port, command, "/health")
+
+    def get(self, path):
+        connection, response = exchange(self.url, "GET", path)
+        with contextlib.closing(connection):
+            return response.read().decode()
+
+    def post(self, path, body):
+        connection, response = exchange(self.url, "POST", path, body)
+        with contextlib.closing(connection):
+            return json.loads(response.read())
+
+    def metric(self, name):
+        """The sample of this name that has these labels, whatever others it has."""
+        name, _, labels = name.partition("{")
+        labels = [label for label in labels.rstrip("}").split(",") if label]
+        for line in self.get("/metrics").splitlines():
+            sample, _, value = line.rpartition(" ")
+            if sample.partition("{")[0] == name and all(label in sample for label in labels):
+                return float(value)
+        return 0.0
+
+
+class Smg(Process):
+    def __init__(self, urls, policy):
+        port, self.urls = free_port(), urls
+        command = [sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls,
+                   "--policy", policy, "--health-check-interval-secs", "1", "--health-failure-threshold", "1",
+                   "--health-success-threshold", "1", "--health-check-timeout-secs", "2",
+                   "--worker-startup-check-interval", "1", "--worker-warmup-secs", "0",
+                   "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()),
+                   "--disable-tokenizer-autoload", "--log-level", "info"]
+        super().__init__("smg", port, command, "/readiness")
+
+    def is_ready(self):
+        return super().is_ready() and self.healthy() == set(self.urls)
+
+    def healthy(self):
+        connection, response = exchange(self.url, "GET", "/workers")
+        with contextlib.closing(connection):
+            return {worker["url"] for worker in json.loads(response.read())["workers"] if worker["is_healthy"]}
+
+
+@dataclass
+class Reply:
+    text: str
+    # The address of who answered.
+    worker: str
+    cached: int
+
+
+@dataclass
+class End:
+    """Of a stream."""
+    worker: str
+    finished: bool
+    error: str
+
+
+def routed(response):
+    return response.getheader("x-smg-routed-worker-id")
+
+
+def chat(url, messages, max_tokens):
+    body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "model": "smollm2", "ignore_eos": True}
+    connection, response = exchange(url, "POST", "/v1/chat/completions", body)
+    with contextlib.closing(connection):
+        text = response.read().decode()
+        assert response.status == 200, f"{response.status}: {text}"
+        reply = json.loads(text)
+        usage = reply["usage"]["prompt_tokens_details"]
+        return Reply(reply["choices"][0]["message"]["content"], routed(response), usage["cached_tokens"])
+
+
+def stream(url, messages, max_tokens, begun):
+    body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "model": "smollm2", "stream": True,
+            "ignore_eos": True}
+    connection, response = exchange(url, "POST", "/v1/chat/completions", body)
+    with contextlib.closing(connection):
+        assert response.status == 200, f"{response.status}: {response.read()}"
+        worker, finished, error, num_chunks = routed(response), False, None, 0
+        try:
+            for line in response:
+                data = line.decode().removeprefix("data: ").strip()
+                if not data.startswith("{"):
+                    continue
+                event = json.loads(data)
+                num_chunks += 1
+                if num_chunks == 3:
+                    begun.set()
+                if "error" in event:
+                    error = json.dumps(event["error"])
+                elif any(choice.get("finish_reason") for choice in event.get("choices", [])):
+                    finished = True
+        except (OSError, http.client.HTTPException) as broken:
+            error = repr(broken)
+        return End(worker, finished, error)
+
+
+def run(*tests):
+    """Each, and how that went."""
+    num_failed = 0
+    for test in tests:
+        begun = time.monotonic()
+        try:
+            test()
+            print(f"ok {test.__name__} ({time.monotonic() - begun:.1f} s)", flush=True)
+        except Exception:
+            num_failed += 1
+            print(f"FAILED {test.__name__}\n{traceback.format_exc()}", flush=True)
+    print(f"{len(tests) - num_failed} passed, {num_failed} failed")
+    sys.exit(1 if num_failed else 0)

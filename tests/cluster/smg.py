@@ -1,0 +1,207 @@
+"""Workers behind SMG, for real: routing by prefix, loss, drain and return of a worker, and KV events.
+
+    python3 tests/cluster/smg.py BINARY
+
+Needs smg, pyzmq and msgpack (scripts/cluster.sh sees to them), and the default model in the cache. All sockets are on
+127.0.0.1. Ends with `N passed, N failed`, and with status 1 if any failed.
+"""
+
+import concurrent.futures
+import contextlib
+import sys
+import threading
+import time
+
+from cluster import Smg, Worker, chat, free_port, run, stream, until
+from events import Index, Subscriber
+
+BINARY = sys.argv[1]
+NUM_WORKERS = 3
+NUM_SESSIONS, NUM_TURNS = 6, 4
+SYSTEM = "You are a patient teacher of geography who answers in one short sentence, without lists and without jokes."
+PLACES = ["Lisbon", "Nairobi", "Hanoi", "Bogota", "Tbilisi", "Wellington"]
+ASKED = ["the river or the sea that it lies at", "the language that most people there speak", "a dish that it is known for",
+         "the mountains that are nearest to it", "what its weather is like in the winter"]
+# A share of what one worker with all sessions finds.
+LEAST_OF_IDEAL = 0.9
+
+
+@contextlib.contextmanager
+def cluster(policy, num_workers=NUM_WORKERS, *flags):
+    with contextlib.ExitStack() as stack:
+        start = lambda index: Worker(BINARY, f"cpu@{index % 2}", *flags)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            workers = [stack.enter_context(worker) for worker in pool.map(start, range(num_workers))]
+        yield stack.enter_context(Smg([worker.url for worker in workers], policy)), workers
+
+
+def session(smg, number):
+    """A conversation, turn by turn; the workers that answered."""
+    place = PLACES[number % len(PLACES)]
+    messages = [{"role": "system", "content": SYSTEM}]
+    workers = []
+    for turn in range(NUM_TURNS):
+        question = f"This is about {place} and nothing else but {place}, for a class of children. " * 2
+        messages.append({"role": "user", "content": question + f"Please tell us {ASKED[turn % len(ASKED)]}."})
+        reply = chat(smg.url, messages, max_tokens=12)
+        workers.append(reply.worker)
+        messages.append({"role": "assistant", "content": reply.text})
+    return workers
+
+
+def sessions(smg):
+    with concurrent.futures.ThreadPoolExecutor(NUM_SESSIONS) as pool:
+        return list(pool.map(lambda number: session(smg, number), range(NUM_SESSIONS)))
+
+
+def hits(workers):
+    return sum(worker.metric("vllm:prefix_cache_hits_total") for worker in workers)
+
+
+def hits_of(policy, num_workers=NUM_WORKERS, *flags):
+    with cluster(policy, num_workers, *flags) as (smg, workers):
+        routed = sessions(smg)
+        return hits(workers), routed
+
+
+def check_hits(routed, round_robin, ideal):
+    assert routed > round_robin, f"{routed} tokens were found by prefix, and {round_robin} round robin"
+    assert routed >= LEAST_OF_IDEAL * ideal, f"{routed} tokens were found, and one worker alone finds {ideal}"
+
+
+def prefixes_decide_where_a_request_goes():
+    ideal, _ = hits_of("round_robin", 1)
+    round_robin, scattered = hits_of("round_robin")
+    routed, sticky = hits_of("cache_aware")
+    for number, workers in enumerate(sticky):
+        assert len(set(workers)) == 1, f"session {number} was with {workers}"
+    assert any(len(set(workers)) > 1 for workers in scattered), "round robin is sticky too"
+    print(f"  tokens found: {routed:.0f} by prefix, {round_robin:.0f} round robin, {ideal:.0f} by one worker")
+    check_hits(routed, round_robin, ideal)
+    # Workers that keep no prefixes must be seen to.
+    without, _ = hits_of("cache_aware", NUM_WORKERS, "--no-prefix-cache")
+    try:
+        check_hits(without, round_robin, ideal)
+    except AssertionError:
+        return
+    raise AssertionError(f"{without} tokens were found without prefix caches, and nobody minds")
+
+
+class Load:
+    """Requests one after the other until it is told to stop; what failed."""
+
+    def __init__(self, smg, num_threads=2):
+        self.smg, self.stopped, self.failures, self.num_done = smg, threading.Event(), [], 0
+        self.threads = [threading.Thread(target=self.ask, args=[number]) for number in range(num_threads)]
+
+    def ask(self, number):
+        count = 0
+        while not self.stopped.is_set():
+            count += 1
+            messages = [{"role": "user", "content": f"Say the number {number * 1000 + count}, please."}]
+            try:
+                chat(self.smg.url, messages, max_tokens=4)
+                self.num_done += 1
+            except Exception as error:
+                self.failures.append(error)
+
+    def __enter__(self):
+        [thread.start() for thread in self.threads]
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        [thread.join() for thread in self.threads]
+
+
+def long_streams(smg, pool, num_streams=4):
+    """Streams that go on for a while, once all have begun."""
+    streams = []
+    for number in range(num_streams):
+        messages = [{"role": "user", "content": f"{PLACES[number % 6]}: count on from {number}, in words."}]
+        begun = threading.Event()
+        streams.append(pool.submit(stream, smg.url, messages, 250, begun))
+        assert begun.wait(60), "a stream has not begun"
+    return streams
+
+
+def workers_die_leave_and_return():
+    with cluster("round_robin", NUM_WORKERS, "--drain-accept-seconds", "4") as (smg, workers), \
+            concurrent.futures.ThreadPoolExecutor() as pool:
+        # One dies: whole answers come from others, and its streams end with an error that is told.
+        streams = long_streams(smg, pool)
+        victim = workers[0]
+        with Load(smg) as load:
+            victim.kill()
+            ends = [one.result(120) for one in streams]
+            until("requests after the loss", lambda: load.num_done >= 6)
+        assert not load.failures, f"whole answers failed: {load.failures[:3]}"
+        lost = [end for end in ends if end.worker == victim.url]
+        assert lost and all(end.error for end in lost), f"streams of a dead worker ended as if whole: {lost}"
+        assert all(end.error is None and end.finished for end in ends if end.worker != victim.url), ends
+        # It returns, with nothing, and is used again.
+        victim.restart()
+        seen = lambda: chat(smg.url, [{"role": "user", "content": "Who is it?"}], max_tokens=1).worker == victim.url
+        until("the worker that was started anew", seen, seconds=60)
+        # One is told to end: nobody notices.
+        streams = long_streams(smg, pool)
+        leaver = workers[1]
+        with Load(smg) as load:
+            leaver.terminate()
+            ends = [one.result(120) for one in streams]
+            assert leaver.process.wait(60) == 0
+            done = load.num_done
+            until("requests after the end", lambda: load.num_done >= done + 6)
+        assert not load.failures, f"requests failed while a worker ended: {load.failures[:3]}"
+        assert any(end.worker == leaver.url for end in ends)
+        assert all(end.error is None and end.finished for end in ends), ends
+
+
+def full_workers_are_passed_over():
+    """429 of one is an answer of another."""
+    with contextlib.ExitStack() as stack:
+        small, large = (stack.enter_context(Worker(BINARY, f"cpu@{core}", *flags)) for core, flags in
+                        [(0, ["--max-queued-requests", "1", "--max-num-seqs", "1"]), (1, [])])
+        smg = stack.enter_context(Smg([small.url, large.url], "round_robin"))
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            ask = lambda number: chat(smg.url, [{"role": "user", "content": f"Number {number}?"}], max_tokens=16)
+            replies = list(pool.map(ask, range(12)))
+        assert {reply.worker for reply in replies} >= {large.url}
+        assert small.metric('fullbore_http_responses_total{status="429"}') > 0, "it was never full"
+
+
+def events_are_the_truth():
+    """An index of events alone, by libzmq, against the worker's block table; replay, and a start anew."""
+    events, replay = free_port(), free_port()
+    config = f'{{"endpoint": "tcp://127.0.0.1:{events}", "replay_endpoint": "tcp://127.0.0.1:{replay}", "topic": "kv@w"}}'
+    flags = ["--kv-events-config", config, "--kv-memory", "12MiB", "--max-model-len", "512"]
+    with Worker(BINARY, "cpu@0", *flags) as worker, Smg([worker.url], "cache_aware") as smg:
+        subscriber = Subscriber(events, replay)
+        sessions(smg)
+        cached = lambda: worker.metric('fullbore_kv_blocks{state="cached"}')
+
+        def agree():
+            subscriber.take()
+            return worker.metric('fullbore_kv_blocks{state="used"}') == 0 and len(subscriber.index.blocks) == cached()
+
+        until("events of all blocks", agree)
+        assert subscriber.index.num_removed > 0, "nothing was evicted"
+        late = Index()
+        Subscriber.replay(replay, 0, late)
+        assert late.blocks == subscriber.index.blocks, "a late subscriber knows other blocks"
+        # A prompt's tokens, found by who knows events alone, and by the worker.
+        body = {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PLACES[0]}]}
+        tokens = worker.post("/tokenize", body)["tokens"]
+        found = subscriber.index.num_found(tokens)
+        reply = chat(worker.url, body["messages"], max_tokens=1)
+        assert found == reply.cached, f"{found} of {len(tokens)} tokens by events, {reply.cached} by the worker"
+        worker.kill()
+        worker.restart()
+        fresh = Index()
+        until("the first batch", lambda: Subscriber.replay(replay, 0, Index()) > 0)
+        Subscriber.replay(replay, 0, fresh)
+        assert fresh.first_seq == 0 and not fresh.blocks, f"a worker that was started anew knows {fresh.blocks}"
+
+
+run(prefixes_decide_where_a_request_goes, workers_die_leave_and_return, full_workers_are_passed_over,
+    events_are_the_truth)
