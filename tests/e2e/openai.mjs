@@ -48,7 +48,7 @@ async function embeddings() {
 
 async function errors() {
   await assert.rejects(client.chat.completions.create({ model: "nope", messages }), OpenAI.NotFoundError);
-  await assert.rejects(client.responses.create({ model: "smollm2", input: "x", store: true }), OpenAI.BadRequestError);
+  await assert.rejects(client.responses.create({ model: "smollm2", input: "x", previous_response_id: "resp_1" }), OpenAI.BadRequestError);
 }
 
 for (const test of [chat, tools, responses, embeddings, errors]) await test();
