@@ -94,7 +94,9 @@ class Worker(Process):
     def __init__(self, binary, device, *flags):
         port = free_port()
         command = [binary, "serve", "--model", "smollm2", "--device", device, "--port", str(port), "--no-saved-costs",
-                   "--no-tuning", "--max-num-seqs", "4", "--block-size", "16", "--drain-timeout", "60", *flags]
+                   "--no-tuning", "--block-size", "16", "--drain-timeout", "60", *flags]
+        if "--max-num-seqs" not in flags:
+            command += ["--max-num-seqs", "4"]
         if "--max-model-len" not in flags:
             command += ["--max-model-len", "1024", "--kv-memory", "96MiB"]
         super().__init__("worker", port, command, "/health")

@@ -69,14 +69,14 @@ class Subscriber:
     @staticmethod
     def replay(port, start, index, end=None):
         """What is kept from `start` on, up to before `end`, into an index; how many batches that were."""
-        with CONTEXT.socket(zmq.REQ) as socket:
+        with CONTEXT.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(f"tcp://127.0.0.1:{port}")
-            socket.send(start.to_bytes(8, "big"))
+            socket.send_multipart([b"", start.to_bytes(8, "big")])
             num = 0
             while True:
                 assert socket.poll(5000), "no replay"
-                seq, payload = socket.recv_multipart()
+                _, seq, payload = socket.recv_multipart()
                 if not payload:
                     return num
                 seq = int.from_bytes(seq, "big")
