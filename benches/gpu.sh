@@ -82,32 +82,35 @@ if [ $size = small ]; then
   offline offline-4 90 "${model[@]}" --num-requests 4 --prompt-tokens 16 --output-tokens 4
   exit $failed
 fi
-# With --device auto a GPU of CUDA would be measured twice, and Vulkan on it not at all.
-grep -q '^cuda:' "$kept/devices.txt" && [ "$device" = auto ] && device=$(grep -oE '^(vulkan|dx12):[0-9]+' "$kept/devices.txt" | head -1)
+big=(--weights random --shape llama-3.1-8b --max-num-batched-tokens 2048 --max-model-len 4096)
+one=("${big[@]}" --max-num-seqs 32 --num-requests 1 --prompt-tokens 448 --output-tokens 128)
+many=("${big[@]}" --max-num-seqs 32 --num-requests 32 --prompt-tokens 448 --output-tokens 128)
+prompts=("${big[@]}" --max-num-seqs 32 --num-requests 4 --prompt-tokens 2048 --output-tokens 1)
+most=(--weights random --shape llama-3.1-8b:q8_0 --max-num-batched-tokens 2048 --max-model-len 1024 --max-num-seqs 256
+  --num-requests 256 --prompt-tokens 448 --output-tokens 64)
+# A GPU that CUDA gives is measured by it first, and by Vulkan only where the loader gives it too.
+cuda=$(grep -oE '^cuda:[0-9]+' "$kept/devices.txt" | head -1 || true)
+hardware=$(grep -E '^(vulkan|metal|dx12):' "$kept/devices.txt" | grep -v lavapipe | grep -oE '^[a-z0-9]+:[0-9]+' | head -1 || true)
+[ "$device" != auto ] || device=${hardware:-none}
+if [ -n "$cuda" ]; then
+  other=$device device=$cuda
+  run run-cuda 30 run "Name three primary colours." "${model[@]}" --max-tokens 48 --temperature 0
+  run verify-cuda 60 verify
+  run verify-cuda-matrix-units 60 verify --arithmetic matrix-units
+  offline 8b-decode-1-cuda 30 "${one[@]}" --arithmetic matrix-units
+  offline 8b-decode-32-cuda-matrix-units 30 "${many[@]}" --arithmetic matrix-units
+  offline 8b-prefill-cuda-matrix-units 30 "${prompts[@]}" --arithmetic matrix-units
+  offline 8b-decode-256-cuda-matrix-units 45 "${most[@]}" --arithmetic matrix-units
+  offline 8b-decode-32-cuda 30 "${many[@]}"
+  run ops-8b-cuda 20 bench ops --shapes 8b --seconds 10 --csv "$kept/ops-8b-cuda.csv"
+  device=$other
+fi
+[ "$device" != none ] || exit $failed
 run run 30 run "Name three primary colours." "${model[@]}" --max-tokens 48 --temperature 0
 run verify 90 verify
-big=(--weights random --shape llama-3.1-8b --max-num-seqs 32 --max-num-batched-tokens 2048)
-one=("${big[@]}" --num-requests 1 --prompt-tokens 16 --output-tokens 128)
-many=("${big[@]}" --num-requests 32 --prompt-tokens 16 --output-tokens 128)
-prompts=("${big[@]}" --num-requests 4 --prompt-tokens 2048 --output-tokens 1)
-most=(--weights random --shape llama-3.1-8b --max-num-seqs 256 --max-num-batched-tokens 2048 --num-requests 256
-  --prompt-tokens 16 --output-tokens 128)
 offline 8b-decode-1 40 "${one[@]}"
 offline 8b-decode-32 40 "${many[@]}"
 offline 8b-prefill 40 "${prompts[@]}"
-if grep -q '^cuda:' "$kept/devices.txt"; then
-  vulkan=$device device=$(grep -oE '^cuda:[0-9]+' "$kept/devices.txt" | head -1)
-  run verify-cuda 60 verify
-  offline 8b-decode-1-cuda 40 "${one[@]}"
-  offline 8b-decode-32-cuda 40 "${many[@]}"
-  offline 8b-prefill-cuda 40 "${prompts[@]}"
-  run verify-cuda-matrix-units 60 verify --arithmetic matrix-units
-  offline 8b-decode-32-cuda-matrix-units 30 "${many[@]}" --arithmetic matrix-units
-  offline 8b-prefill-cuda-matrix-units 30 "${prompts[@]}" --arithmetic matrix-units
-  offline 8b-decode-256-cuda-matrix-units 40 "${most[@]}" --arithmetic matrix-units
-  run ops-8b-cuda 20 bench ops --shapes 8b --seconds 10 --csv "$kept/ops-8b-cuda.csv"
-  device=$vulkan
-fi
 for arithmetic in matrix-units f16 integer-dot; do
   run verify-$arithmetic 45 verify --arithmetic $arithmetic --only mat_mul
   offline 8b-prefill-$arithmetic 30 "${prompts[@]}" --arithmetic $arithmetic

@@ -27,6 +27,7 @@ struct Seen {
     DEVICE_METHOD void clear() {
         highest = LOWEST;
         total = 0;
+#pragma unroll
         for (u32 part = 0; part < PARTS; part++) values[part] = 0;
     }
 
@@ -38,6 +39,7 @@ struct Seen {
         }
         f32 both = highest > cut.highest ? highest : cut.highest;
         f32 shrink = expf(highest - both), weight = expf(cut.highest - both);
+#pragma unroll
         for (u32 part = 0; part < PARTS; part++) values[part] = fmaf(cut.values[part], weight, values[part] * shrink);
         total = fmaf(cut.total, weight, total * shrink);
         highest = both;
@@ -77,6 +79,7 @@ DEVICE void attend(const AttentionParams& p) {
         queries[i / p.head_dim][i % p.head_dim] = p.q[head * p.head_dim + i % p.head_dim];
     }
     Seen<PARTS> merged[PAIRS_OF_WARP], cut[PAIRS_OF_WARP];
+#pragma unroll
     for (u32 i = 0; i < PAIRS_OF_WARP; i++) {
         merged[i].clear();
         cut[i].clear();
@@ -90,9 +93,10 @@ DEVICE void attend(const AttentionParams& p) {
         __syncthreads();
         load_tile(p, p.k_cache, item[2], kv_head, tile, len, stride, tile_values);
         __syncthreads();
+#pragma unroll
         for (u32 i = 0; i < PAIRS_OF_WARP; i++) {
             u32 pair = warp + i * WARPS;
-            if (pair >= here) break;
+            if (pair >= here) continue;
             u32 position = item[3] + (first_pair + pair) / group;
             u32 seen_from = p.window && position >= p.window ? position + 1 - p.window : 0;
             bool is_seen = lane < len && tile + lane >= seen_from && tile + lane <= position;
@@ -109,6 +113,7 @@ DEVICE void attend(const AttentionParams& p) {
             f32 shrink = cut[i].total == 0 ? 0 : expf(cut[i].highest - highest);
             weights[pair][lane] = weight;
             cut[i].total = fmaf(cut[i].total, shrink, sum_warp(weight));
+#pragma unroll
             for (u32 part = 0; part < PARTS; part++) cut[i].values[part] *= shrink;
             cut[i].highest = highest;
         }
@@ -116,12 +121,14 @@ DEVICE void attend(const AttentionParams& p) {
         load_tile(p, p.v_cache, item[2], kv_head, tile, len, stride, tile_values);
         __syncthreads();
         bool ends_cut = (tile + 32) % CUT == 0 || tile + 32 >= end;
+#pragma unroll
         for (u32 i = 0; i < PAIRS_OF_WARP; i++) {
             u32 pair = warp + i * WARPS;
-            if (pair >= here) break;
+            if (pair >= here) continue;
+#pragma unroll
             for (u32 part = 0; part < PARTS; part++) {
                 u32 d = part * 32 + lane;
-                if (d >= p.head_dim) break;
+                if (d >= p.head_dim) continue;
                 f32 value = cut[i].values[part];
                 for (u32 t = 0; t < len; t++) value = fmaf(weights[pair][t], tile_values[t * stride + d], value);
                 cut[i].values[part] = value;
@@ -131,6 +138,7 @@ DEVICE void attend(const AttentionParams& p) {
             if (item[6] != NONE) {
                 u64 place = item[6] + tile / CUT - item[4] / CUT;
                 f32* slot = p.partials + (place * p.num_heads + head) * (p.head_dim + 2);
+#pragma unroll
                 for (u32 part = 0; part < PARTS; part++)
                     if (part * 32 + lane < p.head_dim) slot[part * 32 + lane] = cut[i].values[part];
                 if (lane == 0) {
@@ -144,10 +152,12 @@ DEVICE void attend(const AttentionParams& p) {
         }
     }
     if (item[6] != NONE) return;
+#pragma unroll
     for (u32 i = 0; i < PAIRS_OF_WARP; i++) {
         u32 pair = first_pair + warp + i * WARPS;
-        if (pair >= num_pairs) break;
+        if (pair >= num_pairs) continue;
         u64 head = (u64)(item[0] + pair / group) * p.num_heads + kv_head * group + pair % group;
+#pragma unroll
         for (u32 part = 0; part < PARTS; part++)
             if (part * 32 + lane < p.head_dim)
                 p.out[head * p.head_dim + part * 32 + lane] = merged[i].values[part] / merged[i].total;

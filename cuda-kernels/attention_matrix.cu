@@ -139,7 +139,7 @@ struct Attention {
             bool is_there = own < here && d < p.head_dim;
             u64 head = (u64)(item[0] + pair / group) * p.num_heads + kv_head * group + pair % group;
             const f32* q = p.q + head * p.head_dim + d;
-            queries[own * PITCH + d / 2] = is_there ? pair_of_f16(q[0], q[1]) : 0;
+            queries[own * PITCH + d / 2] = is_there ? pair_of_activations(q[0], q[1]) : 0;
         }
         Attention cut;
         cut.clear();
@@ -244,12 +244,6 @@ struct Attention {
         }
     }
 };
-
-#ifndef FULLBORE_HOST
-// With as many registers as a block alone may have: the compiler would spill some to have two.
-#undef KERNEL
-#define KERNEL(THREADS, NAME, PARAMS) extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const PARAMS p)
-#endif
 
 // Up to 16 pairs an item, as one row mostly has, and more.
 KERNEL(32, attention_matrix_64_16, AttentionParams) { Attention<64, 1>::attend(p); }

@@ -38,3 +38,9 @@ DEVICE u32 cached_place(const AttentionParams& p, u32 table_row, u32 kv_head, u3
     u32 block = p.table[table_row * p.table_cols + position / p.block_size];
     return (block * p.num_kv_heads + kv_head) * p.block_size + position % p.block_size;
 }
+
+#ifndef FULLBORE_HOST
+// With as many registers as a block alone may have: the compiler would spill some to have two.
+#undef KERNEL
+#define KERNEL(THREADS, NAME, PARAMS) extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const PARAMS p)
+#endif

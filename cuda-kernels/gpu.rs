@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use cudarc::driver::result::{self as cuda, DriverError};
 use cudarc::driver::sys;
 
-use crate::{CudaError, Device, DeviceInfo, Function, Launch, Module, Work};
+use crate::{CudaError, Device, DeviceInfo, Function, Launch, Module, Work, ptx};
 
 pub mod compile;
 mod driver;
@@ -28,7 +28,7 @@ const SPIN: Duration = Duration::from_micros(300);
 /// Launches from which on a graph is worth having.
 const GRAPH_LAUNCHES: usize = 8;
 /// Graphs kept; when there are more, all go.
-const MAX_GRAPHS: usize = 512;
+const MAX_GRAPHS: usize = 128;
 /// Lists remembered that came once; when there are more, all are forgotten.
 const MAX_SEEN: usize = 8192;
 
@@ -187,7 +187,7 @@ impl Gpu {
             num_multiprocessors: gpu.num_multiprocessors,
             free_bytes: Some(free_bytes as u64),
         };
-        Ok(Gpu {
+        let mut opened = Gpu {
             gpu: gpu.clone(),
             info,
             context,
@@ -200,12 +200,30 @@ impl Gpu {
             graphs: HashMap::new(),
             seen: HashSet::new(),
             hasher: RandomState::new(),
-        })
+        };
+        // A driver that takes no kernel is found out here, where another device can still be chosen.
+        let smallest = Module { parts: &["mul_add"], constants: Vec::new() };
+        opened.function(&smallest, "mul_add").map_err(|error| CudaError::NotThere(error.to_string()))?;
+        Ok(opened)
     }
 
     fn enter(&self) -> Result<(), CudaError> {
         // SAFETY: the context is open as long as this is.
         unsafe { cuda::ctx::set_current(self.context) }.map_err(lost)
+    }
+
+    /// As NVRTC compiles it now, or, where there is none or it does not go with the driver, as it was compiled
+    /// beforehand.
+    fn load(&self, module: &Module) -> Result<sys::CUmodule, String> {
+        // SAFETY: an image is a whole one, and ends in a zero.
+        let load = |image: Vec<u8>| unsafe { cuda::module::load_data(image.as_ptr().cast()) }.map_err(text);
+        compile::compile(module, self.gpu.architecture).and_then(load).or_else(|reason| {
+            let shipped = ptx::find(module, self.gpu.architecture);
+            let shipped = shipped.map(|ptx| load([ptx.text.as_bytes(), b"\0"].concat()));
+            shipped
+                .unwrap_or(Err("nothing was compiled beforehand for it".to_owned()))
+                .map_err(|beforehand| format!("{reason}; as it was compiled beforehand: {beforehand}"))
+        })
     }
 
     fn place(&mut self, place: usize) -> Result<&mut Place, CudaError> {
@@ -246,8 +264,13 @@ impl Gpu {
             let launched = launches.iter().try_for_each(|launch| self.launch(launch));
             let graph = cuda::stream::end_capture(self.stream).map_err(lost)?;
             launched?;
-            let made = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map_err(lost)?;
+            let made = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             cuda::graph::destroy(graph).map_err(lost)?;
+            let Ok(made) = made else {
+                // Graphs take memory of the device, of which there may be no more.
+                self.forget_graphs();
+                return launches.iter().try_for_each(|launch| self.launch(launch));
+            };
             if self.graphs.len() == MAX_GRAPHS {
                 self.forget_graphs();
             }
@@ -263,6 +286,18 @@ impl Gpu {
             // SAFETY: it was made by `instantiate`, and is in no list any more.
             let _ = unsafe { cuda::graph::exec_destroy(graph) };
         }
+    }
+
+    /// Lets go of what went with its context, but for the claim on the context itself.
+    fn forget(&mut self) {
+        self.modules.clear();
+        self.functions.clear();
+        self.memory.clear();
+        self.host_memory.clear();
+        self.places.clear();
+        self.graphs.clear();
+        self.seen.clear();
+        (self.context, self.stream) = (std::ptr::null_mut(), std::ptr::null_mut());
     }
 
     /// Frees all that is on the device, as far as it still answers.
@@ -287,7 +322,9 @@ impl Gpu {
             for &module in self.modules.values() {
                 let _ = cuda::module::unload(module);
             }
-            let _ = cuda::stream::destroy(self.stream);
+            if !self.stream.is_null() {
+                let _ = cuda::stream::destroy(self.stream);
+            }
             if let Ok(device) = cuda::device::get(self.gpu.ordinal) {
                 let _ = cuda::primary_ctx::release(device);
             }
@@ -312,7 +349,8 @@ impl Device for Gpu {
         unsafe {
             let at = cuda::malloc_sync(size_bytes as usize).map_err(|error| of_memory(error, size_bytes))?;
             self.memory.push(at);
-            cuda::memset_d8_sync(at, 0, size_bytes as usize).map_err(lost)?;
+            cuda::memset_d8_async(at, 0, size_bytes as usize, self.stream).map_err(lost)?;
+            cuda::stream::synchronize(self.stream).map_err(lost)?;
             Ok(at)
         }
     }
@@ -330,8 +368,12 @@ impl Device for Gpu {
 
     fn write(&mut self, to: u64, data: &[u8]) -> Result<(), CudaError> {
         self.enter()?;
-        // SAFETY: the address is the caller's to know.
-        unsafe { cuda::memcpy_htod_sync(to, data) }.map_err(lost)
+        // On the stream of all work, which does not wait for what other streams are at.
+        // SAFETY: the address is the caller's to know, and the data is there until it has arrived.
+        unsafe {
+            cuda::memcpy_htod_async(to, data, self.stream).map_err(lost)?;
+            cuda::stream::synchronize(self.stream).map_err(lost)
+        }
     }
 
     fn function(&mut self, module: &Module, kernel: &str) -> Result<Function, CudaError> {
@@ -341,10 +383,7 @@ impl Device for Gpu {
         let loaded = match self.modules.get(module) {
             Some(&loaded) => loaded,
             None => {
-                let image = compile::image(module, self.gpu.architecture).map_err(failed)?;
-                // SAFETY: the image is a whole one, and ends in a zero where it is text.
-                let loaded = unsafe { cuda::module::load_data(image.as_ptr().cast()) };
-                let loaded = loaded.map_err(|error| failed(text(error)))?;
+                let loaded = self.load(module).map_err(failed)?;
                 self.modules.insert(module.clone(), loaded);
                 loaded
             }
@@ -423,10 +462,10 @@ impl Device for Gpu {
         if let Ok(device) = cuda::device::get(self.gpu.ordinal) {
             let _ = unsafe { sys::cuDevicePrimaryCtxReset_v2(device) };
         }
+        self.forget();
         let gpu = gpus()?.into_iter().find(|gpu| gpu.uuid == self.gpu.uuid);
         let gone = || CudaError::NotThere(format!("{} ({}) is gone", self.gpu.name, self.gpu.uuid));
-        let opened = Gpu::open(&gpu.ok_or_else(gone)?)?;
-        std::mem::forget(std::mem::replace(self, opened));
+        *self = Gpu::open(&gpu.ok_or_else(gone)?)?;
         Ok(())
     }
 }

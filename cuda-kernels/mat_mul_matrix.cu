@@ -58,8 +58,8 @@ struct Product {
             u32 at = threadIdx.x + i * THREADS;
             if (BROUGHT * THREADS > ROWS * 8 && at >= ROWS * 8) break;
             u32* to = x_unit + at / 8 * PITCH + at % 8 * 2;
-            to[0] = pair_of_f16(x[i][0], x[i][1]);
-            to[1] = pair_of_f16(x[i][2], x[i][3]);
+            to[0] = pair_of_activations(x[i][0], x[i][1]);
+            to[1] = pair_of_activations(x[i][2], x[i][3]);
         }
         u32* to = w_unit + threadIdx.x % COLUMNS * PITCH + threadIdx.x / COLUMNS * 8;
         *(Quad*)to = w[0];

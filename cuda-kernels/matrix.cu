@@ -32,6 +32,14 @@ DEVICE u32 pair_of_f16(f32 low, f32 high) {
 #endif
 }
 
+// Two activations, held within what f16 has; what is no number stays none.
+DEVICE u32 pair_of_activations(f32 low, f32 high) {
+    const f32 most = 65504;
+    low = low > most ? most : low < -most ? -most : low;
+    high = high > most ? most : high < -most ? -most : high;
+    return pair_of_f16(low, high);
+}
+
 // `d += a * b`.
 DEVICE void multiply(f32 (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) {
 #ifdef FULLBORE_HOST

@@ -100,8 +100,9 @@ DEVICE void eight_weights(const u32* block, u32 unit, u32 part, const Scales& s,
     u32 high = block[(HIGH_AT + unit * 2 + part / 2) * 32] >> (part % 2 * 16);
     for (u32 i = 0; i < 8; i++) codes[i] |= (high >> (2 * i) & 3u) << LOW_BITS;
 #endif
-    f32 scale = s.scale[part / 2];
-    f32 min = s.min[part / 2];
+    // Not by an index: what has one lies in local memory.
+    f32 scale = part < 2 ? s.scale[0] : s.scale[1];
+    f32 min = part < 2 ? s.min[0] : s.min[1];
     for (u32 i = 0; i < 8; i++) {
 #if LOOKUP
         w[i] = looked_up(codes[i]) * scale;

@@ -90,6 +90,9 @@ fn work_goes_through_the_driver_and_comes_back() {
     let well = said(&folder, "well");
     assert!(well.contains("a double with CUDA 12.2; GPU-abababab-abab-abab-abab-abababababab"), "{well}");
     assert_eq!(well.matches("a graph of 12 launches").count(), 3, "{well}");
+    // Where graphs have no room, the same comes of launches.
+    let full = said(&folder, "full");
+    assert!(full.contains("a double with") && !full.contains("a graph of"), "{full}");
     let lost = said(&folder, "lost");
     assert!(lost.contains("lost: ") && lost.contains("it is lost"), "{lost}");
 }
@@ -102,6 +105,7 @@ fn a_driver_that_cannot_be_used_is_named() {
         ("none", "CUDA_ERROR_NO_DEVICE"),
         ("busy", "it is busy"),
         ("small", "the cache"),
+        ("strange", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
     ] {
         let text = said(&folder, kind);
         assert!(text.contains("refused: ") && text.contains(sentence), "{kind}: {text}");

@@ -5,27 +5,15 @@ use std::ffi::{CString, c_char};
 use cudarc::nvrtc::result::{self as nvrtc, NvrtcError};
 use cudarc::nvrtc::sys;
 
-use crate::{Module, ptx};
+use crate::Module;
 
 /// Products and sums are rounded one by one, so that all kernels of an op give the same bits.
 const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=false", "-default-device", "-diag-suppress=177"];
 
-/// What a GPU of compute capability `architecture` (80 is 8.0) loads of a module, ending in a zero: compiled now where
-/// NVRTC is found, else beforehand.
-pub fn image(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
-    // SAFETY: it looks for the library.
-    if unsafe { sys::is_culib_present() } {
-        return compile(module, architecture);
-    }
-    let shipped = ptx::find(module, architecture).map(|ptx| [ptx.text.as_bytes(), b"\0"].concat());
-    shipped
-        .ok_or_else(|| format!("{NO_NVRTC}, as nothing was compiled beforehand for compute capability {architecture}"))
-}
-
 const NO_NVRTC: &str = "NVRTC, which compiles kernels, was not found (libnvrtc.so.12): install NVIDIA's CUDA toolkit, \
                         or PyPI's nvidia-cuda-nvrtc-cu12 with its folder in LD_LIBRARY_PATH";
 
-/// PTX for compute capability `architecture`, ending in a zero. A newer driver takes it for any newer GPU.
+/// PTX for compute capability `architecture` (80 is 8.0), ending in a zero. A newer driver takes it for any newer GPU.
 pub fn compile(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
     // SAFETY: it looks for the library.
     if !unsafe { sys::is_culib_present() } {

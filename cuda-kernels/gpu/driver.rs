@@ -43,8 +43,7 @@ const CALLED: [&str; 40] = [
     "cuMemcpyAsync",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyHtoD_v2",
-    "cuMemsetD8_v2",
+    "cuMemsetD8Async",
     "cuModuleGetFunction",
     "cuModuleLoadData",
     "cuModuleUnload",
@@ -52,6 +51,7 @@ const CALLED: [&str; 40] = [
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamEndCapture",
+    "cuStreamSynchronize",
     "cuDriverGetVersion",
 ];
 

@@ -11,7 +11,16 @@
 #include <vector>
 
 namespace {
-enum { SUCCESS = 0, OUT_OF_MEMORY = 2, NO_DEVICE = 100, DEVICE_UNAVAILABLE = 46, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719 };
+enum {
+    SUCCESS = 0,
+    OUT_OF_MEMORY = 2,
+    DEVICE_UNAVAILABLE = 46,
+    NO_DEVICE = 100,
+    UNSUPPORTED_PTX = 222,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    LAUNCH_FAILED = 719,
+};
 
 typedef uintptr_t Address;
 
@@ -87,7 +96,10 @@ void run(const Launch& launch) {
 
 CALL cuDriverGetVersion(int* version) { return *version = is("old") ? 11040 : 12020, SUCCESS; }
 CALL cuInit(unsigned) { return is("none") ? NO_DEVICE : SUCCESS; }
-CALL cuGetErrorName(int error, const char** name) { return *name = error == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR", SUCCESS; }
+CALL cuGetErrorName(int error, const char** name) {
+    *name = error == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE" : error == UNSUPPORTED_PTX ? "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" : "CUDA_ERROR";
+    return SUCCESS;
+}
 CALL cuGetErrorString(int error, const char** text) {
     *text = error == DEVICE_UNAVAILABLE ? "it is busy" : error == LAUNCH_FAILED ? "it is lost" : "it has failed";
     return SUCCESS;
@@ -114,8 +126,11 @@ CALL cuMemAlloc_v2(Address* at, size_t size) { return allocate(at, size); }
 CALL cuMemHostAlloc(void** at, size_t size, unsigned) { return allocate((Address*)at, size); }
 CALL cuMemFree_v2(Address at) { return release(at); }
 CALL cuMemFreeHost(void* at) { return release((Address)at); }
-CALL cuMemsetD8_v2(Address at, unsigned char value, size_t size) { return check(at, size), memset((void*)at, value, size), SUCCESS; }
-CALL cuMemcpyHtoD_v2(Address to, const void* from, size_t size) { return check(to, size), memcpy((void*)to, from, size), SUCCESS; }
+CALL cuMemsetD8Async(Address at, unsigned char value, size_t size, void*) {
+    check(at, size);
+    memset((void*)at, value, size);
+    return SUCCESS;
+}
 CALL cuMemcpyAsync(Address to, Address from, size_t size, void*) {
     expect(!capture, "a copy within a capture");
     check(to, size);
@@ -123,11 +138,22 @@ CALL cuMemcpyAsync(Address to, Address from, size_t size, void*) {
     memcpy((void*)to, (void*)from, size);
     return SUCCESS;
 }
-// What is copied beside a running device is pinned.
-CALL cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, void* stream) { return cuMemcpyAsync(to, (Address)from, size, stream); }
-CALL cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, void* stream) { return cuMemcpyAsync((Address)to, from, size, stream); }
+CALL cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, void*) {
+    expect(!capture, "a copy within a capture");
+    check(to, size);
+    memcpy((void*)to, from, size);
+    return SUCCESS;
+}
+// What comes back beside a running device is pinned.
+CALL cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, void* stream) {
+    return cuMemcpyAsync((Address)to, from, size, stream);
+}
 
-CALL cuModuleLoadData(Module** module, const char* image) { return *module = new Module{image}, SUCCESS; }
+CALL cuModuleLoadData(Module** module, const char* image) {
+    if (is("strange")) return UNSUPPORTED_PTX;
+    *module = new Module{image};
+    return SUCCESS;
+}
 CALL cuModuleUnload(Module* module) { return delete module, SUCCESS; }
 CALL cuModuleGetFunction(Function** function, Module* module, const char* name) {
     size_t at = module->ptx.find(".entry " + std::string(name) + "(");
@@ -149,6 +175,7 @@ CALL cuLaunchKernel(const Function* function, unsigned x, unsigned y, unsigned z
 
 CALL cuStreamCreate(void** stream, unsigned) { return *stream = &memory, SUCCESS; }
 CALL cuStreamDestroy_v2(void*) { return SUCCESS; }
+CALL cuStreamSynchronize(void*) { return SUCCESS; }
 CALL cuStreamBeginCapture_v2(void*, int) {
     expect(!capture, "a capture within another");
     capture = new std::vector<Launch>;
@@ -161,6 +188,7 @@ CALL cuStreamEndCapture(void*, std::vector<Launch>** graph) {
     return SUCCESS;
 }
 CALL cuGraphInstantiateWithFlags(std::vector<Launch>** made, std::vector<Launch>* graph, unsigned long long) {
+    if (is("full")) return OUT_OF_MEMORY;
     return *made = new std::vector<Launch>(*graph), SUCCESS;
 }
 CALL cuGraphDestroy(std::vector<Launch>* graph) { return delete graph, SUCCESS; }
