@@ -21,8 +21,8 @@ for driver in target/lavapipe/[0-9]*/icd.json; do
   for load in "16 16 16 32" "2 1 128 16"; do
     read -r requests clients prompt output <<< "$load"
     echo "Mesa $mesa: $clients at once, prompts of $prompt, $output out"
-    target/release/fullbore bench serve --model "$model" --device vulkan:llvmpipe --max-num-seqs 16 --kv-memory 256MiB \
-      --against "$peer" --extra '{"cache_prompt": false}' --warm-up 1 --patience 600 --runs "${RUNS:-1}" \
+    target/release/fullbore bench serve --model "$model" --device vulkan:llvmpipe --max-num-seqs 16 --max-model-len 256 \
+      --block-size 32 --kv-blocks 128 --against "$peer" --about "$peer_about" --extra '{"cache_prompt": false}' --warm-up 1 --patience 600 --runs "${RUNS:-1}" \
       --concurrency "$clients" --limit "$requests" --lengths "fixed:$prompt:$output" --output "$out/$mesa-$clients-$prompt.json"
   done
   peer_ends

@@ -2,8 +2,11 @@
 //! they should, and nothing that a clock says. `bench http`, those over HTTP and the doctor have modules of their own.
 //! Needs nothing.
 
+use std::env;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::{self, Stdio};
 
 use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
@@ -28,6 +31,7 @@ fn run(words: &str, output: &Path) -> Result<(), String> {
         BenchCommand::Offline(args) => bench::offline(&args),
         BenchCommand::Ops(args) => bench::ops(&args),
         BenchCommand::Profile(args) => bench::profile(&args),
+        BenchCommand::Startup(args) => bench::startup(&args),
         other => panic!("{other:?} writes no file"),
     };
     ran.map_err(|error| error.to_string())
@@ -73,4 +77,59 @@ fn answers_under_a_schema_are_measured_beside_free_ones() {
     let args = Args::try_parse_from(words.split_whitespace()).expect("its own words");
     let Command::Bench { command: BenchCommand::Grammar(args) } = args.command else { panic!("it is grammar") };
     bench::grammar(&args).expect("it runs");
+}
+
+#[test]
+fn a_trace_is_played_in_real_time_with_every_token() {
+    let path = file("trace.csv");
+    let rows = "TIMESTAMP,ContextTokens,GeneratedTokens\n\
+        2024-05-10 00:00:00.00,20,5\n2024-05-10 00:00:00.05,9,4\n2024-05-10 00:00:00.06,30,6\n";
+    fs::write(&path, rows).expect("a trace");
+    let words = format!("fullbore bench trace --device sim --max-model-len 256 --trace {}", path.display());
+    let args = Args::try_parse_from(words.split_whitespace()).expect("its own words");
+    let Command::Bench { command: BenchCommand::Trace(args) } = args.command else { panic!("it is trace") };
+    let report = bench::play_trace(&args).expect("it is played");
+    assert_eq!((report.num_completed, report.prompt_tokens, report.output_tokens), (3, 59, 15));
+    assert!(report.duration_s >= 0.06, "the last came then: {report}");
+}
+
+#[test]
+fn what_a_step_costs_the_host_is_measured_at_every_width() {
+    let words = "fullbore bench submit --device sim --steps 2";
+    let args = Args::try_parse_from(words.split_whitespace()).expect("its own words");
+    let Command::Bench { command: BenchCommand::Submit(args) } = args.command else { panic!("it is submit") };
+    let mut widths = Vec::new();
+    bench::submit(&args, &mut |report| widths.push((report.num_seqs, report.num_steps))).expect("it runs");
+    assert_eq!(widths, [(1, 2), (16, 2), (64, 2)]);
+}
+
+/// Tells the process of [`interrupt`] where its result goes.
+const INTERRUPTED: &str = "FULLBORE_TEST_INTERRUPTED_BENCH";
+
+/// The part of a test that has a process of its own, which is interrupted; else it does nothing.
+#[test]
+fn a_bench_without_end() {
+    let Ok(output) = env::var(INTERRUPTED) else { return };
+    run("startup --device sim --runs 1000000", Path::new(&output)).expect("it is interrupted before it ends");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_the_runs_that_were_whole() {
+    let path = file("interrupted.json");
+    let _ = fs::remove_file(&path);
+    let mut command = process::Command::new(env::current_exe().expect("this test has a file"));
+    command.args(["--exact", "--nocapture", "benches::a_bench_without_end"]).env(INTERRUPTED, &path);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it runs");
+    let mut lines = BufReader::new(child.stderr.take().expect("a pipe")).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.starts_with("run 2 of 1000000 is whole")), "it ended before its second run");
+    let interrupted = process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(interrupted.is_ok_and(|status| status.success()));
+    let told: Vec<String> = lines.collect();
+    assert_eq!(child.wait().expect("it ended").code(), Some(130), "{told:?}");
+    let result = BenchResult::read(&path).expect("a result");
+    let runs = &result.measurements[0].runs;
+    assert!(runs.len() >= 2 && runs.iter().all(|run| run.metrics.contains_key("first_token_s")), "{runs:?}");
+    assert!(result.invalid.iter().any(|doubt| doubt.starts_with("interrupted")), "{:?}", result.invalid);
+    assert!(told.iter().any(|line| line.contains("interrupted")), "{told:?}");
 }

@@ -36,7 +36,7 @@ fn ask(words: &str) -> Result<BenchResult, String> {
 fn measure<'a>(words: impl Iterator<Item = &'a str>) -> Result<BenchResult, String> {
     let args = Args::try_parse_from(words).map_err(|error| error.to_string())?;
     let Command::Bench { command: BenchCommand::Doctor(args) } = args.command else { panic!("bench doctor is that") };
-    measure_doctor(&args).map_err(|error| error.to_string())
+    measure_doctor(&args, &mut |_| {}).map_err(|error| error.to_string())
 }
 
 #[track_caller]

@@ -3,24 +3,27 @@
 //! Invariant: every number on it is in a result file, and what is missing or doubtful is said, not left out. Nothing
 //! here measures.
 
+use names::Names;
 use view::{Named, View};
 
 mod figures;
 mod html;
 mod markdown;
+mod names;
 mod plot;
 mod view;
 
 /// One file with its plots and its styles, light or dark as its reader has it. `unread` are sentences about files that
 /// could not be read.
 pub fn html(results: &[Named], unread: &[String]) -> String {
-    let (figures, without) = figures::figures(results);
-    html::page(&View::of(results).also_missing(unread.to_vec()).also_missing(without), &figures)
+    let names = Names::of(results);
+    let (figures, without) = figures::figures(results, &names);
+    html::page(&View::of(results, &names).also_missing(unread.to_vec()).also_missing(without), &figures)
 }
 
 /// The same tables.
 pub fn markdown(results: &[Named], unread: &[String]) -> String {
-    markdown::page(&View::of(results).also_missing(unread.to_vec()))
+    markdown::page(&View::of(results, &Names::of(results)).also_missing(unread.to_vec()))
 }
 
 impl View {
@@ -69,8 +72,10 @@ mod tests {
     }
 
     fn results() -> Vec<Named> {
-        let mut result = BenchResult::begin("sweep", 1);
+        let mut result = BenchResult::begin("sweep", 1, None);
         result.targets = vec![target("own", Some("An <odd> GPU")), target("a peer", None)];
+        (result.targets[1].version, result.targets[1].about) =
+            (Some("b12345".to_owned()), Some("by hand, --slots 2".to_owned()));
         result.measurements = [1.0, 2.0]
             .into_iter()
             .flat_map(|clients| [measurement("own", clients, 40.0 * clients), measurement("a peer", clients, 20.0)])
@@ -90,6 +95,8 @@ mod tests {
             "Where the device&#39;s time went",
             "concurrency 2",
             "Not measured on An &lt;odd&gt; GPU: batch 1",
+            "Each number is a ratio",
+            "b12345; by hand, --slots 2",
             "There is no op: no share of the roofline",
             "One device alone",
         ] {

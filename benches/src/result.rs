@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::statistics::median;
+pub use clocks::Clocks;
 pub use diagnosis::{Advice, Change, Diagnosis};
 pub use machine::{Machine, Software, rfc3339};
 
+mod clocks;
 mod diagnosis;
 mod machine;
 pub mod table;
@@ -48,6 +50,9 @@ pub struct BenchResult {
     pub valid: bool,
     /// Why it is not; of all measurements together.
     pub invalid: Vec<String>,
+    /// When it began, where it was not read from a file.
+    #[serde(skip)]
+    clocks: Option<Clocks>,
 }
 
 /// An engine that was measured.
@@ -59,6 +64,9 @@ pub struct Target {
     pub url: Option<String>,
     /// As it names itself.
     pub version: Option<String>,
+    /// How it was built and started, in the words of whoever did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub about: Option<String>,
     pub model: Option<String>,
     /// Of weights: a format or a data type.
     pub weights: Option<String>,
@@ -134,15 +142,16 @@ pub enum ResultError {
 }
 
 impl BenchResult {
-    /// Of a bench that begins now, on this machine.
-    pub fn begin(bench: &str, seed: u64) -> BenchResult {
+    /// Of a bench that begins now, on this machine, in a program that was built from `commit`.
+    pub fn begin(bench: &str, seed: u64, commit: Option<&str>) -> BenchResult {
+        let clocks = Clocks::now();
         BenchResult {
             schema_version: SCHEMA_VERSION,
             bench: bench.to_owned(),
-            begun_at: rfc3339(std::time::SystemTime::now()),
+            begun_at: rfc3339(clocks.wall),
             command: std::env::args().map(|word| without_folder(&word)).collect(),
             seed,
-            software: Software::this(),
+            software: Software::this(commit),
             machine: Machine::this(),
             targets: Vec::new(),
             workload: BTreeMap::new(),
@@ -151,6 +160,7 @@ impl BenchResult {
             diagnosis: None,
             valid: true,
             invalid: Vec::new(),
+            clocks: Some(clocks),
         }
     }
 
@@ -182,6 +192,13 @@ impl BenchResult {
         self.targets.iter().find(|target| target.name == name)
     }
 
+    /// Sums up what was whole when the bench was interrupted.
+    pub fn interrupt(&mut self) {
+        self.measurements.retain(|measurement| !measurement.runs.is_empty());
+        self.invalid.push("interrupted: only what was whole by then is here".to_owned());
+        self.finish();
+    }
+
     /// Sums up: spreads, ratios of the first target to each other, and the verdict on the whole.
     pub fn finish(&mut self) {
         for measurement in &mut self.measurements {
@@ -196,6 +213,7 @@ impl BenchResult {
         if self.software.build == "debug" {
             reasons.push("measured with a debug build".to_owned());
         }
+        reasons.extend(self.clocks.and_then(|begun| begun.step_until(Clocks::now())));
         for Measurement { target, runs, .. } in &self.measurements {
             reasons.extend(runs.iter().flat_map(|run| &run.invalid).map(|reason| format!("{target}: {reason}")));
         }
@@ -278,7 +296,7 @@ mod tests {
     }
 
     fn result(measurements: Vec<Measurement>) -> BenchResult {
-        let mut result = BenchResult::begin("serve", 1);
+        let mut result = BenchResult::begin("serve", 1, None);
         let target = |m: &Measurement| Target { name: m.target.clone(), ..Target::default() };
         (result.targets, result.measurements) = (measurements.iter().map(target).collect(), measurements);
         result.software.build = "release".to_owned();
@@ -319,7 +337,8 @@ mod tests {
         let path = folder.join("a.json");
         let written = result(vec![measurement("a", &[1.0, 2.0, 4.0])]);
         written.write(&path).expect("a file");
-        assert_eq!(BenchResult::read(&path).expect("read back"), written);
+        let read = BenchResult::read(&path).expect("read back");
+        assert_eq!(read, BenchResult { clocks: None, ..written });
         for (text, part) in [
             ("{", "not JSON"),
             ("{\"rows\": []}", "no schema_version"),

@@ -20,6 +20,7 @@ use endpoint::{Endpoint, EndpointError, Failure};
 use load::{Ask, Manners, Pace, drive};
 use tally::{Facts, Slo, tally};
 
+pub mod card;
 pub mod endpoint;
 pub mod events;
 pub mod load;
@@ -122,15 +123,11 @@ pub fn measure(
             () = stop => Ok(false),
         }
     })??;
-    result.measurements.retain(|measurement| !measurement.runs.is_empty());
-    if !is_whole {
-        if result.measurements.is_empty() {
-            return Err(ServeBenchError::Nothing);
-        }
-        result.invalid.push("interrupted: only what was whole by then is here".to_owned());
+    match is_whole {
+        true => result.finish(),
+        false => result.interrupt(),
     }
-    result.finish();
-    Ok(())
+    if result.measurements.is_empty() { Err(ServeBenchError::Nothing) } else { Ok(()) }
 }
 
 /// Who is measured, with what and how often.

@@ -8,6 +8,8 @@ use fullbore_engine::backend::wgpu as adapters;
 use fullbore_engine::config::{EngineConfig, LatencyTarget};
 use fullbore_engine::tensor::{KvType, WeightFormat};
 
+use crate::version::VERSION_AND_COMMIT;
+
 mod access;
 mod bench;
 mod clients;
@@ -38,7 +40,8 @@ pub use simulate::SimulateArgs;
 pub use telemetry::{LogFormat, TelemetryArgs};
 
 #[derive(Debug, Parser)]
-#[command(name = "fullbore", version, about = "Serves language models on whatever device is there.")]
+#[command(name = "fullbore", about = "Serves language models on whatever device is there.")]
+#[command(version = VERSION_AND_COMMIT)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,

@@ -15,7 +15,7 @@ use fullbore_bench::report::ServingReport;
 use fullbore_bench::result::{MIN_RUNS, ResultError};
 use fullbore_bench::serve::ServeBenchError;
 use fullbore_bench::simulate::SimulateError;
-use fullbore_bench::submit;
+use fullbore_bench::submit::{self, SubmitReport};
 use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::cost::profile::{ProfiledDevice, ProfiledLimits, ProfiledModel};
@@ -31,6 +31,7 @@ use crate::start::{self, StartError};
 
 mod doctor;
 mod http;
+mod interrupt;
 mod latency;
 mod loopback;
 mod report;
@@ -73,6 +74,8 @@ pub enum BenchCommandError {
     Result(#[from] ResultError),
     #[error("none of the {0} requests fits into max_model_len, {1} tokens; take shorter --lengths")]
     AllTooLong(usize, u64),
+    #[error("--about tells of {0}, and no target has that name; the names are those that --url and --against give")]
+    About(String),
     #[error("a sweep makes its own arrivals; leave --arrivals and --speedup out")]
     SweepArrivals,
     #[error("cannot start the threads of a bench: {0}")]
@@ -121,13 +124,14 @@ pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
 /// Layers of an 8B model.
 const SUBMIT_LAYERS: u32 = 32;
 
-/// Measures what steps cost the host, at several widths.
-pub fn submit(args: &SubmitArgs) -> Result<(), BenchCommandError> {
+/// Measures what steps cost the host, at several widths; tells each.
+pub fn submit(args: &SubmitArgs, told: &mut dyn FnMut(&SubmitReport)) -> Result<(), BenchCommandError> {
     for num_seqs in [1, 16, 64] {
         let backend = devices::open(&args.device)?;
         let DeviceInfo { id, name, driver, .. } = backend.info().clone();
         let report = submit::measure(backend, SUBMIT_LAYERS, num_seqs, args.steps).map_err(StartError::from)?;
         println!("{}", serde_json::json!({"device": id, "name": name, "driver": driver, "step": report}));
+        told(&report);
     }
     Ok(())
 }
@@ -161,11 +165,15 @@ pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
         fs::write(path, report.csv()).map_err(|source| BenchCommandError::Write { path: path.clone(), source })?;
     }
     if let Some(path) = &args.output {
-        let mut reports = vec![report];
-        for _ in 1..MIN_RUNS {
-            reports.push(ops::measure(backend.as_mut(), &options, &mut progress)?);
-        }
-        result::of_ops(&reports, backend.info()).write(path)?;
+        let (mut reports, written) = (vec![report], path.clone());
+        let measure = |keep: interrupt::Keep| {
+            while reports.len() < MIN_RUNS {
+                keep(&result::of_ops(&reports, backend.info()));
+                reports.push(ops::measure(backend.as_mut(), &options, &mut progress)?);
+            }
+            Ok(result::of_ops(&reports, backend.info()))
+        };
+        interrupt::until_interrupted(measure, move |result| Ok(result.write(&written)?))?.write(path)?;
     }
     Ok(())
 }

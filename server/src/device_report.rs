@@ -22,6 +22,7 @@ use fullbore_engine::tensor::WeightFormat;
 use crate::args::{DeviceReportArgs, DoctorArgs, EngineArgs, ResultArgs, VerifyArgs};
 use crate::bench::measure_doctor;
 use crate::verify::verify_all;
+use crate::version::COMMIT;
 use crate::{devices, start};
 
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +79,7 @@ fn block(text: &str) -> String {
 }
 
 fn head() -> String {
-    let (software, machine) = (Software::this(), Machine::this());
+    let (software, machine) = (Software::this(COMMIT), Machine::this());
     let known = |value: Option<String>| value.unwrap_or_else(|| "unknown".to_owned());
     let lines = [
         ("program", format!("fullbore {}, {} build", software.version, software.build)),
@@ -149,7 +150,7 @@ fn doctor(args: &DeviceReportArgs) -> Part {
         true => (small, "fixed:32:8", Some(8), 1, 1),
         false => (args.engine.clone(), "uniform:32-128:32-64", None, 5, 3),
     };
-    let result = measure_doctor(&DoctorArgs {
+    let asked = DoctorArgs {
         engine,
         device_profile: args.device_profile.clone(),
         trace: None,
@@ -162,9 +163,10 @@ fn doctor(args: &DeviceReportArgs) -> Part {
         no_check: false,
         slow_tokenizer: 0.0,
         result: ResultArgs { runs, output: None },
-    })?;
+    };
+    let mut result = measure_doctor(&asked, &mut |_| {})?;
     // The command that asked is this one, and says where its files are.
-    let result = BenchResult { command: Vec::new(), ..result };
+    result.command.clear();
     let json = block(&result.to_json()).replacen("```", "```json", 1);
     let details = format!("<details><summary>As a result file</summary>\n\n{json}\n</details>\n");
     Ok(format!("{}\n{}\n{details}", block(&seconds_by_cause(&result)), block(&result.to_string())))

@@ -26,3 +26,4 @@ pub mod traces;
 pub mod tune;
 pub mod tuning;
 pub mod verify;
+pub mod version;

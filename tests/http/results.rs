@@ -33,8 +33,8 @@ fn result(words: &str) -> Result<BenchResult, String> {
     let measured = match command(&words) {
         BenchCommand::Serve(args) => measure_serve(&args),
         BenchCommand::Sweep(args) => measure_sweep(&args),
-        BenchCommand::Latency(args) => measure_latency(&args),
-        BenchCommand::Startup(args) => measure_startup(&args),
+        BenchCommand::Latency(args) => measure_latency(&args, &mut |_| {}),
+        BenchCommand::Startup(args) => measure_startup(&args, &mut |_| {}),
         other => panic!("{other:?} has no result"),
     };
     let measured = measured.map_err(|error| error.to_string())?;
@@ -235,6 +235,8 @@ fn fake(answers: Vec<String>) -> SocketAddr {
             reader.read_exact(&mut vec![0; length]).expect("a body");
             let (kind, body) = match path.as_str() {
                 "/v1/models" => ("application/json", r#"{"data":[{"id":"fake"}]}"#.to_owned()),
+                "/version" => ("application/json", "500 {}".to_owned()),
+                "/props" => ("application/json", PROPS.to_owned()),
                 _ => ("text/event-stream", answers[next.fetch_add(1, Ordering::Relaxed)].clone()),
             };
             let head = match body.strip_prefix("500 ") {
@@ -254,6 +256,9 @@ fn fake(answers: Vec<String>) -> SocketAddr {
     address
 }
 
+/// As llama.cpp tells of itself.
+const PROPS: &str = r#"{"build_info":"b7-abc","total_slots":3,"default_generation_settings":{"n_ctx":64}}"#;
+
 fn events(texts: &[&str], ending: &str) -> String {
     let event = |text: &&str| format!("data: {}\n\n", json!({"choices": [{"text": text}]}));
     texts.iter().map(event).collect::<String>() + ending
@@ -265,7 +270,8 @@ const USAGE: &str =
 /// The one run of a bench against a server that gives these answers, one client after the other.
 fn run_against(answers: Vec<String>, num_requests: usize) -> BenchResult {
     let words = format!(
-        "serve --url fake=http://{} --concurrency 1 --limit {num_requests} --lengths fixed:4:3 --runs 1 --warm-up 0",
+        "serve --url fake=http://{} --concurrency 1 --limit {num_requests} --lengths fixed:4:3 --runs 1 --warm-up 0 \
+         --about fake=by-hand",
         fake(answers)
     );
     result(&words).expect("a result")
@@ -285,6 +291,9 @@ fn servers_that_misbehave_are_told_of_with_counts() {
         whole,
     ];
     let result = run_against(answers, 8);
+    let target = &result.targets[0];
+    assert_eq!((target.version.as_deref(), target.about.as_deref()), (Some("b7-abc"), Some("by-hand")));
+    assert_eq!((&target.limits["total_slots"], &target.limits["n_ctx_per_slot"]), (&json!(3), &json!(64)));
     let run = &result.measurements[0].runs[0];
     for (name, count) in [
         ("requests", 8),
@@ -342,7 +351,7 @@ fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
     interrupt(0);
     let mut progress = |_: &str, _: &BTreeMap<String, f64>, run: u32, _: &Run| interrupt(run);
     let stop = async { receiver.await.expect("the sender is kept") };
-    let mut result = BenchResult::begin("serve", 1);
+    let mut result = BenchResult::begin("serve", 1, None);
     let bench = Bench { sides: &sides, prompts: &prompts, options: &options };
     measure(bench, &levels, &|_| true, &mut progress, stop, &mut result)?;
     Ok(result)
@@ -395,6 +404,7 @@ fn what_cannot_be_measured_is_refused_in_a_sentence() {
         (format!("serve --url http://{free}"), free.to_string()),
         ("serve --url https://localhost --ca-cert /no/such.pem".to_owned(), "/no/such.pem".to_owned()),
         ("serve --trace /no/such.csv".to_owned(), "/no/such.csv".to_owned()),
+        ("serve --about other=text --limit 1".to_owned(), "--about tells of other".to_owned()),
         ("serve --lengths fixed:9000000:1 --max-model-len 512".to_owned(), "max_model_len".to_owned()),
         ("sweep --arrivals at-once".to_owned(), "--arrivals".to_owned()),
     ];

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use super::names::Names;
 use super::plot::{Axis, Bar, Point, Series, bars, lines};
-use super::view::{Named, device_name, load_of};
+use super::view::{Named, load_of};
 use crate::result::table::{loads, number};
 use crate::result::{BenchResult, Measurement, Spread};
 
@@ -18,13 +19,13 @@ pub struct Figure {
 }
 
 /// All that there is data for, and sentences about those that there is none for.
-pub fn figures(results: &[Named]) -> (Vec<Figure>, Vec<String>) {
+pub fn figures(results: &[Named], names: &Names) -> (Vec<Figure>, Vec<String>) {
     let kinds: [(&str, Vec<Figure>); 5] = [
-        ("no sweep: no throughput against latency (`bench sweep`)", sweeps(results)),
-        ("no server of ours under load: not where its device's time went (`bench serve`)", times(results)),
-        ("no op: no share of the roofline (`bench ops`)", rooflines(results)),
-        ("no plan of memory", memory(results)),
-        ("no start (`bench startup`)", starts(results)),
+        ("no sweep: no throughput against latency (`bench sweep`)", sweeps(results, names)),
+        ("no server of ours under load: not where its device's time went (`bench serve`)", times(results, names)),
+        ("no op: no share of the roofline (`bench ops`)", rooflines(results, names)),
+        ("no plan of memory", memory(results, names)),
+        ("no start (`bench startup`)", starts(results, names)),
     ];
     let missing = kinds.iter().filter(|(_, found)| found.is_empty()).map(|(what, _)| format!("There is {what}."));
     let missing = missing.collect();
@@ -32,7 +33,7 @@ pub fn figures(results: &[Named]) -> (Vec<Figure>, Vec<String>) {
 }
 
 /// Two plots for each workload: what latency a rate costs, and what rate a load brings.
-fn sweeps(results: &[Named]) -> Vec<Figure> {
+fn sweeps(results: &[Named], names: &Names) -> Vec<Figure> {
     let mut groups: BTreeMap<String, Vec<&BenchResult>> = BTreeMap::new();
     for (_, result) in results.iter().filter(|(_, result)| result.bench == "sweep") {
         let load = load_of(result, &Measurement::default());
@@ -40,9 +41,9 @@ fn sweeps(results: &[Named]) -> Vec<Figure> {
         groups.entry(format!("{model}, {load}")).or_default().push(result);
     }
     let both = groups.into_iter().flat_map(|(group, results)| {
-        let by_rate = figure(&group, &results, "Throughput against latency", RATE, LATENCY, false);
+        let by_rate = figure(&group, &results, names, "Throughput against latency", [RATE, LATENCY], false);
         let load = load_axis(&results);
-        [by_rate, figure(&group, &results, "What more load brings", load, RATE, true)]
+        [by_rate, figure(&group, &results, names, "What more load brings", [load, RATE], true)]
     });
     both.flatten().collect()
 }
@@ -60,14 +61,21 @@ fn load_axis(results: &[&BenchResult]) -> Metric {
     }
 }
 
-fn figure(group: &str, results: &[&BenchResult], title: &str, x: Metric, y: Metric, x_is_log: bool) -> Option<Figure> {
+fn figure(
+    group: &str,
+    results: &[&BenchResult],
+    names: &Names,
+    title: &str,
+    [x, y]: [Metric; 2],
+    x_is_log: bool,
+) -> Option<Figure> {
     let mut series: Vec<Series> = Vec::new();
     for result in results {
         for target in &result.targets {
             let of = result.measurements.iter().filter(|measurement| measurement.target == target.name);
             let points: Vec<Point> = of.filter_map(|measurement| point(measurement, x, y)).collect();
             if !points.is_empty() {
-                series.push(Series { name: device_name(target).to_owned(), points });
+                series.push(Series { name: names.call(target), points });
             }
         }
     }
@@ -86,30 +94,30 @@ fn point(measurement: &Measurement, (x, _): Metric, (y, y_label): Metric) -> Opt
 }
 
 /// A bar for each measurement: seconds by cause.
-fn times(results: &[Named]) -> Vec<Figure> {
+fn times(results: &[Named], names: &Names) -> Vec<Figure> {
     let served =
         results.iter().filter(|(_, result)| ["serve", "sweep", "offline", "doctor"].contains(&result.bench.as_str()));
     let measured = served.flat_map(|(_, result)| result.measurements.iter().map(move |of| (result, of)));
-    let rows: Vec<_> = measured.map(|(result, of)| (label(result, of), prefixed(of, "device_"))).collect();
+    let rows: Vec<_> = measured.map(|(result, of)| (label(result, of, names), prefixed(of, "device_"))).collect();
     let caption = "What the device's seconds are charged to, over each run: work, or what kept it from work.";
     stacked("Where the device's time went", caption, rows, true, |_| String::new())
 }
 
-fn starts(results: &[Named]) -> Vec<Figure> {
+fn starts(results: &[Named], names: &Names) -> Vec<Figure> {
     let startups = results.iter().filter(|(_, result)| result.bench == "startup");
     let measured = startups.flat_map(|(_, result)| result.measurements.iter().map(move |of| (result, of)));
-    let rows: Vec<_> = measured.map(|(result, of)| (label(result, of), prefixed(of, "start_"))).collect();
+    let rows: Vec<_> = measured.map(|(result, of)| (label(result, of, names), prefixed(of, "start_"))).collect();
     let seconds = |total: f64| format!("{} s", number(total));
     stacked("From nothing to ready", "Seconds, phase by phase; medians of the runs.", rows, false, seconds)
 }
 
-fn memory(results: &[Named]) -> Vec<Figure> {
+fn memory(results: &[Named], names: &Names) -> Vec<Figure> {
     let mut planned: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
     for (_, result) in results {
         for target in result.targets.iter().filter(|target| !target.memory_bytes.is_empty()) {
             let parts = target.memory_bytes.iter().map(|(name, bytes)| (name.clone(), *bytes as f64 / MIB));
             let model = target.model.as_deref().unwrap_or_default();
-            planned.insert(format!("{}, {model}", device_name(target)), parts.collect());
+            planned.insert(format!("{}, {model}", names.call(target)), parts.collect());
         }
     }
     let mib = |total: f64| format!("{} MiB", number(total));
@@ -119,7 +127,7 @@ fn memory(results: &[Named]) -> Vec<Figure> {
 
 const MIB: f64 = 1_048_576.0;
 
-fn rooflines(results: &[Named]) -> Vec<Figure> {
+fn rooflines(results: &[Named], names: &Names) -> Vec<Figure> {
     let ops = results.iter().filter(|(_, result)| result.bench == "ops");
     let figure = |(_, result): &Named| {
         let bar = |of: &Measurement| {
@@ -128,7 +136,7 @@ fn rooflines(results: &[Named]) -> Vec<Figure> {
             Some(Bar { label: name, parts: vec![share], total: format!("{:.0} %", share * 100.0) })
         };
         let rows: Vec<Bar> = result.measurements.iter().filter_map(bar).collect();
-        let device = result.targets.first().map_or("", device_name);
+        let device = result.targets.first().map(|target| names.call(target)).unwrap_or_default();
         let caption =
             format!("{device}. What an op reaches of what the device's own bandwidth and arithmetic allow it.");
         let svg = bars(&rows, &["of the roofline".to_owned()], false);
@@ -137,11 +145,11 @@ fn rooflines(results: &[Named]) -> Vec<Figure> {
     ops.filter_map(figure).collect()
 }
 
-fn label(result: &BenchResult, measurement: &Measurement) -> String {
+fn label(result: &BenchResult, measurement: &Measurement, names: &Names) -> String {
     let target = result.target(&measurement.target);
-    let name = target.map_or(measurement.target.as_str(), device_name);
+    let name = target.map_or(measurement.target.clone(), |target| names.call(target));
     let load = load_of(result, measurement);
-    if load.is_empty() { name.to_owned() } else { format!("{name}, {load}") }
+    if load.is_empty() { name } else { format!("{name}, {load}") }
 }
 
 /// Medians of metrics in seconds whose names begin so, by the rest of their names.

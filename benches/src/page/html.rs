@@ -2,7 +2,7 @@
 
 use super::figures::Figure;
 use super::plot::NUM_COLOURS;
-use super::view::{Cell, DeviceTable, Head, Source, Table, View};
+use super::view::{Cell, DeviceTable, Head, OF_RATIOS, Source, Table, View};
 
 const STYLE: &str = include_str!("page.css");
 
@@ -18,8 +18,7 @@ pub fn page(view: &View, figures: &[Figure]) -> String {
     let heads: String = view.heads.iter().map(head).collect();
     body += &format!("<section class=\"heads\">{heads}</section>");
     if !view.ratios.rows.is_empty() {
-        let lead = "The same requests in the same run, turn and turn about. For rates more is better, for times less.";
-        body += &section("Beside other engines", lead, &table(&view.ratios));
+        body += &section("Beside other engines", OF_RATIOS, &table(&view.ratios));
     }
     if !figures.is_empty() {
         let all: String = figures.iter().map(figure).collect();

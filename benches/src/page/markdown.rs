@@ -1,11 +1,11 @@
 //! The page's tables as Markdown, for a README or an issue.
 
-use super::view::{Cell, DeviceTable, Source, Table, View};
+use super::view::{Cell, DeviceTable, OF_RATIOS, Source, Table, View};
 
 pub fn page(view: &View) -> String {
     let mut text = "# Fullbore benchmarks\n\nMedians of whole runs, and from the least to the most.\n".to_owned();
     if !view.ratios.rows.is_empty() {
-        text += &format!("\n## Beside other engines\n\n{}", table(&view.ratios));
+        text += &format!("\n## Beside other engines\n\n{OF_RATIOS}\n\n{}", table(&view.ratios));
     }
     for DeviceTable { name, about, table: of } in &view.devices {
         text += &format!("\n## {}\n\n{}\n\n{}", escaped(name), escaped(about), table(of));

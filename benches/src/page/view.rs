@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::names::Names;
 use crate::result::table::{loads, number};
 use crate::result::{BenchResult, Measurement, Spread, Target};
 
@@ -75,6 +76,10 @@ const RATIOS: [(&str, &str); 5] = [
     ("e2e_p50_ms", "request"),
 ];
 
+/// What the numbers of `View::ratios` are.
+pub const OF_RATIOS: &str = "Each number is a ratio, of what the target reaches to what the one beside it does, on the \
+    same requests in the same run, turn and turn about: 2 is twice. For rates more is better, for times less.";
+
 /// Benches that every device should have.
 const WANTED: [(&str, &str); 6] = [
     ("latency", "batch 1 (`bench latency`)"),
@@ -88,22 +93,17 @@ const WANTED: [(&str, &str); 6] = [
 pub type Named = (String, BenchResult);
 
 impl View {
-    pub fn of(results: &[Named]) -> View {
+    pub fn of(results: &[Named], names: &Names) -> View {
         View {
-            heads: heads(results),
-            devices: devices(results),
-            ratios: ratios(results),
-            diagnoses: diagnoses(results),
-            starts: starts(results),
-            missing: missing(results),
+            heads: heads(results, names),
+            devices: devices(results, names),
+            ratios: ratios(results, names),
+            diagnoses: diagnoses(results, names),
+            starts: starts(results, names),
+            missing: missing(results, names),
             sources: results.iter().map(source).collect(),
         }
     }
-}
-
-/// What a target is called on the page: its adapter, else its own name.
-pub fn device_name(target: &Target) -> &str {
-    target.device.as_ref().map_or(&target.name, |device| &device.name)
 }
 
 /// What is asked, in few words.
@@ -128,12 +128,12 @@ pub fn load_of(result: &BenchResult, measurement: &Measurement) -> String {
 type Best = Option<(f64, String)>;
 
 /// The most that each reached, what it gives a single request, and how soon it is ready.
-fn heads(results: &[Named]) -> Vec<Head> {
+fn heads(results: &[Named], names: &Names) -> Vec<Head> {
     let mut heads: BTreeMap<String, [Best; 3]> = BTreeMap::new();
     for (_, result) in results {
         for measurement in &result.measurements {
             let Some(target) = result.target(&measurement.target) else { continue };
-            let facts = heads.entry(device_name(target).to_owned()).or_default();
+            let facts = heads.entry(names.call(target)).or_default();
             let load = load_of(result, measurement);
             let metrics = [("output_tokens_per_s", false), ("decode_tokens_per_s", false), ("ready_s", true)];
             for (fact, (metric, is_less_better)) in facts.iter_mut().zip(metrics) {
@@ -156,12 +156,12 @@ fn heads(results: &[Named]) -> Vec<Head> {
 /// What a line of a table is made of.
 type Row<'a> = (&'a BenchResult, &'a Measurement, &'a Target);
 
-fn devices(results: &[Named]) -> Vec<DeviceTable> {
+fn devices(results: &[Named], names: &Names) -> Vec<DeviceTable> {
     let mut found: BTreeMap<(String, String), Vec<Row>> = BTreeMap::new();
     for (_, result) in results.iter().filter(|(_, result)| !["ops", "startup"].contains(&result.bench.as_str())) {
         for measurement in &result.measurements {
             let Some(target) = result.target(&measurement.target) else { continue };
-            let key = (device_name(target).to_owned(), about(result, target));
+            let key = (names.call(target), about(result, target));
             found.entry(key).or_default().push((result, measurement, target));
         }
     }
@@ -176,8 +176,8 @@ fn about(result: &BenchResult, target: &Target) -> String {
         format!("{driver}; {tier} kernels, {arithmetic}")
     });
     let engine = target.version.clone().unwrap_or_default();
-    let machine = machine(result);
-    let parts = [device.unwrap_or(engine), machine];
+    let started = target.about.clone().unwrap_or_default();
+    let parts = [device.unwrap_or(engine), started, machine(result)];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
@@ -218,14 +218,14 @@ fn cell(spread: Option<&Spread>) -> Cell {
     Cell { text: number(*median), spread, is_number: true }
 }
 
-fn ratios(results: &[Named]) -> Table {
+fn ratios(results: &[Named], names: &Names) -> Table {
     let all = || results.iter().flat_map(|(_, result)| result.comparisons.iter().map(move |of| (result, of)));
     let columns: Vec<_> =
         RATIOS.into_iter().filter(|(name, _)| all().any(|(_, of)| of.ratios.contains_key(*name))).collect();
     let mut head: Vec<String> = ["target", "beside", "load"].map(str::to_owned).into();
     head.extend(columns.iter().map(|(_, title)| (*title).to_owned()));
     let row = |(result, of): (&BenchResult, &crate::result::Comparison)| {
-        let called = |name: &str| result.target(name).map_or(name.to_owned(), |target| device_name(target).to_owned());
+        let called = |name: &str| result.target(name).map_or(name.to_owned(), |target| names.call(target));
         let at = Measurement { at: of.at.clone(), ..Measurement::default() };
         let mut cells = vec![word(&called(&of.target)), word(&called(&of.against)), word(&load_of(result, &at))];
         cells.extend(columns.iter().map(|(name, _)| cell(of.ratios.get(*name))));
@@ -235,13 +235,13 @@ fn ratios(results: &[Named]) -> Table {
 }
 
 /// What limits a device, and what the doctor's advice was predicted to bring and brought.
-fn diagnoses(results: &[Named]) -> Table {
+fn diagnoses(results: &[Named], names: &Names) -> Table {
     let titles = ["device", "output tokens/s", "what limits it", "change", "predicted", "measured", "error", "then"];
     let row = |(_, result): &Named| {
         let diagnosis = result.diagnosis.as_ref()?;
         let times = |gain: f64| Cell { text: format!("{} x", number(gain)), spread: None, is_number: true };
         let mut cells = vec![
-            word(result.targets.first().map_or("", device_name)),
+            word(&result.targets.first().map(|target| names.call(target)).unwrap_or_default()),
             Cell { text: number(diagnosis.output_tokens_per_s), spread: None, is_number: true },
             word(&diagnosis.verdict),
         ];
@@ -260,7 +260,7 @@ fn diagnoses(results: &[Named]) -> Table {
     Table { head: titles.map(str::to_owned).into(), rows: results.iter().filter_map(row).collect() }
 }
 
-fn starts(results: &[Named]) -> Table {
+fn starts(results: &[Named], names: &Names) -> Table {
     let head = ["device", "model", "ready, s", "first token, s"].map(str::to_owned).into();
     let startups = results.iter().filter(|(_, result)| result.bench == "startup");
     let rows = startups.flat_map(|(_, result)| {
@@ -268,21 +268,21 @@ fn starts(results: &[Named]) -> Table {
             let target = result.target(&measurement.target);
             let model = target.and_then(|target| target.model.clone()).unwrap_or_default();
             let [ready, first] = ["ready_s", "first_token_s"].map(|name| cell(measurement.summary.get(name)));
-            vec![word(target.map_or(&measurement.target, device_name)), word(&model), ready, first]
+            vec![word(&target.map_or(measurement.target.clone(), |of| names.call(of))), word(&model), ready, first]
         })
     });
     Table { head, rows: rows.collect() }
 }
 
-fn missing(results: &[Named]) -> Vec<String> {
+fn missing(results: &[Named], names: &Names) -> Vec<String> {
     let mut sentences = Vec::new();
     for (file, result) in results.iter().filter(|(_, result)| !result.valid) {
         sentences.push(format!("{file} is not valid: {}.", result.invalid.join("; ")));
     }
-    let mut devices: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut devices: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for (_, result) in results {
         for target in result.targets.iter().filter(|target| target.device.is_some()) {
-            devices.entry(device_name(target)).or_default().push(&result.bench);
+            devices.entry(names.call(target)).or_default().push(&result.bench);
         }
     }
     for (device, benches) in &devices {

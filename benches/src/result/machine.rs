@@ -1,8 +1,6 @@
 //! The machine and the program that measured, as far as they say. Nothing is guessed: what cannot be read is left out.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +10,7 @@ pub struct Software {
     pub version: String,
     /// `release` or `debug`.
     pub build: String,
-    /// Of the git checkout that the program lies in, as it is when it runs; `-dirty` where files differ from it.
+    /// That it was built from; `-dirty` where what was compiled differs from it.
     pub commit: Option<String>,
 }
 
@@ -30,20 +28,13 @@ pub struct Machine {
 }
 
 impl Software {
-    pub fn this() -> Software {
+    pub fn this(commit: Option<&str>) -> Software {
         Software {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
-            commit: std::env::current_exe().ok().as_deref().and_then(Path::parent).and_then(commit_of),
+            commit: commit.map(str::to_owned),
         }
     }
-}
-
-fn commit_of(folder: &Path) -> Option<String> {
-    let words = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"];
-    let output = Command::new("git").arg("-C").arg(folder).args(words).output().ok()?;
-    let commit = String::from_utf8(output.stdout).ok()?.trim().to_owned();
-    (output.status.success() && !commit.is_empty()).then_some(commit)
 }
 
 impl Machine {

@@ -39,16 +39,6 @@ pub struct Endpoint {
     idle: Mutex<Vec<SendRequest<Full<Bytes>>>>,
 }
 
-/// What a server says that it serves.
-#[derive(Clone, Debug)]
-pub struct Card {
-    pub model: String,
-    /// All that it says of that model.
-    pub fields: Value,
-    /// Its `Server` header.
-    pub server: Option<String>,
-}
-
 /// A whole answer.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -120,25 +110,6 @@ impl Endpoint {
         Ok(Endpoint { url: url.to_owned(), authority, prefix, api_key, tls, idle: Mutex::default() })
     }
 
-    /// What is served, by the name `wanted` where there are several.
-    pub async fn card(&self, wanted: Option<&str>, patience: Duration) -> Result<Card, EndpointError> {
-        let failed = |failure| EndpointError::Failed { url: self.url.clone(), failure };
-        let (server, body) = self.get("/v1/models", patience).await.map_err(failed)?;
-        let list: Value = serde_json::from_slice(&body)
-            .map_err(|error| failed(Failure::Unreadable(format!("/v1/models is not JSON: {error}"))))?;
-        let cards = list["data"].as_array().map_or(&[][..], Vec::as_slice);
-        let name = |card: &Value| card["id"].as_str().unwrap_or_default().to_owned();
-        let found = match wanted {
-            Some(wanted) => cards.iter().find(|card| name(card) == wanted),
-            None => cards.first().filter(|_| cards.len() == 1),
-        };
-        let card = found.ok_or_else(|| {
-            let models = if cards.is_empty() { "no model".to_owned() } else { join(cards.iter().map(name)) };
-            EndpointError::Models { url: self.url.clone(), models }
-        })?;
-        Ok(Card { model: name(card), fields: card.clone(), server })
-    }
-
     /// Seconds that a server of our kind has charged to each cause since its start; empty from any other.
     pub async fn device_seconds(&self, model: &str, patience: Duration) -> BTreeMap<String, f64> {
         let Ok((_, body)) = self.get("/metrics", patience).await else { return BTreeMap::new() };
@@ -153,7 +124,7 @@ impl Endpoint {
     }
 
     /// The `Server` header, and the body.
-    async fn get(&self, path: &str, patience: Duration) -> Result<(Option<String>, Bytes), Failure> {
+    pub(super) async fn get(&self, path: &str, patience: Duration) -> Result<(Option<String>, Bytes), Failure> {
         let request = self.request("GET", path, Bytes::new());
         let asked = async {
             let (response, sender) = self.send(request).await?;
@@ -266,10 +237,6 @@ async fn refused_unless_ok(response: Response<Incoming>) -> Result<Response<Inco
     let message = parsed["error"]["message"].as_str().or(parsed["message"].as_str());
     let message = message.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), str::to_owned);
     Err(Failure::Refused { status, message: message.trim().chars().take(MAX_MESSAGE_CHARS).collect() })
-}
-
-fn join(names: impl Iterator<Item = String>) -> String {
-    names.collect::<Vec<_>>().join(", ")
 }
 
 /// Takes an answer's events one by one.

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 mod bodies;
 mod messages;
 
+use crate::version::VERSION;
 use bodies::{any_object, bool, list, object, string};
 
 /// All of it.
@@ -33,7 +34,7 @@ pub fn document() -> Value {
     }
     json!({
         "openapi": "3.1.0",
-        "info": {"title": "Fullbore", "version": env!("CARGO_PKG_VERSION"), "description": DESCRIPTION},
+        "info": {"title": "Fullbore", "version": VERSION, "description": DESCRIPTION},
         "paths": paths,
         "components": {"schemas": messages::schemas(), "securitySchemes": {
             "bearer": {"type": "http", "scheme": "bearer"},

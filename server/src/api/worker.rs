@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{ServedModel, unix_seconds};
+use crate::version::VERSION;
 
 #[derive(Debug, Default, Deserialize)]
 pub struct WorkerQuery {
@@ -18,7 +19,7 @@ pub struct WorkerQuery {
 }
 
 pub fn version() -> Value {
-    json!({"version": env!("CARGO_PKG_VERSION")})
+    json!({"version": VERSION})
 }
 
 /// Sequences that run or wait, whichever model they are for.

@@ -31,6 +31,9 @@ pub struct TargetArgs {
     /// Measure this OpenAI-compatible server too, run by run in turn, and print ratios; may be given more than once.
     #[arg(long, value_name = "[NAME=]URL")]
     pub against: Vec<String>,
+    /// How the target of that name was built and started, for the result; may be given more than once.
+    #[arg(long, value_name = "NAME=TEXT", value_parser = parse_about)]
+    pub about: Vec<(String, String)>,
     /// The model to ask a server for that has several.
     #[arg(long, value_name = "NAME")]
     pub served_model: Option<String>,
@@ -140,6 +143,12 @@ pub struct ReportArgs {
     /// The page to write; as Markdown if its name ends in .md.
     #[arg(long, short, default_value = "report.html", value_name = "FILE")]
     pub output: PathBuf,
+}
+
+fn parse_about(text: &str) -> Result<(String, String), String> {
+    let (name, text) =
+        text.split_once('=').ok_or("write it as NAME=TEXT, with the name that --url or --against gives")?;
+    Ok((name.to_owned(), text.to_owned()))
 }
 
 fn parse_object(text: &str) -> Result<serde_json::Map<String, serde_json::Value>, String> {

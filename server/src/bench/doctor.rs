@@ -5,6 +5,7 @@
 //! of steps are measured on an engine of its own, which may be larger than what was asked for. Invariant: no change is
 //! advised that was not planned as `serve` would plan it, with the memory that there is.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use fullbore_bench::doctor::{Case, Forecast, fill};
 use fullbore_bench::play::{Clock, PlayOptions, play_read};
 use fullbore_bench::reading::{Reading, TextPrice};
 use fullbore_bench::report::ServingReport;
-use fullbore_bench::result::{BenchResult, Measurement, Run};
+use fullbore_bench::result::{BenchResult, Diagnosis, Measurement, Run};
 use fullbore_bench::workload::PlannedRequest;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::config::EngineConfig;
@@ -25,21 +26,23 @@ use fullbore_engine::text::{Special, Tokenizer};
 use serde_json::json;
 
 use super::BenchCommandError;
-use super::result::{finish, target_of_plan};
+use super::interrupt::Keep;
+use super::result::{measured, target_of_plan};
 use crate::args::{DoctorArgs, EngineArgs, Profile};
 use crate::simulate::requests;
 use crate::start::{self, Plan, StartError};
+use crate::version::COMMIT;
 
 mod changes;
 
 use changes::{changes, most_seqs};
 
 pub fn doctor(args: &DoctorArgs) -> Result<(), BenchCommandError> {
-    finish(&measure_doctor(args)?, &args.result)
+    measured(&args.result, |keep| measure_doctor(args, keep))
 }
 
-pub fn measure_doctor(args: &DoctorArgs) -> Result<BenchResult, BenchCommandError> {
-    let mut result = BenchResult::begin("doctor", args.seed);
+pub fn measure_doctor(args: &DoctorArgs, keep: Keep) -> Result<BenchResult, BenchCommandError> {
+    let mut result = BenchResult::begin("doctor", args.seed, COMMIT);
     let rig = Rig::new(args)?;
     let Plan { config, bundle, backend, .. } = {
         let plan = start::plan(&args.engine, None)?;
@@ -48,9 +51,9 @@ pub fn measure_doctor(args: &DoctorArgs) -> Result<BenchResult, BenchCommandErro
     };
     drop(backend);
     let (tokenizer, model) = (bundle.tokenizer, bundle.config);
-    let profile = rig.profile(&config)?;
     let least = least_requests(&config);
     let sized = rig.requests(least, &config)?;
+    let profile = rig.profile(&config, longest(&sized))?;
     let text = if args.ids { None } else { rig.text_price(&sized, &tokenizer) };
     let as_it_is = Case { change: "as it is".to_owned(), config, text };
     let requests = match args.limit {
@@ -62,17 +65,6 @@ pub fn measure_doctor(args: &DoctorArgs) -> Result<BenchResult, BenchCommandErro
     let (tried, cases): (Vec<EngineArgs>, Vec<Case>) = rig.cases(&as_it_is, &model, &requests).into_iter().unzip();
     eprintln!("{} changes are simulated on {} requests", cases.len(), requests.len());
     let forecast = Forecast::new(&profile, &as_it_is, cases.clone(), &requests)?;
-    let before = rig.runs(&args.engine, &as_it_is, &profile, &requests, &tokenizer)?;
-    let mut measured = vec![(as_it_is.change.clone(), before)];
-    if let Some((chosen, _)) = forecast.chosen().filter(|_| !args.no_check) {
-        let index = cases.iter().position(|case| case.change == chosen.change).expect("it is one of them");
-        let after = rig.runs(&tried[index], chosen, &profile, &requests, &tokenizer)?;
-        measured.push((format!("with {}", chosen.change), after));
-    }
-    let reports = |nth: usize| -> Vec<ServingReport> {
-        measured.get(nth).into_iter().flat_map(|(_, runs)| runs.iter().map(|(report, _)| report.clone())).collect()
-    };
-    let diagnosis = forecast.diagnosis(&as_it_is, &reports(0), &reports(1));
     result.workload = [
         ("lengths", json!(args.trace.as_ref().map_or(args.lengths.to_string(), |_| "of a trace".to_owned()))),
         ("arrivals", json!(args.workload(None).arrivals.map(|arrivals| arrivals.to_string()))),
@@ -82,22 +74,42 @@ pub fn measure_doctor(args: &DoctorArgs) -> Result<BenchResult, BenchCommandErro
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .into();
-    let target = result.targets[0].name.clone();
-    let measurement = |(subject, runs): (String, Vec<(ServingReport, Run)>)| {
-        let runs = runs.into_iter().map(|(_, run)| run).collect();
-        Measurement { target: target.clone(), subject: Some(subject), runs, ..Measurement::default() }
-    };
-    result.measurements = measured.into_iter().map(measurement).collect();
-    result.invalid.extend(doubts(&diagnosis));
-    result.diagnosis = Some(diagnosis);
+    let [mut before, mut after] = [Vec::new(), Vec::new()];
+    rig.runs(&args.engine, &as_it_is, &profile, &requests, &tokenizer, &mut |report, run| {
+        before.push(report);
+        add(&mut result, "as it is", run);
+        result.diagnosis = Some(forecast.diagnosis(&as_it_is, &before, &[]));
+        keep(&result);
+    })?;
+    if let Some((chosen, _)) = forecast.chosen().filter(|_| !args.no_check) {
+        let index = cases.iter().position(|case| case.change == chosen.change).expect("it is one of them");
+        rig.runs(&tried[index], chosen, &profile, &requests, &tokenizer, &mut |report, run| {
+            after.push(report);
+            add(&mut result, &format!("with {}", chosen.change), run);
+            result.diagnosis = Some(forecast.diagnosis(&as_it_is, &before, &after));
+            keep(&result);
+        })?;
+    }
+    let doubts = result.diagnosis.as_ref().map(doubts).unwrap_or_default();
+    result.invalid.extend(doubts);
     result.finish();
     Ok(result)
+}
+
+/// One more run of what `subject` says.
+fn add(result: &mut BenchResult, subject: &str, run: Run) {
+    let is_it = |of: &Measurement| of.subject.as_deref() == Some(subject);
+    if !result.measurements.last().is_some_and(is_it) {
+        let (target, subject) = (result.targets[0].name.clone(), Some(subject.to_owned()));
+        result.measurements.push(Measurement { target, subject, ..Measurement::default() });
+    }
+    result.measurements.last_mut().expect("it is there").runs.push(run);
 }
 
 /// As a share of what was measured.
 const MAX_ERROR: f64 = 0.25;
 
-fn doubts(diagnosis: &fullbore_bench::result::Diagnosis) -> Vec<String> {
+fn doubts(diagnosis: &Diagnosis) -> Vec<String> {
     let off = diagnosis.predicted_output_tokens_per_s / diagnosis.output_tokens_per_s.max(1e-9) - 1.0;
     let rate = (off.abs() > MAX_ERROR).then(|| {
         format!("the rate as it is was predicted {:+.0} % off: other work may have run, or too little", off * 100.0)
@@ -148,14 +160,14 @@ impl Rig<'_> {
         Ok((plan.load_engine()?, Some(clock)))
     }
 
-    /// What steps take, given or measured.
-    fn profile(&self, config: &EngineConfig) -> Result<DeviceProfile, BenchCommandError> {
+    /// What steps take in requests of up to `longest` tokens, given or measured.
+    fn profile(&self, config: &EngineConfig, longest: u32) -> Result<DeviceProfile, BenchCommandError> {
         if let Some(given) = self.given.as_ref().filter(|_| !self.is_simulated) {
             return Ok(given.clone());
         }
         let time = Duration::from_secs(if self.is_simulated { 0 } else { self.args.seconds });
         eprintln!("prices of steps are measured");
-        let (mut engine, _) = self.load(&probe(&self.args.engine, config))?;
+        let (mut engine, _) = self.load(&probe(&self.args.engine, config, longest))?;
         let (profile, measured) = super::measure(&mut engine, &self.args.engine.model.model, time)?;
         eprintln!("{} steps, error of the fit {:.1} % (median)", measured.num_steps, measured.median_error * 100.0);
         let host_ns_per_step =
@@ -196,10 +208,8 @@ impl Rig<'_> {
 
     /// Every change that can be planned, in the order in which they are preferred.
     fn cases(&self, as_it_is: &Case, model: &ModelConfig, requests: &[PlannedRequest]) -> Vec<(EngineArgs, Case)> {
-        let length = |request: &PlannedRequest| request.prompt_tokens + request.output_tokens;
-        let longest = requests.iter().map(length).max().unwrap_or(1);
         let mut cases = Vec::new();
-        for (change, args) in changes(&self.args.engine, &as_it_is.config, model, longest) {
+        for (change, args) in changes(&self.args.engine, &as_it_is.config, model, longest(requests)) {
             let config = planned(&args);
             cases.extend(config.map(|config| (args, Case { change, config, text: as_it_is.text })));
         }
@@ -210,7 +220,8 @@ impl Rig<'_> {
         cases
     }
 
-    /// As many runs as were asked for, each on prompts of its own, after a short one that is not counted.
+    /// As many runs as were asked for, each on prompts of its own, after a short one that is not counted; each is told
+    /// to `is_whole`.
     fn runs(
         &self,
         args: &EngineArgs,
@@ -218,7 +229,8 @@ impl Rig<'_> {
         profile: &DeviceProfile,
         requests: &[PlannedRequest],
         tokenizer: &Arc<Tokenizer>,
-    ) -> Result<Vec<(ServingReport, Run)>, BenchCommandError> {
+        is_whole: &mut dyn FnMut(ServingReport, Run),
+    ) -> Result<(), BenchCommandError> {
         let (mut engine, simulated) = self.load(args)?;
         engine.set_cost(profile.cost);
         let num_warm_up = requests.len().min(engine.config().max_num_seqs as usize);
@@ -250,14 +262,13 @@ impl Rig<'_> {
             Ok::<_, BenchCommandError>((report, run))
         };
         play(&warm_up, None, self.args.seed ^ WARM_UP_SEED)?;
-        let mut runs = Vec::new();
         for nth in 1..=self.args.result.runs {
             let (report, run) = play(requests, case.text, self.args.seed ^ (u64::from(nth) << 24))?;
             let rate = report.output_tokens_per_s;
             eprintln!("{}, run {nth} of {}: {rate:.1} output tokens/s", case.change, self.args.result.runs);
-            runs.push((report, run));
+            is_whole(report, run);
         }
-        Ok(runs)
+        Ok(())
     }
 
     fn reading(
@@ -296,14 +307,20 @@ fn planned(args: &EngineArgs) -> Option<EngineConfig> {
     plan.map_err(|error: StartError| tracing::debug!(%error, "a change that cannot be")).ok().map(|plan| plan.config)
 }
 
-/// Of contexts on which steps are priced, twice.
-const PROBED_LEN: u32 = 1024;
+/// Tokens of the longest of `requests`.
+fn longest(requests: &[PlannedRequest]) -> u32 {
+    requests.iter().map(|request| request.prompt_tokens + request.output_tokens).max().unwrap_or(1)
+}
 
-/// An engine on which steps are priced one at a time: as many sequences as any change would have, and no more memory
-/// than that takes.
-fn probe(args: &EngineArgs, config: &EngineConfig) -> EngineArgs {
+/// Twice the longest context on which steps are priced, at least and at most.
+const PROBED_LEN: RangeInclusive<u32> = 256..=1024;
+
+/// An engine on which steps are priced one at a time, on contexts of up to `longest` tokens: as many sequences as any
+/// change would have, and no more memory than that takes.
+fn probe(args: &EngineArgs, config: &EngineConfig, longest: u32) -> EngineArgs {
     let max_num_seqs = most_seqs(config.max_num_seqs);
-    let max_model_len = config.max_model_len.min(PROBED_LEN);
+    let probed_len = longest.saturating_mul(2).clamp(*PROBED_LEN.start(), *PROBED_LEN.end());
+    let max_model_len = config.max_model_len.min(probed_len);
     let blocks = |num_tokens: u32| num_tokens.div_ceil(config.block_size);
     // Four contexts that are kept, the last one, and what each sequence has of its own.
     let num_blocks = 5 * blocks(max_model_len) + max_num_seqs * 4;

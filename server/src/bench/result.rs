@@ -12,9 +12,11 @@ use fullbore_engine::tensor::WeightFormat;
 use serde_json::{Value, json};
 
 use super::BenchCommandError;
+use super::interrupt::{Keep, until_interrupted};
 use crate::api::ServedModel;
 use crate::args::ResultArgs;
 use crate::start::Plan;
+use crate::version::{COMMIT, VERSION};
 
 pub fn target_of(model: &ServedModel) -> Target {
     let (device, config) = (model.engine.device(), model.engine.config());
@@ -38,7 +40,8 @@ fn target(
     Target {
         name: format!("fullbore {}", device.id),
         url: None,
-        version: Some(format!("fullbore {}", env!("CARGO_PKG_VERSION"))),
+        version: Some(format!("fullbore {VERSION}")),
+        about: None,
         model: Some(name.to_owned()),
         weights: Some(weights.name().to_owned()),
         device: Some(device_of(device)),
@@ -86,12 +89,12 @@ fn memory_of(memory: &[MemoryTable]) -> BTreeMap<String, u64> {
 
 /// What single ops measured, so many times over: a measurement for each op and M.
 pub fn of_ops(reports: &[OpsReport], device: &DeviceInfo) -> BenchResult {
-    let mut result = BenchResult::begin("ops", 0);
+    let mut result = BenchResult::begin("ops", 0, COMMIT);
     let name = format!("fullbore {}", device.id);
     let Some(first) = reports.first() else { return result };
     result.targets = vec![Target {
         name: name.clone(),
-        version: Some(format!("fullbore {}", env!("CARGO_PKG_VERSION"))),
+        version: Some(format!("fullbore {VERSION}")),
         weights: Some(first.format.to_owned()),
         device: Some(device_of(device)),
         ..Target::default()
@@ -120,6 +123,16 @@ pub fn of_ops(reports: &[OpsReport], device: &DeviceInfo) -> BenchResult {
     result.measurements = (0..first.ops.len()).map(measurement).collect();
     result.finish();
     result
+}
+
+/// A bench of this process, from its first run to its result.
+pub fn measured(
+    args: &ResultArgs,
+    measure: impl FnOnce(Keep) -> Result<BenchResult, BenchCommandError>,
+) -> Result<(), BenchCommandError> {
+    let of_what_is_whole = args.clone();
+    let result = until_interrupted(measure, move |result| finish(result, &of_what_is_whole))?;
+    finish(&result, args)
 }
 
 /// Tells people on standard error, and puts the result where it was asked for.

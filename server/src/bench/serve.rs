@@ -9,7 +9,8 @@ use std::time::Duration;
 use fullbore_bench::grammar;
 use fullbore_bench::result::table::loads;
 use fullbore_bench::result::{BenchResult, Measurement, Run, Target};
-use fullbore_bench::serve::endpoint::{Card, Endpoint};
+use fullbore_bench::serve::card::Card;
+use fullbore_bench::serve::endpoint::Endpoint;
 use fullbore_bench::serve::load::Pace;
 use fullbore_bench::serve::{
     self, Bench, Form, Level, Prompts, ServeBenchError, ServeOptions, Side, TextOf, before_knee,
@@ -26,6 +27,7 @@ use crate::args::{EngineArgs, PromptForm, ServeBenchArgs, ServedArgs, SweepArgs,
 use crate::serve::KEY_VARIABLE;
 use crate::simulate::requests;
 use crate::start;
+use crate::version::COMMIT;
 
 pub fn serve(args: &ServeBenchArgs) -> Result<(), BenchCommandError> {
     finish(&measure_serve(args)?, &args.result)
@@ -104,7 +106,7 @@ fn measure(
     mut levels: Vec<Level>,
     goes_on: serve::GoesOn,
 ) -> Result<BenchResult, BenchCommandError> {
-    let mut result = BenchResult::begin(bench, workload.seed);
+    let mut result = BenchResult::begin(bench, workload.seed, COMMIT);
     let setup = Setup::start(args, workload.seed, most_at_once(&levels))?;
     let num_left_out = leave_out_too_long(&mut levels, setup.max_model_len)?;
     result.workload = described(args, workload, &levels, num_left_out);
@@ -204,9 +206,13 @@ impl Setup {
             (bundle.tokenizer.clone(), bundle.config.vocab_size)
         };
         for url in args.url.iter().chain(&args.against) {
-            let (side, longest) = remote(args, url)?;
+            let (mut side, longest) = remote(args, url)?;
+            side.record.about = args.about.iter().find(|(name, _)| *name == side.record.name).map(|(_, of)| of.clone());
             max_model_len = max_model_len.min(longest.unwrap_or(u64::MAX));
             sides.push(side);
+        }
+        if let Some((name, _)) = args.about.iter().find(|(name, _)| sides.iter().all(|of| of.record.name != *name)) {
+            return Err(BenchCommandError::About(name.clone()));
         }
         let json_schema = args.constrained.then(|| serde_json::from_str(grammar::SCHEMA).expect("it is ours"));
         let form = match args.prompts {
@@ -243,24 +249,22 @@ fn remote(args: &TargetArgs, spec: &str) -> Result<(Side, Option<u64>), BenchCom
     let key = args.api_key.clone().or_else(|| std::env::var(KEY_VARIABLE).ok()).filter(|key| !key.is_empty());
     let endpoint = Endpoint::new(url, key, args.ca_cert.as_deref()).map_err(ServeBenchError::from)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let asked = runtime.block_on(endpoint.card(args.served_model.as_deref(), CARD_PATIENCE));
-    let Card { model, fields, server } = asked.map_err(ServeBenchError::from)?;
-    let owner = fields["owned_by"].as_str().unwrap_or_default().to_owned();
-    let scalars = fields.as_object().into_iter().flatten().filter(|(_, value)| value.is_number() || value.is_boolean());
+    let asked = runtime.block_on(Card::of(&endpoint, args.served_model.as_deref(), CARD_PATIENCE));
+    let Card { model, owner, dtype, max_model_len, version, limits } = asked.map_err(ServeBenchError::from)?;
     // Some call a model by its path.
     let file = Path::new(&model).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let record = Target {
         name: name.to_owned(),
         url: Some(url.to_owned()),
-        version: server.or_else(|| (!owner.is_empty()).then(|| owner.clone())),
+        version,
         model: Some(file),
-        weights: fields["dtype"].as_str().map(str::to_owned),
-        limits: scalars.map(|(name, value)| (name.clone(), value.clone())).collect(),
+        weights: dtype,
+        limits,
         ..Target::default()
     };
     let extra = args.extra.clone().unwrap_or_default();
     let side = Side { endpoint: Arc::new(endpoint), model, record, extra, is_fullbore: owner == "fullbore" };
-    Ok((side, fields["max_model_len"].as_u64()))
+    Ok((side, max_model_len))
 }
 
 const CARD_PATIENCE: Duration = Duration::from_secs(10);

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Traced;
 use crate::start::random;
+use crate::version::VERSION;
 
 const KIND_INTERNAL: u32 = 1;
 const KIND_SERVER: u32 = 2;
@@ -19,8 +20,6 @@ pub fn request(batch: &[Traced], clock: (Instant, SystemTime)) -> Value {
     let scope = json!({"name": "fullbore", "version": VERSION});
     json!({"resourceSpans": [{"resource": resource, "scopeSpans": [{"scope": scope, "spans": spans}]}]})
 }
-
-const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// A sequence's own span, and those of the stages that it came to; they follow one another.
 fn spans(traced: &Traced, clock: (Instant, SystemTime)) -> Vec<Value> {
