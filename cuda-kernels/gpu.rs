@@ -218,11 +218,10 @@ impl Gpu {
         // SAFETY: an image is a whole one, and ends in a zero.
         let load = |image: Vec<u8>| unsafe { cuda::module::load_data(image.as_ptr().cast()) }.map_err(text);
         compile::compile(module, self.gpu.architecture).and_then(load).or_else(|reason| {
-            let shipped = ptx::find(module, self.gpu.architecture);
-            let shipped = shipped.map(|ptx| load([ptx.text.as_bytes(), b"\0"].concat()));
-            shipped
-                .unwrap_or(Err("nothing was compiled beforehand for it".to_owned()))
-                .map_err(|beforehand| format!("{reason}; as it was compiled beforehand: {beforehand}"))
+            let shipped =
+                ptx::find(module, self.gpu.architecture).ok_or("nothing was compiled beforehand for it".to_owned());
+            let loaded = shipped.and_then(|ptx| load([ptx.text.as_bytes(), b"\0"].concat()));
+            loaded.map_err(|beforehand| format!("{reason}; as it was compiled beforehand: {beforehand}"))
         })
     }
 

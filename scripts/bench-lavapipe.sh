@@ -17,12 +17,13 @@ mkdir -p "$out"
 for driver in target/lavapipe/[0-9]*/icd.json; do
   mesa=$(basename "$(dirname "$driver")")
   export VK_DRIVER_FILES=$PWD/$driver
-  peer_on_vulkan "$model" 16 4096 "$out/$mesa-peer.log"
+  peer_on_vulkan "$model" "$out/$mesa-peer.log"
   for load in "16 16 16 32" "2 1 128 16"; do
     read -r requests clients prompt output <<< "$load"
     echo "Mesa $mesa: $clients at once, prompts of $prompt, $output out"
-    target/release/fullbore bench serve --model "$model" --device vulkan:llvmpipe --max-num-seqs 16 --max-model-len 256 \
-      --block-size 32 --kv-blocks 128 --against "$peer" --about "$peer_about" --extra '{"cache_prompt": false}' --warm-up 1 --patience 600 --runs "${RUNS:-1}" \
+    target/release/fullbore bench serve --model "$model" --device vulkan:llvmpipe "${own_contexts[@]}" \
+      --against "$peer" --about "$peer_about" --extra '{"cache_prompt": false}' \
+      --warm-up 1 --patience 600 --runs "${RUNS:-1}" \
       --concurrency "$clients" --limit "$requests" --lengths "fixed:$prompt:$output" --output "$out/$mesa-$clients-$prompt.json"
   done
   peer_ends

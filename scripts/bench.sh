@@ -22,8 +22,7 @@ bench() {
   "$binary" bench "${@:2}" --output "$out/$1.json"
 }
 runs=(--runs "${RUNS:-3}")
-# Both engines hold 16 contexts of 256 tokens.
-engine=(--model "$model" --max-num-seqs 16 --max-model-len 256 --block-size 32 --kv-blocks 128)
+engine=(--model "$model" "${own_contexts[@]}")
 # No prompt is sent twice, but beginnings of texts are alike; the peer is told not to look for them.
 peers=(--extra '{"cache_prompt": false}')
 
@@ -31,7 +30,7 @@ cpu=("${engine[@]}" --device cpu)
 bench cpu-startup startup "${cpu[@]}" "${runs[@]}"
 bench cpu-latency latency "${cpu[@]}" "${runs[@]}"
 bench cpu-ops ops --device cpu --shapes small --m 1,16,64 --seconds 8
-peer_on_cpu "$model" 16 4096 "$out/cpu-peer.log"
+peer_on_cpu "$model" "$out/cpu-peer.log"
 bench cpu-sweep sweep "${cpu[@]}" --against "$peer" --about "$peer_about" "${peers[@]}" --concurrency 1,4,16 --all \
   --lengths fixed:128:32 "${runs[@]}"
 peer_ends
@@ -41,7 +40,7 @@ for driver in target/lavapipe/[0-9]*/icd.json; do
   lavapipe=("${engine[@]}" --device vulkan:llvmpipe)
   bench "$mesa-startup" startup "${lavapipe[@]}" "${runs[@]}"
   bench "$mesa-ops" ops --device vulkan:llvmpipe --shapes small --m 1,16,64 --seconds 8
-  peer_on_vulkan "$model" 16 4096 "$out/$mesa-peer.log"
+  peer_on_vulkan "$model" "$out/$mesa-peer.log"
   bench "$mesa-serve" serve "${lavapipe[@]}" --against "$peer" --about "$peer_about" "${peers[@]}" --warm-up 1 \
     --concurrency 16 --limit 16 --lengths fixed:16:16 --patience 300 "${runs[@]}"
   peer_ends

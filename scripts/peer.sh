@@ -1,10 +1,14 @@
 # Sourced by benches: llama.cpp's server as a peer on loopback (benches/peers.md), one at a time.
 #
-#   peer_on_cpu MODEL SLOTS CONTEXT LOG       PyPI's xllamacpp, as many threads as there are cores
-#   peer_on_vulkan MODEL SLOTS CONTEXT LOG    target/llama-vulkan/llama-server on the driver of VK_DRIVER_FILES
+#   peer_on_cpu MODEL LOG       PyPI's xllamacpp, as many threads as there are cores
+#   peer_on_vulkan MODEL LOG    target/llama-vulkan/llama-server on the driver of VK_DRIVER_FILES
 #   peer_ends
 #
 # $peer is what `bench serve --against` takes, $peer_about what `--about` does. A peer ends with the shell at the latest.
+#
+# Both engines hold 16 contexts of 256 tokens: $own_contexts are the flags of ours.
+own_contexts=(--max-num-seqs 16 --max-model-len 256 --block-size 32 --kv-blocks 128)
+peer_contexts=(--parallel 16 --ctx-size 4096)
 packages=$PWD/target/python-bench
 pin='xllamacpp==2026.10.11549'
 peer_id=
@@ -21,18 +25,18 @@ peer_on_cpu() {
     python3 -m pip install --quiet --target "$packages" "$pin"
     echo "$pin" > "$packages/.complete"
   fi
-  local flags=(--parallel "$2" --ctx-size "$3" --threads "$(nproc)")
+  local flags=("${peer_contexts[@]}" --threads "$(nproc)")
   peer_about="llama.cpp=${pin/==/ } of PyPI: benches/llama_cpp_server.py ${flags[*]}"
-  peer_starts "llama.cpp=" "$4" env PYTHONPATH="$packages" python3 benches/llama_cpp_server.py --model "$1" "${flags[@]}"
+  peer_starts "llama.cpp=" "$2" env PYTHONPATH="$packages" python3 benches/llama_cpp_server.py --model "$1" "${flags[@]}"
 }
 
 peer_on_vulkan() {
-  local name version flags=(--parallel "$2" --ctx-size "$3" --threads "$(nproc)" --gpu-layers 99)
+  local name version flags=("${peer_contexts[@]}" --threads "$(nproc)" --gpu-layers 99)
   name="llama.cpp with Vulkan on Mesa $(basename "$(dirname "$VK_DRIVER_FILES")")"
   version=$(sed -n 's/^version=//p' scripts/llama-vulkan.sh)
   peer_about="$name=llama-cpp-python $version of PyPI, built with Vulkan: llama-server ${flags[*]}"
   # It leaves devices that are CPUs alone unless one is named.
-  peer_starts "$name=" "$4" env GGML_VK_VISIBLE_DEVICES=0 target/llama-vulkan/llama-server --model "$1" "${flags[@]}"
+  peer_starts "$name=" "$2" env GGML_VK_VISIBLE_DEVICES=0 target/llama-vulkan/llama-server --model "$1" "${flags[@]}"
 }
 
 # NAME= LOG COMMAND...

@@ -12,6 +12,7 @@ use clap::Parser;
 use fullbore::args::{Args, BenchCommand, Command};
 use fullbore::bench;
 use fullbore_bench::result::BenchResult;
+use fullbore_bench::submit::SubmitReport;
 use fullbore_engine::cost::DeviceProfile;
 
 /// A file of a test's own.
@@ -99,7 +100,8 @@ fn what_a_step_costs_the_host_is_measured_at_every_width() {
     let args = Args::try_parse_from(words.split_whitespace()).expect("its own words");
     let Command::Bench { command: BenchCommand::Submit(args) } = args.command else { panic!("it is submit") };
     let mut widths = Vec::new();
-    bench::submit(&args, &mut |report| widths.push((report.num_seqs, report.num_steps))).expect("it runs");
+    let mut told = |_: &_, report: SubmitReport| widths.push((report.num_seqs, report.num_steps));
+    bench::measure_submit(&args, &mut told).expect("it runs");
     assert_eq!(widths, [(1, 2), (16, 2), (64, 2)]);
 }
 

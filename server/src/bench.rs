@@ -124,14 +124,23 @@ pub fn profile(args: &ProfileArgs) -> Result<(), BenchCommandError> {
 /// Layers of an 8B model.
 const SUBMIT_LAYERS: u32 = 32;
 
-/// Measures what steps cost the host, at several widths; tells each.
-pub fn submit(args: &SubmitArgs, told: &mut dyn FnMut(&SubmitReport)) -> Result<(), BenchCommandError> {
+/// Measures what steps cost the host, at several widths.
+pub fn submit(args: &SubmitArgs) -> Result<(), BenchCommandError> {
+    measure_submit(args, &mut |DeviceInfo { id, name, driver, .. }, report| {
+        println!("{}", serde_json::json!({"device": id, "name": name, "driver": driver, "step": report}));
+    })
+}
+
+/// Tells what each width costs, and on what.
+pub fn measure_submit(
+    args: &SubmitArgs,
+    told: &mut dyn FnMut(&DeviceInfo, SubmitReport),
+) -> Result<(), BenchCommandError> {
     for num_seqs in [1, 16, 64] {
         let backend = devices::open(&args.device)?;
-        let DeviceInfo { id, name, driver, .. } = backend.info().clone();
+        let device = backend.info().clone();
         let report = submit::measure(backend, SUBMIT_LAYERS, num_seqs, args.steps).map_err(StartError::from)?;
-        println!("{}", serde_json::json!({"device": id, "name": name, "driver": driver, "step": report}));
-        told(&report);
+        told(&device, report);
     }
     Ok(())
 }

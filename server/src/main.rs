@@ -61,7 +61,7 @@ fn command(command: Command, log: &Log) -> Result<(), Box<dyn Error>> {
         Command::Bench { command: BenchCommand::Schema } => bench::schema(),
         Command::Bench { command: BenchCommand::Profile(args) } => bench::profile(&args)?,
         Command::Bench { command: BenchCommand::Trace(args) } => bench::trace(&args)?,
-        Command::Bench { command: BenchCommand::Submit(args) } => bench::submit(&args, &mut |_| {})?,
+        Command::Bench { command: BenchCommand::Submit(args) } => bench::submit(&args)?,
         Command::Bench { command: BenchCommand::Ops(args) } => bench::ops(&args)?,
         Command::Bench { command: BenchCommand::Grammar(args) } => bench::grammar(&args)?,
         Command::Bench { command: BenchCommand::Http(args) } => bench::http(&args)?,

@@ -10,7 +10,8 @@ use super::endpoint::{Endpoint, EndpointError, Failure};
 #[derive(Clone, Debug)]
 pub struct Card {
     pub model: String,
-    pub owner: String,
+    /// It is this program's.
+    pub is_fullbore: bool,
     /// Of weights.
     pub dtype: Option<String>,
     /// Of a request.
@@ -40,15 +41,15 @@ impl Card {
             EndpointError::Models { url: endpoint.url.clone(), models }
         })?;
         let owner = fields["owned_by"].as_str().unwrap_or_default().to_owned();
-        let (build, told) = if owner == "fullbore" { Default::default() } else { asked(endpoint, patience).await };
-        let server = server.or_else(|| (!owner.is_empty()).then(|| owner.clone()));
+        let is_fullbore = owner == "fullbore";
+        let (build, mut limits) = if is_fullbore { Default::default() } else { asked(endpoint, patience).await };
+        let server = server.or_else(|| (!owner.is_empty()).then_some(owner));
         let version: Vec<String> = server.into_iter().chain(build).collect();
-        let mut limits = told;
         let scalars = fields.as_object().into_iter().flatten();
         limits.extend(scalars.filter(|(_, of)| of.is_number() || of.is_boolean()).map(|(k, v)| (k.clone(), v.clone())));
         Ok(Card {
             model: name(fields),
-            owner,
+            is_fullbore,
             dtype: fields["dtype"].as_str().or(fields["meta"]["ftype"].as_str()).map(str::to_owned),
             max_model_len: fields["max_model_len"].as_u64().or(fields["meta"]["n_ctx"].as_u64()),
             version: (!version.is_empty()).then(|| version.join(" ")),

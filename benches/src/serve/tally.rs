@@ -205,9 +205,9 @@ impl Tally<'_> {
             let percent = client * 100.0;
             doubts.push(format!("the client's thread was busy for {percent:.0} % of the time: it may be the limit"));
         }
-        let late = |name: &str, of: &'static str| metrics.get(name).map(|late| (*late, of));
-        let late = late("late_p99_ms", "1 of 100 requests").or_else(|| late("late_max_ms", "a request"));
-        if let Some((late, of)) = late.filter(|(late, _)| *late > MAX_LATE_MS) {
+        let lateness = [("late_p99_ms", "1 of 100 requests"), ("late_max_ms", "a request")];
+        let told = lateness.into_iter().find_map(|(name, of)| Some((metrics.get(name)?, of)));
+        if let Some((late, of)) = told.filter(|(late, _)| **late > MAX_LATE_MS) {
             doubts.push(format!("the client sent {of} {late:.0} ms late or more"));
         }
         self.run.invalid = doubts;

@@ -77,7 +77,7 @@ pub fn measure_doctor(args: &DoctorArgs, keep: Keep) -> Result<BenchResult, Benc
     let [mut before, mut after] = [Vec::new(), Vec::new()];
     rig.runs(&args.engine, &as_it_is, &profile, &requests, &tokenizer, &mut |report, run| {
         before.push(report);
-        add(&mut result, "as it is", run);
+        add(&mut result, &as_it_is.change, run);
         result.diagnosis = Some(forecast.diagnosis(&as_it_is, &before, &[]));
         keep(&result);
     })?;

@@ -35,10 +35,13 @@ fn listen(
             return;
         }
         let kept = so_far.upgrade().and_then(|so_far| so_far.lock().unwrap_or_else(PoisonError::into_inner).take());
-        match kept.map(|mut result| (result.interrupt(), write(&result)).1) {
-            Some(Ok(())) => {}
-            Some(Err(error)) => eprintln!("fullbore: {error}"),
-            None => eprintln!("fullbore: interrupted before a run was whole: there is nothing to tell"),
+        if let Some(mut result) = kept {
+            result.interrupt();
+            if let Err(error) = write(&result) {
+                eprintln!("fullbore: {error}");
+            }
+        } else {
+            eprintln!("fullbore: interrupted before a run was whole: there is nothing to tell");
         }
         process::exit(INTERRUPTED);
     })?;

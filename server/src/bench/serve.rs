@@ -206,8 +206,7 @@ impl Setup {
             (bundle.tokenizer.clone(), bundle.config.vocab_size)
         };
         for url in args.url.iter().chain(&args.against) {
-            let (mut side, longest) = remote(args, url)?;
-            side.record.about = args.about.iter().find(|(name, _)| *name == side.record.name).map(|(_, of)| of.clone());
+            let (side, longest) = remote(args, url)?;
             max_model_len = max_model_len.min(longest.unwrap_or(u64::MAX));
             sides.push(side);
         }
@@ -250,20 +249,21 @@ fn remote(args: &TargetArgs, spec: &str) -> Result<(Side, Option<u64>), BenchCom
     let endpoint = Endpoint::new(url, key, args.ca_cert.as_deref()).map_err(ServeBenchError::from)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let asked = runtime.block_on(Card::of(&endpoint, args.served_model.as_deref(), CARD_PATIENCE));
-    let Card { model, owner, dtype, max_model_len, version, limits } = asked.map_err(ServeBenchError::from)?;
+    let Card { model, is_fullbore, dtype, max_model_len, version, limits } = asked.map_err(ServeBenchError::from)?;
     // Some call a model by its path.
     let file = Path::new(&model).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let record = Target {
         name: name.to_owned(),
         url: Some(url.to_owned()),
         version,
+        about: args.about.iter().find(|(of, _)| of == name).map(|(_, about)| about.clone()),
         model: Some(file),
         weights: dtype,
         limits,
         ..Target::default()
     };
     let extra = args.extra.clone().unwrap_or_default();
-    let side = Side { endpoint: Arc::new(endpoint), model, record, extra, is_fullbore: owner == "fullbore" };
+    let side = Side { endpoint: Arc::new(endpoint), model, record, extra, is_fullbore };
     Ok((side, max_model_len))
 }
 
