@@ -40,6 +40,8 @@ pub struct GpuInfo {
     pub name: String,
     /// As `nvidia-smi -L` has it: `GPU-` and 32 hexadecimal digits in five groups.
     pub uuid: String,
+    /// Domain, bus, device and function, as in `0000:0b:00.0`.
+    pub pci_bus_id: String,
     pub architecture: u32,
     pub num_multiprocessors: u32,
     pub driver: String,
@@ -68,8 +70,12 @@ impl GpuInfo {
         let architecture = (major * 10 + minor).unsigned_abs();
         let num_multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let num_multiprocessors = num_multiprocessors.unsigned_abs();
-        let uuid = format!("GPU-{}", groups.join("-"));
-        Ok(GpuInfo { ordinal, name, uuid, architecture, num_multiprocessors, driver: driver.to_owned() })
+        let domain = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+        let bus = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+        let slot = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+        let pci_bus_id = format!("{domain:04x}:{bus:02x}:{slot:02x}.0");
+        let (uuid, driver) = (format!("GPU-{}", groups.join("-")), driver.to_owned());
+        Ok(GpuInfo { ordinal, name, uuid, pci_bus_id, architecture, num_multiprocessors, driver })
     }
 }
 

@@ -78,7 +78,7 @@ fn rows_of_a_product_do_not_depend_on_how_many_there_are() {
 
 #[test]
 fn every_family_agrees_with_transformers() {
-    tiny::assert_every_family_agrees(&|| on_host(false));
+    tiny::assert_every_family_agrees(&|_| on_host(false));
 }
 
 /// Some minutes.

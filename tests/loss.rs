@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fullbore::start::Plan;
+use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{KillSwitch, WgpuBackend, WgpuOptions};
 use fullbore_engine::backend::{Backend, DeviceError};
 use fullbore_engine::bundle::Bundle;
@@ -20,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::http::{Harness, chaos, post, read_reply};
 use crate::ops::device_ids;
+use crate::split::split;
 
 /// A device by its id, and what takes it away.
 fn open(selector: &str) -> (Box<dyn Backend>, KillSwitch) {
@@ -133,61 +135,79 @@ fn a_device_that_hangs_is_lost_and_opened_anew() {
 fn a_destroyed_device_comes_back_with_its_weights_and_nothing_else() {
     for id in device_ids() {
         let (backend, kill_switch) = open(&id);
-        let mut engine = engine_on(backend);
-        let expected: Vec<Answer> = {
-            let clients = add_all(&mut engine, requests());
-            run(&mut engine);
-            clients.iter().map(Client::answer).collect()
-        };
-        assert!(engine.stats().cached_tokens > 0, "{id}: nothing was shared");
-        let clients = add_all(&mut engine, requests());
-        for _ in 0..6 {
-            engine.step().expect("the device is there");
-        }
-        while engine.has_room() {
-            assert!(engine.begin().expect("the device is there"));
-        }
-        assert_eq!(engine.num_in_flight(), 2);
-        kill_switch.destroy();
-        // What was handed over may still be done; nothing else is.
-        let error = (0..4).find_map(|_| engine.step().err()).expect("the device is gone");
-        assert!(matches!(error, DeviceError::Lost { .. }), "{error}");
-        let begun: Vec<bool> = clients.iter().map(|client| !client.answer().0.is_empty()).collect();
-        engine.lose_device(&error.to_string());
-        engine.check();
-        let blocks = engine.stats().blocks;
-        assert_eq!((blocks.free, blocks.cached, blocks.referenced), (blocks.total, 0, 0), "{id}");
+        lose(&id, backend, &kill_switch);
+    }
+}
 
-        kill_switch.refuse(1);
-        let refused = engine.recover().expect_err("a test does not let it be").to_string();
-        assert!(refused.starts_with(&format!("device {id} was lost: ")), "{refused}");
-        engine.recover().expect("it can be opened again");
-        assert_eq!(kill_switch.num_opened(), 2);
-        engine.check();
-        let mut num_failed = 0;
+/// All stages begin anew, for none is worth anything without the others.
+#[test]
+fn a_split_that_loses_a_device_comes_back_whole() {
+    let id = &device_ids()[0];
+    let cpu = || Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started"));
+    for is_last in [false, true] {
+        let (backend, kill_switch) = open(id);
+        let stages: Vec<(Box<dyn Backend>, u32)> =
+            if is_last { vec![(cpu(), 1), (backend, 1)] } else { vec![(backend, 1), (cpu(), 1)] };
+        lose(id, split(stages), &kill_switch);
+    }
+}
+
+/// Whoever `id` was at fails, and the rest and those who come later get what they would have got.
+fn lose(id: &str, backend: Box<dyn Backend>, kill_switch: &KillSwitch) {
+    let mut engine = engine_on(backend);
+    let expected: Vec<Answer> = {
+        let clients = add_all(&mut engine, requests());
         run(&mut engine);
-        for (index, (client, expected)) in clients.iter().zip(&expected).enumerate() {
-            let (tokens, reason) = client.answer();
-            match reason {
-                Some(FinishReason::DeviceLost(sentence)) => {
-                    num_failed += 1;
-                    assert_eq!(sentence, error.to_string());
-                    assert_eq!(tokens, expected.0[..tokens.len()], "{id}: request {index} before the loss");
-                }
-                _ => {
-                    assert!(!begun[index], "{id}: request {index} had begun");
-                    assert_eq!(&(tokens, reason), expected, "{id}: request {index}, which waited");
-                }
+        clients.iter().map(Client::answer).collect()
+    };
+    assert!(engine.stats().cached_tokens > 0, "{id}: nothing was shared");
+    let clients = add_all(&mut engine, requests());
+    for _ in 0..6 {
+        engine.step().expect("the device is there");
+    }
+    while engine.has_room() {
+        assert!(engine.begin().expect("the device is there"));
+    }
+    assert_eq!(engine.num_in_flight(), 2);
+    kill_switch.destroy();
+    // What was handed over may still be done; nothing else is.
+    let error = (0..4).find_map(|_| engine.step().err()).expect("the device is gone");
+    assert!(matches!(error, DeviceError::Lost { .. }), "{error}");
+    let begun: Vec<bool> = clients.iter().map(|client| !client.answer().0.is_empty()).collect();
+    engine.lose_device(&error.to_string());
+    engine.check();
+    let blocks = engine.stats().blocks;
+    assert_eq!((blocks.free, blocks.cached, blocks.referenced), (blocks.total, 0, 0), "{id}");
+
+    kill_switch.refuse(1);
+    let refused = engine.recover().expect_err("a test does not let it be").to_string();
+    assert!(refused.starts_with(&format!("device {id} was lost: ")), "{refused}");
+    engine.recover().expect("it can be opened again");
+    assert_eq!(kill_switch.num_opened(), 2);
+    engine.check();
+    let mut num_failed = 0;
+    run(&mut engine);
+    for (index, (client, expected)) in clients.iter().zip(&expected).enumerate() {
+        let (tokens, reason) = client.answer();
+        match reason {
+            Some(FinishReason::DeviceLost(sentence)) => {
+                num_failed += 1;
+                assert_eq!(sentence, error.to_string());
+                assert_eq!(tokens, expected.0[..tokens.len()], "{id}: request {index} before the loss");
+            }
+            _ => {
+                assert!(!begun[index], "{id}: request {index} had begun");
+                assert_eq!(&(tokens, reason), expected, "{id}: request {index}, which waited");
             }
         }
-        assert!((1..=3).contains(&num_failed), "{id}: {num_failed} failed, and 3 ran");
-        let again = add_all(&mut engine, requests());
-        run(&mut engine);
-        let again: Vec<Answer> = again.iter().map(Client::answer).collect();
-        assert_eq!(again, expected, "{id}: after the loss");
-        let blocks = engine.stats().blocks;
-        assert_eq!(blocks.free + blocks.cached, blocks.total, "{id}");
     }
+    assert!((1..=3).contains(&num_failed), "{id}: {num_failed} failed, and 3 ran");
+    let again = add_all(&mut engine, requests());
+    run(&mut engine);
+    let again: Vec<Answer> = again.iter().map(Client::answer).collect();
+    assert_eq!(again, expected, "{id}: after the loss");
+    let blocks = engine.stats().blocks;
+    assert_eq!(blocks.free + blocks.cached, blocks.total, "{id}");
 }
 
 fn serving(id: &str) -> (Harness, KillSwitch) {

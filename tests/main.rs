@@ -57,6 +57,8 @@ mod serving;
 mod shaders;
 /// Needs nothing: whole engines on `sim`, seeded, invariants after every step.
 mod simulation;
+/// Needs Vulkan drivers: layers over several devices against one.
+mod split;
 /// Needs Vulkan drivers: blocks that leave for the host's memory and come back, on every backend.
 mod swap;
 /// Needs the two models: tokenizers, detokenizer, templates.

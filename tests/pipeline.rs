@@ -20,9 +20,9 @@ const VOCAB_SIZE: u32 = 256;
 
 /// What a client was told of its answer: ids, log-probabilities to the bit, and why it ended.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Answer {
-    tokens: Vec<(TokenId, u32)>,
-    reason: Option<FinishReason>,
+pub struct Answer {
+    pub tokens: Vec<(TokenId, u32)>,
+    pub reason: Option<FinishReason>,
 }
 
 struct Client(Arc<Mutex<Answer>>);
@@ -47,7 +47,7 @@ impl Sink for Client {
 }
 
 /// Greedy ones, seeded ones, and those with penalties; some end at a stop id that nobody foresees.
-fn requests() -> Vec<Request> {
+pub fn requests() -> Vec<Request> {
     let mut random = Random::new(11);
     let request = |index: u32| {
         let num_tokens = random.between(3, 40);
@@ -66,7 +66,7 @@ fn requests() -> Vec<Request> {
 }
 
 /// Every other one follows a grammar.
-fn with_grammars() -> Vec<Request> {
+pub fn with_grammars() -> Vec<Request> {
     let grammar = crate::grammar::regex_for("[a-z]{4,30}[.!]", VOCAB_SIZE);
     let follows = |(index, request): (usize, Request)| {
         let grammar = (index % 2 == 1).then(|| grammar.clone());
@@ -79,7 +79,7 @@ fn run(backend: Box<dyn Backend>, pipeline_depth: u32) -> (Vec<Answer>, u64) {
     run_all(backend, pipeline_depth, requests())
 }
 
-fn run_all(mut backend: Box<dyn Backend>, pipeline_depth: u32, requests: Vec<Request>) -> (Vec<Answer>, u64) {
+pub fn run_all(mut backend: Box<dyn Backend>, pipeline_depth: u32, requests: Vec<Request>) -> (Vec<Answer>, u64) {
     let config = EngineConfig {
         max_num_seqs: 4,
         max_num_batched_tokens: 24,

@@ -39,16 +39,17 @@ const VOCAB_SIZE: usize = 128;
 
 #[test]
 fn every_family_agrees_with_transformers() {
-    assert_every_family_agrees(&cpu);
+    assert_every_family_agrees(&|_| cpu());
 }
 
-/// On what `open` gives, anew for each.
-pub fn assert_every_family_agrees(open: &dyn Fn() -> Box<dyn Backend>) {
+/// On what `open` gives for so many layers, anew for each.
+pub fn assert_every_family_agrees(open: &dyn Fn(u32) -> Box<dyn Backend>) {
     let mut num_decided = 0;
     for name in FAMILIES {
         let expected = expected(name);
         let (config, checkpoint) = read(name, |_| {});
-        let events = run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64, open());
+        let backend = open(config.num_layers);
+        let events = run_checkpoint(config, checkpoint, greedy(&ids(&expected["prompt"])), 64, backend);
         let (chosen, rows) = differences(&expected, &events);
         println!("{name}: log-probabilities differ by {chosen:.1e} from f32, by {rows:.1e} from K and V in f16");
         assert!(chosen < F32_TOLERANCE, "{name}: log-probabilities differ by {chosen} from those in f32");

@@ -33,6 +33,7 @@ mod end;
 mod load;
 mod masks;
 mod pooled;
+pub mod probe;
 mod recovery;
 mod step;
 mod sums;

@@ -61,7 +61,8 @@
 //! - CUDA graphs are kept for lists of launches that come again, to the last parameter, and not for sizes of batches:
 //!   what varies in a step is in its parameters too. Where its kernels run is an interface of its own, so that tests
 //!   without a GPU run them on the host.
-//! - [`fleet`] replicates a model over devices; none is divided over several.
+//! - A model that is divided over devices has its stages in threads of a composite backend ([`backend::split`]), which
+//!   cuts steps into parts itself: the plan knows neither.
 
 pub mod backend;
 pub mod backlog;

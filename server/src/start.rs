@@ -32,12 +32,14 @@ use crate::tuning;
 mod config;
 mod load;
 mod remedy;
+mod split;
 mod times;
 mod together;
 
 use config::Room;
 pub use config::{USUAL_LEN, queued_tokens};
 pub use load::load;
+use split::StagePlan;
 use times::Parts;
 pub use times::StartTimes;
 pub use together::{by_model, plan_all, table};
@@ -86,6 +88,20 @@ pub enum StartError {
     OnDevice { device: String, source: Box<StartError> },
     #[error("{device} makes up its tokens, and serves no model beside other devices: leave it out")]
     Simulated { device: String },
+    #[error(
+        "--split divides a model over several devices, and one was given: name more, as in --device vulkan:0,vulkan:1"
+    )]
+    SplitOverOne,
+    #[error(
+        "no device has memory for all of {0}, and a model that is divided over its devices has them to itself: serve \
+        it alone"
+    )]
+    SplitBesideOthers(String),
+    #[error(
+        "the model's {num_layers} layers do not fit on its {num_devices} devices together ({each}): give it more \
+        devices, or lower --kv-memory, --max-model-len or --max-num-batched-tokens"
+    )]
+    TooSmallTogether { num_layers: u32, num_devices: usize, each: String },
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -120,6 +136,8 @@ pub struct Plan {
     pub backend: Box<dyn Backend>,
     pub config: EngineConfig,
     pub memory: MemoryTable,
+    /// Where the model is divided over several devices.
+    pub stages: Vec<StagePlan>,
     /// Where prices of steps are kept, if they are.
     pub costs: Option<SavedCosts>,
     /// What is known of steps without those.
@@ -150,6 +168,8 @@ struct Opened {
     backend: Box<dyn Backend>,
     /// Its tables that are not its own, with what products take.
     tuned: Vec<TunedMatMul>,
+    /// Where the model is divided over several devices.
+    stages: Vec<StagePlan>,
     /// Bytes that they will take.
     weights: u64,
     times: StartTimes,
@@ -157,10 +177,12 @@ struct Opened {
 
 /// Opens model and device and fits the engine into memory.
 pub fn plan(args: &EngineArgs, served_name: Option<&str>) -> Result<Plan, StartError> {
-    let [asked] = &asked(&args.model.device)?[..] else {
-        return Err(DeviceChoiceError::NotOne { asked: args.model.device.name.clone() }.into());
+    let not_one = || DeviceChoiceError::NotOne { asked: args.model.device.name.clone() };
+    let opened = match &asked(&args.model.device)?[..] {
+        [asked] if !args.model.device.split => Opened::open(args, asked, None, served_name)?,
+        _ if !args.model.device.split => return Err(not_one().into()),
+        _ => together::open_divided(args, served_name)?,
     };
-    let opened = Opened::open(args, asked, None, served_name)?;
     let room = Room::alone(opened.measured_bytes());
     opened.plan(room)
 }
@@ -199,7 +221,8 @@ impl Opened {
         let default_name = if names_itself { &bundle.name } else { &args.model.model };
         let name = served_name.unwrap_or(default_name).to_owned();
         let seat = Seat::new(asked, backend.info());
-        Ok(Opened { name, seat, has_own_fraction: false, args, bundle, backend, tuned, weights, times })
+        let (has_own_fraction, stages) = (false, Vec::new());
+        Ok(Opened { name, seat, has_own_fraction, args, bundle, backend, tuned, stages, weights, times })
     }
 
     /// What the device has, where the size of the cache depends on it and it is known.
@@ -209,18 +232,23 @@ impl Opened {
     }
 
     fn plan(self, room: Room) -> Result<Plan, StartError> {
-        let Opened { name, seat, args, bundle, backend, tuned, weights, times, .. } = self;
+        let Opened { name, seat, args, bundle, backend, tuned, stages, weights, times, .. } = self;
         let device = backend.info();
         let config = config::engine_config(&args, &bundle, weights, room, device.max_buffer_bytes)?;
         check_widths(&bundle.config, &config)?;
-        let memory = memory_table(&bundle.config, &config, weights);
+        let mut memory = memory_table(&bundle.config, &config, weights);
+        let stages: Vec<_> = stages.into_iter().map(|stage| stage.planned(&bundle.config, &config)).collect();
+        if !stages.is_empty() {
+            memory = split::sum(&stages, memory);
+        }
         // What steps take on the simulator is made up.
         let keeps = !args.no_saved_costs && device.id != "sim";
         let folder = keeps.then(fetch::cache_folder).and_then(Result::ok).map(|folder| folder.join("costs"));
         let costs = folder.map(|folder| SavedCosts::new(&folder, device, &bundle.name, &config, &memory));
         let products = Weights::products(&bundle.config, &bundle.checkpoint);
         let tuned_cost = products.and_then(|products| tuning::cost_of(&tuned, &products));
-        Ok(Plan { name, seat, bundle, backend, config, memory, costs, tuned_cost, kv_events: None, times })
+        let kv_events = None;
+        Ok(Plan { name, seat, bundle, backend, config, memory, stages, costs, tuned_cost, kv_events, times })
     }
 }
 
@@ -308,22 +336,22 @@ impl Plan {
         let (name, times) = (name.to_owned(), StartTimes::default());
         let seat = Seat::whole(&backend.info().id);
         let (costs, tuned_cost, kv_events) = (None, None, None);
-        Plan { name, seat, bundle, backend, config, memory, costs, tuned_cost, kv_events, times }
+        let stages = Vec::new();
+        Plan { name, seat, bundle, backend, config, memory, stages, costs, tuned_cost, kv_events, times }
     }
 
     /// Refuses what the device's memory, where that is known, cannot hold.
     pub fn check_memory(&self) -> Result<(), StartError> {
         let device = self.backend.info();
-        let total = self.memory.total();
-        match device.memory_bytes.filter(|&available| available < total) {
-            Some(available) => Err(StartError::BeyondMemory {
-                needed: total,
-                device: device.id.clone(),
-                available,
-                remedy: remedy::remedy(&self.memory, total - available, self.bundle.has_floats()),
-            }),
-            None => Ok(()),
+        let stages = self.stages.iter().map(|stage| (&stage.device, stage.available, &stage.memory));
+        for (device, available, memory) in stages.chain([(&device.id, device.memory_bytes, &self.memory)]) {
+            let needed = memory.total();
+            if let Some(available) = available.filter(|&available| available < needed) {
+                let remedy = remedy::remedy(memory, needed - available, self.bundle.has_floats());
+                return Err(StartError::BeyondMemory { needed, device: device.clone(), available, remedy });
+            }
         }
+        Ok(())
     }
 
     /// Loads the weights and starts the engine's thread.

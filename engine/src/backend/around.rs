@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use super::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, RowSource, Ticket, WeightSpec};
+use super::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, Place, RowSource, Ticket, WeightSpec};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
@@ -22,6 +22,14 @@ pub trait Around: Send {
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
         self.inner_mut().alloc(label, size_bytes)
+    }
+
+    fn place(&mut self, place: Place) {
+        self.inner_mut().place(place);
+    }
+
+    fn are_ends_apart(&self) -> bool {
+        self.inner().are_ends_apart()
     }
 
     fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
@@ -84,6 +92,14 @@ impl<A: Around> Backend for A {
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
         Around::alloc(self, label, size_bytes)
+    }
+
+    fn place(&mut self, place: Place) {
+        Around::place(self, place);
+    }
+
+    fn are_ends_apart(&self) -> bool {
+        Around::are_ends_apart(self)
     }
 
     fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {

@@ -20,7 +20,7 @@
 //! A backend knows no scheduler, memory manager, sequence or request: it cannot know what a user is.
 
 use std::io;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::time::{Duration, Instant};
 
 use crate::format::FormatError;
@@ -35,6 +35,7 @@ pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod packing;
 pub mod sim;
+pub mod split;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
@@ -45,6 +46,17 @@ pub trait Backend: Send {
     fn info(&self) -> &DeviceInfo;
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError>;
+
+    /// Says of what comes next, until it is said again, where in a model's pass it is used: a backend that is several
+    /// devices has to know. Loading begins [`Place::Throughout`].
+    fn place(&mut self, place: Place) {
+        let _ = place;
+    }
+
+    /// Whether what is at one end of a model is out of reach at the other, so that both need a copy.
+    fn are_ends_apart(&self) -> bool {
+        false
+    }
 
     /// A buffer in memory of the host, for copies alone. `None` where the device cannot copy to such memory.
     fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError>;
@@ -110,6 +122,25 @@ fn copy_words(copy: BufferCopy, buffers: &mut [Vec<u32>]) {
     to[words(copy.to_bytes)..][..from.len()].copy_from_slice(from);
 }
 
+/// Where in a model's pass something is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    /// By every layer, or by what is between two ops of one.
+    #[default]
+    Throughout,
+    /// What the host writes for a step. It comes after the stream.
+    Inputs,
+    /// What one layer hands to the next: f32, a row a token.
+    Stream,
+    /// The choices: written by the last op, read by the first one of the next step.
+    Choices,
+    /// By what is before all layers.
+    First,
+    Layer(u32),
+    /// By what is behind all layers.
+    Last,
+}
+
 /// The claim on a recording between `submit` and `wait`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Ticket(pub u64);
@@ -136,6 +167,16 @@ pub struct LoadTimes {
     pub num_pipelines: u32,
 }
 
+impl AddAssign for LoadTimes {
+    fn add_assign(&mut self, other: LoadTimes) {
+        self.read += other.read;
+        self.pack += other.pack;
+        self.upload += other.upload;
+        self.pipelines += other.pipelines;
+        self.num_pipelines += other.num_pipelines;
+    }
+}
+
 /// Rows of a weight in the file's own layout, `format.row_bytes(cols)` bytes each.
 pub trait RowSource {
     /// Fills `out`, a whole number of rows, with the rows that come next.
@@ -155,6 +196,8 @@ pub struct DeviceInfo {
     pub arithmetic: String,
     /// What the tier's kernels are written like; empty where no choice among them is ever kept.
     pub kernels: String,
+    /// Where it is on the PCI bus, as in `0000:0b:00.0`, if it is and says so: the same through every driver.
+    pub pci_bus_id: Option<String>,
     /// Memory the device has for us, where it can be asked.
     pub memory_bytes: Option<u64>,
     /// The largest buffer that an op may bind whole. Weights are sharded below this by the backend itself.

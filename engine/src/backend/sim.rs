@@ -122,6 +122,7 @@ impl SimBackend {
             },
             arithmetic: "f32".to_owned(),
             kernels: String::new(),
+            pci_bus_id: None,
             memory_bytes: None,
             max_buffer_bytes: u64::MAX,
         };

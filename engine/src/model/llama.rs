@@ -1,6 +1,6 @@
 //! One forward pass of the Llama family, as ops. Families differ by data: optional norms, biases, windows, scales.
 
-use crate::backend::{Backend, DeviceError};
+use crate::backend::{Backend, DeviceError, Place};
 use crate::batch::attention::AttentionLimits;
 use crate::model::weights::{Linear, Part};
 use crate::model::{Choices, Inputs, Model, ModelConfig, SamplingInputs, StateLimits, alloc_f32, alloc_u32};
@@ -195,25 +195,32 @@ impl Scratch {
         let tokens = limits.max_num_batched_tokens;
         let q_dim = config.num_heads * config.head_dim;
         let kv_dim = config.num_kv_heads * config.head_dim;
+        backend.place(Place::Last);
         let mut u32 = |label, cols| alloc_u32(label, limits.max_logit_rows, cols, backend);
         let slices = u32("slices", slice_cols(config.vocab_size))?;
         let (chosen, top) = (u32("chosen", CHOSEN_WORDS)?, u32("top", 2 * MAX_TOP)?);
+        let last_normed = alloc_f32("last normed", limits.max_logit_rows, config.dim, backend)?;
+        let logits = alloc_f32("logits", limits.max_logit_rows, config.vocab_size, backend)?;
+        backend.place(Place::Stream);
+        let hidden = alloc_f32("hidden", tokens, config.dim, backend)?;
+        let projected = alloc_f32("projected", tokens, config.dim, backend)?;
+        backend.place(Place::Throughout);
         let mut f32 = |label, rows, cols| alloc_f32(label, rows, cols, backend);
         Ok(Scratch {
             slices,
             chosen,
             top,
-            hidden: f32("hidden", tokens, config.dim)?,
+            last_normed,
+            logits,
+            hidden,
+            projected,
             normed: f32("normed", tokens, config.dim)?,
             qkv: f32("qkv", tokens, q_dim + 2 * kv_dim)?,
             q: f32("q", tokens, q_dim)?,
             attn: f32("attn", tokens, q_dim)?,
             partials: f32("attention partials", num_partials(limits), partial_cols(config))?,
-            projected: f32("projected", tokens, config.dim)?,
             gate_up: f32("gate and up", tokens, 2 * config.ffn_dim)?,
             act: f32("act", tokens, config.ffn_dim)?,
-            last_normed: f32("last normed", limits.max_logit_rows, config.dim)?,
-            logits: f32("logits", limits.max_logit_rows, config.vocab_size)?,
         })
     }
 
@@ -222,11 +229,16 @@ impl Scratch {
         let q_dim = config.num_heads * config.head_dim;
         let kv_dim = config.num_kv_heads * config.head_dim;
         let per_token = u64::from(3 * config.dim + 3 * q_dim + 2 * kv_dim) + 3 * u64::from(config.ffn_dim);
+        let partials = u64::from(num_partials(limits)) * u64::from(partial_cols(config));
+        let tokens = u64::from(limits.max_num_batched_tokens) * per_token;
+        4 * (tokens + partials) + Scratch::last_bytes(config, limits)
+    }
+
+    /// Of these, the ones for what is behind all layers.
+    pub fn last_bytes(config: &ModelConfig, limits: &StateLimits) -> u64 {
         let choice_words = slice_cols(config.vocab_size) + CHOSEN_WORDS + 2 * MAX_TOP;
         let per_logit_row = u64::from(config.dim) + u64::from(config.vocab_size) + u64::from(choice_words);
-        let partials = u64::from(num_partials(limits)) * u64::from(partial_cols(config));
-        let logit_rows = u64::from(limits.max_logit_rows) * per_logit_row;
-        4 * (u64::from(limits.max_num_batched_tokens) * per_token + logit_rows + partials)
+        4 * u64::from(limits.max_logit_rows) * per_logit_row
     }
 
     /// The first `rows` tokens of everything that has a row a token.

@@ -2,7 +2,9 @@
 //!
 //! Invariant: this folder never mentions a scheduler, and uses a backend only to allocate while loading.
 
-use crate::backend::{Backend, DeviceError, LoadError};
+use std::ops::Range;
+
+use crate::backend::{Backend, DeviceError, LoadError, Place};
 use crate::batch::attention::{AttentionLimits, AttentionPlan, MAX_SPLIT_ITEMS};
 use crate::batch::{BlockCopy, PackedBatch};
 use crate::op::{ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, MAX_BIASES, SAMPLE_ROW_WORDS};
@@ -182,6 +184,7 @@ impl Model {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Model, LoadError> {
         let weights = Weights::load(&config, checkpoint, backend, progress)?;
+        backend.place(Place::Throughout);
         let rope_table = rope_table(&config.rope, limits.max_model_len, backend)?;
         let local_rope_table = match &config.local_rope {
             Some(rope) => Some(self::rope_table(rope, limits.max_model_len, backend)?),
@@ -191,10 +194,14 @@ impl Model {
         let kv = alloc_kv(&config, &limits, backend)?;
         let swap = SwapArena::alloc(&config, &limits, &kv, backend)?;
         let table_cols = limits.max_blocks_per_seq();
+        backend.place(Place::Throughout);
         let block_table = alloc_u32("block table", limits.max_num_seqs, table_cols, backend)?;
+        backend.place(Place::Choices);
         let sampled = alloc_u32("sampled", limits.max_num_seqs, 1, backend)?;
+        backend.place(Place::Last);
         let counts = alloc_u32("token counts", limits.max_num_seqs, config.vocab_size, backend)?;
         let attention = attention_limits(&config, &limits);
+        backend.place(Place::Inputs);
         let upload_buffer = backend.alloc("step upload", limits.max_upload_words(config.vocab_size) * 4)?;
         Ok(Model {
             config,
@@ -225,6 +232,27 @@ impl Model {
             tables: rope_tables + slots + limits.max_upload_words(config.vocab_size) * 4,
             swap: SwapArena::size_bytes(config, limits),
         }
+    }
+
+    /// The same of a stage that has some of the layers, where the model is split.
+    pub fn footprint_of_stage(config: &ModelConfig, limits: &StateLimits, layers: &Range<u32>) -> Footprint {
+        let words = |rows: u32, cols: u32| u64::from(rows) * u64::from(cols) * 4;
+        let of_layers = ModelConfig { num_layers: layers.end - layers.start, ..config.clone() };
+        let Footprint { kv, mut scratch, mut tables, swap } = Model::footprint(&of_layers, limits);
+        let (is_first, is_last) = (layers.start == 0, layers.end == config.num_layers);
+        if !is_last {
+            scratch -= Scratch::last_bytes(config, limits);
+            tables -= words(limits.max_num_seqs, config.vocab_size);
+        }
+        // In its upload too: what a stage is handed.
+        tables += match is_first {
+            true => words(limits.max_num_seqs, 1),
+            false => 2 * words(limits.max_num_batched_tokens, config.dim),
+        };
+        if !is_first && !is_last {
+            tables -= words(limits.max_num_seqs, 1);
+        }
+        Footprint { kv, scratch, tables, swap }
     }
 
     /// An empty recording whose upload goes to this model's step buffer.
@@ -270,7 +298,8 @@ fn alloc_kv(
     let block_bytes = KvTensor::block_bytes(kv_type, block_size, config.num_kv_heads, config.head_dim);
     let size_bytes = u64::from(limits.num_blocks) * block_bytes;
     (0..config.num_layers)
-        .map(|_| {
+        .map(|layer| {
+            backend.place(Place::Layer(layer));
             Ok(KvTensor {
                 k: backend.alloc("K cache", size_bytes)?,
                 v: backend.alloc("V cache", size_bytes)?,

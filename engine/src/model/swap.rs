@@ -2,7 +2,7 @@
 //!
 //! Invariant: a block keeps its bits. Which block lies where is the plan's to know; nothing here remembers any.
 
-use crate::backend::{Backend, DeviceError};
+use crate::backend::{Backend, DeviceError, Place};
 use crate::batch::{BlockCopy, CopyDirection};
 use crate::model::{ModelConfig, StateLimits};
 use crate::recording::{BufferCopy, Recording};
@@ -27,7 +27,8 @@ impl SwapArena {
         }
         let layer_bytes = SwapArena::size_bytes(config, limits) / u64::from(config.num_layers) / 2;
         let mut layers = Vec::with_capacity(cache.len());
-        for layer in cache {
+        for (index, layer) in (0..).zip(cache) {
+            backend.place(Place::Layer(index));
             let k = backend.alloc_host("swapped K", layer_bytes)?;
             let v = backend.alloc_host("swapped V", layer_bytes)?;
             let (Some(k), Some(v)) = (k, v) else { return Ok(None) };

@@ -6,7 +6,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::io;
 
-use crate::backend::{Backend, LoadError, RowSource, WeightSpec};
+use crate::backend::{Backend, LoadError, Place, RowSource, WeightSpec};
 use crate::model::checkpoint::ENDS;
 use crate::model::config::Family;
 use crate::model::{Checkpoint, ModelConfig};
@@ -92,28 +92,48 @@ fn stacked(specs: &[WeightSpec]) -> WeightSpec {
     WeightSpec { name: names.join(" + "), rows, ..specs[0].clone() }
 }
 
+/// A matrix, if it is there.
+fn spec(checkpoint: &Checkpoint, name: &str, rows: u32, cols: u32) -> Option<WeightSpec> {
+    let format = checkpoint.format(name)?;
+    Some(WeightSpec { name: name.to_owned(), rows, cols, format })
+}
+
 impl Weights {
     /// Every matrix as it is handed to a backend, in the order of loading.
     fn specs(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<WeightSpec> {
-        let spec = |(name, rows, cols): (String, u32, u32)| {
-            let format = checkpoint.format(&name)?;
-            Some(WeightSpec { name, rows, cols, format })
+        let layers = (0..config.num_layers).flat_map(|layer| Self::layer_specs(config, checkpoint, layer));
+        layers.chain(ENDS.into_iter().filter_map(|name| Self::end_spec(config, checkpoint, name))).collect()
+    }
+
+    fn layer_specs(config: &ModelConfig, checkpoint: &Checkpoint, layer: u32) -> Vec<WeightSpec> {
+        let of = |matrices: Matrices| {
+            let names = matrices.names(layer).map(|(name, rows)| (name, rows, matrices.cols));
+            let specs: Vec<WeightSpec> =
+                names.filter_map(|(name, rows, cols)| spec(checkpoint, &name, rows, cols)).collect();
+            specs.chunk_by(|one, next| one.format == next.format).map(stacked).collect::<Vec<WeightSpec>>()
         };
-        let of_layer = |layer: u32| {
-            matrices(config).into_iter().flat_map(move |matrices| {
-                let names = matrices.names(layer).map(|(name, rows)| (name, rows, matrices.cols));
-                let specs: Vec<WeightSpec> = names.filter_map(spec).collect();
-                let groups = specs.chunk_by(|one, next| one.format == next.format);
-                groups.map(stacked).collect::<Vec<WeightSpec>>()
-            })
-        };
-        let ends = ENDS.map(|name| (name.to_owned(), config.vocab_size, config.dim)).into_iter().filter_map(spec);
-        (0..config.num_layers).flat_map(of_layer).chain(ends).collect()
+        matrices(config).into_iter().flat_map(of).collect()
+    }
+
+    fn end_spec(config: &ModelConfig, checkpoint: &Checkpoint, name: &str) -> Option<WeightSpec> {
+        spec(checkpoint, name, config.vocab_size, config.dim)
     }
 
     /// Bytes that the weights would take on `backend`, without loading them.
     pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
         Self::specs(config, checkpoint).iter().map(|spec| backend.weight_bytes(spec)).sum()
+    }
+
+    /// The same of a layer alone.
+    pub fn layer_bytes(config: &ModelConfig, checkpoint: &Checkpoint, layer: u32, backend: &dyn Backend) -> u64 {
+        Self::layer_specs(config, checkpoint, layer).iter().map(|spec| backend.weight_bytes(spec)).sum()
+    }
+
+    /// The same of the embedding, and of the output layer where that is on another device.
+    pub fn end_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> [u64; 2] {
+        let [embed, output] = ENDS.map(|name| Self::end_spec(config, checkpoint, name));
+        let output = output.or_else(|| embed.clone());
+        [embed, output].map(|spec| spec.map_or(0, |spec| backend.weight_bytes(&spec)))
     }
 
     /// Each shape of a matrix that is multiplied by, once.
@@ -179,11 +199,15 @@ impl Weights {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Weights, LoadError> {
         let mut loader = Loader { checkpoint, backend, progress, read_bytes: 0, used: HashSet::new() };
-        let embed = loader.matrix("token_embd.weight", config.vocab_size, config.dim)?;
+        let [embed_name, output_name] = ENDS;
+        loader.backend.place(Place::First);
+        let embed = loader.matrix(embed_name, config.vocab_size, config.dim)?;
         let layers = (0..config.num_layers).map(|layer| loader.layer(config, layer)).collect::<Result<_, _>>()?;
+        loader.backend.place(Place::Last);
         let final_norm = loader.vector("output_norm.weight", config.dim)?;
-        let output = match loader.checkpoint.contains("output.weight") {
-            true => loader.matrix("output.weight", config.vocab_size, config.dim)?,
+        let output = match loader.checkpoint.contains(output_name) {
+            true => loader.matrix(output_name, config.vocab_size, config.dim)?,
+            false if loader.backend.are_ends_apart() => loader.matrix(embed_name, config.vocab_size, config.dim)?,
             false => embed,
         };
         loader.checkpoint.refuse_others(&loader.used)?;
@@ -207,7 +231,12 @@ impl Loader<'_> {
         let has_head_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
         let has_post_norms = config.family == Family::Gemma3;
         let head_norms = ["attn_q_norm.weight", "attn_k_norm.weight"].map(name);
+        // It ends the layer in the op that begins what comes next.
+        self.backend.place(if layer + 1 < config.num_layers { Place::Layer(layer + 1) } else { Place::Last });
+        let post_ffn_norm = self.vectors_if(has_post_norms, &[name("post_ffw_norm.weight")], config.dim)?;
+        self.backend.place(Place::Layer(layer));
         Ok(Layer {
+            post_ffn_norm,
             attn_norm: self.vector(&name("attn_norm.weight"), config.dim)?,
             qkv: self.linear(layer, &qkv)?,
             head_norms: self.vectors_if(has_head_norms, &head_norms, config.head_dim)?,
@@ -216,7 +245,6 @@ impl Loader<'_> {
             ffn_norm: self.vector(&name("ffn_norm.weight"), config.dim)?,
             gate_up: self.linear(layer, &gate_up)?,
             down: self.linear(layer, &down)?,
-            post_ffn_norm: self.vectors_if(has_post_norms, &[name("post_ffw_norm.weight")], config.dim)?,
         })
     }
 

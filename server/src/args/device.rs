@@ -14,6 +14,10 @@ pub struct DeviceArgs {
     /// own: cpu@0,cpu@1-3.
     #[arg(long = "device", value_name = "DEVICE", default_value = "auto")]
     pub name: String,
+    /// Divide the model's layers over the devices, each with as many as its memory and its measured speed allow,
+    /// instead of giving each all of them. Without this it is done only where no device has memory for all of it.
+    #[arg(long)]
+    pub split: bool,
     /// What one submission to a GPU takes, about, at most: drivers reset a device that is at one for seconds. A step
     /// that would take longer goes in parts; 0 for never.
     #[arg(long, value_name = "MS", default_value_t = MAX_SUBMIT_MS)]
@@ -36,7 +40,7 @@ impl DeviceArgs {
     /// The defaults of the command line for `name`.
     pub fn new(name: &str) -> DeviceArgs {
         let (name, arithmetic) = (name.to_owned(), adapters::ArithmeticChoice::F32);
-        DeviceArgs { name, max_submit_ms: MAX_SUBMIT_MS, arithmetic, safe_shaders: false }
+        DeviceArgs { name, split: false, max_submit_ms: MAX_SUBMIT_MS, arithmetic, safe_shaders: false }
     }
 
     /// What is long beside a submission, even a device's first ones; none where submissions are not split.

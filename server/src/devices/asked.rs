@@ -47,11 +47,19 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
 fn every_gpu() -> Vec<String> {
     let cuda = cuda::devices().unwrap_or_default();
     let hardware = adapters::hardware();
-    let others = adapters::devices()
-        .into_iter()
-        .filter(|device| hardware.contains(&device.id) && cuda.iter().all(|by_cuda| by_cuda.name != device.name));
+    let is_known =
+        |device: &DeviceInfo| cuda.iter().any(|by_cuda| is_one(by_cuda, device, by_cuda.name == device.name));
+    let others = adapters::devices().into_iter().filter(|device| hardware.contains(&device.id) && !is_known(device));
     let ids: Vec<String> = others.map(|device| device.id).collect();
     cuda.iter().map(|device| device.id.clone()).chain(ids).collect()
+}
+
+/// Whether two are one physical device: what the bus says, else `otherwise`.
+fn is_one(a: &DeviceInfo, b: &DeviceInfo, otherwise: bool) -> bool {
+    match (&a.pci_bus_id, &b.pci_bus_id) {
+        (Some(a), Some(b)) => a == b,
+        _ => otherwise,
+    }
 }
 
 impl Asked {
@@ -69,7 +77,8 @@ pub fn check_apart(devices: &[(&Asked, &DeviceInfo)]) -> Result<(), DeviceChoice
             let both = asked.cores.as_ref().zip(other.cores.as_ref());
             is_on_cores && both.is_some_and(|(own, others)| !own.overlap(others))
         };
-        let earlier = devices[..index].iter().find(|(other, known)| known.id == info.id && !is_apart(other));
+        let is_same = |known: &DeviceInfo| known.id == info.id || is_one(known, info, false);
+        let earlier = devices[..index].iter().find(|(other, known)| is_same(known) && !is_apart(other));
         if let Some((other, _)) = earlier {
             let (first, second) = (other.title.clone(), asked.title.clone());
             let remedy = if is_on_cores { ", or give each its own cores, as in cpu@0,cpu@1" } else { "" };
@@ -100,6 +109,19 @@ mod tests {
             let twice = sentence(names, &["cpu", "cpu"], Some(1)).expect("one device");
             assert!(twice.contains("give each its own cores"), "{twice}");
         }
+        // What a GPU is called depends on who asks it.
+        let through = |id: &str, pci: &str| DeviceInfo {
+            id: id.to_owned(),
+            pci_bus_id: Some(pci.to_owned()),
+            ..DeviceInfo::default()
+        };
+        let listed = asked(&DeviceArgs::new("cuda:0,vulkan:0")).expect("no file");
+        let apart = |pci: &str| {
+            let infos = [through("cuda:0", "0000:0b:00.0"), through("vulkan:0", pci)];
+            check_apart(&listed.iter().zip(&infos).collect::<Vec<_>>()).map_err(|error| error.to_string())
+        };
+        assert_eq!(apart("0000:0c:00.0"), Ok(()));
+        assert_eq!(apart("0000:0b:00.0"), Err("cuda:0 and vulkan:0 are one device: leave one out".to_owned()));
         // Cores of the host do not make two of a GPU.
         assert!(sentence("vulkan:0@0,vulkan:0@1", &["vulkan:0", "vulkan:0"], None).is_some());
     }

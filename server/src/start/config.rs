@@ -48,7 +48,7 @@ pub fn least_bytes(args: &EngineArgs, bundle: &Bundle, weights: u64) -> Result<u
 }
 
 /// With as few blocks as there may be, unless their number was asked for.
-fn least_config(args: &EngineArgs, bundle: &Bundle) -> Result<EngineConfig, StartError> {
+pub fn least_config(args: &EngineArgs, bundle: &Bundle) -> Result<EngineConfig, StartError> {
     let max_positions = bundle.config.max_positions;
     if let Some(asked) = args.max_model_len.filter(|&asked| asked > max_positions) {
         return Err(StartError::BeyondModel { asked, model: bundle.name.clone(), max_positions });

@@ -12,21 +12,26 @@ use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::memory::capacity::human_bytes;
 
 use super::config::{Room, least_bytes};
+use super::split;
 use super::{Opened, Plan, Seat, StartError};
-use crate::args::ServedArgs;
+use crate::args::{EngineArgs, ServedArgs};
 use crate::devices::asked::{Asked, asked, check_apart};
 use crate::devices::file::Listed;
 
-/// Memory that devices share: their own, or the host's, which is that of every device that tells how much it has.
+/// Memory that devices share: their own, or the host's, which is that of every device that tells how much it has and is
+/// on no bus.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Pool {
+pub(super) enum Pool {
     Host,
     Device(String),
 }
 
 impl Pool {
-    fn of(device: &DeviceInfo) -> Pool {
-        if device.memory_bytes.is_some() { Pool::Host } else { Pool::Device(device.id.clone()) }
+    pub fn of(device: &DeviceInfo) -> Pool {
+        match device.memory_bytes.is_some() && device.pci_bus_id.is_none() {
+            true => Pool::Host,
+            false => Pool::Device(device.id.clone()),
+        }
     }
 
     fn name(&self) -> &str {
@@ -53,6 +58,9 @@ pub fn plan_all(models: &[ServedArgs]) -> Result<Vec<Plan>, StartError> {
     for args in models {
         let title = args.name.as_ref().unwrap_or(&args.engine.model.model);
         let replicas = open_replicas(args).map_err(|error| error.of_model(title, is_alone))?;
+        if replicas.iter().any(|replica| !replica.stages.is_empty()) && !is_alone {
+            return Err(StartError::SplitBesideOthers(replicas[0].name.clone()));
+        }
         if !names.insert(replicas[0].name.clone()) {
             return Err(StartError::TwoOfOneName(replicas[0].name.clone()));
         }
@@ -122,10 +130,29 @@ fn open_replicas(args: &ServedArgs) -> Result<Vec<Opened>, StartError> {
     if let Some((asked, _)) = simulators.next().filter(|_| infos.clone().any(|(_, info)| info.id != "sim")) {
         return Err(StartError::Simulated { device: asked.title.clone() });
     }
-    match opened.is_empty() {
-        true => Err(StartError::NoDevice { model: engine.model.model.clone() }),
-        false => Ok(opened.into_iter().map(|(_, opened)| opened).collect()),
+    let opened: Vec<Opened> = opened.into_iter().map(|(_, opened)| opened).collect();
+    if opened.is_empty() {
+        return Err(StartError::NoDevice { model: engine.model.model.clone() });
     }
+    // What `auto` chose may be too small alone.
+    if engine.model.device.name == "auto" && !split::fits(&opened[0])? {
+        let mut all = args.clone();
+        all.engine.model.device.name = "all".to_owned();
+        if asked(&all.engine.model.device)?.len() > 1 {
+            return open_replicas(&all);
+        }
+    }
+    match split::is_wanted(&opened, engine.model.device.split)? {
+        true => Ok(vec![split::join(opened)?]),
+        false => Ok(opened),
+    }
+}
+
+/// A model over all of its devices together.
+pub(super) fn open_divided(args: &EngineArgs, served_name: Option<&str>) -> Result<Opened, StartError> {
+    let served = ServedArgs { name: served_name.map(str::to_owned), ..ServedArgs::new(args.clone()) };
+    let [divided] = <[Opened; 1]>::try_from(open_replicas(&served)?).unwrap_or_else(|_| panic!("one engine"));
+    Ok(divided)
 }
 
 /// What failed on a device that others go on without is `None`, and told as a warning.
@@ -205,7 +232,10 @@ fn title(plan: &Plan, plans: &[Plan]) -> String {
 /// Where memory will go, model by model, and what those of one device take together.
 pub fn table(plans: &[Plan]) -> String {
     if let [plan] = plans {
-        return plan.memory.to_string();
+        return match plan.stages.is_empty() {
+            true => plan.memory.to_string(),
+            false => split::table(&plan.stages),
+        };
     }
     let mut text = String::new();
     for Plan { name, seat, backend, memory, .. } in plans {

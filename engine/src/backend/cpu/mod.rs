@@ -85,6 +85,7 @@ impl CpuBackend {
             tier: if avx2.is_some() { "avx2" } else { "plain" }.to_owned(),
             arithmetic: "f32".to_owned(),
             kernels: String::new(),
+            pci_bus_id: None,
             memory_bytes: memory_bytes(),
             max_buffer_bytes: u64::MAX,
         };

@@ -87,6 +87,7 @@ fn describe(gpu: &GpuInfo, memory_bytes: Option<u64>) -> DeviceInfo {
         tier: format!("sm_{}", gpu.architecture),
         arithmetic: Arithmetic::F32.name().to_owned(),
         kernels: kernels(),
+        pci_bus_id: Some(gpu.pci_bus_id.clone()),
         memory_bytes,
         max_buffer_bytes: u64::MAX,
     }

@@ -174,6 +174,7 @@ fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> D
         tier: tier.name().to_owned(),
         arithmetic: ArithmeticChoice::F32.name().to_owned(),
         kernels: pipeline_cache::kernels(),
+        pci_bus_id: Some(info.device_pci_bus_id.to_lowercase()).filter(|id| !id.is_empty()),
         memory_bytes: (info.device_type == wgpu::DeviceType::Cpu).then(host_memory_bytes).flatten(),
         max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
     }
