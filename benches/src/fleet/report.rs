@@ -13,6 +13,11 @@ pub struct FleetReport {
     pub num_completed: u32,
     /// Longer than a device of the fleet takes.
     pub num_too_long: u32,
+    /// With three devices when they were lost, or left when no device came any more.
+    pub num_failed: u32,
+    /// Devices that were lost, and requests that went on elsewhere from their tokens.
+    pub num_losses: u32,
+    pub num_replayed: u64,
     /// From the first arrival to the last token.
     pub duration_s: f64,
     pub output_tokens: u64,
@@ -54,6 +59,10 @@ impl fmt::Display for FleetReport {
         }
         writeln!(f, "{:<18}{} of prompt tokens", "prefix hits", percent(self.prefix_hit_share))?;
         writeln!(f, "{:<18}{} requests", "moved", self.num_moved)?;
+        if self.num_losses > 0 {
+            let FleetReport { num_losses, num_replayed, num_failed, .. } = self;
+            writeln!(f, "{:<18}{num_losses} devices; {num_replayed} requests went on, {num_failed} failed", "lost")?;
+        }
         write!(f, "{:<18}{} at most, of a device's time while others had requests that waited", "idle", {
             percent(self.most_idle_share)
         })?;

@@ -61,24 +61,26 @@ impl Rules {
         Rules { rule, num_replicas, turn: 0, holders: Holders::new(num_replicas) }
     }
 
-    /// What the router is told of a request: how long its answer may be, or will be.
-    pub fn ask<'a>(&self, planned: &PlannedRequest, chain: &'a BlockChain) -> Ask<'a> {
+    /// What the router is told of a request that has so many tokens: how long its answer may be, or will be.
+    pub fn ask<'a>(&self, planned: &PlannedRequest, chain: &'a BlockChain, num_tokens: u32) -> Ask<'a> {
         let max_tokens = if self.rule == Rule::Omniscient { planned.output_tokens } else { u32::MAX };
-        Ask { chain: chain.hashes(), prompt_tokens: planned.prompt_tokens, max_tokens }
+        let prompt_tokens = planned.prompt_tokens + num_tokens;
+        Ask { chain: chain.hashes(), prompt_tokens, max_tokens: max_tokens - num_tokens }
     }
 
-    /// Where a request goes; `None` where that is the router's to say.
+    /// Where a request goes of what is open; `None` where that is the router's to say, or nothing is.
     pub fn choose(&mut self, router: &Router, chain: &BlockChain) -> Option<ReplicaId> {
-        let all = (0..self.num_replicas).map(|offset| ReplicaId((self.turn + offset) % self.num_replicas));
+        let round = (0..self.num_replicas).map(|offset| ReplicaId((self.turn + offset) % self.num_replicas));
+        let mut all = round.filter(|&replica| router.is_open(replica));
         let chosen = match self.rule {
             Rule::EarliestFinish | Rule::Omniscient => return None,
-            Rule::RoundRobin => ReplicaId(self.turn),
-            Rule::LeastRequests => all.min_by_key(|&replica| router.num_placed(replica)).expect("a replica"),
+            Rule::RoundRobin => all.next()?,
+            Rule::LeastRequests => all.min_by_key(|&replica| router.num_placed(replica))?,
             Rule::MostCached => {
                 let mut depths = vec![0; usize::from(self.num_replicas)];
                 self.holders.depths(chain.hashes(), |replica, depth| depths[usize::from(replica.0)] = depth);
                 let key = |replica: &ReplicaId| (Reverse(depths[usize::from(replica.0)]), router.num_placed(*replica));
-                all.min_by_key(key).expect("a replica")
+                all.min_by_key(key)?
             }
         };
         self.turn = (chosen.0 + 1) % self.num_replicas;
@@ -89,6 +91,11 @@ impl Rules {
         if self.rule == Rule::MostCached {
             self.holders.tell(replica, event);
         }
+    }
+
+    /// A replica's device was lost, and all its blocks with it.
+    pub fn forget(&mut self, replica: ReplicaId) {
+        self.holders.forget(replica);
     }
 
     /// Whether what waits may be taken elsewhere.

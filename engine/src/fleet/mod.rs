@@ -29,6 +29,7 @@ pub use admission::{Place, SubmitError};
 use dispatch::Dispatch;
 pub use imbalance::Idle;
 use member::Member;
+pub use routed::MAX_LOSSES;
 
 /// One of the devices that serve a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

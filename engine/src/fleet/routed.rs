@@ -14,7 +14,7 @@ use crate::memory::BlockChain;
 use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenId, Usage};
 
 /// A request that was with so many devices when they were lost may be what loses them.
-const MAX_LOSSES: u32 = 2;
+pub const MAX_LOSSES: u32 = 2;
 
 pub(super) struct Routed {
     pub dispatch: Arc<Dispatch>,

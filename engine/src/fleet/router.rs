@@ -208,6 +208,10 @@ impl Router {
         self.replicas[usize::from(replica.0)].is_open = is_open;
     }
 
+    pub fn is_open(&self, replica: ReplicaId) -> bool {
+        self.replicas[usize::from(replica.0)].is_open
+    }
+
     /// A block came into a replica's prefix cache, or left it.
     pub fn tell(&mut self, replica: ReplicaId, event: BlockEvent) {
         self.holders.tell(replica, event);

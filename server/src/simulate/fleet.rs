@@ -1,9 +1,10 @@
 //! `fullbore simulate --fleet`: a file that says which devices there are, in; a report by each rule, out.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use fullbore_bench::fleet::life::Life;
 use fullbore_bench::fleet::{FleetDevice, simulate_fleet};
 use serde::Deserialize;
 
@@ -33,7 +34,42 @@ struct Kind {
     #[serde(default = "one")]
     count: u32,
     speed: Option<f64>,
+    /// In seconds, as the next two.
+    #[serde(default)]
+    joins_at: f64,
+    #[serde(default)]
+    lost_at: Vec<f64>,
+    back_after: Option<f64>,
 }
+
+impl Kind {
+    /// What is wrong with it.
+    fn problem(&self) -> Option<String> {
+        let is_speed = |speed: f64| speed.is_finite() && (1e-3..=1e3).contains(&speed);
+        if let Some(speed) = self.speed.filter(|speed| !is_speed(*speed)) {
+            return Some(format!("a `speed` of {speed}; it is between 0.001 and 1000"));
+        }
+        let times = [self.joins_at].into_iter().chain(self.lost_at.iter().copied()).chain(self.back_after);
+        let mut wrong = times.filter(|seconds| !(0.0..=MAX_SECONDS).contains(seconds));
+        if let Some(seconds) = wrong.next() {
+            return Some(format!("a time of {seconds} s; times are between 0 and {MAX_SECONDS}"));
+        }
+        let is_ordered = self.lost_at.is_sorted();
+        (!is_ordered).then(|| "times in `lost_at` that go back".to_owned())
+    }
+
+    fn life(&self) -> Life {
+        let seconds = Duration::from_secs_f64;
+        Life {
+            joins: seconds(self.joins_at),
+            losses: self.lost_at.iter().copied().map(seconds).collect(),
+            away: self.back_after.map(seconds),
+        }
+    }
+}
+
+/// Thirty years.
+const MAX_SECONDS: f64 = 1e9;
 
 fn one() -> u32 {
     1
@@ -64,10 +100,11 @@ fn open(path: &Path, args: &SimulateArgs) -> Result<Vec<FleetDevice>, SimulateCo
         if let Some(speed) = kind.speed {
             profile.cost = profile.cost.faster(speed);
         }
+        let life = kind.life();
         let name = kind.name.unwrap_or_else(|| profile.device.name.clone());
         for number in 1..=kind.count {
             let name = if kind.count > 1 { format!("{name} {number}") } else { name.clone() };
-            devices.push(FleetDevice { name, profile: profile.clone(), config });
+            devices.push(FleetDevice { name, profile: profile.clone(), config, life: life.clone() });
         }
     }
     let block_size = |device: &FleetDevice| device.config.block_size;
@@ -90,9 +127,8 @@ fn parse(text: &str) -> Result<FleetFile, String> {
     if count == 0 || count > MAX_DEVICES {
         return Err(format!("it has {count} devices; a fleet has 1 to {MAX_DEVICES}"));
     }
-    let is_speed = |speed: f64| speed.is_finite() && (1e-3..=1e3).contains(&speed);
-    match file.device.iter().find_map(|kind| kind.speed.filter(|speed| !is_speed(*speed))) {
-        Some(speed) => Err(format!("a `speed` of {speed}; it is between 0.001 and 1000")),
+    match file.device.iter().find_map(Kind::problem) {
+        Some(problem) => Err(problem),
         None => Ok(file),
     }
 }
@@ -106,7 +142,14 @@ mod tests {
         let file = parse("[[device]]\nprofile = \"a.json\"\ncount = 3\nspeed = 2.5\n[[device]]\nprofile = \"b.json\"");
         let kinds = file.expect("it is right").device;
         assert_eq!((kinds.len(), kinds[0].count, kinds[0].speed, kinds[1].count), (2, 3, Some(2.5), 1));
+        let life = "[[device]]\nprofile = \"a\"\njoins_at = 2\nlost_at = [3, 9.5]\nback_after = 4";
+        let life = parse(life).expect("it is right").device[0].life();
+        assert_eq!((life.joins, life.away), (Duration::from_secs(2), Some(Duration::from_secs(4))));
+        assert_eq!(life.losses, [Duration::from_secs(3), Duration::from_millis(9500)]);
         for (text, word) in [
+            ("[[device]]\nprofile = \"a\"\nlost_at = [9, 3]", "go back"),
+            ("[[device]]\nprofile = \"a\"\njoins_at = -1", "a time of -1 s"),
+            ("[[device]]\nprofile = \"a\"\nback_after = inf", "a time of inf s"),
             ("", "device"),
             ("device = []", "0 devices"),
             ("[[device]]\nname = \"x\"", "profile"),
