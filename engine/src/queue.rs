@@ -6,8 +6,8 @@
 //! so that nobody saves up. Within a tenant: lower `priority` first, then order of arrival.
 //!
 //! Invariant: a tenant is known exactly while it has sequences; the same history gives the same order. Where several
-//! engines serve the same tenants, the counters are of all of them, and are looked at once a round. The queue knows no
-//! memory and no budget.
+//! engines serve the same tenants, the counters are of all of them, and are looked at once a round; caps of what runs
+//! at once hold over all of them too. The queue knows no memory and no budget.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -118,7 +118,7 @@ impl Queue {
 
     /// A running sequence goes back to wait.
     pub fn push_preempted(&mut self, sequence: Sequence) {
-        self.tenants[sequence.tenant.0 as usize].num_running -= 1;
+        self.stop(sequence.tenant);
         self.push(sequence);
     }
 
@@ -143,10 +143,14 @@ impl Queue {
         }
     }
 
-    /// Takes what `peek` gave; it runs from now on.
+    /// Takes what `peek` gave; it runs from now on. `None` where another engine has meanwhile begun what its tenant may
+    /// still run.
     pub fn take(&mut self) -> Option<Sequence> {
         let tenant = self.next_tenant()?;
         let tenant = &mut self.tenants[tenant];
+        if !tenant.account.begin(tenant.share.max_num_seqs) {
+            return None;
+        }
         let sequence = tenant.waiting.remove(tenant.num_passed)?;
         tenant.num_running += 1;
         self.discount(&sequence);
@@ -169,7 +173,7 @@ impl Queue {
 
     /// A running sequence has ended.
     pub fn ended(&mut self, tenant: TenantIndex) {
-        self.tenants[tenant.0 as usize].num_running -= 1;
+        self.stop(tenant);
         self.forget_if_idle(tenant);
     }
 
@@ -248,6 +252,13 @@ impl Queue {
         index
     }
 
+    /// A sequence of it runs no longer.
+    fn stop(&mut self, tenant: TenantIndex) {
+        let tenant = &mut self.tenants[tenant.0 as usize];
+        tenant.num_running -= 1;
+        tenant.account.end(1);
+    }
+
     fn forget_if_idle(&mut self, index: TenantIndex) {
         let tenant = &self.tenants[index.0 as usize];
         if tenant.num_running == 0 && tenant.waiting.is_empty() {
@@ -260,7 +271,7 @@ impl Queue {
     fn next_tenant(&self) -> Option<usize> {
         let next = |(index, tenant): (usize, &Tenant)| {
             let waits = tenant.waiting.len() > tenant.num_passed;
-            (waits && tenant.num_running < tenant.share.max_num_seqs).then_some((
+            (waits && tenant.account.num_running() < tenant.share.max_num_seqs).then_some((
                 tenant.counter,
                 tenant.num_running,
                 tenant.id,
@@ -268,6 +279,13 @@ impl Queue {
             ))
         };
         self.tenants.iter().enumerate().filter_map(next).min().map(|(.., index)| index)
+    }
+}
+
+/// What an engine that is gone was at, by a bug of its own, holds up nobody elsewhere.
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.tenants.iter().for_each(|tenant| tenant.account.end(tenant.num_running));
     }
 }
 

@@ -187,6 +187,8 @@ impl EngineHandle {
 
 /// How often an engine without work says so: oftener than once a second, so that each second shows some.
 const IDLE_TICK: Duration = Duration::from_millis(500);
+/// How often an engine looks whether others have ended what kept it from its work.
+const HELD_TICK: Duration = Duration::from_millis(1);
 pub(crate) const ENDED: &str = "the server is shutting down";
 /// Forecasts need no later news of an engine that is busy, and steps may be shorter.
 const LOAD_INTERVAL: Duration = Duration::from_millis(2);
@@ -242,7 +244,12 @@ impl Worker {
             }
             let begun = Instant::now();
             match self.engine.step() {
-                Ok(_) => self.publish(begun),
+                Ok(has_stepped) => {
+                    self.publish(begun);
+                    if !has_stepped && matches!(self.wait_for_others(), Received::Stop) {
+                        break ENDED.to_owned();
+                    }
+                }
                 Err(error) => {
                     if let Err(reason) = self.recover(&error) {
                         break reason;
@@ -297,6 +304,18 @@ impl Worker {
                 Err(TryRecvError::Empty) => return Received::Work,
                 Err(TryRecvError::Disconnected) => return Received::Stop,
             }
+        }
+    }
+
+    /// There is work, and none of it may run before something has ended on another engine.
+    fn wait_for_others(&mut self) -> Received {
+        match self.inbox.recv_timeout(HELD_TICK) {
+            Ok(message) => match self.take(message) {
+                true => Received::Work,
+                false => Received::Stop,
+            },
+            Err(RecvTimeoutError::Disconnected) => Received::Stop,
+            Err(RecvTimeoutError::Timeout) => Received::Work,
         }
     }
 

@@ -27,7 +27,8 @@ fn fleet(num_devices: usize, setup: Setup) -> Fleet {
         plan.seat.title = format!("sim@{index}");
         plan
     };
-    let model = start::load(gates.iter().enumerate().map(plan).collect()).expect("simulators load");
+    let mut model = start::load(gates.iter().enumerate().map(plan).collect()).expect("simulators load");
+    model.shares = setup.shares.iter().map(|&(name, share)| (name.to_owned(), share)).collect();
     let setup = Setup { loaded: false, ..setup };
     let server = setup.start();
     server.server.as_ref().expect("running").set_models(vec![model]);
@@ -113,6 +114,70 @@ fn several_devices_answer_as_one_does_and_are_told_apart() {
     assert_eq!(live["engines"].as_array().map(Vec::len), Some(1), "{live}");
     assert_eq!(live["engines"][0]["device"]["id"], "sim@0, sim@1, sim@2");
     server.get("/health/ready").ok();
+}
+
+/// How many have begun, by their prompts, which are of `num_tokens`.
+fn num_begun(server: &Harness, num_tokens: f64) -> f64 {
+    server.metric("vllm:prefix_cache_queries_total") / num_tokens
+}
+
+#[test]
+fn a_tenant_runs_as_many_at_once_as_it_may_over_all_devices() {
+    let share = Share { max_num_seqs: 1, ..Share::default() };
+    let fleet = fleet(2, Setup { shares: vec![("bob", share)], pace: Pace::Stalled, ..Setup::default() });
+    let server = &fleet.server;
+    let body =
+        |user: &str| json!({"prompt": vec![50; 10], "max_tokens": 20, "ignore_eos": true, "user": user}).to_string();
+    let asked: Vec<TcpStream> = (0..3).map(|_| server.send(post("/v1/completions", body("bob").as_bytes()))).collect();
+    let num_waiting = || (0..2).map(|device| fleet.of("fullbore_requests_waiting", device)).sum::<f64>();
+    server.wait_for("one to begin and two to wait", |server| {
+        num_begun(server, 10.0) + num_waiting() == 3.0 && num_waiting() >= 2.0
+    });
+    // Nobody else waits for him; meanwhile he has got no further.
+    let other = server.send(post("/v1/completions", body("eve").as_bytes()));
+    server.wait_for("another to begin", |server| num_begun(server, 10.0) == 2.0);
+    assert_eq!(num_waiting(), 2.0);
+    fleet.gates.iter().for_each(|gate| gate.set(Pace::Free));
+    for reply in asked.into_iter().chain([other]) {
+        assert_eq!(read_reply(reply).ok()["usage"]["completion_tokens"], 20);
+    }
+    fleet.wait_until_idle();
+}
+
+/// Two devices with a slot each, an answer in either; of two that wait, the one that came last is to be served first.
+#[test]
+fn whoever_has_priority_gets_the_first_slot_of_any_device() {
+    let config = EngineConfig { max_num_seqs: 1, max_logit_rows: 1, ..Setup::default().config };
+    let fleet = fleet(2, Setup { config, pace: Pace::Stalled, ..Setup::default() });
+    let server = &fleet.server;
+    let send = |max_tokens: u32, priority: i32| {
+        let body = json!({"prompt": "a word", "max_tokens": max_tokens, "ignore_eos": true, "priority": priority});
+        server.send(post("/v1/completions", body.to_string().as_bytes()))
+    };
+    let mut running = Vec::new();
+    for count in 1..=2 {
+        running.push(send(40, 0));
+        fleet.wait_until_there(count, "a word");
+    }
+    let late = send(900, 1);
+    fleet.wait_until_there(3, "a word");
+    let waits_at = |device: usize| fleet.of("fullbore_requests_waiting", device);
+    let device = usize::from(waits_at(1) == 1.0);
+    let first = send(4, -1);
+    fleet.wait_until_there(4, "a word");
+    assert_eq!((waits_at(0), waits_at(1)), (1.0, 1.0), "each waits on a device of its own");
+    // The other device gets no further.
+    fleet.gates[device].set(Pace::Each(Duration::from_millis(5)));
+    assert_eq!(read_reply(first).ok()["usage"]["completion_tokens"], 4);
+    assert_eq!(num_ended(server), 2.0, "who waited there has not been served first");
+    fleet.gates.iter().for_each(|gate| gate.set(Pace::Free));
+    for reply in running.into_iter().chain([late]) {
+        read_reply(reply).ok();
+    }
+}
+
+fn num_ended(server: &Harness) -> f64 {
+    server.metric("vllm:request_success_total{finished_reason=\"length\"}")
 }
 
 #[test]

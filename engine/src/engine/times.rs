@@ -13,6 +13,7 @@ use crate::cost::{CostFit, CostModel};
 use crate::limits::neighbours::Membership;
 use crate::limits::verdict::{Setting, Verdict};
 use crate::limits::{EndedStep, Phase, Snapshot};
+use crate::scheduler::Held;
 use crate::tensor::KvType;
 
 /// What steps have taken since the start, as far as their parts are known apart.
@@ -199,9 +200,17 @@ impl Engine {
         if self.is_idle() {
             self.meter.rest();
             self.turn_to(Phase::NoWork);
+        } else if self.is_held_elsewhere() {
+            self.turn_to(Phase::TenantCap);
         } else {
             self.turn_to(Phase::Schedule);
         }
+    }
+
+    /// Whether all that waits is of tenants that run as many as they may, on other engines.
+    pub fn is_held_elsewhere(&self) -> bool {
+        let is_at_nothing = self.in_flight.is_empty() && self.scheduler.num_running() == 0;
+        is_at_nothing && self.planned.trace.held == Held::TenantCap
     }
 
     fn take_cost(&mut self) {

@@ -4,7 +4,8 @@
 //! Invariant: a request that has not ended is with one engine, or parked while no device takes any. A lock is held for
 //! a few additions, a search over the replicas, or a look at those that wait; never while a sink is told of something.
 
-use std::collections::VecDeque;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ struct Board {
     seats: Vec<Seat>,
     /// With no engine, oldest first.
     parked: Vec<Arc<Routed>>,
+    /// How many wait of each priority that any has.
+    priorities: BTreeMap<i32, u32>,
     imbalance: Imbalance,
 }
 
@@ -67,7 +70,8 @@ impl Dispatch {
         };
         let seats = engines.iter().map(seat).collect();
         let imbalance = Imbalance::new(engines.len());
-        let board = Mutex::new(Board { router, seats, parked: Vec::new(), imbalance });
+        let (parked, priorities) = (Vec::new(), BTreeMap::new());
+        let board = Mutex::new(Board { router, seats, parked, priorities, imbalance });
         Dispatch { engines, hasher, ledger: Arc::default(), board }
     }
 
@@ -180,9 +184,35 @@ impl Dispatch {
             }
             seat.is_open && seat.waiting.is_empty() && seats.iter().any(|seat| !seat.waiting.is_empty())
         };
-        if has_room {
-            self.relieve(replica, max_num_seqs);
+        match has_room {
+            true => self.relieve(replica, max_num_seqs),
+            false => self.prefer(replica),
         }
+    }
+
+    /// Where `replica` has a slot for somebody who waits there, whoever of the same tenant comes before them by
+    /// priority and waits for a slot elsewhere gets it.
+    fn prefer(&self, replica: ReplicaId) {
+        loop {
+            let routed = {
+                let board = lock(&self.board);
+                if board.priorities.len() < 2 || !board.seats[usize::from(replica.0)].is_open {
+                    return;
+                }
+                let has_slot = |other: ReplicaId| board.num_begun(other) < self.max_num_seqs(other);
+                if !has_slot(replica) {
+                    return;
+                }
+                board.preferred_to_those_at(replica, |other| !has_slot(other)).cloned()
+            };
+            if !routed.is_some_and(|routed| self.take_over(&routed, replica, true)) {
+                return;
+            }
+        }
+    }
+
+    fn max_num_seqs(&self, replica: ReplicaId) -> u32 {
+        self.engines[usize::from(replica.0)].config().max_num_seqs
     }
 
     /// `replica`, where nothing waits, takes what waits on the one that is most behind, while it has a slot and what it
@@ -199,18 +229,19 @@ impl Dispatch {
                 let behind = board.router.most_behind(waits);
                 behind.and_then(|behind| waiting(behind).back().cloned())
             };
-            if !routed.is_some_and(|routed| self.take_over(&routed, replica)) {
+            if !routed.is_some_and(|routed| self.take_over(&routed, replica, false)) {
                 return;
             }
         }
     }
 
-    /// Whether a request that waited elsewhere is with `replica` now.
-    fn take_over(&self, routed: &Arc<Routed>, replica: ReplicaId) -> bool {
+    /// Whether a request that waited elsewhere is with `replica` now; it goes if it would end there so much sooner, or
+    /// because it is `preferred`.
+    fn take_over(&self, routed: &Arc<Routed>, replica: ReplicaId, preferred: bool) -> bool {
         let mut now = lock(&routed.now);
         let Some(placement) = now.placement.as_ref().filter(|_| now.is_waiting) else { return false };
-        let is_worth_it = lock(&self.board).router.is_worth_a_move(placement, routed.ask(&now), replica);
-        if !is_worth_it {
+        let is_worth_it = || lock(&self.board).router.is_worth_a_move(placement, routed.ask(&now), replica);
+        if !preferred && !is_worth_it() {
             return false;
         }
         routed.recall(&mut now);
@@ -302,6 +333,7 @@ impl Board {
     /// It waits there from now on.
     fn list(&mut self, routed: &Arc<Routed>, replica: ReplicaId) {
         self.seat(replica).waiting.push_back(routed.clone());
+        *self.priorities.entry(routed.priority()).or_default() += 1;
         let now = Instant::now();
         self.imbalance.turn(replica, None, now);
         self.imbalance.wait(self.num_waiting(), now);
@@ -311,12 +343,39 @@ impl Board {
         self.seats.iter().map(|seat| seat.waiting.len()).sum()
     }
 
+    /// Requests that a replica has given a slot.
+    fn num_begun(&self, replica: ReplicaId) -> u32 {
+        let num_waiting = self.seats[usize::from(replica.0)].waiting.len() as u32;
+        self.router.num_placed(replica).saturating_sub(num_waiting)
+    }
+
+    /// Of those that wait on replicas that are `full`, the first by priority that comes before somebody of the same
+    /// tenant at `replica`.
+    fn preferred_to_those_at(&self, replica: ReplicaId, full: impl Fn(ReplicaId) -> bool) -> Option<&Arc<Routed>> {
+        let mut last_at = HashMap::new();
+        for own in &self.seats[usize::from(replica.0)].waiting {
+            let last = last_at.entry(own.tenant()).or_insert(own.priority());
+            *last = own.priority().max(*last);
+        }
+        let others = (0..).map(ReplicaId).zip(&self.seats).filter(|(other, _)| *other != replica && full(*other));
+        let waiting = others.flat_map(|(_, seat)| &seat.waiting);
+        let comes_before =
+            |routed: &&Arc<Routed>| last_at.get(&routed.tenant()).is_some_and(|last| routed.priority() < *last);
+        waiting.filter(comes_before).min_by_key(|routed| routed.priority())
+    }
+
     /// It does not wait any more, if it did.
     fn unlist(&mut self, routed: &Routed, now: &mut Now) {
         let Some(placement) = now.placement.as_ref().filter(|_| now.is_waiting) else { return };
         let waiting = &mut self.seat(placement.replica).waiting;
         let at = waiting.iter().position(|other| std::ptr::eq(Arc::as_ptr(other), routed));
         waiting.remove(at.expect("who waits is listed"));
+        if let Entry::Occupied(mut count) = self.priorities.entry(routed.priority()) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
         now.is_waiting = false;
         self.imbalance.wait(self.num_waiting(), Instant::now());
     }

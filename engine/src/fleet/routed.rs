@@ -54,6 +54,15 @@ impl Routed {
         Routed { dispatch, request, chain, attempt: AtomicU32::new(0), now: Mutex::new(now) }
     }
 
+    pub fn tenant(&self) -> u64 {
+        self.request.tenant
+    }
+
+    /// Lower is served first, of one tenant.
+    pub fn priority(&self) -> i32 {
+        self.request.priority
+    }
+
     /// What is left of it; `now` is its own.
     pub fn ask(&self, now: &Now) -> Ask<'_> {
         let num_generated = now.num_generated();

@@ -97,6 +97,8 @@ impl From<Held> for Cause {
 pub enum Phase {
     /// Nothing waits, runs or is in flight.
     NoWork,
+    /// All that waits is of tenants that run as many as they may, on other engines.
+    TenantCap,
     Schedule,
     Record,
     Upload,
@@ -109,6 +111,7 @@ impl Phase {
     pub fn cause(self) -> Cause {
         match self {
             Phase::NoWork => Cause::NoRequests,
+            Phase::TenantCap => Cause::TenantCap,
             Phase::Schedule => Cause::Schedule,
             Phase::Record => Cause::Record,
             Phase::Upload => Cause::Upload,

@@ -1,18 +1,24 @@
-//! The service that tenants have got, summed over all engines that serve them.
+//! The service that tenants have got and what they run, summed over all engines that serve them.
 //!
-//! Invariant: an account is open exactly while an engine knows its tenant; who comes back from idleness everywhere
-//! starts no lower than the least of the others.
+//! Invariant: an account is open exactly while an engine knows its tenant; no tenant runs more than its cap over all
+//! engines; who comes back from idleness everywhere starts no lower than the least of the others.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug, Default)]
 pub struct Ledger(Mutex<Accounts>);
 
-/// A tenant's service, in virtual time.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Account(Arc<AtomicU64>);
+pub(super) struct Account(Arc<Sums>);
+
+#[derive(Debug, Default)]
+struct Sums {
+    /// A tenant's service, in virtual time.
+    service: AtomicU64,
+    num_running: AtomicU32,
+}
 
 #[derive(Debug, Default)]
 struct Accounts {
@@ -36,7 +42,8 @@ impl Ledger {
             return open.account.clone();
         }
         accounts.floor = accounts.least();
-        let account = Account(Arc::new(AtomicU64::new(accounts.floor)));
+        let sums = Sums { service: AtomicU64::new(accounts.floor), ..Sums::default() };
+        let account = Account(Arc::new(sums));
         accounts.by_tenant.insert(tenant, Open { account: account.clone(), num_engines: 1 });
         account
     }
@@ -66,12 +73,26 @@ impl Accounts {
 
 impl Account {
     pub(super) fn read(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.0.service.load(Ordering::Relaxed)
     }
 
     /// Adds to it; gives what it is then.
     pub(super) fn charge(&self, cost: u64) -> u64 {
-        self.0.fetch_add(cost, Ordering::Relaxed) + cost
+        self.0.service.fetch_add(cost, Ordering::Relaxed) + cost
+    }
+
+    pub(super) fn num_running(&self) -> u32 {
+        self.0.num_running.load(Ordering::Relaxed)
+    }
+
+    /// One more runs, if fewer than `cap` do.
+    pub(super) fn begin(&self, cap: u32) -> bool {
+        let one_more = |num_running| (num_running < cap).then_some(num_running + 1);
+        self.0.num_running.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    pub(super) fn end(&self, count: u32) {
+        self.0.num_running.fetch_sub(count, Ordering::Relaxed);
     }
 }
 
@@ -81,7 +102,7 @@ mod tests {
     use super::*;
     use crate::batch::SequenceId;
     use crate::memory::BlockChain;
-    use crate::request::{Request, TokenId};
+    use crate::request::{Request, Share, TokenId};
     use crate::sequence::Sequence;
 
     fn sequence(id: u64, tenant: u64) -> Sequence {
@@ -111,6 +132,38 @@ mod tests {
         assert_eq!(next(&mut there), Some(2));
         here.ended(running.tenant);
         assert_eq!(next(&mut there), Some(2));
+    }
+
+    #[test]
+    fn a_cap_holds_over_all_engines_and_an_engine_that_is_gone_runs_nothing() {
+        let ledger = Arc::new(Ledger::default());
+        let (mut here, mut there) = (Queue::default(), Queue::default());
+        here.share_ledger(ledger.clone());
+        there.share_ledger(ledger);
+        let push = |queue: &mut Queue, id: u64, tenant: u64| {
+            let share = Share { max_num_seqs: 2, ..Share::default() };
+            let request = Request { prompt: vec![TokenId(0)], tenant, share, ..Request::default() };
+            queue.push(Sequence::new(SequenceId(id), Arc::new(request), BlockChain::default()));
+        };
+        for id in 0..3 {
+            push(&mut here, id, 1);
+            push(&mut there, id, 1);
+        }
+        push(&mut there, 3, 2);
+        here.rewind();
+        there.rewind();
+        let first = here.take().expect("none runs");
+        // Both have seen the head of their queues when the last place is taken.
+        assert!(here.peek().is_some() && there.peek().is_some());
+        let second = there.take().expect("one runs");
+        assert!(here.take().is_none() && here.peek().is_none());
+        assert_eq!(there.take().map(|sequence| sequence.request.tenant), Some(2));
+        here.push_preempted(first);
+        assert!(there.take().is_some() && here.peek().is_none());
+        there.ended(second.tenant);
+        assert!(here.take().is_some() && there.peek().is_none());
+        drop(here);
+        assert!(there.peek().is_some());
     }
 
     #[test]

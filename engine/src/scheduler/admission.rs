@@ -76,7 +76,9 @@ impl Scheduler {
                     }
                     promised = self.promised_blocks(cache);
                 }
-                Some(Attempt::Fits(num_tokens)) => promised += self.start(num_tokens, cache, budget, trace),
+                Some(Attempt::Fits(num_tokens)) => {
+                    promised += self.start(num_tokens, cache, budget, trace).unwrap_or(0);
+                }
             }
         };
     }
@@ -139,9 +141,15 @@ impl Scheduler {
     }
 
     /// Gives the head of the queue a slot and blocks, and its first tokens a place in the step. Returns the blocks that
-    /// it will take beyond.
-    fn start(&mut self, num_tokens: u32, cache: &mut KvCache, budget: &mut Budget, trace: &mut StepTrace) -> u32 {
-        let mut sequence = self.queue.take().expect("the head of the queue was tried");
+    /// it will take beyond; `None` where its tenant has come to its cap elsewhere.
+    fn start(
+        &mut self,
+        num_tokens: u32,
+        cache: &mut KvCache,
+        budget: &mut Budget,
+        trace: &mut StepTrace,
+    ) -> Option<u32> {
+        let mut sequence = self.queue.take()?;
         self.grammar_bytes = self.grammar_bytes.saturating_add(sequence.new_grammar_bytes());
         if sequence.cached_tokens.is_none() {
             let prefix = || cache.explain(&sequence.chain, &sequence.tokens, sequence.max_hit_tokens());
@@ -170,7 +178,7 @@ impl Scheduler {
         self.plan.push(Planned { slot, num_tokens, is_prompt });
         self.order.push(slot);
         self.slots[slot.0 as usize] = Some(sequence);
-        promised
+        Some(promised)
     }
 
     /// Preempts a running sequence for the head of the queue, if there is one that must give way to it.
