@@ -96,7 +96,7 @@ if [ -n "$cuda" ]; then
   other=$device device=$cuda
   run run-cuda 30 run "Name three primary colours." "${model[@]}" --max-tokens 48 --temperature 0
   run verify-cuda 60 verify
-  run verify-cuda-matrix-units 60 verify --arithmetic matrix-units
+  run verify-cuda-matrix-units 60 verify --arithmetic matrix-units --formats q4_0,q5_k
   offline 8b-decode-1-cuda 30 "${one[@]}" --arithmetic matrix-units
   offline 8b-decode-32-cuda-matrix-units 30 "${many[@]}" --arithmetic matrix-units
   offline 8b-prefill-cuda-matrix-units 30 "${prompts[@]}" --arithmetic matrix-units
@@ -112,7 +112,7 @@ offline 8b-decode-1 40 "${one[@]}"
 offline 8b-decode-32 40 "${many[@]}"
 offline 8b-prefill 40 "${prompts[@]}"
 for arithmetic in matrix-units f16 integer-dot; do
-  run verify-$arithmetic 45 verify --arithmetic $arithmetic --only mat_mul
+  run verify-$arithmetic 45 verify --arithmetic $arithmetic --only mat_mul --formats q4_0,q5_k
   offline 8b-prefill-$arithmetic 30 "${prompts[@]}" --arithmetic $arithmetic
   offline 8b-decode-32-$arithmetic 30 "${many[@]}" --arithmetic $arithmetic
 done

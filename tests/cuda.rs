@@ -12,7 +12,7 @@ use fullbore_engine::backend::cuda::kernel::Kernel;
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
 use fullbore_engine::backend::{Backend, DeviceInfo};
 use fullbore_engine::tensor::WeightFormat;
-use fullbore_engine::verify::{Case, every_case, every_mat_mul_kernel};
+use fullbore_engine::verify::{Case, TWO_FORMATS, every_case, every_mat_mul_kernel};
 
 use crate::device::{Device, assert_rows_do_not_depend_on_m};
 use crate::{golden, tiny};
@@ -61,7 +61,7 @@ fn tensor_cores_are_near_their_twin_in_both_orders() {
 #[test]
 fn every_matmul_kernel_that_a_table_may_name_is_right() {
     let backend = computing_in(Arithmetic::MatrixUnits, false);
-    let cases = every_mat_mul_kernel(backend.as_ref());
+    let cases = every_mat_mul_kernel(backend.as_ref(), &TWO_FORMATS);
     // The twin has no kernels to choose from, and takes any table.
     let twins = Device::twin().outputs(&cases);
     Device::new(backend).assert_near(&cases, &twins, "on the host");

@@ -276,6 +276,7 @@ fn the_command_fails_with_a_sentence_if_a_check_does() {
         device: DeviceArgs::new(device),
         tier: None,
         only: Some(only.to_owned()),
+        formats: Vec::new(),
     };
     verify(&args("cpu", "rope_kv")).expect("the cpu is right");
     let sentence = verify(&args("cpu", "matmul")).expect_err("no such op").to_string();

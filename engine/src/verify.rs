@@ -191,14 +191,16 @@ pub fn every_case() -> Vec<Case> {
     cases
 }
 
-/// Every matmul kernel that a table of `backend` may name, on weights that are decoded in two ways: how a format is
-/// decoded is the same text in all of them.
-pub fn every_mat_mul_kernel(backend: &dyn Backend) -> Vec<Case> {
-    let of_format = |format| {
+/// Two that are decoded in two ways, for tests: how a format is decoded is the same text in all kernels.
+pub const TWO_FORMATS: [WeightFormat; 2] = [WeightFormat::Q4_0, WeightFormat::Q5K];
+
+/// Every matmul kernel that a table of `backend` may name, on weights of `formats`.
+pub fn every_mat_mul_kernel(backend: &dyn Backend, formats: &[WeightFormat]) -> Vec<Case> {
+    let of_format = |&format: &WeightFormat| {
         let kernels = backend.mat_mul_kernels(format).into_iter();
         kernels.map(move |kernel| mat_mul::by_kernel(format, &kernel))
     };
-    [WeightFormat::Q4_0, WeightFormat::Q5K].into_iter().flat_map(of_format).collect()
+    formats.iter().flat_map(of_format).collect()
 }
 
 /// Runs `cases` on the device that `open` gives, which is opened anew where one was lost, and tells `seen` each check.

@@ -218,6 +218,9 @@ pub struct VerifyArgs {
     /// One op alone, such as mat_mul.
     #[arg(long)]
     pub only: Option<String>,
+    /// Formats of weights that every matmul kernel of the device is tried on, such as q4_0,q6_k; all unless given.
+    #[arg(long, value_delimiter = ',', value_parser = parse_format)]
+    pub formats: Vec<WeightFormat>,
 }
 
 #[derive(Clone, Debug, ClapArgs)]

@@ -18,6 +18,7 @@ use fullbore_bench::ops::{self, ModelShape, OpsOptions};
 use fullbore_bench::result::{BenchResult, Machine, Software, rfc3339};
 use fullbore_engine::memory::capacity::human_bytes;
 use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::verify::TWO_FORMATS;
 
 use crate::args::{DeviceReportArgs, DoctorArgs, EngineArgs, ResultArgs, VerifyArgs};
 use crate::bench::measure_doctor;
@@ -107,6 +108,7 @@ fn plan(args: &DeviceReportArgs) -> Part {
 
 fn verify(args: &DeviceReportArgs) -> Part {
     let (device, tier, only) = (args.engine.model.device.clone(), None, None);
+    let formats = if args.small { TWO_FORMATS.to_vec() } else { Vec::new() };
     // The first of each kind, where it has to be short.
     let seen = Mutex::new(BTreeSet::new());
     let is_new = |case: &fullbore_engine::verify::Case| {
@@ -114,7 +116,8 @@ fn verify(args: &DeviceReportArgs) -> Part {
         seen.insert((case.op, case.variant.clone()))
     };
     let mut table = Vec::new();
-    let verified = verify_all(&VerifyArgs { device, tier, only }, &|case| !args.small || is_new(case), &mut table);
+    let verify_args = VerifyArgs { device, tier, only, formats };
+    let verified = verify_all(&verify_args, &|case| !args.small || is_new(case), &mut table);
     let table = String::from_utf8_lossy(&table).into_owned();
     match verified {
         Ok(()) => Ok(block(&table)),

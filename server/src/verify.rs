@@ -6,6 +6,7 @@
 use std::io::{self, Write};
 
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo};
+use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::verify::{self, Case, Check, every_case, every_mat_mul_kernel};
 
 use crate::args::VerifyArgs;
@@ -42,7 +43,8 @@ pub fn verify_all(args: &VerifyArgs, keep: &dyn Fn(&Case) -> bool, out: &mut dyn
         return Err(VerifyError::Simulator);
     }
     let mut cases = every_case();
-    cases.extend(every_mat_mul_kernel(backend.as_ref()));
+    let formats = if args.formats.is_empty() { &WeightFormat::ALL[..] } else { &args.formats };
+    cases.extend(every_mat_mul_kernel(backend.as_ref(), formats));
     if let Some(only) = &args.only {
         let mut known: Vec<&str> = cases.iter().map(|case| case.op).collect();
         known.sort_unstable();
