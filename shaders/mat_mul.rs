@@ -107,16 +107,31 @@ const fn integer(rows: u32, columns: u32) -> MatMulVariant {
 const GPU_CHOICES: [MatMulChoice; 5] =
     [all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(MatMulVariant::Tile)];
 
-/// 16 rows run no faster than twice 8 on Mesa 25, which takes four times as long to compile them; twice 6 are faster
-/// than 8 and the rest.
-const LAVAPIPE_CHOICES: [MatMulChoice; 7] = [
+/// A kernel for each number of rows up to 8, so that none computes rows that are not there; more go to even parts, of
+/// whatever size takes least. 8 rows and more take more registers than the machine has. No line leaves a rest, which
+/// would be a dispatch of its own.
+const LAVAPIPE_CHOICES: [MatMulChoice; 21] = [
     all(1, subgroup(1)),
     all(2, subgroup(2)),
+    all(3, subgroup(3)),
     all(4, subgroup(4)),
+    all(5, subgroup(5)),
     all(6, subgroup(6)),
+    all(7, subgroup(7)),
     all(8, subgroup(8)),
+    all(10, subgroup(5)),
     all(12, subgroup(6)),
-    whole(subgroup(8)),
+    all(14, subgroup(7)),
+    all(16, subgroup(8)),
+    all(18, subgroup(6)),
+    all(21, subgroup(7)),
+    all(24, subgroup(8)),
+    all(28, subgroup(7)),
+    all(30, subgroup(6)),
+    all(32, subgroup(8)),
+    all(35, subgroup(7)),
+    all(36, subgroup(6)),
+    all(u32::MAX, subgroup(7)),
 ];
 
 const F16_CHOICES: [MatMulChoice; 4] =
@@ -139,8 +154,18 @@ const GPU_VARIANTS: [MatMulVariant; 11] = [
     MatMulVariant::Tile,
 ];
 
-const LAVAPIPE_VARIANTS: [MatMulVariant; 8] =
-    [subgroup(1), subgroup(2), subgroup(3), subgroup(4), subgroup(6), subgroup(8), subgroup(10), subgroup(12)];
+const LAVAPIPE_VARIANTS: [MatMulVariant; 10] = [
+    subgroup(1),
+    subgroup(2),
+    subgroup(3),
+    subgroup(4),
+    subgroup(5),
+    subgroup(6),
+    subgroup(7),
+    subgroup(8),
+    subgroup(10),
+    subgroup(12),
+];
 
 const F16_VARIANTS: [MatMulVariant; 7] = [
     f16_split(4, 1),

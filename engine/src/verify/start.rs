@@ -30,7 +30,7 @@ pub enum StartCheckError<E: std::error::Error + 'static> {
 }
 
 /// Rows that between them reach every matmul kernel of every tier's own table.
-pub const MAT_MUL_ROWS: [u32; 6] = [1, 2, 3, 8, 12, 70];
+pub const MAT_MUL_ROWS: [u32; 9] = [1, 2, 3, 4, 5, 7, 8, 12, 70];
 
 /// What a model makes of a device: every variant that its formats, its heads and its cache call for.
 pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
