@@ -31,16 +31,17 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;
 #include "sum_lanes.wgsl"
 
-fn norm_scale(squares: f32, lane: u32) -> f32 {
-    return 1.0 / sqrt(sum_lanes(squares, lane) / f32(params.cols) + params.eps);
+fn norm_scale(squares: f32, place: Place) -> f32 {
+    return 1.0 / sqrt(sum_lanes(squares, place) / f32(params.cols) + params.eps);
 }
 
 @compute @workgroup_size({{ROW_LANES}})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    place: Place,
 ) {
+    let lane = place.lane;
     let index = workgroup_index(group, groups);
     if index >= params.num_rows {
         return;
@@ -56,7 +57,7 @@ fn main(
         for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
             sum = fma(y[y_row + i], y[y_row + i], sum);
         }
-        let scale = norm_scale(sum, lane);
+        let scale = norm_scale(sum, place);
         sum = 0.0;
         for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
             let value = x[x_row + i] + y[y_row + i] * scale * post_weight[params.post_weight + i];
@@ -70,7 +71,7 @@ fn main(
             sum = fma(value, value, sum);
         }
     }
-    let scale = norm_scale(sum, lane);
+    let scale = norm_scale(sum, place);
     // A lane reads what it has written itself.
     let to = params.out + index * params.cols;
     for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {

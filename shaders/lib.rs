@@ -27,7 +27,7 @@ pub type Constants = Vec<(&'static str, u32)>;
 pub enum Tier {
     /// Needs nothing beyond WebGPU: no subgroups, parameters in a uniform buffer.
     Base,
-    /// Parameters as immediates, and subgroups of whatever width for matrix units.
+    /// Parameters as immediates, and subgroups of whatever width, for sums over a row and for matrix units.
     Subgroup,
     /// As `Subgroup`, for software Vulkan, where a load costs 15 multiply-adds and a barrier 70: one subgroup of 8 is a
     /// workgroup, nothing goes through workgroup memory. `sample.wgsl` alone is as on other tiers: it searches there.
@@ -84,6 +84,7 @@ impl Tier {
         vec![
             ("IMMEDIATES", 1 - flag(Tier::Base)),
             ("ONE_SUBGROUP", flag(Tier::Lavapipe)),
+            ("MANY_SUBGROUPS", flag(Tier::Subgroup)),
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
             ("TILE_LANES", self.attention_lanes()),

@@ -23,8 +23,9 @@ struct Params {
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    place: Place,
 ) {
+    let lane = place.lane;
     let row = workgroup_index(group, groups);
     if row >= params.rows {
         return;
@@ -35,7 +36,7 @@ fn main(
         let value = x[start + i];
         sum = fma(value, value, sum);
     }
-    let scale = 1.0 / sqrt(sum_lanes(sum, lane) / f32(params.cols) + params.eps);
+    let scale = 1.0 / sqrt(sum_lanes(sum, place) / f32(params.cols) + params.eps);
     let to = params.out + row * params.cols;
     for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
         out[to + i] = x[start + i] * scale * weight[params.weight + i];

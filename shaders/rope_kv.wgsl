@@ -149,17 +149,18 @@ fn store_group(head: Head, is_k: bool, to: u32, group: u32) -> u32 {
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    place: Place,
 ) {
+    let lane = place.lane;
     let index = workgroup_index(group, groups);
     if index >= params.num_items {
         return;
     }
     let num_heads = params.num_heads + 2u * params.num_kv_heads;
     let token = index / num_heads;
-    let place = index % num_heads;
-    let is_q = place < params.num_heads;
-    let is_k = !is_q && place < params.num_heads + params.num_kv_heads;
+    let head_index = index % num_heads;
+    let is_q = head_index < params.num_heads;
+    let is_k = !is_q && head_index < params.num_heads + params.num_kv_heads;
     var head: Head;
     head.start = params.qkv + index * {{HEAD_DIM}}u;
     head.norm = params.norms + select({{HEAD_DIM}}u, 0u, is_q);
@@ -173,13 +174,13 @@ fn main(
             let value = qkv[head.start + i];
             sum = fma(value, value, sum);
         }
-        head.scale = 1.0 / sqrt(sum_lanes(sum, lane) / {{HEAD_DIM}}.0 + params.eps);
+        head.scale = 1.0 / sqrt(sum_lanes(sum, place) / {{HEAD_DIM}}.0 + params.eps);
     }
     if is_q {
-        store_q(head, params.q + (token * params.num_heads + place) * {{HEAD_DIM}}u, lane);
+        store_q(head, params.q + (token * params.num_heads + head_index) * {{HEAD_DIM}}u, lane);
         return;
     }
-    let kv_head = (place - params.num_heads) % params.num_kv_heads;
+    let kv_head = (head_index - params.num_heads) % params.num_kv_heads;
     let slot = slots[params.slots + token];
     let block = slot / params.block_size;
     let row = (block * params.num_kv_heads + kv_head) * params.block_size + slot % params.block_size;
