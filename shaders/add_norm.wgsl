@@ -14,12 +14,15 @@ struct Params {
     num_rows: u32,
     cols: u32,
     eps: f32,
+    // y is the sum of so many, with so many elements from one to the next.
+    num_partials: u32,
+    partial_stride: u32,
 }
 #include "params.wgsl"
 
 // (tokens, cols)
 @group(0) @binding(0) var<storage, read_write> x: array<f32>;
-// (tokens, cols)
+// (num_partials, tokens, cols)
 @group(0) @binding(1) var<storage, read> y: array<f32>;
 // (1, cols), if has_post
 @group(0) @binding(2) var<storage, read> post_weight: array<f32>;
@@ -30,6 +33,21 @@ struct Params {
 // (num_rows, cols)
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;
 #include "sum_lanes.wgsl"
+
+#if SPANS
+// The product before this has left its last step to it: `mat_mul_sum.wgsl`.
+fn y_at(index: u32) -> f32 {
+    var sum = 0.0;
+    for (var part = 0u; part < params.num_partials; part++) {
+        sum += y[index + part * params.partial_stride];
+    }
+    return sum;
+}
+#else
+fn y_at(index: u32) -> f32 {
+    return y[index];
+}
+#endif
 
 fn norm_scale(squares: f32, place: Place) -> f32 {
     return 1.0 / sqrt(sum_lanes(squares, place) / f32(params.cols) + params.eps);
@@ -55,18 +73,19 @@ fn main(
     var sum = 0.0;
     if params.has_post == 1u {
         for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-            sum = fma(y[y_row + i], y[y_row + i], sum);
+            let value = y_at(y_row + i);
+            sum = fma(value, value, sum);
         }
         let scale = norm_scale(sum, place);
         sum = 0.0;
         for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-            let value = x[x_row + i] + y[y_row + i] * scale * post_weight[params.post_weight + i];
+            let value = x[x_row + i] + y_at(y_row + i) * scale * post_weight[params.post_weight + i];
             x[x_row + i] = value;
             sum = fma(value, value, sum);
         }
     } else {
         for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-            let value = x[x_row + i] + y[y_row + i];
+            let value = x[x_row + i] + y_at(y_row + i);
             x[x_row + i] = value;
             sum = fma(value, value, sum);
         }

@@ -1,8 +1,9 @@
 //! Fullbore's WGSL kernels, a small preprocessor, and what naga can prove about them.
 //!
 //! Invariant: every kernel is written once; tiers and formats differ by constants alone. One kernel has one file, named
-//! like its op (`sample` has two, one after the other, and `mat_mul` several: for few rows, for many,
-//! for software Vulkan, and for other arithmetic than f32). This crate knows no wgpu, no device and no weight file.
+//! like its op (`sample` has two, one after the other, and `mat_mul` several: for few rows, for many, for software
+//! Vulkan, for other arithmetic than f32, and to add up what several workgroups have). This crate knows no wgpu, no
+//! device and no weight file.
 //!
 //! ```text
 //! #include "file.wgsl"
@@ -16,7 +17,7 @@ mod mat_mul;
 mod reflect;
 
 pub use compose::{ComposeError, compose};
-pub use mat_mul::{Arithmetic, MatMulChoice, MatMulVariant, MatrixUnits};
+pub use mat_mul::{Arithmetic, LEAST_SPREAD_K, MatMulChoice, MatMulVariant, MatrixUnits, num_spans, span_units};
 pub use reflect::{Access, Extras, Member, ReflectError, Reflection, members, reflect, validate};
 
 /// What a kernel is composed with; a later entry hides an earlier one of the same name.
@@ -88,6 +89,8 @@ impl Tier {
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
             ("TILE_LANES", self.attention_lanes()),
+            // Whether products divide K among workgroups.
+            ("SPANS", 1 - flag(Tier::Lavapipe)),
             // What a matmul multiplies in, and whether on matrix units.
             ("BITS", 32),
             ("MATRIX", 0),
@@ -109,7 +112,7 @@ pub const ELEMENT_LANES: u32 = 64;
 pub const MUL_ADD_ELEMENTS: u32 = 1024;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 29] = [
+pub const FILES: [(&str, &str); 30] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
@@ -127,6 +130,7 @@ pub const FILES: [(&str, &str); 29] = [
     ("mat_mul_matrix.wgsl", include_str!("mat_mul_matrix.wgsl")),
     ("mat_mul_place.wgsl", include_str!("mat_mul_place.wgsl")),
     ("mat_mul_subgroup.wgsl", include_str!("mat_mul_subgroup.wgsl")),
+    ("mat_mul_sum.wgsl", include_str!("mat_mul_sum.wgsl")),
     ("mat_mul_tile.wgsl", include_str!("mat_mul_tile.wgsl")),
     ("mul_add.wgsl", include_str!("mul_add.wgsl")),
     ("params.wgsl", include_str!("params.wgsl")),

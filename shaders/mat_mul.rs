@@ -46,8 +46,8 @@ impl Arithmetic {
 pub enum MatMulVariant {
     /// `mat_mul.wgsl`: rows of a workgroup, and columns of a lane; eight lanes split K.
     Split { rows: u32, columns: u32 },
-    /// `mat_mul_tile.wgsl`: both operands go through workgroup memory.
-    Tile,
+    /// `mat_mul_tile.wgsl`: both operands go through workgroup memory; rows and columns of a workgroup.
+    Tile { rows: u32, columns: u32 },
     /// `mat_mul_subgroup.wgsl`: rows of a subgroup of 8.
     Subgroup { rows: u32 },
     /// `mat_mul_f16.wgsl`: as `Split`, in f16; a multiple of four rows.
@@ -66,6 +66,8 @@ pub enum MatMulVariant {
 pub struct MatMulChoice {
     pub max_rows: u32,
     pub variant: MatMulVariant,
+    /// Whether each span of K has workgroups of its own.
+    pub spreads: bool,
     /// Whether it takes only as many rows as fill its workgroups, if they fill one; else it takes all.
     pub fills: bool,
 }
@@ -79,15 +81,19 @@ impl MatMulChoice {
 }
 
 const fn all(max_rows: u32, variant: MatMulVariant) -> MatMulChoice {
-    MatMulChoice { max_rows, variant, fills: false }
+    MatMulChoice { max_rows, variant, spreads: false, fills: false }
 }
 
 const fn whole(variant: MatMulVariant) -> MatMulChoice {
-    MatMulChoice { max_rows: u32::MAX, variant, fills: true }
+    MatMulChoice { max_rows: u32::MAX, variant, spreads: false, fills: true }
 }
 
 const fn split(rows: u32, columns: u32) -> MatMulVariant {
     MatMulVariant::Split { rows, columns }
+}
+
+const fn tile(rows: u32, columns: u32) -> MatMulVariant {
+    MatMulVariant::Tile { rows, columns }
 }
 
 const fn subgroup(rows: u32) -> MatMulVariant {
@@ -105,7 +111,7 @@ const fn integer(rows: u32, columns: u32) -> MatMulVariant {
 /// Up to 8 rows a weight's bytes are what counts, and one column a lane gives most workgroups. From 9 on an activation
 /// that is read from workgroup memory serves two columns; four rows of 16 at a time are left out where there are none.
 const GPU_CHOICES: [MatMulChoice; 5] =
-    [all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(MatMulVariant::Tile)];
+    [all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(tile(64, 128))];
 
 /// A kernel for each number of rows up to 8, so that none computes rows that are not there; more go to even parts, of
 /// whatever size takes least. 8 rows and more take more registers than the machine has. No line leaves a rest, which
@@ -140,7 +146,8 @@ const F16_CHOICES: [MatMulChoice; 4] =
 const INTEGER_CHOICES: [MatMulChoice; 4] =
     [all(1, integer(1, 1)), all(4, integer(4, 1)), all(8, integer(8, 1)), whole(integer(16, 2))];
 
-const GPU_VARIANTS: [MatMulVariant; 11] = [
+/// Tiles of fewer rows or columns make more workgroups of few rows, whose weights they still read once.
+const GPU_VARIANTS: [MatMulVariant; 13] = [
     split(1, 1),
     split(2, 1),
     split(4, 1),
@@ -151,7 +158,9 @@ const GPU_VARIANTS: [MatMulVariant; 11] = [
     split(4, 2),
     split(8, 2),
     split(16, 2),
-    MatMulVariant::Tile,
+    tile(32, 128),
+    tile(64, 64),
+    tile(64, 128),
 ];
 
 const LAVAPIPE_VARIANTS: [MatMulVariant; 10] = [
@@ -179,6 +188,23 @@ const F16_VARIANTS: [MatMulVariant; 7] = [
 
 const INTEGER_VARIANTS: [MatMulVariant; 5] =
     [integer(1, 1), integer(4, 1), integer(8, 1), integer(4, 2), integer(16, 2)];
+
+/// Into so many spans K is divided at most, and of so many values at least.
+pub const MAX_SPANS: u32 = 4;
+const LEAST_SPAN_ROUNDS: u32 = 4;
+const ROUND_UNITS: u32 = 8;
+/// The smallest K that is more than one.
+pub const LEAST_SPREAD_K: u32 = LEAST_SPAN_ROUNDS * ROUND_UNITS * 32 + 1;
+
+/// Units of 32 in a span of K: whole rounds of eight, and a matter of K alone, so that the order of additions is too.
+pub const fn span_units(num_units: u32) -> u32 {
+    let rounds = num_units.div_ceil(ROUND_UNITS).div_ceil(MAX_SPANS);
+    ROUND_UNITS * if rounds < LEAST_SPAN_ROUNDS { LEAST_SPAN_ROUNDS } else { rounds }
+}
+
+pub const fn num_spans(num_units: u32) -> u32 {
+    num_units.div_ceil(span_units(num_units))
+}
 
 /// The fewest rows that matrix units are worth: below, a weight's bytes are what counts.
 const LEAST_MATRIX_ROWS: u32 = 9;
@@ -228,7 +254,7 @@ impl MatMulVariant {
     pub const fn kernel(self) -> &'static str {
         match self {
             MatMulVariant::Split { .. } => "mat_mul",
-            MatMulVariant::Tile | MatMulVariant::F16Tile => "mat_mul_tile",
+            MatMulVariant::Tile { .. } | MatMulVariant::F16Tile => "mat_mul_tile",
             MatMulVariant::Subgroup { .. } => "mat_mul_subgroup",
             MatMulVariant::F16Split { .. } => "mat_mul_f16",
             MatMulVariant::Integer { .. } => "mat_mul_integer",
@@ -240,7 +266,7 @@ impl MatMulVariant {
     pub fn name(self) -> String {
         let how = match self {
             MatMulVariant::Split { .. } => "split",
-            MatMulVariant::Tile => "tile",
+            MatMulVariant::Tile { .. } => "tile",
             MatMulVariant::Subgroup { .. } => "subgroup",
             MatMulVariant::F16Split { .. } => "f16 split",
             MatMulVariant::F16Tile => "f16 tile",
@@ -254,11 +280,12 @@ impl MatMulVariant {
     pub const fn rows(self) -> u32 {
         match self {
             MatMulVariant::Split { rows, .. }
+            | MatMulVariant::Tile { rows, .. }
             | MatMulVariant::Subgroup { rows }
             | MatMulVariant::F16Split { rows, .. }
             | MatMulVariant::Integer { rows, .. }
             | MatMulVariant::Matrix { rows, .. } => rows,
-            MatMulVariant::Tile | MatMulVariant::F16Tile => 64,
+            MatMulVariant::F16Tile => 64,
         }
     }
 
@@ -268,7 +295,8 @@ impl MatMulVariant {
             MatMulVariant::Split { columns, .. }
             | MatMulVariant::F16Split { columns, .. }
             | MatMulVariant::Integer { columns, .. } => columns * TILE,
-            MatMulVariant::Tile | MatMulVariant::F16Tile => 128,
+            MatMulVariant::Tile { columns, .. } => columns,
+            MatMulVariant::F16Tile => 128,
             MatMulVariant::Subgroup { .. } => TILE,
             MatMulVariant::Matrix { rows, .. } => {
                 if rows == 16 {
@@ -278,6 +306,17 @@ impl MatMulVariant {
                 }
             }
         }
+    }
+
+    /// Whether its workgroups can have a span of K each.
+    pub const fn can_spread(self) -> bool {
+        matches!(
+            self,
+            MatMulVariant::Split { .. }
+                | MatMulVariant::Tile { .. }
+                | MatMulVariant::F16Split { .. }
+                | MatMulVariant::F16Tile
+        )
     }
 
     /// Whether it needs arithmetic on halves.
@@ -309,7 +348,17 @@ impl MatMulVariant {
                     ("PARTS", if rows == 1 { 4 } else { 1 }),
                 ]
             }
-            MatMulVariant::Tile | MatMulVariant::F16Tile => vec![],
+            MatMulVariant::Tile { .. } | MatMulVariant::F16Tile => {
+                // 256 invocations of four rows each.
+                let (rows, columns) = (self.rows(), self.columns());
+                let stride = 256 * 4 / rows;
+                vec![
+                    ("ROWS", rows),
+                    ("COLUMNS", columns),
+                    ("INVOCATION_COLUMNS", columns / stride),
+                    ("COLUMN_STRIDE", stride),
+                ]
+            }
             MatMulVariant::Subgroup { rows } => vec![("ROWS", rows)],
             MatMulVariant::F16Split { rows, columns } => {
                 vec![("ROWS", rows), ("COLUMNS", columns), ("GROUPS", rows / 4)]
@@ -354,6 +403,19 @@ impl MatMulVariant {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn k_is_a_few_spans_of_whole_rounds() {
+        let spans = |k: u32| (num_spans(k.div_ceil(32)), span_units(k.div_ceil(32)) * 32);
+        assert_eq!([64, 576, 1024].map(spans), [(1, 1024); 3]);
+        assert_eq!([1025, 1536, 2304, 4096].map(spans), [(2, 1024), (2, 1024), (3, 1024), (4, 1024)]);
+        assert_eq!([8192, 14336, 28672].map(spans), [(4, 2048), (4, 3584), (4, 7168)]);
+        for num_units in 1..2000 {
+            let (num, units) = (num_spans(num_units), span_units(num_units));
+            assert!((1..=MAX_SPANS).contains(&num) && units.is_multiple_of(8), "{num_units}");
+            assert!((num - 1) * units < num_units && num_units <= num * units, "{num_units}");
+        }
+    }
 
     #[test]
     fn the_matrices_of_all_subgroups_are_those_of_the_workgroup_at_every_width() {

@@ -2,23 +2,27 @@
 //
 // A lane holds one column of each tile and the units of 32 along K that its split owns: every eighth. Activations are
 // staged in workgroup memory, zeros past the end of a row, and read from there four at a time; a weight is decoded once
-// for all rows. A sum runs along K within a split, one fma a value, then over the splits. That order is the same for
-// every ROWS and in `mat_mul_tile.wgsl`, so the bits of a row do not depend on how many rows there are.
+// for all rows. K is a few spans. A sum runs along a span within a split, one fma a value, then over the splits, then
+// over the spans, here or where workgroups take a span each. That order is the same for every ROWS and in
+// `mat_mul_tile.wgsl`, so the bits of a row do not depend on how many rows there are.
 #include "mat_mul_io.wgsl"
 
-// (ROWS, 256 * ROUNDS) activations in fours along K; at the end partial sums of four rows, by (four, split, lane).
+// (ROWS, 256 * ROUNDS) activations in fours along K; at the end of a span partial sums of four rows, by (four, split,
+// lane).
 var<workgroup> memory: array<vec4<f32>, {{MEMORY}}>;
 
-// Stages K from `first` on; of rows beyond the last the last one. A lane writes whole fours: to write a component may
-// write its neighbours too.
-fn stage(row: u32, first: u32, local: u32) {
+// Stages K from `first` to `end`; of rows beyond the last the last one. A lane writes whole fours: to write a component
+// may write its neighbours too.
+fn stage(row: u32, first: u32, end: u32, local: u32) {
     for (var i = local; i < {{ROWS}}u * {{STAGE_K}}u / 4u; i += 256u) {
         let k = first + i * 4u % {{STAGE_K}}u;
-        let x_row = params.x + min(row + i * 4u / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
+        if k < end {
+            let x_row = params.x + min(row + i * 4u / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
 #for J 4
-        let value_{{J}} = select(0.0, x[x_row + min(k + {{J}}u, params.inner - 1u)], k + {{J}}u < params.inner);
+            let value_{{J}} = select(0.0, x[x_row + min(k + {{J}}u, params.inner - 1u)], k + {{J}}u < params.inner);
 #endfor
-        memory[i] = vec4(value_0, value_1, value_2, value_3);
+            memory[i] = vec4(value_0, value_1, value_2, value_3);
+        }
     }
 }
 
@@ -34,82 +38,94 @@ fn main(
     let live_groups = (params.num_rows - row + 3u) / 4u;
 #endif
 #for C COLUMNS
+    // Of four rows, in the lanes that add up the splits.
+    var total_{{C}} = vec4(0.0);
+#endfor
+    let first_span = span_group * params.group_spans;
+    for (var span = first_span; span < first_span + params.group_spans; span++) {
+        let end_unit = min((span + 1u) * params.span_units, params.num_units);
+#for C COLUMNS
 #for G GROUPS
 #for R GROUP_ROWS
-    var sum_{{G}}_{{R}}_{{C}} = 0.0;
+        var sum_{{G}}_{{R}}_{{C}} = 0.0;
 #endfor
 #endfor
 #endfor
-    let num_rounds = (params.num_units + 7u) / 8u;
-    for (var first_round = 0u; first_round < num_rounds; first_round += {{ROUNDS}}u) {
-        workgroupBarrier();
-        stage(row, first_round * 256u, local);
-        workgroupBarrier();
-        for (var round = 0u; round < {{ROUNDS}}u; round++) {
-            let unit = (first_round + round) * 8u + own_split;
-            if unit >= params.num_units {
-                break;
-            }
-            let in_block = unit % {{UNITS}}u;
+        for (var first = span * params.span_units; first < end_unit; first += {{ROUNDS}}u * 8u) {
+            workgroupBarrier();
+            stage(row, first * 32u, end_unit * 32u, local);
+            workgroupBarrier();
+            for (var round = 0u; round < {{ROUNDS}}u; round++) {
+                let unit = first + round * 8u + own_split;
+                if unit >= end_unit {
+                    break;
+                }
+                let in_block = unit % {{UNITS}}u;
 #for C COLUMNS
-            let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
-            let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+                let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
+                let scales_{{C}} = unit_scales(at_{{C}}, in_block);
 #endfor
-            for (var first_part = 0u; first_part < 4u; first_part += {{PARTS}}u) {
+                for (var first_part = 0u; first_part < 4u; first_part += {{PARTS}}u) {
 #for P PARTS
-                {
-                    let part = first_part + {{P}}u;
-                    let at_x = round * 64u + own_split * 8u + part * 2u;
+                    {
+                        let part = first_part + {{P}}u;
+                        let at_x = round * 64u + own_split * 8u + part * 2u;
 #for C COLUMNS
-                    let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+                        let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
 #endfor
 #for G GROUPS
 #if GROUPS > 1
-                    if {{G}}u < live_groups
+                        if {{G}}u < live_groups
 #endif
-                    {
+                        {
 #for R GROUP_ROWS
-                        let at_x_{{R}} = at_x + ({{G}}u * 4u + {{R}}u) * {{STAGE_K}}u / 4u;
+                            let at_x_{{R}} = at_x + ({{G}}u * 4u + {{R}}u) * {{STAGE_K}}u / 4u;
 #for H 2
-                        let x_{{R}}_{{H}} = memory[at_x_{{R}} + {{H}}u];
+                            let x_{{R}}_{{H}} = memory[at_x_{{R}} + {{H}}u];
 #for J 4
 #for C COLUMNS
-                        sum_{{G}}_{{R}}_{{C}} =
-                            fma(x_{{R}}_{{H}}[{{J}}], w_{{C}}[{{H}}][{{J}}], sum_{{G}}_{{R}}_{{C}});
+                            sum_{{G}}_{{R}}_{{C}} =
+                                fma(x_{{R}}_{{H}}[{{J}}], w_{{C}}[{{H}}][{{J}}], sum_{{G}}_{{R}}_{{C}});
 #endfor
 #endfor
 #endfor
+#endfor
+                        }
 #endfor
                     }
 #endfor
                 }
-#endfor
             }
         }
-    }
 #for C COLUMNS
-    workgroupBarrier();
+        workgroupBarrier();
 #for G GROUPS
 #if GROUP_ROWS == 4
-    memory[({{G}}u * 8u + own_split) * 32u + lane] =
-        vec4(sum_{{G}}_0_{{C}}, sum_{{G}}_1_{{C}}, sum_{{G}}_2_{{C}}, sum_{{G}}_3_{{C}});
+        memory[({{G}}u * 8u + own_split) * 32u + lane] =
+            vec4(sum_{{G}}_0_{{C}}, sum_{{G}}_1_{{C}}, sum_{{G}}_2_{{C}}, sum_{{G}}_3_{{C}});
 #endif
 #if GROUP_ROWS == 2
-    memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, sum_0_1_{{C}}, 0.0, 0.0);
+        memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, sum_0_1_{{C}}, 0.0, 0.0);
 #endif
 #if GROUP_ROWS == 1
-    memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, 0.0, 0.0, 0.0);
+        memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, 0.0, 0.0, 0.0);
 #endif
 #endfor
-    workgroupBarrier();
-    if own_split < {{GROUPS}}u {
-        var total = vec4(0.0);
-        for (var split = 0u; split < 8u; split++) {
-            total += memory[(own_split * 8u + split) * 32u + lane];
+        workgroupBarrier();
+        if own_split < {{GROUPS}}u {
+            var of_span = vec4(0.0);
+            for (var split = 0u; split < 8u; split++) {
+                of_span += memory[(own_split * 8u + split) * 32u + lane];
+            }
+            total_{{C}} += of_span;
         }
-#for R GROUP_ROWS
-        store(row + own_split * 4u + {{R}}u, column + {{C}}u * 32u + lane, total[{{R}}]);
 #endfor
     }
+    if own_split < {{GROUPS}}u {
+#for C COLUMNS
+#for R GROUP_ROWS
+        store_of_spans(span_group, row + own_split * 4u + {{R}}u, column + {{C}}u * 32u + lane, total_{{C}}[{{R}}]);
 #endfor
+#endfor
+    }
 }

@@ -33,69 +33,81 @@ fn main(
     // Of four rows.
     let live_groups = (params.num_rows - row + 3u) / 4u;
 #for C COLUMNS
-#for G GROUPS
-    var sum_{{G}}_{{C}} = vec4(0.0);
+    // Of four rows, in the lanes that add up the splits.
+    var total_{{C}} = vec4(0.0);
 #endfor
-#endfor
-    let num_rounds = (params.num_units + 7u) / 8u;
-    for (var round = 0u; round < num_rounds; round++) {
-        workgroupBarrier();
-        stage(row, round * 256u, local);
-        workgroupBarrier();
-        let unit = round * 8u + own_split;
-        if unit < params.num_units {
-            let in_block = unit % {{UNITS}}u;
+    let first_span = span_group * params.group_spans;
+    for (var span = first_span; span < first_span + params.group_spans; span++) {
+        let end_unit = min((span + 1u) * params.span_units, params.num_units);
 #for C COLUMNS
-            let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
-            let scales_{{C}} = unit_scales(at_{{C}}, in_block);
 #for G GROUPS
-            var of_unit_{{G}}_{{C}} = vec4(0.0h);
+        var sum_{{G}}_{{C}} = vec4(0.0);
 #endfor
 #endfor
-            for (var part = 0u; part < 4u; part++) {
-                let at_x = own_split * 32u + part * 8u;
+        for (var first = span * params.span_units; first < end_unit; first += 8u) {
+            workgroupBarrier();
+            stage(row, first * 32u, local);
+            workgroupBarrier();
+            let unit = first + own_split;
+            if unit < end_unit {
+                let in_block = unit % {{UNITS}}u;
 #for C COLUMNS
-                let decoded_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+                let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
+                let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+#for G GROUPS
+                var of_unit_{{G}}_{{C}} = vec4(0.0h);
+#endfor
+#endfor
+                for (var part = 0u; part < 4u; part++) {
+                    let at_x = own_split * 32u + part * 8u;
+#for C COLUMNS
+                    let decoded_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
 #for H 2
-                let w_{{C}}_{{H}} = vec4<f16>(decoded_{{C}}[{{H}}]);
+                    let w_{{C}}_{{H}} = vec4<f16>(decoded_{{C}}[{{H}}]);
 #endfor
 #endfor
 #for G GROUPS
-                if {{G}}u < live_groups {
+                    if {{G}}u < live_groups {
 #for H 2
 #for J 4
-                    {
-                        let rows = memory[{{G}}u * 256u + at_x + {{H}}u * 4u + {{J}}u];
+                        {
+                            let rows = memory[{{G}}u * 256u + at_x + {{H}}u * 4u + {{J}}u];
 #for C COLUMNS
-                        of_unit_{{G}}_{{C}} = fma(rows, vec4(w_{{C}}_{{H}}[{{J}}]), of_unit_{{G}}_{{C}});
+                            of_unit_{{G}}_{{C}} = fma(rows, vec4(w_{{C}}_{{H}}[{{J}}]), of_unit_{{G}}_{{C}});
+#endfor
+                        }
+#endfor
 #endfor
                     }
 #endfor
-#endfor
                 }
+#for C COLUMNS
+#for G GROUPS
+                sum_{{G}}_{{C}} += vec4<f32>(of_unit_{{G}}_{{C}});
+#endfor
 #endfor
             }
+        }
 #for C COLUMNS
 #for G GROUPS
-            sum_{{G}}_{{C}} += vec4<f32>(of_unit_{{G}}_{{C}});
-#endfor
-#endfor
+        workgroupBarrier();
+        partials[local] = sum_{{G}}_{{C}};
+        workgroupBarrier();
+        if own_split == {{G}}u {
+            var of_span = vec4(0.0);
+            for (var split = 0u; split < 8u; split++) {
+                of_span += partials[split * 32u + lane];
+            }
+            total_{{C}} += of_span;
         }
+#endfor
+#endfor
     }
+    if own_split < {{GROUPS}}u {
 #for C COLUMNS
-#for G GROUPS
-    workgroupBarrier();
-    partials[local] = sum_{{G}}_{{C}};
-    workgroupBarrier();
-    if own_split == 0u {
-        var total = vec4(0.0);
-        for (var split = 0u; split < 8u; split++) {
-            total += partials[split * 32u + lane];
-        }
 #for R 4
-        store(row + {{G}}u * 4u + {{R}}u, column + {{C}}u * 32u + lane, total[{{R}}]);
+        store_of_spans(span_group, row + own_split * 4u + {{R}}u, column + {{C}}u * 32u + lane, total_{{C}}[{{R}}]);
+#endfor
 #endfor
     }
-#endfor
-#endfor
 }

@@ -25,6 +25,12 @@ struct Params {
     shard_cols: u32,
     // Workgroups beside one another on the same tile, each with its own rows.
     row_tiles: u32,
+    // K is a few spans of so many units, and a workgroup sums so many of them: all, or one.
+    span_units: u32,
+    group_spans: u32,
+    // Workgroups that share the spans of a tile, and elements from what one writes to what the next does.
+    span_groups: u32,
+    partial_stride: u32,
 }
 #include "params.wgsl"
 
@@ -45,12 +51,17 @@ fn rounded(value: f32) -> f16 {
 #endif
 
 fn store(row: u32, shard_col: u32, sum: f32) {
+    store_of_spans(0u, row, shard_col, sum);
+}
+
+// What a workgroup sums, of all that share the spans.
+fn store_of_spans(span_group: u32, row: u32, shard_col: u32, sum: f32) {
     if row < params.num_rows && shard_col < params.shard_cols {
         let col = params.first_col + shard_col;
         var value = sum;
         if params.has_bias == 1u {
             value += bias[params.bias + col];
         }
-        out[params.out + row * params.cols + col] = value;
+        out[params.out + span_group * params.partial_stride + row * params.cols + col] = value;
     }
 }

@@ -1,7 +1,8 @@
 // Part of the matmul kernels that give eight lanes a column: where a workgroup and a lane are.
     let index = workgroup_index(group, groups);
-    // Row tiles lie side by side, so that a cache serves the weights again.
-    let column = index / params.row_tiles * {{COLUMNS}}u * 32u;
+    // Row tiles lie side by side, so that a cache serves the weights again; then the spans of K.
+    let span_group = index / params.row_tiles % params.span_groups;
+    let column = index / params.row_tiles / params.span_groups * {{COLUMNS}}u * 32u;
     if column >= params.shard_cols {
         return;
     }

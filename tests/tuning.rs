@@ -21,7 +21,7 @@ use crate::ops::device_ids;
 use crate::random::Random;
 
 const F32: ArithmeticChoice = ArithmeticChoice::F32;
-const SHAPE: MatMulShape = MatMulShape { format: WeightFormat::Q4_0, rows: 70, cols: 512 };
+const SHAPE: MatMulShape = MatMulShape { format: WeightFormat::Q4_0, rows: 70, cols: 1312 };
 
 fn open(tier: Option<Tier>, arithmetic: ArithmeticChoice, faults: Vec<Fault>) -> Box<dyn Backend> {
     let selector = device_ids()[0].clone();
@@ -184,8 +184,12 @@ fn a_tuned_kernel_that_is_wrong_is_left_out_at_start() {
     let saved = SavedTuning::new(&folder.0, right.info()).expect("it has a choice");
     saved.keep(&[found(kept.clone())]).expect("a folder to write to");
     let start = |verifies| {
-        let fault =
-            Fault { tier: Tier::Base, kernel: "mat_mul", from: "var total = vec4(0.0)", to: "var total = vec4(0.5)" };
+        let fault = Fault {
+            tier: Tier::Base,
+            kernel: "mat_mul",
+            from: "var of_span = vec4(0.0)",
+            to: "var of_span = vec4(0.5)",
+        };
         let backend =
             tuned(open(Some(Tier::Base), F32, vec![fault]), &DeviceArgs::new("auto"), &folder.0, &[SHAPE], verifies);
         backend.expect("the device is there").0.mat_mul_table(SHAPE)

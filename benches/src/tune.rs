@@ -111,7 +111,7 @@ pub fn tune(
     let (mut shapes, mut benches) = (Vec::new(), Vec::new());
     for (&shape, wrong) in options.shapes.iter().zip(&options.wrong) {
         let mut kernels = rig.backend.mat_mul_kernels(shape.format);
-        kernels.retain(|kernel| !wrong.contains(&kernel.name));
+        kernels.retain(|kernel| !wrong.contains(&kernel.name) && shape.cols >= kernel.least_cols);
         if kernels.is_empty() {
             continue;
         }

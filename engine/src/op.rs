@@ -186,7 +186,7 @@ pub struct GatedAct {
 pub struct AddNorm {
     /// f32 (tokens, dim), in place.
     pub x: Tensor,
-    /// f32 (tokens, dim)
+    /// f32 (tokens, dim): undefined afterwards, so that a product right before this may leave its last additions to it.
     pub y: Tensor,
     /// f32 (1, dim): if there is one, y goes through a norm of its own before it is added.
     pub post_weight: Option<Tensor>,

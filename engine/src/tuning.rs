@@ -28,6 +28,8 @@ pub struct MatMulKernel {
     pub name: String,
     /// Rows of activations that a workgroup computes.
     pub rows: u32,
+    /// Of weights with fewer columns than these it is another kernel by another name.
+    pub least_cols: u32,
     /// By how much its products may differ from the plain cpu's, relative to the largest.
     pub tolerance: f32,
 }

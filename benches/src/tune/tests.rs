@@ -77,7 +77,12 @@ impl Around for Priced {
     }
 
     fn mat_mul_kernels(&self, _format: WeightFormat) -> Vec<MatMulKernel> {
-        let kernel = |&(name, rows, _): &(&str, _, _)| MatMulKernel { name: name.to_owned(), rows, tolerance: 0.0 };
+        let kernel = |&(name, rows, _): &(&str, _, _)| MatMulKernel {
+            name: name.to_owned(),
+            rows,
+            least_cols: 1,
+            tolerance: 0.0,
+        };
         self.prices.iter().map(kernel).collect()
     }
 

@@ -2,7 +2,7 @@
 
 use super::random::Random;
 use super::{Case, Output};
-use crate::op::{MatMul, Op};
+use crate::op::{AddNorm, MatMul, Op};
 use crate::tensor::WeightFormat;
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
@@ -20,20 +20,33 @@ pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
     })
 }
 
-/// By one kernel alone, on rows that fill a workgroup of it and begin another.
+/// By one kernel alone, on rows that fill a workgroup of it and begin another; where workgroups may share K, before
+/// a norm too, which adds up their sums.
 pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
-    let (m, n, k, tolerance) = (kernel.rows + 1, 70, 512, kernel.tolerance);
+    let (shares, tolerance) = (kernel.least_cols > 1, kernel.tolerance);
+    let (m, n, k) = (kernel.rows + 1, 70, if shares { 2304 } else { 512 });
     let (variant, table) = (format!("{}, {}", format.name(), kernel.name), MatMulLine::only(&kernel.name));
     Case::new("mat_mul", &variant, format!("M {m} N {n} K {k}"), move |device| {
         let random = &mut Random::new(3);
         let weight = device.weight(format, n, k, 4)?;
-        let (x, out) = (device.random(m, k, random)?, device.unwritten(m, n)?);
+        let (x, out, y) = (device.random(m, k, random)?, device.unwritten(m, n)?, device.unwritten(m, n)?);
+        let (residual, norm) = (device.random(m, n, random)?, device.random(1, n, random)?);
+        let normed = device.unwritten(m, n)?;
+        let product = |out| Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out });
+        let add_norm = AddNorm { x: residual, y, post_weight: None, rows: None, weight: norm, eps: 1e-5, out: normed };
+        let ops = [product(out), product(y), Op::AddNorm(add_norm)];
         let shape = MatMulShape::of(weight);
         let before = device.backend().mat_mul_table(shape);
         device.backend().set_mat_mul_table(shape, &table).expect("a kernel that the device has named");
-        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]);
+        let words = if shares { device.run(&ops, &[out, residual]) } else { device.run(&ops[..1], &[out]) };
         device.backend().set_mat_mul_table(shape, &before).expect("the table that was there");
-        Ok(Output::f32(words?, tolerance))
+        let mut words = words?;
+        let after = words.split_off((m * n) as usize);
+        let mut outputs = Output::f32(words, tolerance);
+        if shares {
+            outputs.push(Output { name: "added", words: after, tolerance });
+        }
+        Ok(outputs)
     })
 }
 

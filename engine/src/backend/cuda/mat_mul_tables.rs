@@ -69,7 +69,12 @@ impl MatMulTables {
     pub fn kernels(&self) -> Vec<MatMulKernel> {
         let kernel = |variant: MatMulVariant| {
             let (rows, _) = variant.shape();
-            MatMulKernel { name: variant.name().to_owned(), rows, tolerance: variant.arithmetic().tolerance() }
+            MatMulKernel {
+                name: variant.name().to_owned(),
+                rows,
+                least_cols: 1,
+                tolerance: variant.arithmetic().tolerance(),
+            }
         };
         self.variants().map(kernel).collect()
     }

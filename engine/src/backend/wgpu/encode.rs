@@ -5,19 +5,22 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
-use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, MatMulVariant, TILE, Tier};
+use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, TILE, Tier};
 
 use super::mat_mul_tables::MatMulTables;
 use super::params::*;
 use super::pipelines::{AttentionVariant, Kernel};
 use crate::backend::packing::UNIT;
 use crate::op::{
-    ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, AddNorm, Attention, Embed, GatedAct, MUL_ADD_ROUNDS, MatMul,
-    MulAdd, Op, ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
+    ATTENTION_ITEM_WORDS, ATTENTION_ROWS, Activation, Attention, Embed, GatedAct, MUL_ADD_ROUNDS, MulAdd, Op,
+    ResetCounts, RmsNorm, RopeKv, RopeStyle, SAMPLE_SLICE, SLICE_WORDS, Sample, UpdateTable,
 };
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Tensor, Weight};
-use crate::tuning::MatMulShape;
+
+mod mat_mul;
+
+pub use mat_mul::Partials;
 
 /// Buffers of a kernel at most, which is WebGPU's guarantee too.
 pub const MAX_BUFFERS: usize = 8;
@@ -54,6 +57,8 @@ pub struct Encoder<'a> {
     pub recording: &'a Recording,
     /// Of a dispatch at most, where it can be divided.
     pub max_work: u64,
+    /// For products whose workgroups share K; none where no kernel does that.
+    pub partials: Option<Partials>,
     pub out: &'a mut Vec<Dispatch>,
 }
 
@@ -65,11 +70,23 @@ const GATED_ACT_COLUMNS: u32 = 256;
 /// Vulkan, as measured; by bandwidth and arithmetic 3 on a GPU inside a processor, 5 on the largest. Were it too many,
 /// a pace that was learnt while decoding would let prompts in for too long.
 const WEIGHT_ROWS: u64 = 4;
-/// So many rows at least stay in one dispatch of a matmul.
-const MIN_CUT_ROWS: u32 = 64;
 
 impl Encoder<'_> {
-    pub fn op(&mut self, op: &Op) {
+    pub fn ops(&mut self, mut ops: &[Op]) {
+        while let Some((op, rest)) = ops.split_first() {
+            ops = match (op, rest.split_first()) {
+                (Op::MatMul(product), Some((Op::AddNorm(norm), after))) if self.mat_mul_add_norm(product, norm) => {
+                    after
+                }
+                _ => {
+                    self.op(op);
+                    rest
+                }
+            };
+        }
+    }
+
+    fn op(&mut self, op: &Op) {
         match op {
             Op::UpdateTable(op) => self.update_table(op),
             Op::Embed(op) => self.embed(op),
@@ -154,53 +171,6 @@ impl Encoder<'_> {
             eps: op.eps,
         };
         self.push(Kernel::RmsNorm, &buffers, &params, op.x.rows);
-    }
-
-    /// By the table of the weight's shape; many rows in several dispatches, where one would be too much.
-    fn mat_mul(&mut self, op: &MatMul) {
-        let choices = self.mat_muls.of(MatMulShape::of(op.weight));
-        let row_work = u64::from(op.weight.rows) * u64::from(op.weight.cols);
-        let max_rows = u32::try_from(self.max_work / row_work.max(1)).unwrap_or(u32::MAX).max(MIN_CUT_ROWS);
-        let mut first_row = 0;
-        while first_row < op.x.rows {
-            let left = op.x.rows - first_row;
-            let choice = choices.iter().find(|choice| choice.max_rows >= left);
-            let choice = choice.expect("the last line takes any number");
-            let rows = choice.variant.rows();
-            let taken = match choice.takes(left) {
-                all if all <= max_rows => all,
-                _ => (max_rows / rows * rows).max(rows),
-            };
-            self.mat_mul_rows(op, choice.variant, first_row, first_row + taken);
-            first_row += taken;
-        }
-    }
-
-    fn mat_mul_rows(&mut self, op: &MatMul, variant: MatMulVariant, first_row: u32, end_row: u32) {
-        let row_tiles = (end_row - first_row).div_ceil(variant.rows());
-        for shard in self.shards(op.weight) {
-            let bias = op.bias.unwrap_or(op.x);
-            let buffers = [op.x.buffer, shard.buffer, bias.buffer, op.out.buffer];
-            let params = MatMulParams {
-                x: op.x.offset,
-                bias: bias.offset,
-                out: op.out.offset + op.first_col,
-                has_bias: u32::from(op.bias.is_some()),
-                first_row,
-                num_rows: end_row,
-                inner: op.x.cols,
-                num_units: op.x.cols.div_ceil(UNIT),
-                cols: op.out.cols,
-                first_col: shard.first_row,
-                shard_cols: shard.num_rows,
-                row_tiles,
-            };
-            let column_tiles = shard.num_rows.div_ceil(variant.columns());
-            let read_rows = u64::from(end_row - first_row) + WEIGHT_ROWS;
-            let work = read_rows * u64::from(op.x.cols) * u64::from(shard.num_rows);
-            let kernel = Kernel::MatMul(op.weight.format, variant);
-            self.push_work(kernel, &buffers, &params, column_tiles * row_tiles, work);
-        }
     }
 
     fn rope_kv(&mut self, op: &RopeKv) {
@@ -314,26 +284,6 @@ impl Encoder<'_> {
             activation,
         };
         self.push(Kernel::GatedAct, &[op.gate_up.buffer, op.out.buffer], &params, rows * parts);
-    }
-
-    fn add_norm(&mut self, op: &AddNorm) {
-        let post_weight = op.post_weight.unwrap_or(op.weight);
-        let rows = op.rows.unwrap_or(op.weight);
-        let buffers = [op.x, op.y, post_weight, rows, op.weight, op.out].map(|tensor| tensor.buffer);
-        let params = AddNormParams {
-            x: op.x.offset,
-            y: op.y.offset,
-            post_weight: post_weight.offset,
-            rows: rows.offset,
-            weight: op.weight.offset,
-            out: op.out.offset,
-            has_post: u32::from(op.post_weight.is_some()),
-            has_rows: u32::from(op.rows.is_some()),
-            num_rows: op.out.rows,
-            cols: op.out.cols,
-            eps: op.eps,
-        };
-        self.push(Kernel::AddNorm, &buffers, &params, op.out.rows);
     }
 
     fn reset_counts(&mut self, op: &ResetCounts) {

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{Arithmetic, MatMulChoice, MatMulVariant, Tier};
+use fullbore_shaders::{Arithmetic, LEAST_SPREAD_K, MatMulChoice, MatMulVariant, Tier};
 
 use super::arithmetic::of_format;
 use crate::backend::packing::Layout;
@@ -31,21 +31,30 @@ impl MatMulTables {
         self.set.get(&shape).unwrap_or(own)
     }
 
-    fn variants(&self, format: WeightFormat) -> Vec<MatMulVariant> {
-        self.tier.mat_mul_variants(of_format(self.arithmetic, format))
+    /// Each kernel, and each again with workgroups of its own for every span of K.
+    fn variants(&self, format: WeightFormat) -> impl Iterator<Item = (MatMulVariant, bool)> {
+        let variants = self.tier.mat_mul_variants(of_format(self.arithmetic, format));
+        let spread: Vec<MatMulVariant> = variants.iter().copied().filter(|variant| variant.can_spread()).collect();
+        let all = |variants: Vec<MatMulVariant>, spreads| variants.into_iter().map(move |variant| (variant, spreads));
+        all(variants, false).chain(all(spread, true))
     }
 
     /// What a table may name.
     pub fn kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         let tolerance = of_format(self.arithmetic, format).tolerance();
-        let kernel = |variant: MatMulVariant| MatMulKernel { name: variant.name(), rows: variant.rows(), tolerance };
-        self.variants(format).into_iter().map(kernel).collect()
+        let kernel = |(variant, spreads): (MatMulVariant, bool)| MatMulKernel {
+            name: name(variant, spreads),
+            rows: variant.rows(),
+            least_cols: if spreads { LEAST_SPREAD_K } else { 1 },
+            tolerance,
+        };
+        self.variants(format).map(kernel).collect()
     }
 
     pub fn lines(&self, shape: MatMulShape) -> Vec<MatMulLine> {
         let line = |choice: &MatMulChoice| MatMulLine {
             max_rows: (choice.max_rows != u32::MAX).then_some(choice.max_rows),
-            kernel: choice.variant.name(),
+            kernel: name(choice.variant, choice.spreads),
             fills: choice.fills,
         };
         self.of(shape).iter().map(line).collect()
@@ -68,11 +77,15 @@ impl MatMulTables {
     }
 
     fn choice(&self, shape: MatMulShape, line: &MatMulLine) -> Result<MatMulChoice, String> {
-        let mut variants = self.variants(shape.format).into_iter();
-        let found = variants.find(|variant| variant.name() == line.kernel);
-        let variant = found.ok_or_else(|| format!("the {} tier has no kernel {}", self.tier.name(), line.kernel))?;
-        Ok(MatMulChoice { max_rows: line.max_rows.unwrap_or(u32::MAX), variant, fills: line.fills })
+        let found = self.variants(shape.format).find(|&(variant, spreads)| name(variant, spreads) == line.kernel);
+        let (variant, spreads) =
+            found.ok_or_else(|| format!("the {} tier has no kernel {}", self.tier.name(), line.kernel))?;
+        Ok(MatMulChoice { max_rows: line.max_rows.unwrap_or(u32::MAX), variant, spreads, fills: line.fills })
     }
+}
+
+fn name(variant: MatMulVariant, spreads: bool) -> String {
+    format!("{}{}", variant.name(), if spreads { " spread" } else { "" })
 }
 
 #[cfg(test)]
@@ -138,7 +151,7 @@ mod tests {
         for (tier, arithmetic) in every_kind() {
             for variant in tier.mat_mul_variants(arithmetic) {
                 for (left, fills) in (1..=200).flat_map(|left| [(left, false), (left, true)]) {
-                    let taken = MatMulChoice { max_rows: u32::MAX, variant, fills }.takes(left);
+                    let taken = MatMulChoice { max_rows: u32::MAX, variant, spreads: false, fills }.takes(left);
                     assert!((1..=left).contains(&taken), "{variant:?} takes {taken} of {left}");
                 }
             }

@@ -39,7 +39,7 @@ pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
 use device::Device;
 pub use device::{Fault, OpenError, WgpuOptions, devices, hardware, mask_to_webgpu};
-use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Shard};
+use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Partials, Shard};
 pub use kill_switch::KillSwitch;
 use mat_mul_tables::MatMulTables;
 use pace::Pace;
@@ -49,6 +49,8 @@ use stamps::Stamps;
 
 /// Dispatches of a submission at most: as many have room for their parameters where these lie in a buffer.
 const MAX_DISPATCHES: usize = 4096;
+/// What products that share K may leave to be added up, in elements: four spans of 64 rows of 8,192 columns.
+const MAX_PARTIALS: u32 = 4 * 64 * 8192;
 /// Workgroups along one dimension at most (WebGPU's guarantee).
 const MAX_WORKGROUPS: u32 = 65_535;
 
@@ -59,6 +61,8 @@ pub struct WgpuBackend {
     /// By weight id.
     weights: Vec<Vec<Shard>>,
     mat_muls: MatMulTables,
+    /// On tiers whose products may share K.
+    partials: Option<Partials>,
     pipelines: Pipelines,
     bind_groups: HashMap<(Kernel, [BufferId; MAX_BUFFERS]), BindGroup>,
     /// Where parameters lie on tiers without immediates.
@@ -101,10 +105,15 @@ impl WgpuBackend {
         let cache = options.cache_folder.as_ref().and_then(|folder| PipelineCache::open(&device.device, folder));
         let refused =
             |error: DeviceError| OpenError::Refused { device: device.info.id.clone(), reason: error.to_string() };
+        let mut buffers = Buffers::new(&device);
+        let num_elements = if device.tier == Tier::Lavapipe { 0 } else { MAX_PARTIALS };
+        let buffer = (num_elements > 0).then(|| buffers.alloc("partial products", u64::from(num_elements) * 4));
+        let buffer = buffer.transpose().map_err(refused)?;
         Ok(WgpuBackend {
             options: options.clone(),
             uniforms: uniforms.map_err(refused)?,
-            buffers: Buffers::new(&device),
+            buffers,
+            partials: buffer.map(|buffer| Partials { buffer, num_elements }),
             weights: Vec::new(),
             mat_muls: MatMulTables::new(device.tier, device.arithmetic),
             pipelines: Pipelines::new(&device, layout, cache).map_err(refused)?,
@@ -242,8 +251,9 @@ impl Backend for WgpuBackend {
         let id = WeightId(self.weights.len() as u32);
         let weight = Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format };
         let choices = self.mat_muls.of(MatMulShape::of(weight));
+        let sum = choices.iter().any(|choice| choice.spreads).then_some(Kernel::MatMulSum);
         let mat_muls = choices.iter().map(|choice| Kernel::MatMul(spec.format, choice.variant));
-        self.pipelines.compile_all(mat_muls.chain([Kernel::Embed(spec.format)]))?;
+        self.pipelines.compile_all(mat_muls.chain([Kernel::Embed(spec.format)]).chain(sum))?;
         self.weights.push(self.buffers.load(spec, source)?);
         Ok(weight)
     }
@@ -261,9 +271,8 @@ impl Backend for WgpuBackend {
         }
         self.dispatches.clear();
         let (tier, mat_muls, max_work) = (self.device.tier, &self.mat_muls, self.pace.max_work());
-        let mut ops =
-            Encoder { tier, mat_muls, weights: &self.weights, recording, max_work, out: &mut self.dispatches };
-        recording.ops.iter().for_each(|op| ops.op(op));
+        let (weights, partials, out) = (&self.weights, self.partials, &mut self.dispatches);
+        Encoder { tier, mat_muls, weights, recording, max_work, partials, out }.ops(&recording.ops);
         self.prepare()?;
         let place = self.num_submitted as usize % MAX_IN_FLIGHT;
         let mut encoder = self.encoder();

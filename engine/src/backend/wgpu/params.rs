@@ -52,6 +52,24 @@ pub struct MatMulParams {
     pub first_col: u32,
     pub shard_cols: u32,
     pub row_tiles: u32,
+    pub span_units: u32,
+    pub group_spans: u32,
+    pub span_groups: u32,
+    pub partial_stride: u32,
+}
+
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct MatMulSumParams {
+    pub partials: u32,
+    pub bias: u32,
+    pub out: u32,
+    pub has_bias: u32,
+    pub num_rows: u32,
+    pub num_cols: u32,
+    pub cols: u32,
+    pub num_partials: u32,
+    pub partial_stride: u32,
 }
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -120,6 +138,8 @@ pub struct AddNormParams {
     pub num_rows: u32,
     pub cols: u32,
     pub eps: f32,
+    pub num_partials: u32,
+    pub partial_stride: u32,
 }
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -188,6 +208,7 @@ mod tests {
             Kernel::Embed(_) => fields::<EmbedParams>(),
             Kernel::RmsNorm => fields::<RmsNormParams>(),
             Kernel::MatMul(..) => fields::<MatMulParams>(),
+            Kernel::MatMulSum => fields::<MatMulSumParams>(),
             Kernel::RopeKv(..) => fields::<RopeKvParams>(),
             Kernel::Attention(..) => fields::<AttentionParams>(),
             Kernel::GatedAct => fields::<GatedActParams>(),

@@ -26,6 +26,7 @@ pub enum Kernel {
     Embed(WeightFormat),
     RmsNorm,
     MatMul(WeightFormat, MatMulVariant),
+    MatMulSum,
     /// How the cache stores elements, and elements of a head.
     RopeKv(KvType, u32),
     Attention(AttentionVariant),
@@ -133,7 +134,7 @@ impl Kernel {
             let heads = heads.iter().filter(move |(head_dim, _)| kv_type.takes(*head_dim));
             heads.flat_map(move |&(head_dim, group)| Kernel::of_cache(tier, kv_type, head_dim, group))
         });
-        Kernel::GENERAL.into_iter().chain([Kernel::MulAdd]).chain(formats).chain(caches).collect()
+        Kernel::GENERAL.into_iter().chain([Kernel::MatMulSum, Kernel::MulAdd]).chain(formats).chain(caches).collect()
     }
 
     /// Its file, and what the file is composed with.
@@ -154,6 +155,7 @@ impl Kernel {
                 constants.extend(variant.constants());
                 variant.kernel()
             }
+            Kernel::MatMulSum => "mat_mul_sum",
             Kernel::RopeKv(kv_type, head_dim) => {
                 let lanes = value("TILE_LANES", &constants);
                 constants.extend(cache_constants(kv_type, head_dim));

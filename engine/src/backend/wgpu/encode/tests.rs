@@ -8,8 +8,9 @@ use crate::batch::PackedBatch;
 use crate::batch::attention::{AttentionPlan, QueryRows};
 use crate::config::EngineConfig;
 use crate::model::{Checkpoint, Inputs, Model, ModelConfig};
-use crate::op::SampleRow;
+use crate::op::{AddNorm, SampleRow};
 use crate::tensor::WeightFormat;
+use crate::tuning::{MatMulLine, MatMulShape};
 
 /// What the whole of a layer may take.
 const MAX_DISPATCHES: usize = 10;
@@ -34,8 +35,12 @@ impl Layers {
         Layers { model, num_layers, weights: vec![shard; 1000] }
     }
 
-    /// Dispatches from the first layer's norm to what the last one adds, by layer.
+    /// Dispatches by layer, without the norm after the last.
     fn count(&self, tier: Tier, slices: &[(u32, u32)]) -> usize {
+        self.count_by(&MatMulTables::new(tier, Arithmetic::F32), tier, slices)
+    }
+
+    fn count_by(&self, mat_muls: &MatMulTables, tier: Tier, slices: &[(u32, u32)]) -> usize {
         let mut first_row = 0;
         let slice = |(slot, &(num_rows, position)): (usize, &(u32, u32))| {
             let rows = QueryRows { first_row, num_rows, slot: slot as u32, position };
@@ -60,18 +65,18 @@ impl Layers {
         };
         let mut recording = self.model.recording();
         self.model.record(&Inputs::upload(&batch, &mut recording), &mut recording).expect("a row of logits");
-        let mat_muls = MatMulTables::new(tier, Arithmetic::F32);
         let is_first = |op: &Op| matches!(op, Op::RmsNorm(_));
         let is_last = |op: &Op| matches!(op, Op::AddNorm(AddNorm { rows: Some(_), .. }));
         let [begin, end] = [recording.ops.iter().position(is_first), recording.ops.iter().position(is_last)];
-        let ops = &recording.ops[begin.expect("the first norm")..end.expect("the last norm")];
+        let ops = &recording.ops[begin.expect("the first norm")..=end.expect("the last norm")];
         let mut out = Vec::new();
         let (weights, max_work) = (&self.weights, u64::MAX);
-        let mut encoder =
-            Encoder { tier, mat_muls: &mat_muls, weights, recording: &recording, max_work, out: &mut out };
-        ops.iter().for_each(|op| encoder.op(op));
-        assert_eq!(out.len() % self.num_layers, 0, "{slices:?}");
-        out.len() / self.num_layers
+        let partials = (tier != Tier::Lavapipe).then_some(Partials { buffer: BufferId(1), num_elements: 1 << 21 });
+        let mut encoder = Encoder { tier, mat_muls, weights, recording: &recording, max_work, partials, out: &mut out };
+        encoder.ops(ops);
+        let of_layers = out.len() - 1;
+        assert_eq!(of_layers % self.num_layers, 0, "{slices:?}");
+        of_layers / self.num_layers
     }
 }
 
@@ -90,4 +95,19 @@ fn no_step_takes_more_dispatches_a_layer_than_its_bound() {
             assert_eq!(count(&worst), MAX_DISPATCHES, "{shape}: split decodes, a prompt and the last token of one");
         }
     }
+}
+
+#[test]
+fn workgroups_that_share_k_cost_no_dispatch_where_a_norm_follows() {
+    let layers = Layers::new("llama-3.1-8b");
+    let (qkv, down) = ((6144, 4096), (4096, 14336));
+    let count = |(rows, cols): (u32, u32), tokens: u32| {
+        let mut tables = MatMulTables::new(Tier::Subgroup, Arithmetic::F32);
+        let shape = MatMulShape { format: WeightFormat::Q4_0, rows, cols };
+        tables.set(shape, &MatMulLine::only("split 8x32 spread")).expect("a kernel of this tier");
+        layers.count_by(&tables, Tier::Subgroup, &[(tokens, 0)])
+    };
+    assert_eq!(count(down, 8), 9, "the norm adds up");
+    assert_eq!(count(qkv, 8), 10, "no norm follows");
+    assert_eq!(count(down, 512), 9, "no room for so many rows: nothing is shared");
 }
