@@ -112,7 +112,7 @@ pub const ELEMENT_LANES: u32 = 64;
 pub const MUL_ADD_ELEMENTS: u32 = 1024;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 30] = [
+pub const FILES: [(&str, &str); 31] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
@@ -133,6 +133,7 @@ pub const FILES: [(&str, &str); 30] = [
     ("mat_mul_sum.wgsl", include_str!("mat_mul_sum.wgsl")),
     ("mat_mul_tile.wgsl", include_str!("mat_mul_tile.wgsl")),
     ("mul_add.wgsl", include_str!("mul_add.wgsl")),
+    ("mul_add_matrix.wgsl", include_str!("mul_add_matrix.wgsl")),
     ("params.wgsl", include_str!("params.wgsl")),
     ("reset_counts.wgsl", include_str!("reset_counts.wgsl")),
     ("rms_norm.wgsl", include_str!("rms_norm.wgsl")),

@@ -29,6 +29,24 @@ pub struct MatrixUnits {
     pub subgroup_lanes: u32,
 }
 
+impl MatrixUnits {
+    /// Of a workgroup: four, or as many as it has room for.
+    const fn subgroups(self) -> u32 {
+        let room = MAX_GROUP_LANES / self.subgroup_lanes;
+        if room < 4 { room } else { 4 }
+    }
+
+    /// Elements of a workgroup of `mul_add_matrix.wgsl`: four matrices a subgroup.
+    pub const fn mul_add_elements(self) -> u32 {
+        self.subgroups() * 4 * self.size * self.size
+    }
+
+    pub fn mul_add_constants(self) -> Constants {
+        let subgroups = self.subgroups();
+        vec![("SIZE", self.size), ("SUBGROUPS", subgroups), ("GROUP_LANES", subgroups * self.subgroup_lanes)]
+    }
+}
+
 impl Arithmetic {
     /// By how much a product may differ from what f32 gives, relative to the largest of a tensor.
     pub const fn tolerance(self) -> f32 {
@@ -377,8 +395,8 @@ impl MatMulVariant {
                 ]
             }
             MatMulVariant::Matrix { units, rows } => {
-                // Four, or as many as a workgroup has room for; few rows have all of them side by side.
-                let (size, subgroups) = (units.size, (MAX_GROUP_LANES / units.subgroup_lanes).min(4));
+                // Few rows have all subgroups side by side.
+                let (size, subgroups) = (units.size, units.subgroups());
                 let subgroups_n = if rows == 16 { subgroups } else { 2 };
                 vec![
                     ("MATRIX", 1),

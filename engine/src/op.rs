@@ -200,7 +200,7 @@ pub struct AddNorm {
 }
 
 /// `x = scale * x + offset`, `rounds` times over, element by element: how fast a device multiplies and adds at most. No
-/// model has it.
+/// model has it. With a `scale` of 1 it tells the same of matrix units, where products go to them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MulAdd {
     /// f32 (rows, cols), in place.

@@ -19,6 +19,8 @@ pub struct Peaks {
     pub kernel_bytes_per_s: f64,
     /// A multiply-add is two.
     pub flops_per_s: f64,
+    /// Of matrix units, where products go to them: operands in f16, sums in f32.
+    pub matrix_flops_per_s: Option<f64>,
 }
 
 /// What an op on 64 elements takes among others.
@@ -58,8 +60,12 @@ pub fn measure(rig: &mut Rig, copied_bytes: u64) -> Result<Peaks, OpsError> {
     let kernel_ns = op_ns(rig, change(x, MUL_ADD_ROUNDS))?;
     let [copy_bytes_per_s, kernel_bytes_per_s] = [copy_ns, kernel_ns].map(|ns| (2 * size_bytes) as f64 / ns * 1e9);
     let bytes_per_s = copy_bytes_per_s.max(kernel_bytes_per_s);
-    let flops_per_s = flops_per_s(rig, x.first_rows(rows.min(MUL_ADD_ROWS)))?;
-    Ok(Peaks { bytes_per_s, copy_bytes_per_s, kernel_bytes_per_s, flops_per_s })
+    let x = x.first_rows(rows.min(MUL_ADD_ROWS));
+    let flops_per_s = flops_per_s(rig, &|rounds| change(x, rounds), 1)?;
+    let matrix_size = rig.backend.matrix_size();
+    let matrix_flops_per_s =
+        matrix_size.map(|size| self::flops_per_s(rig, &|rounds| sum(x, rounds), size)).transpose()?;
+    Ok(Peaks { bytes_per_s, copy_bytes_per_s, kernel_bytes_per_s, flops_per_s, matrix_flops_per_s })
 }
 
 /// Stays finite, whatever x begins with.
@@ -67,17 +73,24 @@ fn change(x: Tensor, rounds: u32) -> Op {
     Op::MulAdd(MulAdd { x, scale: 0.5, offset: 1.0, rounds })
 }
 
+/// What matrix units can do as well.
+fn sum(x: Tensor, rounds: u32) -> Op {
+    Op::MulAdd(MulAdd { x, scale: 1.0, offset: 1.0 / 1024.0, rounds })
+}
+
 /// Rows that are multiplied and added: 4 million elements, for as many invocations as a large GPU has at once.
 const MUL_ADD_ROWS: u32 = 256;
 
-/// As many rounds that what is read and written takes no part of the time to speak of.
-fn flops_per_s(rig: &mut Rig, x: Tensor) -> Result<f64, OpsError> {
+/// Of so many rounds that what is read and written takes no part of the time to speak of; `products` of an element are
+/// what it multiplies in a round.
+fn flops_per_s(rig: &mut Rig, op: &dyn Fn(u32) -> Op, products: u32) -> Result<f64, OpsError> {
     let mut rounds = 8 * MUL_ADD_ROUNDS;
-    while rounds < 4096 * MUL_ADD_ROUNDS && rig.run(&[change(x, rounds)], 1)?.device_ns < 1e7 {
+    while rounds < 4096 * MUL_ADD_ROUNDS && rig.run(&[op(rounds)], 1)?.device_ns < 1e7 {
         rounds *= 2;
     }
-    let ns = op_ns(rig, change(x, rounds))?;
-    Ok(2.0 * f64::from(x.num_elements()) * f64::from(rounds) / ns * 1e9)
+    let Op::MulAdd(MulAdd { x, .. }) = op(rounds) else { unreachable!("no other op multiplies and adds alone") };
+    let ns = op_ns(rig, op(rounds))?;
+    Ok(2.0 * f64::from(products) * f64::from(x.num_elements()) * f64::from(rounds) / ns * 1e9)
 }
 
 fn op_ns(rig: &mut Rig, op: Op) -> Result<f64, OpsError> {

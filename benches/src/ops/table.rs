@@ -6,11 +6,14 @@ use super::{OpsReport, Peaks};
 
 impl fmt::Display for OpsReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Peaks { bytes_per_s, copy_bytes_per_s, kernel_bytes_per_s, flops_per_s } = self.peaks;
+        let Peaks { bytes_per_s, copy_bytes_per_s, kernel_bytes_per_s, flops_per_s, matrix_flops_per_s } = self.peaks;
         writeln!(f, "{}: {}, {} tier, {}; {}", self.device, self.name, self.tier, self.arithmetic, self.driver)?;
         let [best, copy, kernel] = [bytes_per_s, copy_bytes_per_s, kernel_bytes_per_s].map(|bytes| bytes / 1e9);
         writeln!(f, "bandwidth          {best:.1} GB/s (copy command {copy:.1}, kernel in place {kernel:.1})")?;
         writeln!(f, "multiply-adds      {:.1} GFLOP/s", flops_per_s / 1e9)?;
+        if let Some(of_matrices) = matrix_flops_per_s {
+            writeln!(f, "on matrix units    {:.1} GFLOP/s", of_matrices / 1e9)?;
+        }
         let dispatch = self.dispatch;
         let [independent, dependent, submit] =
             [dispatch.independent_ns, dispatch.dependent_ns, dispatch.submit_ns].map(|ns| ns / 1e3);

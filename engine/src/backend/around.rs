@@ -64,6 +64,10 @@ pub trait Around: Send {
         self.inner_mut().reopen()
     }
 
+    fn matrix_size(&self) -> Option<u32> {
+        self.inner().matrix_size()
+    }
+
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         self.inner().mat_mul_kernels(format)
     }
@@ -132,6 +136,10 @@ impl<A: Around> Backend for A {
 
     fn reopen(&mut self) -> Result<(), DeviceError> {
         Around::reopen(self)
+    }
+
+    fn matrix_size(&self) -> Option<u32> {
+        Around::matrix_size(self)
     }
 
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {

@@ -90,6 +90,12 @@ pub trait Backend: Send {
         Vec::new()
     }
 
+    /// Rows of the square matrices that products go to, where they go to matrix units and [`MulAdd`](crate::op::MulAdd)
+    /// does too: each of its rounds is then so many multiply-adds an element.
+    fn matrix_size(&self) -> Option<u32> {
+        None
+    }
+
     /// By how much attention may differ from the plain cpu's, relative to the largest.
     fn attention_tolerance(&self) -> f32 {
         2e-5

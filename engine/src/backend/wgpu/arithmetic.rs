@@ -106,7 +106,7 @@ pub(super) fn features(arithmetic: Arithmetic) -> Features {
 pub(super) fn token(arithmetic: Arithmetic) -> ExperimentalFeatures {
     match arithmetic {
         // SAFETY: asks for the knowledge that code behind it may have faults. Whoever chose matrix units was told; our
-        // kernels load and store matrices within workgroup memory alone, and are held against the cpu before use.
+        // kernels load and store matrices within what they are given alone, and are held against the cpu before use.
         Arithmetic::MatrixUnits(_) => unsafe { ExperimentalFeatures::enabled() },
         _ => ExperimentalFeatures::disabled(),
     }

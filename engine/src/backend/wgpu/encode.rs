@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, TILE, Tier};
+use half::f16;
 
 use super::mat_mul_tables::MatMulTables;
 use super::params::*;
@@ -303,8 +304,18 @@ impl Encoder<'_> {
         let num_eights = op.rounds / MUL_ADD_ROUNDS;
         let (scale, offset) = (op.scale, op.offset);
         let params = MulAddParams { x: op.x.offset, num_elements, scale, offset, num_eights };
-        let work = u64::from(num_elements) * u64::from(op.rounds);
-        self.push_work(Kernel::MulAdd, &[op.x.buffer], &params, num_elements.div_ceil(MUL_ADD_ELEMENTS), work);
+        // A sum alone, of what f16 has, is a product of matrices as well.
+        let is_sum = scale == 1.0 && f16::from_f32(offset).to_f32() == offset;
+        let units = self
+            .mat_muls
+            .matrix_units()
+            .filter(|units| is_sum && num_elements.is_multiple_of(units.mul_add_elements()));
+        let (kernel, of_group, size) = match units {
+            Some(units) => (Kernel::MulAddMatrix(units), units.mul_add_elements(), units.size),
+            None => (Kernel::MulAdd, MUL_ADD_ELEMENTS, 1),
+        };
+        let work = u64::from(num_elements) * u64::from(op.rounds) * u64::from(size);
+        self.push_work(kernel, &[op.x.buffer], &params, num_elements.div_ceil(of_group), work);
     }
 
     /// Slices of rows first, then rows.

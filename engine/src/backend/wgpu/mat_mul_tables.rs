@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{Arithmetic, LEAST_SPREAD_K, MatMulChoice, MatMulVariant, Tier};
+use fullbore_shaders::{Arithmetic, LEAST_SPREAD_K, MatMulChoice, MatMulVariant, MatrixUnits, Tier};
 
 use super::arithmetic::of_format;
 use crate::backend::packing::Layout;
@@ -24,6 +24,11 @@ impl MatMulTables {
         let own =
             [WeightFormat::Q4_0, WeightFormat::F16].map(|format| tier.mat_mul_choices(of_format(arithmetic, format)));
         MatMulTables { tier, arithmetic, own, set: HashMap::new() }
+    }
+
+    /// What products go to, if they do.
+    pub fn matrix_units(&self) -> Option<MatrixUnits> {
+        if let Arithmetic::MatrixUnits(units) = self.arithmetic { Some(units) } else { None }
     }
 
     pub fn of(&self, shape: MatMulShape) -> &[MatMulChoice] {
@@ -90,8 +95,6 @@ fn name(variant: MatMulVariant, spreads: bool) -> String {
 
 #[cfg(test)]
 mod tests {
-    use fullbore_shaders::MatrixUnits;
-
     use super::*;
 
     const SHAPE: MatMulShape = MatMulShape { format: WeightFormat::Q4_0, rows: 64, cols: 64 };

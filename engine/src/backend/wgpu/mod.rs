@@ -348,6 +348,10 @@ impl Backend for WgpuBackend {
         Ok(())
     }
 
+    fn matrix_size(&self) -> Option<u32> {
+        self.mat_muls.matrix_units().map(|units| units.size)
+    }
+
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         self.mat_muls.kernels(format)
     }

@@ -216,7 +216,7 @@ mod tests {
             Kernel::ResetCounts => fields::<ResetCountsParams>(),
             Kernel::SampleSlices => fields::<SampleSlicesParams>(),
             Kernel::Sample => fields::<SampleParams>(),
-            Kernel::MulAdd => fields::<MulAddParams>(),
+            Kernel::MulAdd | Kernel::MulAddMatrix(_) => fields::<MulAddParams>(),
         }
     }
 

@@ -36,7 +36,12 @@ pub enum Kernel {
     SampleSlices,
     Sample,
     MulAdd,
+    MulAddMatrix(MatrixUnits),
 }
+
+/// That stand for all, where every kernel is listed.
+const UNITS_OF_ALL: [MatrixUnits; 2] =
+    [MatrixUnits { size: 8, subgroup_lanes: 32 }, MatrixUnits { size: 16, subgroup_lanes: 32 }];
 
 /// What a workgroup of attention takes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -103,7 +108,7 @@ impl Kernel {
 
     /// Those that read weights of `format`, whatever a device computes with.
     fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let matrix_units = [8, 16].map(|size| Arithmetic::MatrixUnits(MatrixUnits { size, subgroup_lanes: 32 }));
+        let matrix_units = UNITS_OF_ALL.map(Arithmetic::MatrixUnits);
         let all = [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot].into_iter().chain(matrix_units);
         let all = all.filter(move |&arithmetic| tier.has(arithmetic) && arithmetic == of_format(arithmetic, format));
         let mut variants: Vec<MatMulVariant> = all.flat_map(|arithmetic| tier.mat_mul_variants(arithmetic)).collect();
@@ -116,8 +121,8 @@ impl Kernel {
     pub fn extras(self, tier: Tier) -> Extras {
         let (subgroups, immediates) = (tier != Tier::Base, tier != Tier::Base);
         let variant = if let Kernel::MatMul(_, variant) = self { Some(variant) } else { None };
-        let f16 = variant.is_some_and(MatMulVariant::is_f16);
-        let matrix_units = variant.is_some_and(MatMulVariant::is_matrix);
+        let matrix_units = variant.is_some_and(MatMulVariant::is_matrix) || matches!(self, Kernel::MulAddMatrix(_));
+        let f16 = variant.is_some_and(MatMulVariant::is_f16) || matrix_units;
         Extras { subgroups, immediates, f16, matrix_units }
     }
 
@@ -134,7 +139,9 @@ impl Kernel {
             let heads = heads.iter().filter(move |(head_dim, _)| kv_type.takes(*head_dim));
             heads.flat_map(move |&(head_dim, group)| Kernel::of_cache(tier, kv_type, head_dim, group))
         });
-        Kernel::GENERAL.into_iter().chain([Kernel::MatMulSum, Kernel::MulAdd]).chain(formats).chain(caches).collect()
+        let units = UNITS_OF_ALL.into_iter().filter(|units| tier.has(Arithmetic::MatrixUnits(*units)));
+        let rare = [Kernel::MatMulSum, Kernel::MulAdd].into_iter().chain(units.map(Kernel::MulAddMatrix));
+        Kernel::GENERAL.into_iter().chain(rare).chain(formats).chain(caches).collect()
     }
 
     /// Its file, and what the file is composed with.
@@ -180,6 +187,10 @@ impl Kernel {
                 "sample"
             }
             Kernel::MulAdd => "mul_add",
+            Kernel::MulAddMatrix(units) => {
+                constants.extend(units.mul_add_constants());
+                "mul_add_matrix"
+            }
         };
         (name, constants)
     }
