@@ -4,9 +4,10 @@ use std::path::Path;
 use std::process::Command;
 
 /// What is compiled into the program, from the workspace's folder.
-const COMPILED: [&str; 8] = [
+const COMPILED: [&str; 9] = [
     "Cargo.lock",
     "Cargo.toml",
+    "benches/Cargo.toml",
     "benches/src",
     "cuda-kernels",
     "docs/results.schema.json",

@@ -15,11 +15,19 @@ use fullbore_bench::result::BenchResult;
 use fullbore_bench::submit::SubmitReport;
 use fullbore_engine::cost::DeviceProfile;
 
+use crate::schema::assert_follows_the_schema;
+
 /// A file of a test's own.
 fn file(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("benches");
     fs::create_dir_all(&folder).expect("a temporary folder");
     folder.join(name)
+}
+
+fn read(path: &Path) -> BenchResult {
+    let result = BenchResult::read(path).expect("a result");
+    assert_follows_the_schema(&result);
+    result
 }
 
 /// Runs `fullbore bench WORDS`, which writes to `output`.
@@ -42,7 +50,7 @@ fn run(words: &str, output: &Path) -> Result<(), String> {
 fn offline_leaves_a_result_with_every_token() {
     let path = file("offline.json");
     run("offline --device sim --num-requests 6 --prompt-tokens 12 --output-tokens 5 --runs 3", &path).expect("it runs");
-    let result = BenchResult::read(&path).expect("a result");
+    let result = read(&path);
     let runs = &result.measurements[0].runs;
     assert_eq!(runs.len(), 3);
     for run in runs {
@@ -55,7 +63,7 @@ fn offline_leaves_a_result_with_every_token() {
 fn ops_leave_a_result_with_each_of_them() {
     let path = file("ops.json");
     run("ops --device cpu --shapes small --only rms_norm --m 1,3 --seconds 0", &path).expect("it runs");
-    let result = BenchResult::read(&path).expect("a result");
+    let result = read(&path);
     let found: Vec<_> = result.measurements.iter().map(|of| (of.at["m"], of.runs.len())).collect();
     assert_eq!(found, [(1.0, 3), (3.0, 3)]);
     assert!(result.measurements.iter().all(|of| of.summary["roofline_share"].median > 0.0));
@@ -129,7 +137,7 @@ fn an_interrupt_leaves_the_runs_that_were_whole() {
     assert!(interrupted.is_ok_and(|status| status.success()));
     let told: Vec<String> = lines.collect();
     assert_eq!(child.wait().expect("it ended").code(), Some(130), "{told:?}");
-    let result = BenchResult::read(&path).expect("a result");
+    let result = read(&path);
     let runs = &result.measurements[0].runs;
     assert!(runs.len() >= 2 && runs.iter().all(|run| run.metrics.contains_key("first_token_s")), "{runs:?}");
     assert!(result.invalid.iter().any(|doubt| doubt.starts_with("interrupted")), "{:?}", result.invalid);

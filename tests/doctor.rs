@@ -10,6 +10,8 @@ use fullbore::bench::{measure_doctor, report};
 use fullbore::device_report;
 use fullbore_bench::result::{Advice, BenchResult, Diagnosis};
 
+use crate::schema::assert_follows_the_schema;
+
 /// A device whose steps take 10 ms for up to 16 rows, and more from there on.
 const PROFILE: &str = r#"{
     "version": 1,
@@ -36,7 +38,9 @@ fn ask(words: &str) -> Result<BenchResult, String> {
 fn measure<'a>(words: impl Iterator<Item = &'a str>) -> Result<BenchResult, String> {
     let args = Args::try_parse_from(words).map_err(|error| error.to_string())?;
     let Command::Bench { command: BenchCommand::Doctor(args) } = args.command else { panic!("bench doctor is that") };
-    measure_doctor(&args, &mut |_| {}).map_err(|error| error.to_string())
+    let result = measure_doctor(&args, &mut |_| {}).map_err(|error| error.to_string())?;
+    assert_follows_the_schema(&result);
+    Ok(result)
 }
 
 #[track_caller]

@@ -51,6 +51,8 @@ mod random;
 mod sampling;
 /// Needs nothing: traces of steps, as expected text.
 mod scheduler;
+/// The form of results of benches, for the tests that have some.
+mod schema;
 /// Needs nothing: whole model files and folders, served, and damaged at random.
 mod serving;
 /// Needs Vulkan drivers: every shader variant validates, and does what its op says.

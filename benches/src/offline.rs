@@ -10,7 +10,7 @@ use fullbore_engine::limits::Cause;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
 
 use crate::result::{Run, hash_of};
-use crate::statistics::quantile;
+use crate::statistics::{is_told, quantile};
 use crate::stopwatch::{Dial, Reading};
 use crate::workload::Workload;
 
@@ -160,11 +160,13 @@ impl OfflineReport {
             ("output_tokens_per_s", self.output_tokens_per_s),
             ("total_tokens_per_s", (self.prompt_tokens + self.output_tokens) as f64 / self.elapsed_s),
             ("ttft_p50_ms", self.ttft_ms_p50),
-            ("ttft_p99_ms", self.ttft_ms_p99),
             ("tpot_mean_ms", self.tpot_ms_mean),
             ("cached_share", self.cached_share()),
         ] {
             run.metric(name, value);
+        }
+        if is_told(0.99, self.num_requests as usize) {
+            run.metric("ttft_p99_ms", self.ttft_ms_p99);
         }
         self.device_seconds.iter().for_each(|(cause, seconds)| run.metric(&format!("device_{cause}_s"), *seconds));
         run.count("requests", u64::from(self.num_requests));

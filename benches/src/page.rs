@@ -93,7 +93,8 @@ mod tests {
             "a peer",
             "Throughput against latency",
             "Where the device&#39;s time went",
-            "concurrency 2",
+            "concurrency 2 (the knee)",
+            "Other vendors",
             "Not measured on An &lt;odd&gt; GPU: batch 1",
             "Each number is a ratio",
             "b12345; by hand, --slots 2",
@@ -113,9 +114,28 @@ mod tests {
         let mut results = results();
         results[0].1.invalid.push("the target died".to_owned());
         results[0].1.finish();
-        assert!(html(&results, &[]).contains("a.json is not valid: the target died"));
+        let page = html(&results, &[]);
+        assert!(page.contains("a.json is not valid: the target died") && page.contains("<td>no</td>"), "{page}");
+        // Neither in the cards, nor drawn, nor counted as measured.
+        for part in ["<article>", "<figure>"] {
+            assert!(!page.contains(part), "{part} in {page}");
+        }
+        assert!(page.contains("the knee (`bench sweep`)"), "{page}");
         let text = markdown(&results, &[]);
         assert!(text.contains("a.json is not valid: the target died") && text.contains("| no |"), "{text}");
+    }
+
+    #[test]
+    fn more_causes_than_colours_share_the_last() {
+        let mut results = results();
+        for run in results[0].1.measurements.iter_mut().flat_map(|measurement| &mut measurement.runs) {
+            for nth in 0..9 {
+                run.metric(&format!("device_cause_{nth}_s"), 0.1);
+            }
+        }
+        results[0].1.finish();
+        let page = html(&results, &[]);
+        assert!(page.contains("other (cause ") && !page.contains("class=\"c8\""), "{page}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use fullbore_engine::memory::capacity::human_bytes;
 use serde::Serialize;
 
 use crate::result::Run;
-use crate::statistics::Histogram;
+use crate::statistics::{Histogram, is_told};
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ServingReport {
@@ -113,11 +113,15 @@ impl ServingReport {
         run.metric("output_tokens_per_s", self.output_tokens_per_s);
         run.metric("total_tokens_per_s", tokens as f64 / self.duration_s.max(1e-9));
         run.metric("cached_share", self.prefix_hit_share);
-        for (name, Percentiles { mean, p50, p90, p99 }) in
-            [("ttft", self.ttft_ms), ("itl", self.itl_ms), ("e2e", self.total_ms)]
+        let (requests, gaps) = (self.num_completed as usize, self.output_tokens as usize);
+        for (name, num_values, Percentiles { mean, p50, p90, p99 }) in
+            [("ttft", requests, self.ttft_ms), ("itl", gaps, self.itl_ms), ("e2e", requests, self.total_ms)]
         {
-            for (label, value) in [("mean", mean), ("p50", p50), ("p90", p90), ("p99", p99)] {
-                run.metric(&format!("{name}_{label}_ms"), value);
+            for (label, share, value) in [("mean", 0.0, mean), ("p50", 0.5, p50), ("p90", 0.9, p90), ("p99", 0.99, p99)]
+            {
+                if is_told(share, num_values) {
+                    run.metric(&format!("{name}_{label}_ms"), value);
+                }
             }
         }
         for (name, count) in [

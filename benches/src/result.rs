@@ -10,6 +10,7 @@ use std::{fs, io};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::serve::knee;
 use crate::statistics::median;
 pub use clocks::Clocks;
 pub use diagnosis::{Advice, Change, Diagnosis};
@@ -23,6 +24,8 @@ pub mod table;
 /// Of the form below; raised whenever a reader of the old form would misread the new one.
 pub const SCHEMA_VERSION: u32 = 1;
 pub const SCHEMA: &str = include_str!("../../docs/results.schema.json");
+
+const INTERRUPTED: &str = "interrupted: only what was whole by then is here";
 
 /// Fewer say nothing of how much a machine wavers.
 pub const MIN_RUNS: usize = 3;
@@ -149,7 +152,7 @@ impl BenchResult {
             schema_version: SCHEMA_VERSION,
             bench: bench.to_owned(),
             begun_at: rfc3339(clocks.wall),
-            command: std::env::args().map(|word| without_folder(&word)).collect(),
+            command: without_secrets(std::env::args()).map(|word| without_folder(&word)).collect(),
             seed,
             software: Software::this(commit),
             machine: Machine::this(),
@@ -195,8 +198,20 @@ impl BenchResult {
     /// Sums up what was whole when the bench was interrupted.
     pub fn interrupt(&mut self) {
         self.measurements.retain(|measurement| !measurement.runs.is_empty());
-        self.invalid.push("interrupted: only what was whole by then is here".to_owned());
+        self.invalid.push(INTERRUPTED.to_owned());
         self.finish();
+    }
+
+    /// The load at which a target of a sweep gives about all that it can: of good requests, where there are bounds.
+    pub fn knee(&self, target: &str) -> Option<&Measurement> {
+        let of_good = "goodput_requests_per_s";
+        let has_bounds = self.measurements.iter().any(|measurement| measurement.summary.contains_key(of_good));
+        let metric = if has_bounds { of_good } else { "output_tokens_per_s" };
+        (self.bench == "sweep").then(|| knee(target, metric, &self.measurements)).flatten()
+    }
+
+    pub fn was_interrupted(&self) -> bool {
+        self.invalid.iter().any(|reason| reason == INTERRUPTED)
     }
 
     /// Sums up: spreads, ratios of the first target to each other, and the verdict on the whole.
@@ -228,7 +243,12 @@ impl BenchResult {
         let (own, others): (Vec<_>, Vec<_>) = self.measurements.iter().partition(|m| m.target == first.name);
         for other in others {
             let Some(own) = own.iter().find(|own| own.at == other.at && own.subject == other.subject) else { continue };
-            let ratios: Vec<_> = own.runs.iter().zip(&other.runs).map(|(own, other)| ratios(own, other)).collect();
+            let pairs = own.runs.iter().zip(&other.runs);
+            let whole = pairs.filter(|(own, other)| own.has_answered_all() && other.has_answered_all());
+            let ratios: Vec<_> = whole.map(|(own, other)| ratios(own, other)).collect();
+            if ratios.is_empty() {
+                continue;
+            }
             self.comparisons.push(Comparison {
                 target: own.target.clone(),
                 against: other.target.clone(),
@@ -248,7 +268,28 @@ impl Run {
     pub fn count(&mut self, name: &str, count: u64) {
         self.counts.insert(name.to_owned(), count);
     }
+
+    /// Where answers are counted at all.
+    pub fn has_answered_all(&self) -> bool {
+        let completed = self.counts.get("completed");
+        completed.is_none_or(|completed| self.counts.get("requests") == Some(completed))
+    }
 }
+
+/// A result is shown to others.
+fn without_secrets(words: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+    let mut is_secret = false;
+    words.map(move |word| {
+        let was_asked = std::mem::replace(&mut is_secret, word == SECRET);
+        match word.split_once('=') {
+            _ if was_asked => "...".to_owned(),
+            Some((SECRET, _)) => format!("{SECRET}=..."),
+            _ => word,
+        }
+    })
+}
+
+const SECRET: &str = "--api-key";
 
 /// The folders of one machine repeat nothing on another.
 fn without_folder(word: &str) -> String {
@@ -313,6 +354,35 @@ mod tests {
         assert_eq!((ratio.target.as_str(), ratio.against.as_str()), ("a", "b"));
         assert_eq!(ratio.ratios["tokens_per_s"], Spread { median: 2.0, min: 2.0, max: 2.0 });
         assert!(result.valid && result.invalid.is_empty());
+    }
+
+    #[test]
+    fn what_failed_has_no_ratio() {
+        let failed = |rates: &[f64], completed: u64| {
+            let mut measurement = measurement("a", rates);
+            measurement.runs[0].counts = [("requests".to_owned(), 4), ("completed".to_owned(), completed)].into();
+            measurement
+        };
+        let other = || measurement("b", &[20.0, 15.0, 10.0]);
+        let some = result(vec![failed(&[400.0, 30.0, 20.0], 3), other()]);
+        assert_eq!(some.comparisons[0].ratios["tokens_per_s"].max, 2.0);
+        assert_eq!(result(vec![failed(&[40.0, 30.0, 20.0], 4), other()]).comparisons[0].ratios.len(), 1);
+        assert!(result(vec![failed(&[40.0], 0), other()]).comparisons.is_empty());
+    }
+
+    #[test]
+    fn a_clock_that_was_set_makes_a_result_doubtful() {
+        let mut result = BenchResult::begin("serve", 1, None);
+        result.clocks = Some(Clocks { wall: std::time::UNIX_EPOCH, ..Clocks::now() });
+        result.finish();
+        assert!(result.invalid.iter().any(|reason| reason.contains("clock moved")), "{:?}", result.invalid);
+    }
+
+    #[test]
+    fn a_command_is_kept_without_its_secrets() {
+        let words = ["fullbore", "--api-key", "secret", "--api-key=secret", "--runs", "3"].map(str::to_owned);
+        let kept: Vec<String> = without_secrets(words.into_iter()).collect();
+        assert_eq!(kept, ["fullbore", "--api-key", "...", "--api-key=...", "--runs", "3"]);
     }
 
     #[test]

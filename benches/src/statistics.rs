@@ -16,6 +16,11 @@ pub fn median(sample: &mut [f64]) -> Option<f64> {
     quantile(sample, 0.5)
 }
 
+/// Whether a quantile of so many values is more than the largest of them by another name.
+pub fn is_told(quantile: f64, num_values: usize) -> bool {
+    quantile <= 0.5 || num_values as f64 * (1.0 - quantile) >= 1.0 - 1e-9
+}
+
 /// Bins of a histogram to each power of two; a value is known to half of one part in so many.
 const BINS: u64 = 128;
 
@@ -88,6 +93,12 @@ mod tests {
             let found = one.quantile_ms(0.5).expect("not empty") * 1e6;
             assert!((found - ns as f64).abs() <= 0.005 * ns as f64, "{found} for {ns}");
         }
+    }
+
+    #[test]
+    fn a_quantile_is_told_of_enough() {
+        let told = [(0.5, 1), (0.9, 9), (0.9, 10), (0.99, 99), (0.99, 100)].map(|(share, num)| is_told(share, num));
+        assert_eq!(told, [true, false, true, false, true]);
     }
 
     #[test]

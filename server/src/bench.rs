@@ -1,18 +1,18 @@
 //! `fullbore bench`: one engine in this process, driven without HTTP, one device without an engine, or the server
 //! before a simulated device; JSON on standard output, and what a person reads on standard error.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use fullbore_bench::grammar::{self, GrammarBenchError, GrammarOptions};
 use fullbore_bench::http::HttpBenchError;
 use fullbore_bench::offline::BenchError;
-use fullbore_bench::ops::{self, ModelShape, OpsError, OpsOptions};
+use fullbore_bench::ops::{self, ModelShape, OpsError, OpsOptions, OpsReport};
 use fullbore_bench::play::{self, Clock, PlayError};
 use fullbore_bench::profile::{self, Measured, ProfileError};
 use fullbore_bench::report::ServingReport;
-use fullbore_bench::result::{MIN_RUNS, ResultError};
+use fullbore_bench::result::{BenchResult, MIN_RUNS, ResultError};
 use fullbore_bench::serve::ServeBenchError;
 use fullbore_bench::simulate::SimulateError;
 use fullbore_bench::submit::{self, SubmitReport};
@@ -28,6 +28,7 @@ use crate::devices::{self, DeviceChoiceError};
 use crate::serve::ServeError;
 use crate::simulate::{WorkloadError, play_options, requests};
 use crate::start::{self, StartError};
+use crate::version::COMMIT;
 
 mod doctor;
 mod http;
@@ -37,6 +38,8 @@ mod loopback;
 mod report;
 mod result;
 mod serve;
+
+use interrupt::{Keep, until_interrupted};
 
 pub use doctor::{doctor, measure_doctor};
 pub use http::{http, measure_http};
@@ -76,6 +79,8 @@ pub enum BenchCommandError {
     AllTooLong(usize, u64),
     #[error("--about tells of {0}, and no target has that name; the names are those that --url and --against give")]
     About(String),
+    #[error("two targets are called {0}; name one by --against NAME=URL")]
+    SameName(String),
     #[error("a sweep makes its own arrivals; leave --arrivals and --speedup out")]
     SweepArrivals,
     #[error("cannot start the threads of a bench: {0}")]
@@ -167,24 +172,31 @@ pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
     };
     let mut backend = devices::open(&args.device)?;
     let mut progress = |num_passes, num_ops| eprintln!("{num_passes} passes over {num_ops} ops");
-    let report = ops::measure(backend.as_mut(), &options, &mut progress)?;
+    let (begun, device) = (BenchResult::begin("ops", 0, COMMIT), backend.info().clone());
+    let num_runs = if args.output.is_some() { MIN_RUNS } else { 1 };
+    let measure = |keep: Keep| {
+        let mut reports = Vec::new();
+        while reports.len() < num_runs {
+            let report = ops::measure(backend.as_mut(), &options, &mut progress)?;
+            if reports.is_empty() {
+                tell(&report, args.csv.as_deref())?;
+            }
+            reports.push(report);
+            keep(&result::of_ops(&begun, &reports, &device));
+        }
+        Ok(result::of_ops(&begun, &reports, &device))
+    };
+    let output = args.output.clone();
+    let write = move |result: &BenchResult| output.as_deref().map_or(Ok(()), |path| Ok(result.write(path)?));
+    write(&until_interrupted(measure, write.clone())?)
+}
+
+/// The first of several runs is told as it comes.
+fn tell(report: &OpsReport, csv: Option<&Path>) -> Result<(), BenchCommandError> {
     eprint!("{report}");
     println!("{}", serde_json::json!(report));
-    if let Some(path) = &args.csv {
-        fs::write(path, report.csv()).map_err(|source| BenchCommandError::Write { path: path.clone(), source })?;
-    }
-    if let Some(path) = &args.output {
-        let (mut reports, written) = (vec![report], path.clone());
-        let measure = |keep: interrupt::Keep| {
-            while reports.len() < MIN_RUNS {
-                keep(&result::of_ops(&reports, backend.info()));
-                reports.push(ops::measure(backend.as_mut(), &options, &mut progress)?);
-            }
-            Ok(result::of_ops(&reports, backend.info()))
-        };
-        interrupt::until_interrupted(measure, move |result| Ok(result.write(&written)?))?.write(path)?;
-    }
-    Ok(())
+    let Some(path) = csv else { return Ok(()) };
+    fs::write(path, report.csv()).map_err(|source| BenchCommandError::Write { path: path.to_owned(), source })
 }
 
 /// A usual one, for what is told of a device in one number.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::names::Names;
-use super::plot::{Axis, Bar, Point, Series, bars, lines};
+use super::plot::{Axis, Bar, NUM_COLOURS, Point, Series, bars, lines};
 use super::view::{Named, load_of};
 use crate::result::table::{loads, number};
 use crate::result::{BenchResult, Measurement, Spread};
@@ -18,8 +18,10 @@ pub struct Figure {
     pub svg: String,
 }
 
-/// All that there is data for, and sentences about those that there is none for.
+/// All that there is valid data for, and sentences about those that there is none for.
 pub fn figures(results: &[Named], names: &Names) -> (Vec<Figure>, Vec<String>) {
+    let valid: Vec<Named> = results.iter().filter(|(_, result)| result.valid).cloned().collect();
+    let results = &valid[..];
     let kinds: [(&str, Vec<Figure>); 5] = [
         ("no sweep: no throughput against latency (`bench sweep`)", sweeps(results, names)),
         ("no server of ours under load: not where its device's time went (`bench serve`)", times(results, names)),
@@ -113,11 +115,16 @@ fn starts(results: &[Named], names: &Names) -> Vec<Figure> {
 
 fn memory(results: &[Named], names: &Names) -> Vec<Figure> {
     let mut planned: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
-    for (_, result) in results {
+    for (file, result) in results {
         for target in result.targets.iter().filter(|target| !target.memory_bytes.is_empty()) {
             let parts = target.memory_bytes.iter().map(|(name, bytes)| (name.clone(), *bytes as f64 / MIB));
             let model = target.model.as_deref().unwrap_or_default();
-            planned.insert(format!("{}, {model}", names.call(target)), parts.collect());
+            let (mut name, parts) = (format!("{}, {model}", names.call(target)), parts.collect());
+            // Several plans of one model are told apart by their files.
+            if planned.get(&name).is_some_and(|before| *before != parts) {
+                name += &format!(", {file}");
+            }
+            planned.insert(name, parts);
         }
     }
     let mib = |total: f64| format!("{} MiB", number(total));
@@ -137,8 +144,9 @@ fn rooflines(results: &[Named], names: &Names) -> Vec<Figure> {
         };
         let rows: Vec<Bar> = result.measurements.iter().filter_map(bar).collect();
         let device = result.targets.first().map(|target| names.call(target)).unwrap_or_default();
-        let caption =
-            format!("{device}. What an op reaches of what the device's own bandwidth and arithmetic allow it.");
+        let caption = format!(
+            "{device}. What an op reaches of the bandwidth and the arithmetic that were measured there with plain ones."
+        );
         let svg = bars(&rows, &["of the roofline".to_owned()], false);
         (!rows.is_empty()).then(|| Figure { title: "Ops beside the roofline".to_owned(), caption, legend: vec![], svg })
     };
@@ -176,9 +184,14 @@ fn stacked(
     // The largest first; what is nothing anywhere has no colour.
     let mut names: Vec<(&str, f64)> = sums.into_iter().filter(|(_, sum)| *sum > 0.0).collect();
     names.sort_by(|left, right| right.1.total_cmp(&left.1));
-    let legend: Vec<String> = names.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let mut legend: Vec<String> = names.iter().map(|(name, _)| (*name).to_owned()).collect();
+    // No colour stands for two; what is least has one together.
+    let num_named = if legend.len() > NUM_COLOURS { NUM_COLOURS - 1 } else { legend.len() };
+    let rest = legend.split_off(num_named);
     let bar = |(label, parts): &(String, BTreeMap<String, f64>)| {
-        let parts: Vec<f64> = legend.iter().map(|name| parts.get(name).copied().unwrap_or(0.0)).collect();
+        let part = |name: &String| parts.get(name).copied().unwrap_or(0.0);
+        let mut parts: Vec<f64> = legend.iter().map(part).collect();
+        parts.extend((!rest.is_empty()).then(|| rest.iter().map(part).sum::<f64>()));
         let sum = parts.iter().sum();
         Bar { label: label.clone(), parts, total: total(sum) }
     };
@@ -186,6 +199,7 @@ fn stacked(
     if all.is_empty() {
         return Vec::new();
     }
+    legend.extend((!rest.is_empty()).then(|| format!("other ({})", rest.join(", "))));
     let svg = bars(&all, &legend, are_shares);
     vec![Figure { title: title.to_owned(), caption: caption.to_owned(), legend, svg }]
 }

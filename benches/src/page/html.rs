@@ -26,7 +26,7 @@ pub fn page(view: &View, figures: &[Figure]) -> String {
     }
     let tables: String = view.devices.iter().map(device).collect();
     if !tables.is_empty() {
-        body += &section("By device", "", &tables);
+        body += &section("By vendor and device", "", &tables);
     }
     if !view.diagnoses.rows.is_empty() {
         let lead = "What holds each device back, the change of flags that should help most, and what it brought.";
@@ -74,7 +74,8 @@ fn figure(figure: &Figure) -> String {
 
 fn device(device: &DeviceTable) -> String {
     let (name, about) = (escaped(&device.name), escaped(&device.about));
-    format!("<h3>{name}</h3><p class=\"about\">{about}</p>{}", table(&device.table))
+    let vendor = device.vendor.map_or(String::new(), |vendor| format!("<h3>{}</h3>", escaped(vendor)));
+    format!("{vendor}<h4>{name}</h4><p class=\"about\">{about}</p>{}", table(&device.table))
 }
 
 fn table(of: &Table) -> String {

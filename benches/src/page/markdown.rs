@@ -7,8 +7,9 @@ pub fn page(view: &View) -> String {
     if !view.ratios.rows.is_empty() {
         text += &format!("\n## Beside other engines\n\n{OF_RATIOS}\n\n{}", table(&view.ratios));
     }
-    for DeviceTable { name, about, table: of } in &view.devices {
-        text += &format!("\n## {}\n\n{}\n\n{}", escaped(name), escaped(about), table(of));
+    for DeviceTable { vendor, name, about, table: of } in &view.devices {
+        text += &vendor.map_or(String::new(), |vendor| format!("\n## {}\n", escaped(vendor)));
+        text += &format!("\n### {}\n\n{}\n\n{}", escaped(name), escaped(about), table(of));
     }
     if !view.diagnoses.rows.is_empty() {
         text += &format!("\n## What the doctor says\n\n{}", table(&view.diagnoses));

@@ -31,6 +31,24 @@ impl Names {
     }
 }
 
+/// Whose adapter it is, by what it and its driver are called.
+pub fn vendor(target: &Target) -> &'static str {
+    let Some(device) = &target.device else { return "Other engines" };
+    let name = format!("{} {}", device.name, device.driver).to_lowercase();
+    // What is drawn in software names the processor or its compiler too.
+    let known = [
+        ("In software", &["llvmpipe", "lavapipe", "swiftshader"][..]),
+        ("NVIDIA", &["nvidia", "cuda", "geforce"]),
+        ("AMD", &["amd", "radeon", "radv"]),
+        ("Intel", &["intel"]),
+        ("Apple", &["apple"]),
+        ("Qualcomm", &["qualcomm", "adreno"]),
+        ("Arm", &["mali"]),
+    ];
+    let is_named = |(_, words): &(&str, &[&str])| words.iter().any(|word| name.contains(word));
+    known.into_iter().find(is_named).map_or("Other vendors", |(vendor, _)| vendor)
+}
+
 /// Without what follows its version, and without the adapter's name, with which some begin.
 fn driver(device: &Device) -> &str {
     let driver = device.driver.split(';').next().unwrap_or_default().trim();
@@ -64,6 +82,12 @@ mod tests {
         let (results, targets): (Vec<_>, Vec<_>) = all.into_iter().unzip();
         let names = Names::of(&results);
         let called: Vec<String> = targets.iter().map(|target| names.call(target)).collect();
+        assert_eq!(
+            targets.iter().map(vendor).collect::<Vec<_>>(),
+            ["Other vendors", "Other vendors", "NVIDIA", "NVIDIA"]
+        );
+        let (_, software) = named("llvmpipe (LLVM 15, AMD EPYC)", "llvmpipe Mesa 25");
+        assert_eq!((vendor(&software), vendor(&Target::default())), ("In software", "Other engines"));
         assert_eq!(called, ["soft (LLVM 15), Mesa 22 (LLVM 15)", "soft (LLVM 15), Mesa 25 (LLVM 15)", "hard", "hard"]);
     }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::names::Names;
-use crate::result::table::{loads, number};
-use crate::result::{BenchResult, Measurement, Spread, Target};
+use super::names::{Names, vendor};
+use crate::result::table::{loads, number, retokenized};
+use crate::result::{BenchResult, Measurement, Run, Spread, Target};
 
 /// All that result files come to.
 pub struct View {
@@ -27,6 +27,8 @@ pub struct Head {
 
 /// What was measured on one device, or of one peer.
 pub struct DeviceTable {
+    /// Whose adapter it is; of several tables only the first of a vendor says so.
+    pub vendor: Option<&'static str>,
     pub name: String,
     /// Driver, kernels and machine.
     pub about: String,
@@ -130,7 +132,7 @@ type Best = Option<(f64, String)>;
 /// The most that each reached, what it gives a single request, and how soon it is ready.
 fn heads(results: &[Named], names: &Names) -> Vec<Head> {
     let mut heads: BTreeMap<String, [Best; 3]> = BTreeMap::new();
-    for (_, result) in results {
+    for (_, result) in results.iter().filter(|(_, result)| result.valid) {
         for measurement in &result.measurements {
             let Some(target) = result.target(&measurement.target) else { continue };
             let facts = heads.entry(names.call(target)).or_default();
@@ -154,19 +156,24 @@ fn heads(results: &[Named], names: &Names) -> Vec<Head> {
 }
 
 /// What a line of a table is made of.
-type Row<'a> = (&'a BenchResult, &'a Measurement, &'a Target);
+type Row<'a> = (&'a Named, &'a Measurement, &'a Target);
 
+/// By vendor, then by name.
 fn devices(results: &[Named], names: &Names) -> Vec<DeviceTable> {
-    let mut found: BTreeMap<(String, String), Vec<Row>> = BTreeMap::new();
-    for (_, result) in results.iter().filter(|(_, result)| !["ops", "startup"].contains(&result.bench.as_str())) {
+    let mut found: BTreeMap<(&'static str, String, String), Vec<Row>> = BTreeMap::new();
+    for named in results.iter().filter(|(_, result)| !["ops", "startup"].contains(&result.bench.as_str())) {
+        let (_, result) = named;
         for measurement in &result.measurements {
             let Some(target) = result.target(&measurement.target) else { continue };
-            let key = (names.call(target), about(result, target));
-            found.entry(key).or_default().push((result, measurement, target));
+            let key = (vendor(target), names.call(target), about(result, target));
+            found.entry(key).or_default().push((named, measurement, target));
         }
     }
-    let table =
-        |((name, about), rows): ((String, String), Vec<_>)| DeviceTable { name, about, table: device_rows(&rows) };
+    let mut last = None;
+    let table = |((vendor, name, about), rows): ((&'static str, String, String), Vec<_>)| {
+        let vendor = (last.replace(vendor) != Some(vendor)).then_some(vendor);
+        DeviceTable { vendor, name, about, table: device_rows(&rows) }
+    };
     found.into_iter().map(table).collect()
 }
 
@@ -192,11 +199,17 @@ fn device_rows(rows: &[Row]) -> Table {
     let mut head = vec!["bench".to_owned(), "model".to_owned(), "load".to_owned()];
     head.extend(columns.iter().map(|(_, title)| (*title).to_owned()));
     head.push("valid".to_owned());
-    let row = |(result, measurement, target): &Row| {
+    let row = |((file, result), measurement, target): &Row| {
+        let is_knee = result.knee(&target.name).is_some_and(|knee| knee.at == measurement.at);
+        let load = match load_of(result, measurement) {
+            load if is_knee => format!("{load} (the knee)"),
+            load if result.bench == "doctor" => format!("{file}: {load}"),
+            load => load,
+        };
         let model = [&target.model, &target.weights].into_iter().flatten().cloned().collect::<Vec<_>>().join(" ");
-        let mut cells = vec![word(&result.bench), word(&model), word(&load_of(result, measurement))];
+        let mut cells = vec![word(&result.bench), word(&model), word(&load)];
         cells.extend(columns.iter().map(|(name, _)| cell(spread_of(measurement, name))));
-        cells.push(word(if result.valid { "yes" } else { "no" }));
+        cells.push(validity(result));
         cells
     };
     Table { head, rows: rows.iter().map(row).collect() }
@@ -206,6 +219,10 @@ fn device_rows(rows: &[Row]) -> Table {
 fn spread_of<'a>(measurement: &'a Measurement, name: &str) -> Option<&'a Spread> {
     let mean = || measurement.summary.get("tpot_mean_ms").filter(|_| name == "tpot_p50_ms");
     measurement.summary.get(name).or_else(mean)
+}
+
+fn validity(result: &BenchResult) -> Cell {
+    word(if result.valid { "yes" } else { "no" })
 }
 
 fn word(text: &str) -> Cell {
@@ -224,11 +241,13 @@ fn ratios(results: &[Named], names: &Names) -> Table {
         RATIOS.into_iter().filter(|(name, _)| all().any(|(_, of)| of.ratios.contains_key(*name))).collect();
     let mut head: Vec<String> = ["target", "beside", "load"].map(str::to_owned).into();
     head.extend(columns.iter().map(|(_, title)| (*title).to_owned()));
+    head.push("valid".to_owned());
     let row = |(result, of): (&BenchResult, &crate::result::Comparison)| {
         let called = |name: &str| result.target(name).map_or(name.to_owned(), |target| names.call(target));
         let at = Measurement { at: of.at.clone(), ..Measurement::default() };
         let mut cells = vec![word(&called(&of.target)), word(&called(&of.against)), word(&load_of(result, &at))];
         cells.extend(columns.iter().map(|(name, _)| cell(of.ratios.get(*name))));
+        cells.push(validity(result));
         cells
     };
     Table { head, rows: all().map(row).collect() }
@@ -236,11 +255,23 @@ fn ratios(results: &[Named], names: &Names) -> Table {
 
 /// What limits a device, and what the doctor's advice was predicted to bring and brought.
 fn diagnoses(results: &[Named], names: &Names) -> Table {
-    let titles = ["device", "output tokens/s", "what limits it", "change", "predicted", "measured", "error", "then"];
-    let row = |(_, result): &Named| {
+    let titles = [
+        "result",
+        "device",
+        "output tokens/s",
+        "what limits it",
+        "change",
+        "predicted",
+        "measured",
+        "error",
+        "then",
+        "valid",
+    ];
+    let row = |(file, result): &Named| {
         let diagnosis = result.diagnosis.as_ref()?;
         let times = |gain: f64| Cell { text: format!("{} x", number(gain)), spread: None, is_number: true };
         let mut cells = vec![
+            word(file),
             word(&result.targets.first().map(|target| names.call(target)).unwrap_or_default()),
             Cell { text: number(diagnosis.output_tokens_per_s), spread: None, is_number: true },
             word(&diagnosis.verdict),
@@ -255,20 +286,27 @@ fn diagnoses(results: &[Named], names: &Names) -> Table {
             ],
             None => ["nothing", "–", "–", "–", "–"].map(word),
         });
+        cells.push(validity(result));
         Some(cells)
     };
     Table { head: titles.map(str::to_owned).into(), rows: results.iter().filter_map(row).collect() }
 }
 
 fn starts(results: &[Named], names: &Names) -> Table {
-    let head = ["device", "model", "ready, s", "first token, s"].map(str::to_owned).into();
+    let head = ["device", "model", "ready, s", "first token, s", "valid"].map(str::to_owned).into();
     let startups = results.iter().filter(|(_, result)| result.bench == "startup");
     let rows = startups.flat_map(|(_, result)| {
         result.measurements.iter().map(|measurement| {
             let target = result.target(&measurement.target);
             let model = target.and_then(|target| target.model.clone()).unwrap_or_default();
             let [ready, first] = ["ready_s", "first_token_s"].map(|name| cell(measurement.summary.get(name)));
-            vec![word(&target.map_or(measurement.target.clone(), |of| names.call(of))), word(&model), ready, first]
+            vec![
+                word(&target.map_or(measurement.target.clone(), |of| names.call(of))),
+                word(&model),
+                ready,
+                first,
+                validity(result),
+            ]
         })
     });
     Table { head, rows: rows.collect() }
@@ -282,7 +320,8 @@ fn missing(results: &[Named], names: &Names) -> Vec<String> {
     let mut devices: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for (_, result) in results {
         for target in result.targets.iter().filter(|target| target.device.is_some()) {
-            devices.entry(names.call(target)).or_default().push(&result.bench);
+            let benches = devices.entry(names.call(target)).or_default();
+            benches.extend(result.valid.then_some(result.bench.as_str()));
         }
     }
     for (device, benches) in &devices {
@@ -309,15 +348,16 @@ fn source((file, result): &Named) -> Source {
     let BenchResult { software, machine: of, .. } = result;
     let commit = software.commit.as_deref().unwrap_or("unknown");
     let load = of.load_average.map_or(String::new(), |load| format!(", load average {load} when it began"));
-    let runs = result.measurements.iter().map(|measurement| measurement.runs.len()).min().unwrap_or(0);
-    let hashes = result.measurements.iter().flat_map(|measurement| &measurement.runs);
-    let hashes: Vec<&str> = hashes.filter_map(|run| run.output_hash.as_deref()).take(MAX_HASHES).collect();
+    let num_runs = result.measurements.iter().map(|measurement| measurement.runs.len()).min().unwrap_or(0);
+    let runs: Vec<Run> = result.measurements.iter().flat_map(|measurement| measurement.runs.clone()).collect();
+    let hashes: Vec<&str> = runs.iter().filter_map(|run| run.output_hash.as_deref()).take(MAX_HASHES).collect();
     let facts = vec![
-        ("bench", format!("{}, {runs} runs, seed {}", result.bench, result.seed)),
+        ("bench", format!("{}, {num_runs} runs, seed {}", result.bench, result.seed)),
         ("begun", result.begun_at.clone()),
         ("command", result.command.join(" ")),
         ("program", format!("fullbore {}, {} build, commit {commit}", software.version, software.build)),
         ("machine", format!("{}; {}{load}", machine(result), of.system)),
+        ("texts tokenized again", retokenized(&runs).unwrap_or_else(|| "no".to_owned())),
         ("output", if hashes.is_empty() { "no token ids".to_owned() } else { hashes.join(", ") }),
     ];
     Source { file: file.clone(), facts, invalid: result.invalid.clone() }

@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::{BenchResult, Spread};
-use crate::serve::knee;
+use super::{BenchResult, Run, Spread};
 
 /// What is shown of all that is in a result, in this order, and what it is called.
 pub const SHOWN: [(&str, &str); 21] = [
@@ -48,17 +47,18 @@ impl fmt::Display for BenchResult {
                 "most"
             )?;
             write_spreads(f, &measurement.summary, &SHOWN)?;
+            if let Some(difference) = retokenized(&measurement.runs) {
+                writeln!(f, "texts tokenized again: {difference}")?;
+            }
         }
         for comparison in &self.comparisons {
             writeln!(f, "\n{} beside {}{}", comparison.target, comparison.against, loads(&comparison.at))?;
             writeln!(f, "{:<34}{:>12}{:>12}{:>12}", "ratio, run by run", "median", "least", "most")?;
             write_spreads(f, &comparison.ratios, &SHOWN[..SHOWN.len() - NUM_OF_CLIENT])?;
         }
-        if self.bench == "sweep" {
-            for target in &self.targets {
-                if let Some(knee) = knee(&target.name, "output_tokens_per_s", &self.measurements) {
-                    writeln!(f, "\n{}: the knee is at{}", target.name, loads(&knee.at).replacen(',', "", 1))?;
-                }
+        for target in &self.targets {
+            if let Some(knee) = self.knee(&target.name) {
+                writeln!(f, "\n{}: the knee is at{}", target.name, loads(&knee.at).replacen(',', "", 1))?;
             }
         }
         if let Some(diagnosis) = &self.diagnosis {
@@ -72,6 +72,14 @@ impl fmt::Display for BenchResult {
             }
         }
     }
+}
+
+/// How many tokens texts of all runs have when they are read anew, where that is known, beside those that were counted.
+pub fn retokenized(runs: &[Run]) -> Option<String> {
+    let sum = |name: &str| runs.iter().map(|run| run.counts.get(name).copied()).sum::<Option<u64>>();
+    let (counted, again) = (sum("output_tokens")?, sum("retokenized_tokens")?);
+    let percent = (again as f64 / counted.max(1) as f64 - 1.0) * 100.0;
+    (counted > 0).then(|| format!("{again} tokens, where {counted} were counted ({percent:+.1} %)"))
 }
 
 /// `, concurrency 16`; of numbers as few digits as tell them.
@@ -117,6 +125,20 @@ fn write_spreads(f: &mut fmt::Formatter<'_>, spreads: &BTreeMap<String, Spread>,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_texts_have_when_read_anew_is_told() {
+        let run = |counts: &[(&str, u64)]| {
+            let counts = counts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
+            Run { counts, ..Run::default() }
+        };
+        let runs = [
+            run(&[("output_tokens", 100), ("retokenized_tokens", 90)]),
+            run(&[("output_tokens", 100), ("retokenized_tokens", 100)]),
+        ];
+        assert_eq!(retokenized(&runs).as_deref(), Some("190 tokens, where 200 were counted (-5.0 %)"));
+        assert_eq!(retokenized(&[run(&[("output_tokens", 100)])]), None);
+    }
 
     #[test]
     fn numbers_have_as_few_digits_as_tell_them() {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::endpoint::{Answer, Failure};
 use super::load::{Ask, Outcome};
 use crate::result::{Run, hash_of};
-use crate::statistics::quantile;
+use crate::statistics::{is_told, quantile};
 
 /// Bounds that a request must keep to count as good.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -130,7 +130,8 @@ impl Tally<'_> {
         }
         let answers = outcomes.iter().flatten().filter_map(|outcome| outcome.result.as_ref().ok());
         let ids: Vec<u32> = answers.flat_map(|answer| &answer.ids).copied().collect();
-        self.run.output_hash = (!ids.is_empty()).then(|| hash_of(ids.into_iter()));
+        let is_whole = !ids.is_empty() && self.run.has_answered_all();
+        self.run.output_hash = is_whole.then(|| hash_of(ids.into_iter()));
     }
 
     fn rates(&mut self, duration: Duration) {
@@ -163,9 +164,7 @@ impl Tally<'_> {
             }
             self.run.metric(&format!("{name}_mean_ms"), sample.iter().sum::<f64>() / sample.len() as f64);
             for (share, label) in [(0.5, "p50"), (0.9, "p90"), (0.99, "p99")] {
-                // Of fewer it would be the largest by another name.
-                let is_told = sample.len() as f64 * (1.0 - share) >= 1.0 - 1e-9;
-                if let Some(value) = quantile(sample, share).filter(|_| is_told) {
+                if let Some(value) = quantile(sample, share).filter(|_| is_told(share, sample.len())) {
                     self.run.metric(&format!("{name}_{label}_ms"), value);
                 }
             }

@@ -347,3 +347,39 @@ fn texts(requests: &[PlannedRequest], tokenizer: &Tokenizer, seed: u64) -> Vec<S
     };
     requests.iter().map(text).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use fullbore_bench::result::Advice;
+
+    use super::*;
+
+    #[test]
+    fn a_prediction_that_misses_by_more_than_a_quarter_is_doubted() {
+        let diagnosis = |predicted_rate: f64, predicted_gain: f64, measured_gain: Option<f64>| Diagnosis {
+            limit: "slots".to_owned(),
+            verdict: String::new(),
+            output_tokens_per_s: 100.0,
+            predicted_output_tokens_per_s: predicted_rate,
+            changes: Vec::new(),
+            advice: Some(Advice {
+                change: "--max-num-seqs 4".to_owned(),
+                predicted_gain,
+                predicted_itl_p99_ms: [1.0, 1.0],
+                measured_gain,
+                then: String::new(),
+            }),
+        };
+        for (rate, predicted, measured, num_doubts) in [
+            (124.0, 2.0, Some(1.7), 0),
+            (126.0, 2.0, Some(1.7), 1),
+            (74.0, 2.0, None, 1),
+            (100.0, 2.0, Some(1.5), 1),
+            (100.0, 1.4, Some(2.0), 1),
+            (150.0, 1.4, Some(2.0), 2),
+        ] {
+            let found = doubts(&diagnosis(rate, predicted, measured));
+            assert_eq!(found.len(), num_doubts, "{rate}, {predicted} for {measured:?}: {found:?}");
+        }
+    }
+}

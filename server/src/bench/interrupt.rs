@@ -49,4 +49,4 @@ fn listen(
 }
 
 /// As shells have it: 128 and the number of the signal.
-const INTERRUPTED: i32 = 130;
+pub const INTERRUPTED: i32 = 130;

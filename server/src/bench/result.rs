@@ -16,7 +16,7 @@ use super::interrupt::{Keep, until_interrupted};
 use crate::api::ServedModel;
 use crate::args::ResultArgs;
 use crate::start::Plan;
-use crate::version::{COMMIT, VERSION};
+use crate::version::VERSION;
 
 pub fn target_of(model: &ServedModel) -> Target {
     let (device, config) = (model.engine.device(), model.engine.config());
@@ -87,9 +87,9 @@ fn memory_of(memory: &[MemoryTable]) -> BTreeMap<String, u64> {
         .into()
 }
 
-/// What single ops measured, so many times over: a measurement for each op and M.
-pub fn of_ops(reports: &[OpsReport], device: &DeviceInfo) -> BenchResult {
-    let mut result = BenchResult::begin("ops", 0, COMMIT);
+/// What single ops measured, so many times over, since `begun`: a measurement for each op and M.
+pub fn of_ops(begun: &BenchResult, reports: &[OpsReport], device: &DeviceInfo) -> BenchResult {
+    let mut result = begun.clone();
     let name = format!("fullbore {}", device.id);
     let Some(first) = reports.first() else { return result };
     result.targets = vec![Target {
@@ -99,9 +99,9 @@ pub fn of_ops(reports: &[OpsReport], device: &DeviceInfo) -> BenchResult {
         device: Some(device_of(device)),
         ..Target::default()
     }];
-    result.workload = [("shapes", json!(first.shape.model)), ("peaks", json!(first.peaks))]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into();
+    let workload =
+        [("shapes", json!(first.shape.model)), ("peaks", json!(first.peaks)), ("left_out", json!(first.skipped))];
+    result.workload = workload.map(|(name, value)| (name.to_owned(), value)).into();
     let measurement = |nth: usize| {
         let op = &first.ops[nth];
         let run = |report: &OpsReport| {

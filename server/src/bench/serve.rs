@@ -21,16 +21,19 @@ use fullbore_engine::text::{Special, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use super::BenchCommandError;
+use super::interrupt::INTERRUPTED;
 use super::loopback::Loopback;
 use super::result::{finish, target_of};
-use crate::args::{EngineArgs, PromptForm, ServeBenchArgs, ServedArgs, SweepArgs, TargetArgs, WorkloadArgs};
+use crate::args::{
+    EngineArgs, PromptForm, ResultArgs, ServeBenchArgs, ServedArgs, SweepArgs, TargetArgs, WorkloadArgs,
+};
 use crate::serve::KEY_VARIABLE;
 use crate::simulate::requests;
 use crate::start;
 use crate::version::COMMIT;
 
 pub fn serve(args: &ServeBenchArgs) -> Result<(), BenchCommandError> {
-    finish(&measure_serve(args)?, &args.result)
+    end(&measure_serve(args)?, &args.result)
 }
 
 pub fn measure_serve(args: &ServeBenchArgs) -> Result<BenchResult, BenchCommandError> {
@@ -43,7 +46,16 @@ pub fn measure_serve(args: &ServeBenchArgs) -> Result<BenchResult, BenchCommandE
 }
 
 pub fn sweep(args: &SweepArgs) -> Result<(), BenchCommandError> {
-    finish(&measure_sweep(args)?, &args.result)
+    end(&measure_sweep(args)?, &args.result)
+}
+
+/// As every bench that was interrupted.
+fn end(result: &BenchResult, args: &ResultArgs) -> Result<(), BenchCommandError> {
+    finish(result, args)?;
+    if result.was_interrupted() {
+        std::process::exit(INTERRUPTED);
+    }
+    Ok(())
 }
 
 pub fn measure_sweep(args: &SweepArgs) -> Result<BenchResult, BenchCommandError> {
@@ -207,6 +219,9 @@ impl Setup {
         };
         for url in args.url.iter().chain(&args.against) {
             let (side, longest) = remote(args, url)?;
+            if sides.iter().any(|before| before.record.name == side.record.name) {
+                return Err(BenchCommandError::SameName(side.record.name));
+            }
             max_model_len = max_model_len.min(longest.unwrap_or(u64::MAX));
             sides.push(side);
         }
