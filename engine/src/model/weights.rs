@@ -231,21 +231,19 @@ impl Loader<'_> {
         let has_head_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
         let has_post_norms = config.family == Family::Gemma3;
         let head_norms = ["attn_q_norm.weight", "attn_k_norm.weight"].map(name);
+        self.backend.place(Place::Layer(layer));
+        let attn_norm = self.vector(&name("attn_norm.weight"), config.dim)?;
+        let qkv = self.linear(layer, &qkv)?;
+        let head_norms = self.vectors_if(has_head_norms, &head_norms, config.head_dim)?;
+        let attn_output = self.linear(layer, &attn_output)?;
+        let post_attn_norm = self.vectors_if(has_post_norms, &[name("post_attention_norm.weight")], config.dim)?;
+        let ffn_norm = self.vector(&name("ffn_norm.weight"), config.dim)?;
+        let gate_up = self.linear(layer, &gate_up)?;
+        let down = self.linear(layer, &down)?;
         // It ends the layer in the op that begins what comes next.
         self.backend.place(if layer + 1 < config.num_layers { Place::Layer(layer + 1) } else { Place::Last });
         let post_ffn_norm = self.vectors_if(has_post_norms, &[name("post_ffw_norm.weight")], config.dim)?;
-        self.backend.place(Place::Layer(layer));
-        Ok(Layer {
-            post_ffn_norm,
-            attn_norm: self.vector(&name("attn_norm.weight"), config.dim)?,
-            qkv: self.linear(layer, &qkv)?,
-            head_norms: self.vectors_if(has_head_norms, &head_norms, config.head_dim)?,
-            attn_output: self.linear(layer, &attn_output)?,
-            post_attn_norm: self.vectors_if(has_post_norms, &[name("post_attention_norm.weight")], config.dim)?,
-            ffn_norm: self.vector(&name("ffn_norm.weight"), config.dim)?,
-            gate_up: self.linear(layer, &gate_up)?,
-            down: self.linear(layer, &down)?,
-        })
+        Ok(Layer { attn_norm, qkv, head_norms, attn_output, post_attn_norm, ffn_norm, gate_up, down, post_ffn_norm })
     }
 
     /// Neighbours of one format become one matrix, as `Weights::size_bytes` counts them.
