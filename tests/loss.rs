@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use fullbore::start::Plan;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{KillSwitch, WgpuBackend, WgpuOptions};
-use fullbore_engine::backend::{Backend, DeviceError};
+use fullbore_engine::backend::{Backend, DeviceError, LoadError};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
@@ -79,7 +79,7 @@ fn add_all(engine: &mut Engine, requests: impl IntoIterator<Item = Request>) -> 
     requests.into_iter().map(add).collect()
 }
 
-fn engine_on(mut backend: Box<dyn Backend>) -> Engine {
+fn config() -> EngineConfig {
     let config = EngineConfig {
         max_num_seqs: 3,
         max_num_batched_tokens: 32,
@@ -91,11 +91,19 @@ fn engine_on(mut backend: Box<dyn Backend>) -> Engine {
         ..EngineConfig::default()
     };
     config.check().expect("a valid config");
-    let checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q4_0 };
-    let limits = config.state_limits();
-    let model = Model::load(ModelConfig::tiny(256, 2), limits, &checkpoint, backend.as_mut(), &mut |_| {});
-    let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
-    engine.set_checkpoint(checkpoint);
+    config
+}
+
+const CHECKPOINT: Checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q4_0 };
+
+fn load(backend: &mut dyn Backend, progress: &mut dyn FnMut(u64)) -> Result<Model, LoadError> {
+    Model::load(ModelConfig::tiny(256, 2), config().state_limits(), &CHECKPOINT, backend, progress)
+}
+
+fn engine_on(mut backend: Box<dyn Backend>) -> Engine {
+    let model = load(backend.as_mut(), &mut |_| {}).expect("a small model");
+    let mut engine = Engine::new(config(), model, backend, (1, 2));
+    engine.set_checkpoint(CHECKPOINT);
     engine.enable_swap().expect("the device is there");
     engine
 }
@@ -128,6 +136,39 @@ fn a_device_that_hangs_is_lost_and_opened_anew() {
         assert_eq!(backend.info().id, selector);
         let upload = backend.alloc("upload", 4).expect("a few bytes");
         backend.submit(&Recording::new(upload)).expect("it is there");
+    }
+}
+
+/// Wherever in a load that is; what is written to memory that the device could not give any more is no bug of ours.
+#[test]
+fn a_device_that_is_destroyed_while_a_model_is_loaded_is_lost() {
+    for id in device_ids() {
+        for destroyed_at in 0.. {
+            let (mut backend, kill_switch) = open(&id);
+            let mut num_told = 0;
+            if destroyed_at == 0 {
+                kill_switch.destroy();
+            }
+            let mut progress = |_| {
+                num_told += 1;
+                if num_told == destroyed_at {
+                    kill_switch.destroy();
+                }
+            };
+            let loaded = load(backend.as_mut(), &mut progress).map(|_| ());
+            let is_whole = num_told < destroyed_at;
+            let then = loaded.map_err(|error| error.to_string()).and_then(|()| {
+                let upload = backend.alloc("upload", 4).map_err(|error| error.to_string())?;
+                backend.submit(&Recording::new(upload)).map(|_| ()).map_err(|error| error.to_string())
+            });
+            match then {
+                Ok(()) => assert!(is_whole, "{id} computes after its end"),
+                Err(error) => assert!(!is_whole && error.contains("was lost: Destroyed"), "{error}"),
+            }
+            if is_whole {
+                break;
+            }
+        }
     }
 }
 

@@ -59,6 +59,7 @@ pub fn run(server: &Harness, max_tokens: u32, num_blocks: f64, seed: u64, destro
             }
         };
         let clients: Vec<_> = (0..NUM_CLIENTS).map(|index| scope.spawn(client(index))).collect();
+        let over = Over(&is_over);
         let mut random = Random::new(seed);
         let pause = |random: &mut Random| std::thread::sleep(Duration::from_millis(random.between(600, 1500).into()));
         let is_there = |server: &Harness| server.get("/health/ready").status == 200;
@@ -69,7 +70,7 @@ pub fn run(server: &Harness, max_tokens: u32, num_blocks: f64, seed: u64, destro
         }
         pause(&mut random);
         server.wait_for("the device", is_there);
-        is_over.store(true, Ordering::Relaxed);
+        drop(over);
         let seen = clients.into_iter().map(|client| client.join().expect("what it got is right"));
         seen.fold(Seen::default(), Seen::and)
     });
@@ -87,6 +88,15 @@ pub fn run(server: &Harness, max_tokens: u32, num_blocks: f64, seed: u64, destro
 }
 
 const NUM_CLIENTS: u64 = 10;
+
+/// Clients go when it does, where a test fails too.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 impl Seen {
     fn and(self, other: Seen) -> Seen {

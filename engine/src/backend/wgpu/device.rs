@@ -110,8 +110,7 @@ pub(super) struct Device {
     max_memory_bytes: u64,
     /// By buffers; of a device that is open nothing is given back.
     taken_bytes: Arc<AtomicU64>,
-    /// Why the device was lost, once it was.
-    lost: Arc<Mutex<Option<String>>>,
+    loss: Loss,
 }
 
 /// All adapters, with the tier that each would use.
@@ -271,26 +270,34 @@ fn choose(selector: &str) -> Result<(String, wgpu::Adapter), OpenError> {
     all.into_iter().next().ok_or_else(not_found)
 }
 
-/// Where it will be noted why the device was lost, once it is. What the driver fails at on its own is a loss too; what
-/// wgpu refuses is a bug of ours, unless it refuses work on a device that is gone.
-fn watch(device: &wgpu::Device) -> Arc<Mutex<Option<String>>> {
-    let lost: Arc<Mutex<Option<String>>> = Arc::default();
-    let (on_loss, on_error) = (lost.clone(), lost.clone());
-    let note = |lost: &Mutex<Option<String>>, reason: String| {
-        lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
-    };
+/// Why a device was lost, once it was; clones share it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Loss(Arc<Mutex<Option<String>>>);
+
+impl Loss {
+    /// The first reason stays.
+    pub fn note(&self, reason: String) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+    }
+
+    fn reason(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Where the loss of a device will be noted. What the driver fails at on its own is a loss too; what wgpu refuses is a
+/// bug of ours, unless it refuses work on a device that is gone.
+fn watch(device: &wgpu::Device) -> Loss {
+    let loss = Loss::default();
+    let (on_loss, on_error) = (loss.clone(), loss.clone());
     device.set_device_lost_callback(move |reason, message| {
-        let message = if message.is_empty() { format!("{reason:?}") } else { message };
-        note(&on_loss, message);
+        on_loss.note(if message.is_empty() { format!("{reason:?}") } else { message });
     });
     device.on_uncaptured_error(Arc::new(move |error| match error {
-        wgpu::Error::OutOfMemory { .. } | wgpu::Error::Internal { .. } => note(&on_error, error.to_string()),
-        wgpu::Error::Validation { .. } => {
-            let is_lost = on_error.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-            assert!(is_lost, "{error}");
-        }
+        wgpu::Error::OutOfMemory { .. } | wgpu::Error::Internal { .. } => on_error.note(error.to_string()),
+        wgpu::Error::Validation { .. } => assert!(on_error.reason().is_some(), "{error}"),
     }));
-    lost
+    loss
 }
 
 impl Device {
@@ -339,8 +346,8 @@ impl Device {
         let refused = |reason: String| OpenError::Refused { device: id.clone(), reason };
         options.kill_switch.check().map_err(refused)?;
         let (device, queue) = pollster::block_on(request).map_err(|error| refused(error.to_string()))?;
-        options.kill_switch.opened(&device);
-        let lost = watch(&device);
+        let loss = watch(&device);
+        options.kill_switch.opened(&device, &loss);
         let largest = info.max_buffer_bytes.min(MAX_SHARD_BYTES);
         let max_shard_bytes = options.max_binding_bytes.map_or(largest, |bytes| bytes.min(largest));
         let (checked, faults) = (options.checked, options.faults.clone());
@@ -356,16 +363,13 @@ impl Device {
             max_wait: options.max_wait,
             max_memory_bytes: options.max_memory_bytes.unwrap_or(u64::MAX),
             taken_bytes: Arc::default(),
-            lost,
+            loss,
         })
     }
 
     /// An error if the device is gone.
     pub fn check(&self) -> Result<(), DeviceError> {
-        match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(reason) => Err(self.lost(reason)),
-            None => Ok(()),
-        }
+        self.loss.reason().map_or(Ok(()), |reason| Err(self.lost(&reason)))
     }
 
     /// Until the device has done `submission`, or all that it was given.
@@ -383,7 +387,7 @@ impl Device {
     fn hung(&self) -> DeviceError {
         std::mem::forget((self.device.clone(), self.queue.clone()));
         let reason = format!("it has not done one submission in {:?}", self.max_wait.unwrap_or_default());
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason.clone());
+        self.loss.note(reason.clone());
         self.lost(&reason)
     }
 

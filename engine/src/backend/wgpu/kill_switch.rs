@@ -4,14 +4,16 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::device::Loss;
+
 /// Clones share it; a device is bound to the switch that it was opened with.
 #[derive(Clone, Debug, Default)]
 pub struct KillSwitch(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// The one that was opened last.
-    device: Option<wgpu::Device>,
+    /// The one that was opened last, and where its loss is noted.
+    device: Option<(wgpu::Device, Loss)>,
     num_opened: u32,
     num_refused: u32,
 }
@@ -19,7 +21,9 @@ struct State {
 impl KillSwitch {
     /// Destroys the device, in the middle of whatever it does.
     pub fn destroy(&self) {
-        if let Some(device) = self.lock().device.take() {
+        if let Some((device, loss)) = self.lock().device.take() {
+            // wgpu says so at the next poll only, and refuses work from now on.
+            loss.note("Destroyed".to_owned());
             device.destroy();
         }
     }
@@ -45,10 +49,10 @@ impl KillSwitch {
         }
     }
 
-    pub(super) fn opened(&self, device: &wgpu::Device) {
+    pub(super) fn opened(&self, device: &wgpu::Device, loss: &Loss) {
         let mut state = self.lock();
         state.num_opened += 1;
-        state.device = Some(device.clone());
+        state.device = Some((device.clone(), loss.clone()));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
