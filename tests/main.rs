@@ -37,6 +37,8 @@ mod kv_events;
 mod limits;
 /// Needs Vulkan drivers: a device that is destroyed while it works, and comes back or does not.
 mod loss;
+/// Needs Vulkan drivers: KV blocks that go from one device to another.
+mod moves;
 /// Needs Vulkan drivers: every op on wgpu against the cpu twins.
 mod ops;
 /// Needs nothing: forecasts and fair shares on `sim`, in virtual time.

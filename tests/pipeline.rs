@@ -25,7 +25,7 @@ pub struct Answer {
     pub reason: Option<FinishReason>,
 }
 
-struct Client(Arc<Mutex<Answer>>);
+pub struct Client(pub Arc<Mutex<Answer>>);
 
 impl Sink for Client {
     fn event(&mut self, event: Event) -> Flow {

@@ -77,7 +77,7 @@ impl Run {
         };
         let choices: Vec<Choice> = self.batch.slices.iter().map(choose).collect();
         self.scheduler.complete(&mut self.cache, &self.batch, &choices, &mut self.trace, &mut Vec::new());
-        self.scheduler.check(&self.cache);
+        self.scheduler.check(&self.cache, std::iter::empty());
     }
 
     /// A step, and what the tenant of all sequences has been charged when it is planned.
@@ -159,7 +159,7 @@ fn abort_frees_blocks_in_every_phase() {
     assert!(run.scheduler.abort(&mut run.cache, waiting).is_some());
     assert!(run.scheduler.abort(&mut run.cache, prefilling).is_some());
     assert!(run.scheduler.abort(&mut run.cache, prefilling).is_none());
-    run.scheduler.check(&run.cache);
+    run.scheduler.check(&run.cache, std::iter::empty());
     let decoding = run.add(200, 4, 4);
     run.steps(2);
     assert_eq!(run.scheduler.num_running(), 1);
@@ -482,7 +482,7 @@ fn what_a_waiting_sequence_computed_is_withdrawn_when_it_fails() {
         assert!(found(&run) > 0, "it may be found while nothing is wrong");
         let failed = vec![Choice::Failed(FinishReason::Error("not finite".to_owned())); in_flight.slices.len()];
         run.scheduler.complete(&mut run.cache, &in_flight, &failed, &mut run.trace, &mut Vec::new());
-        run.scheduler.check(&run.cache);
+        run.scheduler.check(&run.cache, std::iter::empty());
         assert_eq!(found(&run), 0, "a prompt of {prompt_len}");
     }
 }

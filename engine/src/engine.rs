@@ -32,6 +32,7 @@ use crate::sequence::Sequence;
 mod end;
 mod load;
 mod masks;
+pub mod moves;
 mod pooled;
 pub mod probe;
 mod recovery;
@@ -40,6 +41,7 @@ mod sums;
 mod times;
 mod warm_up;
 
+use moves::{MovePrices, Moves};
 use pooled::Pooled;
 use step::{InFlight, Step, Submitted, record, record_forward};
 pub use times::{Part, StepParts, StepTokens};
@@ -81,6 +83,9 @@ pub struct Engine {
     limits: Limits,
     /// Other engines on the device.
     neighbours: Option<Arc<Membership>>,
+    /// Blocks on their way to other engines or from there, and what that takes.
+    moves: Moves,
+    move_prices: Option<MovePrices>,
     /// What a step of one sequence takes, as far as that was tried.
     alone: Duration,
     meter: Meter,
@@ -141,6 +146,8 @@ pub struct EngineStats {
     pub num_not_finite: u64,
     /// Sequences that went on to another engine.
     pub num_moved: u64,
+    /// KV blocks that came from another engine.
+    pub num_fetched_blocks: u64,
     /// Times that the device was lost.
     pub num_device_losses: u64,
     pub last_step_ms: f64,
@@ -189,6 +196,8 @@ impl Engine {
             cost: CostFit::new(CostModel::UNKNOWN),
             limits: Limits::default(),
             neighbours: None,
+            moves: Moves::default(),
+            move_prices: None,
             alone: Duration::ZERO,
             meter: Meter::default(),
             created_at: now,
@@ -267,22 +276,25 @@ impl Engine {
 
     /// Whether there is nothing to plan and nothing to wait for.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_idle() && self.in_flight.is_empty()
+        self.scheduler.is_idle() && self.in_flight.is_empty() && self.moves.is_empty()
     }
 
-    /// Fills the pipeline and completes its oldest step. `false` if there was nothing to do.
+    /// Copies what is due between engines, fills the pipeline and completes its oldest step. `false` if there was
+    /// nothing to do.
     pub fn step(&mut self) -> Result<bool, DeviceError> {
+        let has_moved = self.move_blocks()?;
         while self.has_room() && self.begin()? {}
         let submitted = !self.in_flight.is_empty();
         if submitted {
             self.complete()?;
         }
-        Ok(submitted)
+        Ok(submitted || has_moved)
     }
 
     /// Whether one more step may be submitted before the oldest is completed.
     pub fn has_room(&self) -> bool {
-        self.in_flight.len() < self.config.pipeline_depth as usize
+        let is_kept_free = !self.in_flight.is_empty() && self.moves.are_due();
+        self.in_flight.len() < self.config.pipeline_depth as usize && !is_kept_free
     }
 
     pub fn num_in_flight(&self) -> usize {
@@ -407,7 +419,7 @@ impl Engine {
 
     /// Asserts every invariant of scheduler and memory; between steps.
     pub fn check(&self) {
-        self.scheduler.check(&self.cache);
+        self.scheduler.check(&self.cache, self.moves.tables());
         let num_sequences = self.scheduler.queue().len() + self.scheduler.running().count();
         assert_eq!(self.clients.len(), num_sequences, "a sequence without a client, or the other way round");
         let grammar_bytes: u64 = self.clients.values().map(Client::grammar_bytes).sum();

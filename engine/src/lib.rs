@@ -47,6 +47,8 @@
 //! - Tokens are chosen on the device. A draw depends on (seed, position) alone, and logits never come to the host.
 //! - When the device is lost, nothing that was computed on it is pointed at any more: no table, no prefix, no block of
 //!   the host.
+//! - An engine waits for nothing of another one but for KV blocks, and for these no longer than was set before: what
+//!   does not come is computed.
 //! - The scheduler has no clock and no chance: the same state, prices included, gives the same batch. Its work in a
 //!   step is O(rows), and takes no memory (the bench `step` asserts it).
 //! - A step that grows is never predicted to be cheaper. Simulated time is the sum of predictions.

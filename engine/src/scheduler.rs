@@ -21,7 +21,7 @@ use crate::batch::{Batch, BlockCopy, InputToken, Logits, SequenceId, Slice, Slot
 use crate::config::EngineConfig;
 use crate::cost::CostModel;
 use crate::memory::swap::HostBlocks;
-use crate::memory::{BlockHash, KvCache};
+use crate::memory::{BlockHash, BlockTable, KvCache};
 use crate::queue::{Ledger, Queue};
 use crate::request::{FinishReason, Pooling, TokenId, Usage};
 use crate::sequence::Sequence;
@@ -233,9 +233,9 @@ impl Scheduler {
         Some(usage)
     }
 
-    /// Asserts the scheduler's invariants and those of `cache`.
-    pub fn check(&self, cache: &KvCache) {
-        cache.check(self.running().map(|sequence| &sequence.table));
+    /// Asserts the scheduler's invariants and those of `cache`, of which others hold `tables`.
+    pub fn check<'a>(&'a self, cache: &KvCache, tables: impl Iterator<Item = &'a BlockTable>) {
+        cache.check(self.running().map(|sequence| &sequence.table).chain(tables));
         self.queue.check(self.running().map(|sequence| sequence.tenant));
         self.host.check(self.queue.iter().filter_map(|sequence| sequence.swapped.as_ref()));
         assert_eq!(self.order.len() + self.free_slots.len(), self.config.max_num_seqs as usize);

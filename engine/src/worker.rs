@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::backend::DeviceInfo;
 use crate::config::EngineConfig;
 use crate::cost::CostModel;
+use crate::engine::moves::{Export, Import, MovePrices};
 use crate::engine::{Engine, EngineStats};
 use crate::fleet::member::Member;
 use crate::forecast::Load;
@@ -36,6 +37,8 @@ pub type Handed = (Arc<Request>, Box<dyn Sink>);
 
 enum Message {
     Submit(Arc<Request>, Box<dyn Sink>),
+    Export(Export),
+    Import(Import),
     Stop,
 }
 
@@ -46,6 +49,7 @@ struct Shared {
     setting: Setting,
     /// What a step of one sequence took before the start.
     alone: Duration,
+    move_prices: Option<MovePrices>,
     neighbours: Option<Weak<Membership>>,
     /// Written once a step by the engine thread; never held across a device wait.
     state: Mutex<State>,
@@ -85,6 +89,7 @@ impl EngineHandle {
             device: DeviceInfo { id: title, ..engine.backend().info().clone() },
             setting: engine.setting(),
             alone: engine.alone(),
+            move_prices: engine.move_prices(),
             neighbours: engine.neighbours().map(Arc::downgrade),
             state: Mutex::new(state),
             thread: Mutex::new(None),
@@ -106,8 +111,18 @@ impl EngineHandle {
     pub fn submit(&self, request: Arc<Request>, sink: Box<dyn Sink>) -> Result<(), Handed> {
         self.inbox.send(Message::Submit(request, sink)).map_err(|SendError(message)| match message {
             Message::Submit(request, sink) => (request, sink),
-            Message::Stop => unreachable!("a request was sent"),
+            Message::Export(_) | Message::Import(_) | Message::Stop => unreachable!("a request was sent"),
         })
+    }
+
+    /// Hands over one end of a move. Where the thread has ended there is no such end, which the other one sees.
+    pub fn export(&self, export: Export) {
+        let _ = self.inbox.send(Message::Export(export));
+    }
+
+    /// The same of the other end, before the request that waits for it.
+    pub fn import(&self, import: Import) {
+        let _ = self.inbox.send(Message::Import(import));
     }
 
     pub fn config(&self) -> &EngineConfig {
@@ -147,6 +162,11 @@ impl EngineHandle {
     /// What a step of one sequence took before the start; nothing where that was not tried.
     pub fn alone(&self) -> Duration {
         self.shared.alone
+    }
+
+    /// What a block takes to go to another engine or come from there; `None` where none does.
+    pub fn move_prices(&self) -> Option<MovePrices> {
+        self.shared.move_prices
     }
 
     /// What the host has added to the time of steps, a step.
@@ -320,8 +340,12 @@ impl Worker {
     }
 
     fn take(&mut self, message: Message) -> bool {
-        let Message::Submit(request, sink) = message else { return false };
-        self.engine.add(request, sink);
+        match message {
+            Message::Submit(request, sink) => drop(self.engine.add(request, sink)),
+            Message::Export(export) => self.engine.export(export),
+            Message::Import(import) => self.engine.import(import),
+            Message::Stop => return false,
+        }
         true
     }
 

@@ -25,6 +25,7 @@ impl Engine {
 
     /// Tells every client that the engine has ended, and why.
     pub fn fail_all(&mut self, sentence: &str) {
+        self.drop_moves();
         let ids: Vec<SequenceId> = self.clients.keys().copied().collect();
         for id in ids {
             let usage = self.scheduler.abort(&mut self.cache, id).unwrap_or_default();

@@ -29,6 +29,7 @@ impl Engine {
         while let Some(InFlight { step, .. }) = self.in_flight.pop_front() {
             self.drop_step(step);
         }
+        self.drop_moves();
         self.is_device_lost = true;
         self.limits.lost(self.since_start(self.backend.now()));
         self.stats.num_device_losses += 1;

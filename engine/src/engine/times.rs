@@ -202,6 +202,8 @@ impl Engine {
             self.turn_to(Phase::NoWork);
         } else if self.is_held_elsewhere() {
             self.turn_to(Phase::TenantCap);
+        } else if self.is_at_nothing() && self.planned.trace.held == Held::SharedPrefix {
+            self.turn_to(Phase::SharedPrefix);
         } else {
             self.turn_to(Phase::Schedule);
         }
@@ -209,8 +211,11 @@ impl Engine {
 
     /// Whether all that waits is of tenants that run as many as they may, on other engines.
     pub fn is_held_elsewhere(&self) -> bool {
-        let is_at_nothing = self.in_flight.is_empty() && self.scheduler.num_running() == 0;
-        is_at_nothing && self.planned.trace.held == Held::TenantCap
+        self.is_at_nothing() && self.planned.trace.held == Held::TenantCap
+    }
+
+    fn is_at_nothing(&self) -> bool {
+        self.in_flight.is_empty() && self.scheduler.num_running() == 0
     }
 
     fn take_cost(&mut self) {

@@ -61,7 +61,8 @@ impl Dispatch {
             Traits { cost, max_num_seqs, max_num_batched_tokens }
         };
         let traits: Vec<Traits> = engines.iter().map(traits).collect();
-        let router = Router::new(engines[0].config().block_size, &traits);
+        let mut router = Router::new(engines[0].config().block_size, &traits);
+        router.set_moves(engines.iter().map(EngineHandle::move_prices).collect());
         let seat = |engine: &EngineHandle| Seat {
             waiting: VecDeque::new(),
             cost: engine.cost(),
@@ -124,6 +125,11 @@ impl Dispatch {
     /// Whether the engine of `placement`, where the request is listed, has taken it.
     fn hand_over(&self, routed: &Arc<Routed>, now: &mut Now, placement: Placement) -> bool {
         let engine = &self.engines[usize::from(placement.replica.0)];
+        if let Some(fetch) = &placement.fetch {
+            let (export, import) = routed.fetch(fetch);
+            engine.import(import);
+            self.engines[usize::from(fetch.from.0)].export(export);
+        }
         (now.placement, now.is_waiting) = (Some(placement), true);
         let (request, sink) = routed.next_attempt(now);
         let handed = engine.submit(request, sink);

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use super::dispatch::Dispatch;
 use super::lock;
-use super::router::{Ask, Placement};
+use super::router::{Ask, Fetch, Placement};
+use crate::engine::moves::{Export, Import, block_move};
 use crate::memory::BlockChain;
 use crate::request::{Event, FinishReason, Flow, Request, Sink, TokenId, Usage};
 
@@ -78,6 +79,11 @@ impl Routed {
             false => Arc::new(Request { generated: now.generated.clone(), ..Request::clone(&self.request) }),
         };
         (request, Box::new(Attempt { routed: self.clone(), number }))
+    }
+
+    /// The two ends of what its engine is to have of its prompt, before it is handed there.
+    pub fn fetch(&self, fetch: &Fetch) -> (Export, Import) {
+        block_move(self.request.clone(), &self.chain, fetch.blocks.clone(), fetch.saves)
     }
 
     /// Takes it from the engine that it is with, which is told nothing: it sees that nobody listens.

@@ -3,7 +3,8 @@
 //! The prediction is in each device's own time, by its cost model: the prompts that wait there and the request's own
 //! without what the prefix cache has of it, a slot where all are taken, and the answer at the pace of a step with one
 //! sequence more. So a prefix counts for as much as it saves, and never for more: a replica that holds it is passed by
-//! when its queue is longer than that. Ties go round.
+//! when its queue is longer than that. Where blocks can be copied between devices, what another one has of a prompt
+//! counts for what it saves beyond the copies. Ties go round.
 //!
 //! Invariant: what is counted of a replica is the sum over its placements, each counted from [`Router::place`] until
 //! it is given back; nobody is asked how busy they are. How long answers are is learnt from those that ended.
@@ -13,9 +14,16 @@ use std::time::Duration;
 
 use super::ReplicaId;
 use super::holders::Holders;
-use crate::cost::{CostModel, Prices, StepShape};
+use crate::cost::CostModel;
+use crate::engine::moves::MovePrices;
 use crate::memory::{BlockEvent, BlockHash};
-use crate::op::ATTENTION_ROWS;
+
+mod fetch;
+mod replica;
+
+pub use fetch::Fetch;
+use fetch::Rest;
+use replica::Replica;
 
 /// A request as the router sees it.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +53,8 @@ pub struct Placement {
     pub predicted_ns: u64,
     /// Of its prompt, what was in the replica's prefix cache then.
     pub cached_tokens: u32,
+    /// What is to come from another replica, before the rest is computed.
+    pub fetch: Option<Fetch>,
     prompt_tokens: u32,
     /// What the rest of its prompt takes there, until it is computed.
     waiting_ns: u64,
@@ -56,6 +66,8 @@ pub struct Placement {
 pub struct Router {
     replicas: Vec<Replica>,
     holders: Holders,
+    /// By replica, where any has blocks copied.
+    moves: Vec<Option<MovePrices>>,
     block_size: u32,
     /// By replica, of the request that is being placed: what is there of its prompt, and when it would end.
     cached_tokens: Vec<u32>,
@@ -63,23 +75,6 @@ pub struct Router {
     /// Where the next search begins.
     turn: usize,
     answers: AnswerLength,
-}
-
-#[derive(Debug)]
-struct Replica {
-    traits: Traits,
-    /// Of a prompt: each token in a full step, and each token that another one sees.
-    ns_per_prompt_token: f64,
-    ns_per_seen_token: f64,
-    /// Whether it takes requests.
-    is_open: bool,
-    /// How much longer than it should it has been at a step.
-    late_ns: u64,
-    num_placed: u32,
-    /// Sums over placements.
-    prompt_tokens: u64,
-    waiting_ns: u64,
-    owed_tokens: u64,
 }
 
 /// A mean over answers that ended, the newer ones counting more.
@@ -106,6 +101,7 @@ impl Router {
         Router {
             replicas: traits.iter().map(|traits| Replica::new(*traits)).collect(),
             holders: Holders::new(num_replicas),
+            moves: Vec::new(),
             block_size,
             cached_tokens: vec![0; traits.len()],
             finish_ns: Vec::with_capacity(traits.len()),
@@ -114,16 +110,30 @@ impl Router {
         }
     }
 
+    /// What a block takes to go from each replica to another one or come from there; `None` where none does.
+    pub fn set_moves(&mut self, moves: Vec<Option<MovePrices>>) {
+        assert_eq!(moves.len(), self.replicas.len(), "prices of each replica");
+        self.moves = moves;
+    }
+
     /// Counts a request where it is predicted to end first; `None` where no replica takes any.
     pub fn place(&mut self, ask: Ask) -> Option<Placement> {
         self.find_cached(ask);
         let owed_tokens = self.answers.expected(ask.max_tokens);
-        let finish_ns = |(replica, cached): (&Replica, &u32)| match replica.is_open {
-            true => replica.finish_ns(ask.prompt_tokens, *cached, owed_tokens),
-            false => f64::INFINITY,
-        };
-        self.finish_ns.clear();
-        self.finish_ns.extend(self.replicas.iter().zip(&self.cached_tokens).map(finish_ns));
+        let source = self.source();
+        let mut all = std::mem::take(&mut self.finish_ns);
+        all.clear();
+        all.extend(self.replicas.iter().zip(&self.cached_tokens).enumerate().map(
+            |(index, (replica, &cached_tokens))| {
+                if !replica.is_open {
+                    return f64::INFINITY;
+                }
+                let fetched = source.and_then(|source| self.fetched(index, ask.prompt_tokens, source));
+                let computed_ns = || replica.prompt_ns(ask.prompt_tokens, cached_tokens);
+                replica.finish_ns(ask.prompt_tokens, fetched.map_or_else(computed_ns, |rest| rest.ns), owed_tokens)
+            },
+        ));
+        self.finish_ns = all;
         let least = self.finish_ns.iter().copied().fold(f64::INFINITY, f64::min);
         if least == f64::INFINITY {
             return None;
@@ -133,7 +143,8 @@ impl Router {
         let tied = round.filter(|&index| self.finish_ns[index] <= least * (1.0 + TIE));
         let index = tied.min_by_key(|&index| Reverse(self.cached_tokens[index])).expect("the least is among them");
         self.turn = (index + 1) % num_replicas;
-        Some(self.put(index, ask, owed_tokens, self.finish_ns[index] as u64))
+        let rest = self.rest(index, ask.prompt_tokens, source);
+        Some(self.put(index, ask, owed_tokens, rest))
     }
 
     /// Counts a request on a replica that somebody else has chosen.
@@ -141,8 +152,8 @@ impl Router {
         self.find_cached(ask);
         let index = usize::from(replica.0);
         let owed_tokens = self.answers.expected(ask.max_tokens);
-        let ns = self.replicas[index].finish_ns(ask.prompt_tokens, self.cached_tokens[index], owed_tokens);
-        self.put(index, ask, owed_tokens, ns as u64)
+        let rest = self.rest(index, ask.prompt_tokens, self.source());
+        self.put(index, ask, owed_tokens, rest)
     }
 
     /// Whether a request that waits where `placement` has it would end so much sooner on `other` that it is to be taken
@@ -153,9 +164,10 @@ impl Router {
         if here == there || !self.replicas[there].is_open {
             return false;
         }
-        let cached = |index: usize| self.cached_tokens[index];
-        let stays = self.replicas[here].finish_without_ns(placement, cached(here));
-        let moves = self.replicas[there].finish_ns(ask.prompt_tokens, cached(there), placement.owed_tokens);
+        let source = self.source();
+        let [rest_here, rest_there] = [here, there].map(|index| self.rest(index, ask.prompt_tokens, source).ns);
+        let stays = self.replicas[here].finish_without_ns(placement, rest_here);
+        let moves = self.replicas[there].finish_ns(ask.prompt_tokens, rest_there, placement.owed_tokens);
         moves < WORTH_A_MOVE * stays
     }
 
@@ -237,96 +249,24 @@ impl Router {
         });
     }
 
-    fn put(&mut self, index: usize, ask: Ask, owed_tokens: u32, predicted_ns: u64) -> Placement {
+    fn put(&mut self, index: usize, ask: Ask, owed_tokens: u32, rest: Rest) -> Placement {
         let cached_tokens = self.cached_tokens[index];
         let replica = &mut self.replicas[index];
+        let predicted_ns = replica.finish_ns(ask.prompt_tokens, rest.ns, owed_tokens) as u64;
         replica.num_placed += 1;
         replica.prompt_tokens += u64::from(ask.prompt_tokens);
-        let waiting_ns = replica.prompt_ns(ask.prompt_tokens, cached_tokens) as u64;
+        let waiting_ns = rest.ns as u64;
         replica.waiting_ns += waiting_ns;
         replica.owed_tokens += u64::from(owed_tokens);
         Placement {
             replica: ReplicaId(index as u16),
             predicted_ns,
             cached_tokens,
+            fetch: rest.fetch,
             prompt_tokens: ask.prompt_tokens,
             waiting_ns,
             owed_tokens,
         }
-    }
-}
-
-impl Replica {
-    fn new(traits: Traits) -> Replica {
-        let mut replica = Replica {
-            traits,
-            ns_per_prompt_token: 0.0,
-            ns_per_seen_token: 0.0,
-            is_open: true,
-            late_ns: 0,
-            num_placed: 0,
-            prompt_tokens: 0,
-            waiting_ns: 0,
-            owed_tokens: 0,
-        };
-        replica.set_cost(traits.cost);
-        replica
-    }
-
-    fn set_cost(&mut self, cost: CostModel) {
-        let full = StepShape { num_tokens: self.traits.max_num_batched_tokens.max(1), ..StepShape::default() };
-        self.ns_per_prompt_token = cost.predict_ns(&full) as f64 / f64::from(full.num_tokens);
-        let Prices { ns_per_attended_token, ns_per_loaded_token, .. } = cost.prices();
-        self.ns_per_seen_token = ns_per_attended_token + ns_per_loaded_token / f64::from(ATTENTION_ROWS);
-        self.traits.cost = cost;
-    }
-
-    /// What a prompt takes of which the cache has a part.
-    fn prompt_ns(&self, prompt_tokens: u32, cached_tokens: u32) -> f64 {
-        let [all, cached] = [prompt_tokens, cached_tokens].map(f64::from);
-        (all - cached) * self.ns_per_prompt_token + (all * all - cached * cached) / 2.0 * self.ns_per_seen_token
-    }
-
-    /// A step in which as many decode as can, of `num_placed`, with `prompt_tokens` between them.
-    fn step_ns(&self, num_placed: u32, prompt_tokens: u64) -> f64 {
-        let rows = num_placed.clamp(1, self.traits.max_num_seqs);
-        let context = prompt_tokens / u64::from(num_placed.max(1));
-        self.traits.cost.predict_ns(&StepShape::decode(rows, context as u32)) as f64
-    }
-
-    /// From now until a request that is not counted here would have ended.
-    fn finish_ns(&self, prompt_tokens: u32, cached_tokens: u32, owed_tokens: u32) -> f64 {
-        let step_ns = self.step_ns(self.num_placed + 1, self.prompt_tokens + u64::from(prompt_tokens));
-        let prompts_ns = (self.late_ns + self.waiting_ns) as f64 + self.prompt_ns(prompt_tokens, cached_tokens);
-        let own_ns = f64::from(owed_tokens) * step_ns;
-        prompts_ns + self.slot_ns(self.num_placed, self.owed_tokens, step_ns) + own_ns
-    }
-
-    /// The same of one that is counted and waits, `cached_tokens` of its prompt being there.
-    fn finish_without_ns(&self, placement: &Placement, cached_tokens: u32) -> f64 {
-        let others = Replica {
-            num_placed: self.num_placed - 1,
-            prompt_tokens: self.prompt_tokens - u64::from(placement.prompt_tokens),
-            waiting_ns: self.waiting_ns - placement.waiting_ns,
-            owed_tokens: self.owed_tokens - u64::from(placement.owed_tokens),
-            ..*self
-        };
-        others.finish_ns(placement.prompt_tokens, cached_tokens, placement.owed_tokens)
-    }
-
-    /// Until there is a slot for one more than `num_placed`, which owe `owed_tokens` between them.
-    fn slot_ns(&self, num_placed: u32, owed_tokens: u64, step_ns: f64) -> f64 {
-        let slots = self.traits.max_num_seqs;
-        let excess = (num_placed + 1).saturating_sub(slots);
-        let each = owed_tokens as f64 / f64::from(num_placed.max(1));
-        f64::from(excess) / f64::from(slots) * each * step_ns
-    }
-
-    /// Until the last that waits has begun.
-    fn wait_ns(&self) -> f64 {
-        let step_ns = self.step_ns(self.num_placed, self.prompt_tokens);
-        let slot_ns = self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns);
-        (self.late_ns + self.waiting_ns) as f64 + slot_ns
     }
 }
 
@@ -344,6 +284,7 @@ impl AnswerLength {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cost::Prices;
 
     /// `speed` times as fast as 10 ms a step and 0.1 ms for each row more.
     fn traits(speed: f64) -> Traits {

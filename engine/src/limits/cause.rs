@@ -99,6 +99,8 @@ pub enum Phase {
     NoWork,
     /// All that waits is of tenants that run as many as they may, on other engines.
     TenantCap,
+    /// All that waits is for blocks that come from another engine.
+    SharedPrefix,
     Schedule,
     Record,
     Upload,
@@ -112,6 +114,7 @@ impl Phase {
         match self {
             Phase::NoWork => Cause::NoRequests,
             Phase::TenantCap => Cause::TenantCap,
+            Phase::SharedPrefix => Cause::SharedPrefix,
             Phase::Schedule => Cause::Schedule,
             Phase::Record => Cause::Record,
             Phase::Upload => Cause::Upload,

@@ -265,6 +265,11 @@ impl BlockChain {
         &self.hashes
     }
 
+    /// Its first `num_blocks` blocks.
+    pub fn head(&self, num_blocks: usize) -> BlockChain {
+        BlockChain { root: self.root, hashes: self.hashes[..num_blocks].to_vec(), salt: self.salt.clone() }
+    }
+
     pub fn salt(&self) -> Option<&Arc<str>> {
         self.salt.as_ref()
     }

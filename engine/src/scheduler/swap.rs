@@ -31,6 +31,11 @@ impl Scheduler {
         self.host.num_used()
     }
 
+    /// Whether copies are planned that are part of no batch yet.
+    pub fn has_copies(&self) -> bool {
+        !self.copies.is_empty()
+    }
+
     pub fn num_swaps(&self) -> u64 {
         self.num_swaps
     }

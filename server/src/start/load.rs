@@ -6,7 +6,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use fullbore_engine::backend::LoadError;
 use fullbore_engine::engine::Engine;
+use fullbore_engine::engine::moves::{CHUNK_BYTES, MovePrices};
 use fullbore_engine::fleet::{Fleet, Seat};
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::MemoryTable;
@@ -37,7 +39,7 @@ pub fn load(plans: Vec<Plan>) -> Result<ServedModel, StartError> {
     let mut replicas = Vec::with_capacity(plans.len());
     for plan in plans {
         let seat = plan.seat.clone();
-        replicas.extend(tolerate(plan.load_served(hash_key), &seat, is_alone)?);
+        replicas.extend(tolerate(plan.load_served(hash_key, is_alone), &seat, is_alone)?);
     }
     let Some(first) = replicas.first() else { return Err(StartError::NoDevice { model: name }) };
     let config = &first.engine.model().config;
@@ -99,8 +101,8 @@ impl Plan {
         Ok(Replica { engine, seat, memory, costs, times })
     }
 
-    /// The same, for a server: with what is known of steps, and of others on the device.
-    fn load_served(self, hash_key: (u64, u64)) -> Result<Replica, StartError> {
+    /// The same, for a server: with what is known of steps, of others on the device, and of copies to other devices.
+    fn load_served(self, hash_key: (u64, u64), is_alone: bool) -> Result<Replica, StartError> {
         let neighbours = devices::share(self.backend.info(), &self.seat.title, &self.name);
         let (tuned_cost, kv_events) = (self.tuned_cost, self.kv_events.clone());
         let mut replica = self.load_replica(hash_key)?;
@@ -112,6 +114,19 @@ impl Plan {
         }
         if let Some(cost) = replica.costs.as_ref().and_then(SavedCosts::read).or(tuned_cost) {
             replica.engine.set_cost(cost);
+        }
+        // Of a simulated device no copy says anything.
+        if !is_alone && replica.engine.backend().info().id != "sim" {
+            let _pinned = replica.seat.pin()?;
+            replica.engine.enable_moves(CHUNK_BYTES).map_err(LoadError::from)?;
+            if let Some(MovePrices { out_ns, in_ns, .. }) = replica.engine.move_prices() {
+                tracing::info!(
+                    device = replica.seat.title,
+                    out_ns,
+                    in_ns,
+                    "a KV block to another device, and from there"
+                );
+            }
         }
         Ok(replica)
     }
