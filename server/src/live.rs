@@ -38,6 +38,8 @@ pub struct Frame {
     pub num_rows: u64,
     pub prefill_tokens: u64,
     pub generated_tokens: u64,
+    /// Those by device.
+    pub device_tokens: Vec<u64>,
     pub num_preemptions: u64,
     /// At its end.
     pub num_running: u32,
@@ -53,6 +55,8 @@ pub struct Frame {
 pub struct Reading {
     pub at_ms: u64,
     pub stats: EngineStats,
+    /// Tokens generated, by device.
+    pub device_tokens: Vec<u64>,
     pub num_waiting: u64,
     pub first_token: BucketCounts,
     pub next_token: BucketCounts,
@@ -106,6 +110,9 @@ impl Frame {
             let charged = |reading: &Reading| reading.stats.limits.total.ns(cause);
             device_ns[cause as usize] = charged(now).saturating_sub(charged(last));
         }
+        let before = last.device_tokens.iter().chain(std::iter::repeat(&0));
+        let device_tokens = now.device_tokens.iter().zip(before).map(|(now, last)| now.saturating_sub(*last));
+        let device_tokens: Vec<u64> = device_tokens.collect();
         Frame {
             at_ms: now.at_ms,
             period,
@@ -113,7 +120,8 @@ impl Frame {
             num_steps: of(|stats| stats.num_steps),
             num_rows: of(|stats| stats.limits.total.num_tokens),
             prefill_tokens: of(|stats| stats.prefill_tokens),
-            generated_tokens: of(|stats| stats.generated_tokens),
+            generated_tokens: device_tokens.iter().sum(),
+            device_tokens,
             num_preemptions: of(|stats| stats.num_preemptions),
             num_running: now.stats.num_running,
             num_waiting: now.num_waiting,
@@ -129,7 +137,8 @@ impl Reading {
         let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let [first_token, next_token] = model.metrics.latencies();
         let (stats, num_waiting) = (model.engine.stats(), model.engine.num_waiting());
-        Reading { at_ms, stats, num_waiting, first_token, next_token }
+        let device_tokens = model.engine.engines().iter().map(|engine| engine.stats().generated_tokens).collect();
+        Reading { at_ms, stats, device_tokens, num_waiting, first_token, next_token }
     }
 }
 
@@ -156,8 +165,8 @@ mod tests {
     use super::*;
 
     fn reading(at_ms: u64, generated_tokens: u64) -> Reading {
-        let stats = EngineStats { generated_tokens, num_running: 3, ..EngineStats::default() };
-        Reading { at_ms, stats, ..Reading::default() }
+        let stats = EngineStats { num_running: 3, ..EngineStats::default() };
+        Reading { at_ms, stats, device_tokens: vec![generated_tokens, 7], ..Reading::default() }
     }
 
     #[test]

@@ -110,8 +110,25 @@ fn several_devices_answer_as_one_does_and_are_told_apart() {
     let limits = server.get("/v1/limits").ok();
     let ids: Vec<&Value> = limits["data"].as_array().expect("reports").iter().map(|one| &one["device"]["id"]).collect();
     assert_eq!(ids, ["sim@0", "sim@1", "sim@2"]);
+    // Each device's tokens are in the frames, and their sum is the model's.
+    server.complete(json!({"prompt": "more", "max_tokens": 7, "ignore_eos": true}));
+    fleet.wait_until_idle();
+    let generated = all("fullbore_tokens_generated_total");
+    let by_device = |server: &Harness| -> Vec<f64> {
+        let live = server.get("/v1/live").ok();
+        let frames = live["engines"][0]["frames"].as_array().expect("frames").clone();
+        let of = |frame: &Value, device: usize| frame["device_tokens"][device].as_f64().expect("a count");
+        frames
+            .iter()
+            .for_each(|frame| assert_eq!(frame["generated_tokens"], (0..3).map(|at| of(frame, at)).sum::<f64>()));
+        (0..3).map(|device| frames.iter().map(|frame| of(frame, device)).sum()).collect()
+    };
+    server.wait_for("a frame of it", |server| by_device(server).iter().sum::<f64>() >= 7.0);
+    assert!(by_device(server).iter().zip(&generated).all(|(told, all)| told <= all), "{generated:?}");
     let live = server.get("/v1/live").ok();
     assert_eq!(live["engines"].as_array().map(Vec::len), Some(1), "{live}");
+    let devices = live["engines"][0]["devices"].as_array().expect("devices").iter();
+    assert_eq!(devices.map(|device| &device["id"]).collect::<Vec<_>>(), ["sim@0", "sim@1", "sim@2"]);
     assert_eq!(live["engines"][0]["device"]["id"], "sim@0, sim@1, sim@2");
     server.get("/health/ready").ok();
 }

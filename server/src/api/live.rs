@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::limits::Cause;
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +34,11 @@ pub struct Live {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct LiveEngine {
     pub model: String,
+    /// All of them in one line.
     pub device: LiveDevice,
+    /// In the order of each frame's `device_tokens`.
+    #[serde(default)]
+    pub devices: Vec<LiveDevice>,
     pub max_num_seqs: u32,
     pub max_model_len: u32,
     /// The cause that the verdict names, and the verdict of the last minute.
@@ -59,6 +64,8 @@ pub struct LiveFrame {
     pub rows: u64,
     pub prompt_tokens: u64,
     pub generated_tokens: u64,
+    #[serde(default)]
+    pub device_tokens: Vec<u64>,
     pub preemptions: u64,
     pub running: u32,
     pub waiting: u64,
@@ -89,12 +96,19 @@ fn engine(model: &ServedModel, after_ms: u64) -> LiveEngine {
     let (device, config) = (model.engine.device(), model.engine.config());
     LiveEngine {
         model: model.name.clone(),
-        device: LiveDevice { id: device.id, name: device.name },
+        device: device.into(),
+        devices: model.engine.engines().iter().map(|engine| engine.device().clone().into()).collect(),
         max_num_seqs: config.max_num_seqs,
         max_model_len: config.max_model_len,
         limit: verdict.cause.name().to_owned(),
         verdict: verdict.sentence,
         frames: model.history.after(after_ms).iter().map(LiveFrame::from).collect(),
+    }
+}
+
+impl From<DeviceInfo> for LiveDevice {
+    fn from(DeviceInfo { id, name, .. }: DeviceInfo) -> LiveDevice {
+        LiveDevice { id, name }
     }
 }
 
@@ -109,6 +123,7 @@ impl From<&Frame> for LiveFrame {
             rows: frame.num_rows,
             prompt_tokens: frame.prefill_tokens,
             generated_tokens: frame.generated_tokens,
+            device_tokens: frame.device_tokens.clone(),
             preemptions: frame.num_preemptions,
             running: frame.num_running,
             waiting: frame.num_waiting,

@@ -61,4 +61,10 @@ export function perSecond(frames, name) {
   return seconds > 0 ? sum(frames.map((frame) => frame[name])) / seconds : 0;
 }
 
+// The same of one device's generated tokens.
+export function perDevice(frames, index) {
+  const seconds = sum(frames.map((frame) => frame.period_s));
+  return seconds > 0 ? sum(frames.map((frame) => frame.device_tokens[index] ?? 0)) / seconds : 0;
+}
+
 export const rowsPerStep = (frame) => (frame.steps > 0 ? frame.rows / frame.steps : null);

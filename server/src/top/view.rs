@@ -178,6 +178,13 @@ impl View<'_> {
             let words = format!("{} tokens a second", count(per_second(lately, tokens)));
             self.line(name, &words, &|frame| per_second(std::slice::from_ref(frame), tokens))
         };
+        let rate_of_device = |index: usize| {
+            let tokens = move |frame: &LiveFrame| frame.device_tokens.get(index).copied().unwrap_or(0);
+            let words = format!("{} tokens a second", count(per_second(lately, tokens)));
+            let name = format!("  {}", self.engine.devices[index].id);
+            self.line(&name, &words, &|frame| per_second(std::slice::from_ref(frame), tokens))
+        };
+        let devices = if self.engine.devices.len() > 1 { 0..self.engine.devices.len() } else { 0..0 };
         let latency = |name: &str, of: fn(&LiveFrame) -> Option<Quantiles>| {
             let number = move |frame: &LiveFrame| of(frame).map_or(0.0, |quantiles| quantiles.p50);
             self.line(name, &quantiles(of(last)), &number)
@@ -192,6 +199,9 @@ impl View<'_> {
             latency("between tokens", |frame| frame.itl_ms),
             self.blocks(last),
         ]
+        .into_iter()
+        .chain(devices.map(rate_of_device))
+        .collect()
     }
 
     fn line(&self, name: &str, words: &str, number: &dyn Fn(&LiveFrame) -> f64) -> String {
@@ -237,7 +247,7 @@ fn quantiles(quantiles: Option<Quantiles>) -> String {
 }
 
 /// Over these frames together.
-fn per_second(frames: &[LiveFrame], tokens: fn(&LiveFrame) -> u64) -> f64 {
+fn per_second(frames: &[LiveFrame], tokens: impl Fn(&LiveFrame) -> u64) -> f64 {
     let seconds: f64 = frames.iter().map(|frame| frame.period_s).sum();
     let total: u64 = frames.iter().map(tokens).sum();
     if seconds > 0.0 { total as f64 / seconds } else { 0.0 }
@@ -285,6 +295,7 @@ mod tests {
             rows: 45,
             prompt_tokens: 0,
             generated_tokens: 40,
+            device_tokens: vec![40],
             preemptions: 0,
             running: 4,
             waiting: second,
@@ -298,6 +309,7 @@ mod tests {
         let engine = LiveEngine {
             model: model.to_owned(),
             device: LiveDevice { id: "sim".to_owned(), name: "a device".to_owned() },
+            devices: vec![LiveDevice { id: "sim".to_owned(), name: "a device".to_owned() }],
             max_num_seqs: 8,
             max_model_len: 1024,
             limit: "computing".to_owned(),
@@ -335,6 +347,16 @@ between tokens p50 12 ms  p95 140 ms  p99 2.0 s       ███
 KV blocks      10 used, 20 cached, 30 free            ###ccccc........
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn each_of_several_devices_has_its_rate() {
+        let mut recent = recent("small", vec![LiveFrame { device_tokens: vec![10, 30], ..frame(1, [1.0, 0.0]) }]);
+        let device = |id: &str| LiveDevice { id: id.to_owned(), name: "one".to_owned() };
+        recent.engines[0].devices = vec![device("vulkan:0"), device("cpu")];
+        let text = picture(&recent, Size { columns: 70, rows: 30 }, Paint::Plain);
+        let rates: Vec<&str> = text.lines().filter(|line| line.starts_with("  ")).map(|line| &line[..33]).collect();
+        assert_eq!(rates, ["  vulkan:0     10 tokens a second", "  cpu          30 tokens a second"]);
     }
 
     #[test]
