@@ -121,7 +121,13 @@ fn forced_calls_come_whole_and_in_pieces() {
             let is_cut = choice["finish_reason"] == "length";
             if is_cut { 0 } else { calls_of(&choice["message"]).len() }
         });
-        assert!(counts.max().expect("eight") > 1, "{several}");
+        let counts: Vec<usize> = counts.collect();
+        let (most, count) = counts.iter().enumerate().max_by_key(|(_, count)| **count).expect("eight");
+        assert!(*count > 1, "{several}");
+        // The same in pieces: the choice is a request whose seed is so much larger.
+        let body = ask(json!({"tool_choice": "required", "seed": 3 + most, "max_tokens": 500}));
+        let (message, reason) = added_up(&server.stream("/v1/chat/completions", body));
+        assert_eq!((calls_of(&message), reason), (calls_of(&several["choices"][most]["message"]), json!("tool_calls")));
     }
 }
 
@@ -191,6 +197,67 @@ fn tools_calls_and_results_reach_the_template() {
     let prompt = prompt_of(&plain, &ask(json!({"messages": messages})));
     assert!(prompt.starts_with("<|im_start|>system You have access to functions:\n{\"name\":\"weather\""), "{prompt}");
     assert!(prompt.contains("<tool_response>\nsunny\n</tool_response>"), "{prompt}");
+}
+
+#[test]
+fn a_choice_among_some_tools_is_of_those_alone() {
+    let server = hermes();
+    let allowed = |mode: &str, name: &str| {
+        let tools = json!([{"type": "function", "function": {"name": name}}]);
+        json!({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}})
+    };
+    for seed in 0..4 {
+        let ask = ask(json!({"tool_choice": allowed("required", "time"), "parallel_tool_calls": false, "seed": seed}));
+        let called = calls_of(&server.chat(ask)["choices"][0]["message"]);
+        assert!(called.iter().all(|(name, _)| name == "time") && called.len() == 1, "{called:?}");
+    }
+    let prompt = prompt_of(&server, &ask(json!({"tool_choice": allowed("auto", "time")})));
+    assert!(prompt.contains("\"time\"") && !prompt.contains("weather"), "{prompt}");
+    for wrong in [allowed("auto", "other"), allowed("never", "time"), json!({"type": "allowed_tools"})] {
+        let refused = server.post("/v1/chat/completions", &ask(json!({"tool_choice": wrong})));
+        assert_eq!(refused.error(400)["param"], "tool_choice", "{wrong}");
+    }
+    let response = json!({"input": "x", "max_output_tokens": 60, "tools": [{"type": "function", "name": "time"},
+        {"type": "function", "name": "weather"}], "tool_choice": {"type": "allowed_tools", "mode": "required",
+        "tools": [{"type": "function", "name": "weather"}]}, "parallel_tool_calls": false});
+    let response = server.post("/v1/responses", &response).ok();
+    assert_eq!(response["output"][0]["name"], "weather", "{response}");
+}
+
+/// Gemma's rules, in words of our own: a system's words go before the first user's, and then the roles take turns.
+const ALTERNATING: &str = "{% set told = messages[0].content if messages[0].role == 'system' else '' %}\
+    {% for message in messages[1:] if told else messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}\
+    {{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>{{ message.role }} {% if loop.first %}\
+    {{ told }} {% endif %}{{ message.content | trim }}<|im_end|>{% endfor %}";
+
+#[test]
+fn turns_alternate_where_a_template_wants_that() {
+    let bundle = |bundle: &mut Bundle| {
+        let template = ChatTemplate::new(ALTERNATING, "<s>", "<|im_end|>").expect("a template");
+        bundle.chat_template = Some(std::sync::Arc::new(template));
+    };
+    let server = Setup { bundle, ..Setup::default() }.start();
+    let call = json!({"type": "tool_use", "id": "t", "name": "weather", "input": {"city": "Rome"}});
+    let result = |text: &str| json!({"type": "tool_result", "tool_use_id": "t", "content": text});
+    let messages = json!([{"role": "user", "content": "Weather?"}, {"role": "user", "content": "In Rome."},
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result("sunny"), result("warm"), {"type": "text", "text": "Well?"}]}]);
+    let message = json!({"system": "Be brief.", "messages": messages, "max_tokens": 1,
+        "tools": [{"name": "weather", "input_schema": tools()[0]["function"]["parameters"]}]});
+    server.post("/v1/messages", &message).ok();
+    let calls = json!([{"id": "t", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]);
+    let chat = json!([{"role": "user", "content": "Weather?"}, {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "t", "content": "sunny"}, {"role": "user", "content": "Well?"}]);
+    let prompt = prompt_of(&server, &json!({"messages": chat}));
+    let end = "<start_of_turn>user <tool_response>\nsunny\n</tool_response>\n\nWell?<|im_end|>";
+    assert!(prompt.ends_with(end), "{prompt}");
+    let items = json!([{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Weather?"}]);
+    let response = json!({"instructions": "Be brief.", "input": items, "max_output_tokens": 1});
+    server.post("/v1/responses", &response).ok();
+    // What a client's own messages say twice is for the template to refuse.
+    let twice = json!({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]});
+    let refused = server.post("/v1/chat/completions", &twice).error(400);
+    assert!(refused["message"].as_str().is_some_and(|text| text.contains("alternate")), "{refused}");
 }
 
 #[test]

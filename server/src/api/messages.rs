@@ -5,6 +5,7 @@ use fullbore_engine::text::ChatMessage;
 use serde_json::{Map, Value, json};
 
 use super::fields::wrong;
+use super::text_parts::TextParts;
 use crate::http::error::ApiError;
 
 pub fn read(value: Option<&Value>) -> Result<Vec<ChatMessage>, ApiError> {
@@ -43,30 +44,15 @@ fn message((index, value): (usize, &Value)) -> Result<ChatMessage, ApiError> {
     Ok(ChatMessage { role: role.to_owned(), content, extra })
 }
 
+const TEXT: TextParts = TextParts {
+    kinds: &[("text", "text"), ("refusal", "refusal")],
+    takes_untyped: true,
+    expected: "{\"type\": \"text\", \"text\": ...}",
+};
+
 fn content(name: &str, content: &Value) -> Result<String, ApiError> {
-    match content {
-        // An assistant that only called a tool says nothing.
-        Value::Null => Ok(String::new()),
-        Value::String(text) => Ok(text.clone()),
-        Value::Array(parts) => {
-            let part = |(nth, part)| text_of(part).ok_or_else(|| part_error(&format!("{name}[{nth}]"), part));
-            Ok(parts.iter().enumerate().map(part).collect::<Result<Vec<_>, _>>()?.join("\n"))
-        }
-        other => Err(wrong(name, other, "a string or a list of text parts")),
-    }
-}
-
-fn text_of(part: &Value) -> Option<&str> {
-    part.get("type").is_none_or(|kind| kind == "text").then(|| part.get("text")?.as_str()).flatten()
-}
-
-fn part_error(name: &str, part: &Value) -> ApiError {
-    match part.get("type").and_then(Value::as_str) {
-        Some(kind) if kind != "text" => {
-            ApiError::invalid(name, format!("{name} is of type {kind}; this server reads text only"))
-        }
-        _ => wrong(name, part, "{\"type\": \"text\", \"text\": ...}"),
-    }
+    // An assistant that only called a tool says nothing.
+    if content.is_null() { Ok(String::new()) } else { TEXT.text(name, content) }
 }
 
 /// A call as templates know it: its arguments are an object, where the API has them as text.

@@ -49,6 +49,7 @@ mod reply;
 mod responses;
 mod sampling;
 mod tenancy;
+mod text_parts;
 pub mod texts;
 mod tools;
 pub mod worker;

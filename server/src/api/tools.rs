@@ -46,8 +46,12 @@ pub enum ToolChoice {
 impl Tools {
     /// As chats have them.
     pub fn read(fields: &Fields) -> Result<Tools, ApiError> {
-        let functions = read_tools(fields, Function::read)?;
+        let mut functions = read_tools(fields, Function::read)?;
         let choice = match fields.get("tool_choice") {
+            Some(value) if value["type"] == "allowed_tools" => {
+                let name = |tool: &Value| tool["function"]["name"].as_str().map(str::to_owned);
+                ToolChoice::among(&mut functions, value, &value["allowed_tools"], name)?
+            }
             Some(value) => {
                 let named = value["function"]["name"].as_str().filter(|_| value["type"] == "function");
                 let expected = "none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
@@ -135,6 +139,25 @@ pub fn is_name(name: &str) -> bool {
 }
 
 impl ToolChoice {
+    /// OpenAI's `allowed_tools`, of which `allowed` has the mode and the tools: others are as if they were not there.
+    pub fn among(
+        functions: &mut Vec<Function>,
+        value: &Value,
+        allowed: &Value,
+        name: impl Fn(&Value) -> Option<String>,
+    ) -> Result<ToolChoice, ApiError> {
+        let expected = "allowed_tools with a mode (auto or required) and tools, each by type and name";
+        let refuse = || wrong("tool_choice", value, expected);
+        let names = allowed["tools"].as_array().ok_or_else(refuse)?.iter().map(name);
+        let names = names.collect::<Option<Vec<String>>>().ok_or_else(refuse)?;
+        for name in &names {
+            ToolChoice::read(Some("named"), Some(name), functions)?;
+        }
+        functions.retain(|function| names.contains(&function.name));
+        let mode = allowed["mode"].as_str().filter(|mode| ["auto", "required"].contains(mode));
+        ToolChoice::read(mode, None, functions)?.ok_or_else(refuse)
+    }
+
     /// Where nobody says.
     pub fn usual(functions: &[Function]) -> ToolChoice {
         if functions.is_empty() { ToolChoice::None } else { ToolChoice::Auto }

@@ -5,6 +5,7 @@ use fullbore_engine::text::ChatMessage;
 use serde_json::{Map, Value, json};
 
 use super::super::fields::{Fields, wrong};
+use super::super::text_parts::TextParts;
 use super::super::tools::{Function, ToolChoice, Tools, read_tools};
 use crate::http::error::ApiError;
 
@@ -17,7 +18,7 @@ pub fn messages(fields: &Fields) -> Result<(Vec<ChatMessage>, bool), ApiError> {
     let items = items.ok_or_else(|| wrong("messages", value, EXPECTED))?;
     let mut messages = Vec::with_capacity(items.len() + 1);
     if let Some(system) = fields.get("system") {
-        messages.push(ChatMessage::new("system", text("system", system)?));
+        messages.push(ChatMessage::new("system", TEXT.text("system", system)?));
     }
     for (index, item) in items.iter().enumerate() {
         message(&format!("messages[{index}]"), item, &mut messages)?;
@@ -51,10 +52,10 @@ fn user<'a>(
     let mut said = Vec::new();
     for (at, block) in blocks {
         if block["type"] != "tool_result" {
-            said.push(text_of(&at, block)?);
+            said.push(TEXT.part(&at, block)?);
             continue;
         }
-        let content = block.get("content").map(|content| text(&format!("{at}.content"), content));
+        let content = block.get("content").map(|content| TEXT.text(&format!("{at}.content"), content));
         let id = block["tool_use_id"].as_str();
         let id = id.ok_or_else(|| wrong(&format!("{at}.tool_use_id"), &block["tool_use_id"], "a string"))?;
         speak(&mut said, messages);
@@ -68,7 +69,12 @@ fn user<'a>(
 
 fn speak(said: &mut Vec<&str>, messages: &mut Vec<ChatMessage>) {
     if !said.is_empty() {
-        messages.push(ChatMessage::new("user", said.join("\n")));
+        let text = said.join("\n");
+        match messages.last_mut().filter(|last| last.role == "user") {
+            // Turns that follow one another are one, as Anthropic has it.
+            Some(last) => last.content += &format!("\n\n{text}"),
+            None => messages.push(ChatMessage::new("user", text)),
+        }
         said.clear();
     }
 }
@@ -94,7 +100,7 @@ fn assistant<'a>(
                 let function = json!({"name": name, "arguments": block["input"]});
                 calls.push(json!({"id": id, "type": "function", "function": function}));
             }
-            _ => said.push(text_of(&at, block)?),
+            _ => said.push(TEXT.part(&at, block)?),
         }
     }
     let mut message = ChatMessage::new("assistant", said.join("\n"));
@@ -110,25 +116,11 @@ fn assistant<'a>(
     Ok(())
 }
 
-/// A string, or a list of blocks of text.
-fn text(at: &str, value: &Value) -> Result<String, ApiError> {
-    match value {
-        Value::String(text) => Ok(text.clone()),
-        Value::Array(blocks) => {
-            let text = |(nth, block)| text_of(&format!("{at}[{nth}]"), block);
-            Ok(blocks.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
-        }
-        other => Err(wrong(at, other, "a string or a list of text blocks")),
-    }
-}
-
-fn text_of<'a>(at: &str, block: &'a Value) -> Result<&'a str, ApiError> {
-    match block["type"].as_str() {
-        Some("text") => block["text"].as_str().ok_or_else(|| wrong(at, block, "{\"type\": \"text\", \"text\": ...}")),
-        Some(kind) => Err(ApiError::invalid(at, format!("{at} is of type {kind:.40}; this server reads text only"))),
-        None => Err(wrong(at, block, "a block with a type, such as {\"type\": \"text\", \"text\": ...}")),
-    }
-}
+const TEXT: TextParts = TextParts {
+    kinds: &[("text", "text")],
+    takes_untyped: false,
+    expected: "a block with a type, such as {\"type\": \"text\", \"text\": ...}",
+};
 
 pub fn tools(fields: &Fields) -> Result<Tools, ApiError> {
     let functions = read_tools(fields, |at, tool| match tool.get("type").filter(|kind| !kind.is_null()) {

@@ -33,6 +33,24 @@ fn text(part: Value) -> Value {
     json!({"oneOf": [{"type": "string"}, {"type": "array", "items": part}]})
 }
 
+/// Of chats and of responses: a word, one function, or some of them.
+fn tool_choices() -> [Value; 2] {
+    let [words, modes] = [kind(&["none", "auto", "required"]), kind(&["auto", "required"])];
+    let allowed = kind(&["allowed_tools"]);
+    let choice = |function: Value, some: Value| json!({"oneOf": [words, function, some, {"type": "null"}]});
+    let some =
+        |one: &Value| [("mode", modes.clone()), ("tools", json!({"type": "array", "minItems": 1, "items": one}))];
+    let named = needs(object(&[("name", name())]), &["name"]);
+    let one_of_chat = needs(object(&[("type", kind(&["function"])), ("function", named)]), &["type", "function"]);
+    let some_of_chat = needs(object(&some(&one_of_chat)), &["mode", "tools"]);
+    let some_of_chat = object(&[("type", allowed.clone()), ("allowed_tools", some_of_chat)]);
+    let some_of_chat = needs(some_of_chat, &["type", "allowed_tools"]);
+    let one_of_response = needs(object(&[("type", kind(&["function"])), ("name", name())]), &["type", "name"]);
+    let [mode, tools] = some(&one_of_response);
+    let some_of_response = needs(object(&[("type", allowed), mode, tools]), &["type", "mode", "tools"]);
+    [choice(one_of_chat, some_of_chat), choice(one_of_response, some_of_response)]
+}
+
 fn inputs() -> Value {
     let any_text = json!({"type": "string"});
     let part = needs(object(&[("type", kind(&["text"])), ("text", any_text.clone())]), &["type", "text"]);
@@ -45,9 +63,7 @@ fn inputs() -> Value {
     let function = |schema: &str| {
         object(&[("name", name()), ("description", string()), (schema, any_object()), ("strict", bool())])
     };
-    let named = needs(object(&[("name", name())]), &["name"]);
-    let words = kind(&["none", "auto", "required"]);
-    let choice = |function: Value| json!({"oneOf": [words, function, {"type": "null"}]});
+    let [chat_choice, response_choice] = tool_choices();
     let mut nullable = text(reference("TextBlock"));
     nullable["oneOf"].as_array_mut().into_iter().for_each(|kinds| kinds.push(json!({"type": "null"})));
     let block = json!({"oneOf": [reference("TextBlock"), reference("ThinkingBlock"), reference("ToolUseBlock"),
@@ -69,8 +85,7 @@ fn inputs() -> Value {
             ("reasoning_content", string()), ("tool_call_id", string()), ("tool_calls", list(call))]), &["role"]),
         "ChatTool": needs(object(&[("type", kind(&["function"])),
             ("function", needs(function("parameters"), &["name"]))]), &["type", "function"]),
-        "ChatToolChoice": choice(needs(object(&[("type", kind(&["function"])), ("function", named)]),
-            &["type", "function"])),
+        "ChatToolChoice": chat_choice,
         "StructuredOutputs": object(&[("json", json!({"type": ["object", "string", "null"]})), ("json_object", bool()),
             ("regex", string()), ("grammar", string()), ("choice", list(any_text.clone()))]),
         "TextBlock": part,
@@ -94,8 +109,7 @@ fn inputs() -> Value {
                 &["type", "summary"]),
         ]}),
         "ResponseTool": response_function,
-        "ResponseToolChoice": choice(needs(object(&[("type", kind(&["function"])), ("name", name())]),
-            &["type", "name"])),
+        "ResponseToolChoice": response_choice,
     })
 }
 

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::super::fields::{Fields, wrong};
 use super::super::messages::arguments;
+use super::super::text_parts::TextParts;
 use super::super::tools::{Function, ToolChoice, Tools, read_tools};
 use crate::http::error::ApiError;
 
@@ -38,9 +39,13 @@ fn read_item(at: &str, item: &Value, messages: &mut Vec<ChatMessage>) -> Result<
     match item["type"].as_str() {
         None | Some("message") => {
             let role = text_in("role")?;
-            let content = text(&format!("{at}.content"), &item["content"])?;
+            let content = TEXT.text(&format!("{at}.content"), &item["content"])?;
             match role {
                 "assistant" => turn(messages, has_only_thought).content = content,
+                // What is before the user's first words is one message: there are templates that take no second.
+                "system" | "developer" if messages.len() == 1 && messages[0].role == "system" => {
+                    messages[0].content += &format!("\n\n{content}");
+                }
                 role => messages.push(ChatMessage::new(role, content)),
             }
         }
@@ -52,7 +57,7 @@ fn read_item(at: &str, item: &Value, messages: &mut Vec<ChatMessage>) -> Result<
             calls.as_array_mut().into_iter().for_each(|calls| calls.push(call.clone()));
         }
         Some("function_call_output") => {
-            let mut result = ChatMessage::new("tool", text(&format!("{at}.output"), &item["output"])?);
+            let mut result = ChatMessage::new("tool", TEXT.text(&format!("{at}.output"), &item["output"])?);
             result.extra.insert("tool_call_id".to_owned(), text_in("call_id")?.into());
             messages.push(result);
         }
@@ -88,38 +93,23 @@ fn turn(messages: &mut Vec<ChatMessage>, goes_on: impl Fn(&ChatMessage) -> bool)
     &mut messages[last]
 }
 
-/// A string, or a list of parts that are text.
-fn text(at: &str, content: &Value) -> Result<String, ApiError> {
-    match content {
-        Value::String(text) => Ok(text.clone()),
-        Value::Array(parts) => {
-            let text = |(nth, part)| text_of(&format!("{at}[{nth}]"), part);
-            Ok(parts.iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
-        }
-        other => Err(wrong(at, other, "a string or a list of text parts")),
-    }
-}
-
-fn text_of<'a>(at: &str, part: &'a Value) -> Result<&'a str, ApiError> {
-    let expected = "{\"type\": \"input_text\", \"text\": ...}";
-    let text = match part["type"].as_str() {
-        Some("input_text" | "output_text" | "text") => part["text"].as_str(),
-        Some("refusal") => part["refusal"].as_str(),
-        Some(kind) => {
-            return Err(ApiError::invalid(at, format!("{at} is of type {kind:.40}; this server reads text only")));
-        }
-        None => None,
-    };
-    text.ok_or_else(|| wrong(at, part, expected))
-}
+const TEXT: TextParts = TextParts {
+    kinds: &[("input_text", "text"), ("output_text", "text"), ("text", "text"), ("refusal", "refusal")],
+    takes_untyped: false,
+    expected: "{\"type\": \"input_text\", \"text\": ...}",
+};
 
 pub fn tools(fields: &Fields) -> Result<Tools, ApiError> {
-    let functions = read_tools(fields, |at, tool| match &tool["type"] {
+    let mut functions = read_tools(fields, |at, tool| match &tool["type"] {
         // As OpenAI has it, its arguments follow the schema unless the client says otherwise.
         kind if kind == "function" => Function::new(at, Some(tool), "parameters", true),
         kind => Err(wrong(&format!("{at}.type"), kind, "\"function\"; this server has no other tools")),
     })?;
     let choice = match fields.get("tool_choice") {
+        Some(value) if value["type"] == "allowed_tools" => {
+            let name = |tool: &Value| tool["name"].as_str().map(str::to_owned);
+            ToolChoice::among(&mut functions, value, value, name)?
+        }
         Some(value) => {
             let name = value["name"].as_str().filter(|_| value["type"] == "function");
             let word = value.as_str().or(name.and(Some("named")));

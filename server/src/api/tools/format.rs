@@ -205,19 +205,26 @@ fn preamble(format: CallFormat, tools: &Tools) -> String {
 }
 
 /// The messages of a chat for a template that knows no tools: they are told in the system message, calls are text, and
-/// their results are the user's.
+/// their results are the user's, in one turn with each other and with what the user says next, for there are templates
+/// that want roles to alternate.
 pub fn plain_messages(format: CallFormat, tools: &Tools, messages: Vec<ChatMessage>) -> Vec<ChatMessage> {
     let mut plain: Vec<ChatMessage> = Vec::with_capacity(messages.len() + 1);
+    let mut is_after_result = false;
     for ChatMessage { role, content, mut extra } in messages {
         let calls = extra.shift_remove("tool_calls");
         match role.as_str() {
             "tool" | "function" => {
                 let result = format!("<tool_response>\n{content}\n</tool_response>");
-                match plain.last_mut().filter(|last| last.role == "user" && last.content.ends_with("</tool_response>"))
-                {
+                match plain.last_mut().filter(|_| is_after_result) {
                     Some(last) => last.content += &format!("\n{result}"),
                     None => plain.push(ChatMessage::new("user", result)),
                 }
+                is_after_result = true;
+                continue;
+            }
+            "user" if is_after_result => {
+                let results = plain.last_mut().expect("the results");
+                results.content += &format!("\n\n{content}");
             }
             _ => {
                 let calls = calls.as_ref().and_then(Value::as_array).into_iter().flatten();
@@ -229,6 +236,7 @@ pub fn plain_messages(format: CallFormat, tools: &Tools, messages: Vec<ChatMessa
                 plain.push(ChatMessage { role, content: parts.join("\n"), extra });
             }
         }
+        is_after_result = false;
     }
     if tools.are_offered() {
         let told = preamble(format, tools);
