@@ -242,6 +242,7 @@ mod tests {
             bodies_of(path).iter().for_each(|body| drop(parse(body)));
             if path == "/tokenize" {
                 let _ = parse(&json!({"messages": [{"role": "user", "content": "x"}]}));
+                let _ = parse(&json!({"content": "x"}));
             }
             let mut told = BTreeSet::new();
             properties(&body, &mut told);

@@ -1,6 +1,6 @@
-//! Text and token ids without a model's step: `/tokenize`, `/detokenize` and [`render`] as vLLM has them,
-//! `/apply-template` as llama.cpp does, `/v1/messages/count_tokens` as Anthropic does. Invariant: what a prompt is here
-//! it is for the endpoints that generate.
+//! Text and token ids without a model's step: `/tokenize`, `/detokenize` and [`render`] as vLLM has them, the first two as
+//! llama-server has them too, `/apply-template` as that does, `/v1/messages/count_tokens` as Anthropic does. Invariant:
+//! what a prompt is here it is for the endpoints that generate.
 
 use serde_json::{Value, json};
 
@@ -37,13 +37,20 @@ pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Resu
 
 /// A prompt as text, or a chat.
 fn tokenize(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
-    let ids = match fields.string("prompt")? {
-        Some(prompt) => {
+    let ids = match (fields.string("prompt")?, fields.string("content")?) {
+        (Some(prompt), _) => {
             let with_bos = fields.bool("add_special_tokens")?.unwrap_or(true);
             completions::text_ids(model, "prompt", prompt, with_bos)?
         }
-        None if fields.get("messages").is_some() => chat(fields)?.render(model)?.ids,
-        None => return Err(ApiError::invalid("prompt", "prompt is missing; it must be a text, or messages a chat")),
+        // llama-server's, with what it calls the same and means otherwise.
+        (None, Some(content)) => {
+            let with_bos = fields.bool("add_special")?.unwrap_or(false);
+            completions::text_ids(model, "content", content, with_bos)?
+        }
+        (None, None) if fields.get("messages").is_some() => chat(fields)?.render(model)?.ids,
+        (None, None) => {
+            return Err(ApiError::invalid("prompt", "prompt is missing; it must be a text, or messages a chat"));
+        }
     };
     let tokens: Vec<u32> = ids.iter().map(|id| id.0).collect();
     let mut answer = json!({"count": tokens.len(), "max_model_len": model.max_model_len(), "tokens": tokens});
@@ -60,5 +67,7 @@ fn detokenize(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
     let items = value.as_array().filter(|items| items.len() <= max_tokens);
     let items = items.ok_or_else(|| wrong(NAME, value, format!("a list of at most {max_tokens} token ids")))?;
     let ids = items.iter().map(|item| token_id(model, NAME, item)).collect::<Result<Vec<_>, _>>()?;
-    Ok(json!({"prompt": completions::text_of(model, &ids)}))
+    let text = completions::text_of(model, &ids);
+    // As vLLM calls it, and as llama-server does.
+    Ok(json!({"prompt": text, "content": text}))
 }

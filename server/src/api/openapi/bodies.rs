@@ -263,8 +263,9 @@ pub fn render_completions() -> Value {
 pub fn tokenize() -> Value {
     let own =
         vec![("model", string()), ("prompt", string()), ("add_special_tokens", bool()), ("return_token_strs", bool())];
-    let mut body = body(&[own, chat_template()], &[]);
-    body["anyOf"] = json!([{"required": ["prompt"]}, {"required": ["messages"]}]);
+    let of_llama_server = vec![("content", string()), ("add_special", bool())];
+    let mut body = body(&[own, of_llama_server, chat_template()], &[]);
+    body["anyOf"] = json!([{"required": ["prompt"]}, {"required": ["content"]}, {"required": ["messages"]}]);
     body
 }
 
