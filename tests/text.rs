@@ -425,6 +425,18 @@ mod stop_strings {
         assert!(scanner.push("more").stopped);
         assert_eq!(scanner.finish(), "");
     }
+
+    #[test]
+    fn a_stop_string_may_begin_where_nothing_stops() {
+        let mut scanner = StopStrings::new(vec!["abab".to_string()]);
+        // What ends where nothing stops is text but for what the next may begin in.
+        assert_eq!(scanner.pass("xababa"), "xab");
+        let scan = scanner.push("bc");
+        assert_eq!((scan.text.as_str(), scan.stopped, scanner.found()), ("", true, Some("abab")));
+        let mut scanner = StopStrings::new(vec!["ab".to_string()]);
+        assert_eq!(scanner.pass("ab ab"), "ab ab");
+        assert!(!scanner.push("b").stopped && scanner.push("ab").stopped);
+    }
 }
 
 mod chat {

@@ -81,9 +81,11 @@ def the_dashboard_names_what_there_is(server):
 
 def every_request_is_one_line_of_the_log():
     with Server("cpu", "--log-format", "json") as server:
+        def all_lines():
+            return [json.loads(line) for line in open(server.log.name) if line.startswith("{")]
+
         def lines():
-            found = [json.loads(line) for line in open(server.log.name) if line.startswith("{")]
-            return [line for line in found if line["target"] == "fullbore::request"]
+            return [line for line in all_lines() if line["target"] == "fullbore::request"]
 
         ask = {"model": "smollm2", "messages": CHAT, "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
         first = server.client.chat.completions.create(**ask)
@@ -99,12 +101,16 @@ def every_request_is_one_line_of_the_log():
         whole, stopped, left = by_id[first.id], by_id[again.id], by_id[gone]
         assert (whole["reason"], whole["generated_tokens"], whole["prompt_tokens"]) == ("length", 8, first.usage.prompt_tokens), whole
         assert whole["queue_ms"] <= whole["first_token_ms"] <= whole["total_ms"] and "phase" not in whole, whole
-        assert stopped["reason"] == "stop" and stopped["cached_tokens"] == again.usage.prompt_tokens_details.cached_tokens, stopped
+        assert (stopped["reason"], stopped["generated_tokens"]) == ("stop", again.usage.completion_tokens), stopped
+        assert stopped["cached_tokens"] == again.usage.prompt_tokens_details.cached_tokens, stopped
         assert (left["reason"], left["phase"]) == ("aborted", "decode") and 0 < left["generated_tokens"] < 1000, left
         assert of(samples(server), "fullbore_requests_aborted_total", phase="decode") == 1
         assert of(samples(server), "vllm:e2e_request_latency_seconds_count") == 2, "a stop string ends a request well"
         server.post("/v1/completions", {"prompt": ["x", "y " * 3000], "max_tokens": 4})
         assert len(lines()) == 3, "what was refused has no line"
+        for id in by_id:
+            told = [line for line in all_lines() if id in json.dumps(line)]
+            assert len(told) == 1, told
 
 
 def main():

@@ -79,6 +79,40 @@ fn a_vector_is_the_same_in_company() {
     server.wait_for("all to end", |server| server.metric("fullbore_requests_running") == 0.0);
 }
 
+/// As many as LangChain sends at once, of which only so many may wait.
+#[test]
+fn a_batch_larger_than_the_queue_is_taken_in_turn() {
+    let bundle = |bundle: &mut Bundle| bundle.pooling = Some(Pooling::Last);
+    let server = Setup { bundle, ..Setup::default() }.start();
+    let inputs: Vec<String> = (0..1000).map(|index| format!("{index}")).collect();
+    let all = vectors(&server, &json!({"input": inputs}));
+    assert_eq!(all.len(), 1000);
+    for index in [0, 63, 64, 257, 999] {
+        assert_eq!(vectors(&server, &json!({"input": inputs[index]}))[0], all[index], "{index}");
+    }
+    // Where nobody else may wait: the others of a batch do not count.
+    let config = EngineConfig { max_queued_requests: 1, ..Setup::default().config };
+    let narrow = Setup { bundle, config, ..Setup::default() }.start();
+    assert_eq!(vectors(&narrow, &json!({"input": inputs[..40]})), all[..40]);
+    narrow.wait_for("all to end", |server| server.metric("fullbore_requests_running") == 0.0);
+    assert_eq!(narrow.get("/load").ok(), json!({"server_load": 0}));
+}
+
+/// Its first inputs are at work and the others wait for their turn.
+#[test]
+fn a_batch_whose_client_leaves_is_gone() {
+    let bundle = |bundle: &mut Bundle| bundle.pooling = Some(Pooling::Last);
+    let server = Setup { bundle, pace: Pace::Stalled, ..Setup::default() }.start();
+    let body = json!({"input": vec!["x"; 300]}).to_string();
+    let client = server.send(post(PATH, body.as_bytes()));
+    server.wait_for("it to run", |server| server.get("/load").ok()["server_load"] == 300);
+    drop(client);
+    server.gate.set(Pace::Free);
+    server.wait_for("all to be gone", |server| server.get("/load").ok()["server_load"] == 0);
+    assert_eq!(server.metric("vllm:request_success_total{finished_reason=\"error\"}"), 0.0);
+    vectors(&server, &json!({"input": "x"}));
+}
+
 #[test]
 fn who_does_not_embed_says_so() {
     let server = Setup::default().start();

@@ -37,6 +37,8 @@ fn a_full_queue_is_an_answer() {
     let mut beginning = [0; 12];
     asking.read_exact(&mut beginning).expect("an answer");
     assert_eq!(&beginning, b"HTTP/1.1 429");
+    // Full is not ill: whoever asks about that is told so.
+    assert_eq!(server.get("/health/ready").status, 200);
     // Those that were taken end as usual.
     server.gate.set(Pace::Free);
     for stream in streams {

@@ -203,6 +203,22 @@ fn a_least_length_is_kept() {
     assert!(count(&short) < 12 && count(&long) >= 12, "{short} {long}");
     let error = server.post("/v1/completions", &json!({"prompt": "x", "min_tokens": 1, "allowed_token_ids": [2]}));
     assert_eq!(error.error(400)["param"], "min_tokens");
+    // A stop string that is in the text from the start on ends it only then, whole and streamed.
+    let mut body = json!({"prompt": "x", "max_tokens": 30, "temperature": 0, "allowed_token_ids": [70, 71], "stop": "B",
+        "logit_bias": {"70": 100}});
+    let choice = |reply: &Value| reply["choices"][0].clone();
+    let at_once = server.complete(body.clone());
+    assert_eq!((at_once["usage"]["completion_tokens"].as_u64(), &choice(&at_once)["text"]), (Some(1), &json!("")));
+    body["min_tokens"] = json!(12);
+    let kept = server.complete(body.clone());
+    assert_eq!(kept["usage"]["completion_tokens"], 13, "{kept}");
+    let wanted = (json!("B".repeat(12)), json!("stop"), json!("B"));
+    let told = choice(&kept);
+    assert_eq!((told["text"].clone(), told["finish_reason"].clone(), told["stop_reason"].clone()), wanted);
+    let pieces = server.stream("/v1/completions", body);
+    let text: String = pieces.iter().map(|piece| choice(piece)["text"].as_str().expect("text").to_owned()).collect();
+    let last = choice(pieces.last().expect("an end"));
+    assert_eq!((json!(text), last["finish_reason"].clone(), last["stop_reason"].clone()), wanted);
 }
 
 #[test]
@@ -218,7 +234,11 @@ fn text_becomes_tokens_and_text_again() {
     assert_eq!(completed["choices"][0]["prompt_token_ids"], reply["tokens"]);
     let bare = tokens(json!({"prompt": "Héllo", "add_special_tokens": false}));
     assert_eq!(ids(&bare["tokens"])[..], ids(&reply["tokens"])[1..]);
-    assert_eq!(server.post("/detokenize", &json!({"tokens": bare["tokens"]})).ok()["prompt"], "Héllo");
+    let again = server.post("/detokenize", &json!({"tokens": bare["tokens"]})).ok();
+    assert_eq!(again, json!({"prompt": "Héllo", "content": "Héllo"}));
+    // As llama-server's clients ask.
+    assert_eq!(tokens(json!({"content": "Héllo"}))["tokens"], bare["tokens"]);
+    assert_eq!(tokens(json!({"content": "Héllo", "add_special": true}))["tokens"], reply["tokens"]);
     let chat = json!({"messages": message("Hi <|im_end|>"), "max_tokens": 1, "return_token_ids": true});
     assert_eq!(tokens(chat.clone())["tokens"], server.chat(chat.clone())["prompt_token_ids"]);
     let prompt = server.post("/apply-template", &chat).ok()["prompt"].clone();

@@ -85,7 +85,34 @@ fn an_answer_is_known_by_what_its_request_was_called() {
         let reply = get_with(&server, path, "x-request-id: chat-17/b\r\nx-session-id: s\r\ntraceparent: 00-1-2-03\r\n");
         assert_eq!((reply.status, reply.header("x-request-id")), (status, Some("chat-17/b")));
     }
-    assert_eq!(server.get("/v1/models").header("x-request-id"), None);
+    // Where nobody has named it, an answer is known by its own id, as in the log.
+    let named = |reply: &Reply| reply.header("x-request-id").map(str::to_owned);
+    let reply = server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 1}));
+    assert_eq!(named(&reply).map(Value::from), Some(reply.ok()["id"].clone()));
+    let stream = server.post(
+        "/v1/chat/completions",
+        &json!({"messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 1, "stream": true}),
+    );
+    assert!(named(&stream).is_some_and(|id| id.starts_with("chatcmpl-") && stream.text().contains(&id)), "{stream:?}");
+    let refused = [server.get("/nothing"), server.post("/v1/completions", &json!({}))];
+    refused.iter().for_each(|reply| assert!(named(reply).is_some_and(|id| id.starts_with("req_")), "{reply:?}"));
+    assert_ne!(named(&refused[0]), named(&refused[1]));
+    let message = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
+    for reply in [server.post("/v1/messages", &message), server.post("/v1/messages", &json!({}))] {
+        assert!(named(&reply).is_some() && reply.header("request-id").map(str::to_owned) == named(&reply), "{reply:?}");
+    }
+}
+
+#[test]
+fn a_head_is_that_of_the_answer() {
+    let server = Setup::default().start();
+    for path in ["/", "/health/live", "/v1/models", "/openapi.json", "/nothing"] {
+        let ask = format!("HEAD {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let (head, whole) = (read_reply(server.send(ask)), server.get(path));
+        assert_eq!((head.status, head.body.len()), (whole.status, 0), "{path}");
+        assert_eq!(head.header("content-length"), whole.header("content-length"), "{path}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! How sequences leave an engine: at their end, with their client, or for another engine.
 //!
-//! Invariant: whoever leaves has left its blocks, and is counted and logged once.
+//! Invariant: whoever leaves has left its blocks, and is counted once; servers log requests, and this only
+//! where somebody looks for what a device did of one.
 
 use std::time::Instant;
 
@@ -60,7 +61,7 @@ impl Engine {
 
 fn log_end(client: &Client, reason: &str, usage: Usage, now: Instant) {
     let since = |at: Instant| (at - client.arrived).as_secs_f64() * 1e3;
-    tracing::info!(
+    tracing::debug!(
         id = client.request.id,
         reason,
         prompt_tokens = usage.prompt_tokens,

@@ -39,6 +39,7 @@ pub enum SubmitError {
 pub struct Place {
     backlog: Arc<Mutex<Backlog>>,
     tenant: u64,
+    /// Of its prompt; 0 until they are known.
     num_tokens: u64,
     begun: bool,
     /// Nothing waited and nothing ran when it was taken.
@@ -69,9 +70,27 @@ impl Fleet {
         Ok(places)
     }
 
+    /// Takes room for the prompt of each place, whose tokens are known before it is handed in, or for none.
+    pub fn hold_tokens(&self, places: &mut [Place], prompts: impl Fn(usize) -> u64) -> Result<(), SubmitError> {
+        let Some(&Place { tenant, is_first, .. }) = places.first() else { return Ok(()) };
+        let missing = |(index, place): (usize, &Place)| prompts(index) - place.num_tokens;
+        let num_tokens = places.iter().enumerate().map(missing).sum();
+        if num_tokens == 0 {
+            return Ok(());
+        }
+        let (added, total) = {
+            let mut backlog = lock(&self.0.backlog);
+            (backlog.add_tokens(tenant, num_tokens), backlog.total())
+        };
+        added.map_err(|refusal| self.refused(refusal, total))?;
+        places.iter_mut().enumerate().for_each(|(index, place)| place.num_tokens = prompts(index));
+        let longest = places.iter().map(|place| place.num_tokens).max();
+        self.check_in_time(tenant, longest.unwrap_or(0), is_first)
+    }
+
     /// Hands requests of one tenant in, each into a place that was taken for it, all or none; their events go to their
     /// sinks from engine threads.
-    pub fn submit(&self, places: Vec<Place>, requests: Vec<(Request, Box<dyn Sink>)>) -> Result<(), SubmitError> {
+    pub fn submit(&self, mut places: Vec<Place>, requests: Vec<(Request, Box<dyn Sink>)>) -> Result<(), SubmitError> {
         assert_eq!(places.len(), requests.len(), "a place for each request");
         for (request, _) in &requests {
             self.0.config.fits(request, self.vocab_size())?;
@@ -79,22 +98,9 @@ impl Fleet {
         if let Some(reason) = self.stopped() {
             return Err(SubmitError::Stopped { reason });
         }
-        let Some(&Place { tenant, is_first, .. }) = places.first() else { return Ok(()) };
-        let num_tokens = requests.iter().map(|(request, _)| request.prompt.len() as u64).sum();
-        let (added, total) = {
-            let mut backlog = lock(&self.0.backlog);
-            (backlog.add_tokens(tenant, num_tokens), backlog.total())
-        };
-        added.map_err(|refusal| self.refused(refusal, total))?;
-        let placed = places.into_iter().zip(requests).map(|(mut place, (request, sink))| {
-            place.num_tokens = request.prompt.len() as u64;
-            (request, Box::new(Placed { sink, place: Some(place) }))
-        });
-        let placed: Vec<(Request, Box<Placed>)> = placed.collect();
-        let longest = placed.iter().map(|(request, _)| request.prompt.len() as u64).max();
-        self.check_in_time(tenant, longest.unwrap_or(0), is_first)?;
-        for (request, sink) in placed {
-            self.send(Arc::new(request), sink)?;
+        self.hold_tokens(&mut places, |index| requests[index].0.prompt.len() as u64)?;
+        for (place, (request, sink)) in places.into_iter().zip(requests) {
+            self.send(Arc::new(request), Box::new(Placed { sink, place: Some(place) }))?;
         }
         Ok(())
     }

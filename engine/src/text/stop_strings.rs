@@ -72,9 +72,29 @@ impl StopStrings {
                 return Scan { text: std::mem::take(&mut self.held), stopped: true };
             }
         }
+        Scan { text: self.release(), stopped: false }
+    }
+
+    /// Takes text in which nothing stops, and gives what is safe to send: a stop string may begin in it and end in what
+    /// follows.
+    pub fn pass(&mut self, text: &str) -> String {
+        self.held.push_str(text);
+        for byte in text.bytes() {
+            for needle in &mut self.needles {
+                needle.advance(byte);
+                if needle.is_found() {
+                    needle.matched = needle.fallback[needle.matched];
+                }
+            }
+        }
+        self.release()
+    }
+
+    /// All but what a stop string may begin in.
+    fn release(&mut self) -> String {
         let num_held = self.needles.iter().map(|needle| needle.matched).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - num_held);
-        Scan { text: std::mem::replace(&mut self.held, rest), stopped: false }
+        std::mem::replace(&mut self.held, rest)
     }
 
     /// The stop string that ended the text.

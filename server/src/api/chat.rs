@@ -44,14 +44,15 @@ impl Chat {
     ) -> Result<Jobs, ApiError> {
         let ChatOptions { constraint, logprobs, prompt_logprobs } = asked;
         let template = self.template(model)?;
-        let places = sampling.reserve(model, 1)?;
+        let mut places = sampling.reserve(model, 1)?;
         let RenderedChat { ids, text } = self.render(model)?;
         let thought = thought(template, &text);
         let form = self.form(model, template, constraint.as_ref(), thought)?;
         let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
         let reply = Some(self.reply(template, thought)).filter(|reply| *reply != ReplyFormat::default());
         let prompt = Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo: None, reply };
-        Ok(Jobs { jobs: sampling.jobs(id, vec![prompt]), places, form })
+        let jobs = sampling.jobs(model, id, vec![prompt], &mut places)?;
+        Ok(Jobs { jobs, places, in_turn: false, form })
     }
 
     fn template<'m>(&self, model: &'m ServedModel) -> Result<&'m ChatTemplate, ApiError> {

@@ -29,7 +29,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
     let sampling = Sampling::read(model, client, fields, own)?;
     let inputs = inputs(fields, "prompt", MAX_CHOICES)?;
     let form = Constraint::read(fields)?.map(Constraint::check).transpose()?;
-    let places = sampling.reserve(model, inputs.len())?;
+    let mut places = sampling.reserve(model, inputs.len())?;
     let prompt = |input: Input| {
         let ids = ids(model, "prompt", &input)?;
         let default = || DEFAULT_MAX_TOKENS.min(Sampling::rest_of_context(model, ids.len()));
@@ -40,7 +40,8 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         Ok(Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo, reply: None })
     };
     let prompts = inputs.into_iter().map(prompt).collect::<Result<_, ApiError>>()?;
-    Ok(Jobs { jobs: sampling.jobs(id, prompts), places, form })
+    let jobs = sampling.jobs(model, id, prompts, &mut places)?;
+    Ok(Jobs { jobs, places, in_turn: false, form })
 }
 
 /// How many choices are told of how many that are made, where more are made.

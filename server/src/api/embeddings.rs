@@ -17,6 +17,8 @@ use crate::http::error::ApiError;
 
 /// As OpenAI has it.
 pub const MAX_INPUTS: usize = 2048;
+/// Of the requests that may wait, a batch of inputs takes at most this part at a time; the others follow.
+const PART_OF_QUEUE: u32 = 4;
 
 pub struct EmbeddingAnswer {
     model: String,
@@ -38,7 +40,9 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
     fields.refuse(&["truncate_prompt_tokens"])?;
     let tenancy = Tenancy::read(model, client, fields, fields.string("user")?)?;
     let inputs = completions::inputs(fields, "input", MAX_INPUTS)?;
-    let places = model.engine.reserve(tenancy.tenant, tenancy.share, inputs.len() as u32)?;
+    let window = (model.engine.config().max_queued_requests / PART_OF_QUEUE).max(1);
+    let num_places = window.min(inputs.len() as u32);
+    let places = model.engine.reserve(tenancy.tenant, tenancy.share, num_places)?;
     let job = |input: Input| {
         let mut prompt = completions::ids(model, "input", &input)?;
         let is_text = matches!(input, Input::Text(_));
@@ -59,7 +63,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         Ok(Job { request, nth: 0, stops: Vec::new(), echo: None, prompt_logprobs: None, reply: None })
     };
     let jobs = inputs.into_iter().map(job).collect::<Result<_, ApiError>>()?;
-    Ok(Jobs { jobs, places, form: None })
+    Ok(Jobs { jobs, places, in_turn: true, form: None })
 }
 
 impl EmbeddingAnswer {

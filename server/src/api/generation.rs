@@ -4,6 +4,10 @@
 //! waits for a client: `max_tokens` tokens, and one event each for the start, the prompt and the end. Detokenizing and
 //! stop strings happen where a `Generation` is polled, never on the engine thread.
 
+mod delta;
+mod later;
+mod sink;
+
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -11,18 +15,21 @@ use std::time::Instant;
 
 use fullbore_engine::fleet::{Fleet, Place};
 use fullbore_engine::grammar::Grammar;
-use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, TokenLogprobs};
-use fullbore_engine::text::{Detokenizer, StopStrings};
-use tokio::sync::mpsc::{Receiver, Sender, channel};
+use fullbore_engine::request::{Event, FinishReason, Request, Sink, TokenId, TokenLogprobs};
+use fullbore_engine::text::{Detokenizer, Scan, StopStrings};
+use tokio::sync::mpsc::{Receiver, channel};
 
 use super::ServedModel;
 use super::constraint::Form;
-use super::reply::{CallPiece, Pieces, Reply, ReplyFormat};
+use super::reply::{Reply, ReplyFormat};
 use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
-use crate::http::metrics::{Choices, EarlyEnd, End, Observer};
+use crate::http::metrics::{Choices, End, Observer, ToldEnd};
 use crate::http::rates::Meter;
 use crate::traces::Trace;
+pub use delta::{Delta, Entry, Usage};
+use later::Later;
+use sink::{ChannelSink, Told};
 
 /// One choice to be made.
 pub struct Job {
@@ -45,10 +52,13 @@ pub struct Echo {
     pub logprobs: Option<u32>,
 }
 
-/// All choices of an HTTP request, and as many places for them.
+/// All choices of an HTTP request, and places for them.
 pub struct Jobs {
     pub jobs: Vec<Job>,
+    /// As many, or so many of an `in_turn` at a time.
     pub places: Vec<Place>,
+    /// Whether the others follow as the first end.
+    pub in_turn: bool,
     /// What all their texts follow, once it is compiled.
     pub form: Option<Form>,
 }
@@ -56,68 +66,34 @@ pub struct Jobs {
 /// What an engine is handed: a request, and where its events go.
 pub type Handed = (Request, Box<dyn Sink>);
 
-/// What has come to a choice since the last.
-#[derive(Clone, Debug, Default)]
-pub struct Delta {
-    pub index: usize,
-    pub text: String,
-    /// What it thought before it said that.
-    pub reasoning: String,
-    /// Functions that it calls.
-    pub calls: Vec<CallPiece>,
-    pub token_ids: Vec<TokenId>,
-    pub entries: Vec<Entry>,
-    /// Only in a choice's first.
-    pub prompt: Vec<TokenId>,
-    /// Where they were asked for, only in its first: of every token of the prompt but the first.
-    pub prompt_logprobs: Vec<TokenLogprobs>,
-    /// The embedding of its prompt, where that was asked for.
-    pub pooled: Vec<f32>,
-    /// Only in its last: `stop`, `length` or `tool_calls`.
-    pub finish_reason: Option<&'static str>,
-    /// The stop string that ended it.
-    pub stop: Option<String>,
-}
-
-/// What choices have read and written; a prompt counts once however many choices it has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    pub prompt_tokens: u32,
-    /// Of those, what the prefix cache had.
-    pub cached_tokens: u32,
-    pub completion_tokens: u32,
-    /// Of those, what was thought.
-    pub reasoning_tokens: u32,
-}
-
-/// A token where log-probabilities were asked for; a prompt's first token has none.
-#[derive(Clone, Debug)]
-pub struct Entry {
-    pub id: TokenId,
-    /// Characters of the choice's text before it.
-    pub offset: usize,
-    pub logprobs: Option<TokenLogprobs>,
-}
-
 pub struct Generation {
+    /// As its answer has it.
+    id: String,
     engine: Fleet,
     choices: Vec<Choice>,
     /// Where the next look for events begins, so that no choice starves another.
     turn: usize,
+    /// What is not handed in yet.
+    later: Later,
 }
 
 struct Choice {
     nth: u32,
     /// `None` once the choice has ended.
-    receiver: Option<Receiver<Event>>,
-    /// Told when the choice has ended, for who sees only that nobody listens.
-    early_end: EarlyEnd,
+    receiver: Option<Receiver<Told>>,
+    /// For the log, which would know only what the engine did.
+    told_end: ToldEnd,
     num_prompt_tokens: u32,
     /// Of those, what the prefix cache had.
     cached_tokens: u32,
     num_tokens: u32,
+    last_id: Option<TokenId>,
     num_thought_tokens: u32,
     stop_ids: Vec<TokenId>,
+    /// Of those, what the client named.
+    named_stop_ids: Vec<TokenId>,
+    /// Up to so many tokens no stop string ends it.
+    min_tokens: u32,
     detokenizer: Detokenizer,
     stops: StopStrings,
     /// What finds the parts of a text.
@@ -150,15 +126,19 @@ impl Jobs {
 }
 
 impl Generation {
-    /// Hands all jobs to the engine, or none; their times count from `arrived` on, and `trace` is told them.
+    /// Hands all jobs to the engine, or none, those first that go in turn; their times count from `arrived` on, and
+    /// `trace` is told them.
     pub fn submit(
         model: &ServedModel,
-        Jobs { jobs, places, .. }: Jobs,
+        Jobs { jobs, mut places, in_turn, .. }: Jobs,
         arrived: Instant,
         meter: Option<Arc<Meter>>,
         trace: Option<Trace>,
     ) -> Result<Generation, ApiError> {
-        let (generation, requests) = Generation::open(model, jobs, arrived, meter, trace)?;
+        let (mut generation, mut requests) = Generation::open(model, jobs, arrived, meter, trace)?;
+        if in_turn {
+            generation.later = Later::of(&model.engine, &mut places, &mut requests);
+        }
         model.engine.submit(places, requests)?;
         Ok(generation)
     }
@@ -171,6 +151,7 @@ impl Generation {
         meter: Option<Arc<Meter>>,
         trace: Option<Trace>,
     ) -> Result<(Generation, Vec<Handed>), ApiError> {
+        let id = jobs.first().map(|job| job.request.id.clone()).unwrap_or_default();
         let mut choices = Vec::with_capacity(jobs.len());
         let mut requests = Vec::with_capacity(jobs.len());
         // Checked before channels are made, because their size is the client's word.
@@ -184,16 +165,25 @@ impl Generation {
                 of_prompt = Arc::new(Choices::new(model.metrics.clone()));
             }
             let observer = Observer::new(of_prompt.clone(), &job.request, arrived, trace.clone());
-            choices.push(Choice::new(model, index, &job, receiver, observer.early_end()));
-            let num_prompt_tokens = job.request.prompt.len() as u32;
-            let sink = ChannelSink { sender, observer, meter: meter.clone(), num_prompt_tokens };
+            choices.push(Choice::new(model, index, &job, receiver, observer.told_end()));
+            let sink = ChannelSink::new(sender, observer, meter.clone(), job.request.prompt.len() as u32);
             requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
         }
-        Ok((Generation { engine: model.engine.clone(), choices, turn: 0 }, requests))
+        let later = Later::default();
+        Ok((Generation { id, engine: model.engine.clone(), choices, turn: 0, later }, requests))
+    }
+
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     pub fn num_choices(&self) -> usize {
         self.choices.len()
+    }
+
+    /// Whether the engine has all of it, so that what it was read from may go.
+    pub fn is_handed_in(&self) -> bool {
+        self.later.is_empty()
     }
 
     /// The prompt of the first choice, until that has begun.
@@ -219,6 +209,14 @@ impl Generation {
     /// The next piece of any choice; `None` when all have ended.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Delta, ApiError>>> {
         let num_choices = self.choices.len();
+        let num_open = || self.choices.iter().filter(|choice| choice.receiver.is_some()).count();
+        if !self.later.is_empty() {
+            let handed_in = self.later.hand_in(&self.engine, num_open(), context);
+            if let Err(error) = handed_in {
+                self.fail();
+                return Poll::Ready(Some(Err(self.error(error))));
+            }
+        }
         for look in 0..num_choices {
             let index = (self.turn + look) % num_choices;
             if let Poll::Ready(delta) = self.choices[index].poll_delta(context) {
@@ -237,7 +235,7 @@ impl Generation {
     pub fn fail(&mut self) {
         for choice in &self.choices {
             // One that has ended well stays so.
-            let _ = choice.early_end.set(End::Error);
+            let _ = choice.told_end.set((End::Error, choice.num_tokens));
         }
     }
 
@@ -250,21 +248,25 @@ impl Generation {
 }
 
 impl Choice {
-    fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Event>, early_end: EarlyEnd) -> Choice {
+    fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Told>, told_end: ToldEnd) -> Choice {
         let detokenizer = Detokenizer::new(model.tokenizer.clone());
         let reply = job.reply.clone().map(Reply::new);
         let calls = reply.as_ref().and_then(Reply::calls);
         let spellings = calls.map_or(&[][..], CallFormat::control_marks);
         let marks = spellings.iter().filter_map(|spelling| model.tokenizer.special_id(spelling));
+        let named_stop_ids = job.request.stop_ids.iter().filter(|id| !model.stop_ids.contains(id));
         Choice {
             nth: job.nth,
             receiver: Some(receiver),
-            early_end,
+            told_end,
             num_prompt_tokens: job.request.prompt.len() as u32,
             cached_tokens: 0,
             num_tokens: 0,
+            last_id: None,
             num_thought_tokens: 0,
             stop_ids: job.request.stop_ids.clone(),
+            named_stop_ids: named_stop_ids.copied().collect(),
+            min_tokens: job.request.sampling.min_tokens,
             stops: StopStrings::new(job.stops.clone()),
             reply,
             marks: marks.filter(|id| model.tokenizer.is_special(*id)).collect(),
@@ -284,8 +286,11 @@ impl Choice {
     /// Ready with the next piece; pending while there is none, and for good once the choice has ended.
     fn poll_delta(&mut self, context: &mut Context<'_>) -> Poll<Result<Delta, ApiError>> {
         while let Some(receiver) = &mut self.receiver {
-            let Poll::Ready(event) = receiver.poll_recv(context) else { break };
-            let Some(event) = event else { return Poll::Ready(Err(ApiError::internal("the engine ended"))) };
+            let Poll::Ready(told) = receiver.poll_recv(context) else { break };
+            // With the last event comes who watched, and is dropped once the client's end of it is known.
+            let Some(Told { event, observer: _observer }) = told else {
+                return Poll::Ready(Err(ApiError::internal("the engine ended")));
+            };
             if let Some(delta) = self.take(event).transpose() {
                 return Poll::Ready(delta);
             }
@@ -321,7 +326,7 @@ impl Choice {
             Event::Finished { reason, .. } => {
                 self.begin();
                 let rest = self.detokenizer.finish();
-                let scan = self.stops.push(&rest);
+                let scan = self.scan(&rest);
                 self.say(&scan.text);
                 if !scan.stopped {
                     let held = self.stops.finish();
@@ -356,13 +361,14 @@ impl Choice {
 
     fn take_token(&mut self, id: TokenId, logprobs: Option<TokenLogprobs>) -> Option<Delta> {
         self.num_tokens += 1;
+        self.last_id = Some(id);
         self.pending.token_ids.push(id);
         if logprobs.is_some() {
             self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
         }
         let text = self.text_of(id);
         self.offset += text.chars().count();
-        let scan = self.stops.push(&text);
+        let scan = self.scan(&text);
         let has_thought = self.is_thinking();
         self.say(&scan.text);
         self.num_thought_tokens += u32::from(has_thought || self.is_thinking());
@@ -371,6 +377,14 @@ impl Choice {
         }
         let Delta { text, reasoning, calls, .. } = &self.pending;
         (!text.is_empty() || !reasoning.is_empty() || !calls.is_empty()).then(|| self.flush())
+    }
+
+    /// Looks for stop strings, from the first token on that may end the text.
+    fn scan(&mut self, text: &str) -> Scan {
+        match self.num_tokens > self.min_tokens {
+            true => self.stops.push(text),
+            false => Scan { text: self.stops.pass(text), stopped: false },
+        }
     }
 
     fn is_thinking(&self) -> bool {
@@ -399,8 +413,8 @@ impl Choice {
 
     /// The last piece; the engine hears of it by the closed channel, if it does not know.
     fn end(&mut self, mut finish_reason: &'static str) -> Delta {
-        // Where the engine told of an end, that is known already.
-        let _ = self.early_end.set(End::Stop);
+        let told = if finish_reason == "length" { End::Length } else { End::Stop };
+        let _ = self.told_end.set((told, self.num_tokens));
         self.receiver = None;
         if let Some(reply) = &mut self.reply {
             let pieces = reply.finish();
@@ -410,7 +424,8 @@ impl Choice {
             }
         }
         let stop = self.stops.found().map(str::to_owned);
-        Delta { finish_reason: Some(finish_reason), stop, ..self.flush() }
+        let stop_id = self.last_id.filter(|id| stop.is_none() && self.named_stop_ids.contains(id));
+        Delta { finish_reason: Some(finish_reason), stop, stop_id, ..self.flush() }
     }
 
     fn flush(&mut self) -> Delta {
@@ -419,64 +434,8 @@ impl Choice {
     }
 }
 
-impl Delta {
-    /// This piece and the next as one.
-    pub fn append(&mut self, next: Delta) {
-        self.take(Pieces { reasoning: next.reasoning, content: next.text, calls: next.calls });
-        self.token_ids.extend(next.token_ids);
-        self.entries.extend(next.entries);
-        self.prompt.extend(next.prompt);
-        self.prompt_logprobs.extend(next.prompt_logprobs);
-        self.pooled.extend(next.pooled);
-        self.finish_reason = next.finish_reason;
-        self.stop = next.stop;
-    }
-
-    fn take(&mut self, pieces: Pieces) {
-        self.text += &pieces.content;
-        self.reasoning += &pieces.reasoning;
-        for piece in pieces.calls {
-            match self.calls.last_mut().filter(|last| last.index == piece.index) {
-                Some(last) => last.arguments += &piece.arguments,
-                None => self.calls.push(piece),
-            }
-        }
-    }
-}
-
 /// The same with fewer alternatives.
 fn with_top(logprobs: &TokenLogprobs, num_top: u32) -> TokenLogprobs {
     let top = logprobs.top.iter().take(num_top as usize).copied().collect();
     TokenLogprobs { top, ..*logprobs }
-}
-
-struct ChannelSink {
-    sender: Sender<Event>,
-    observer: Observer,
-    /// Of the client's rate: what the prefix cache has is not computed, and costs nothing.
-    meter: Option<Arc<Meter>>,
-    num_prompt_tokens: u32,
-}
-
-impl Sink for ChannelSink {
-    fn event(&mut self, event: Event) -> Flow {
-        self.observer.event(&event);
-        if let Some(meter) = &self.meter {
-            match event {
-                Event::Started { cached_tokens } => {
-                    meter.charge(self.num_prompt_tokens.saturating_sub(cached_tokens), Instant::now());
-                }
-                Event::Token { .. } => meter.charge(1, Instant::now()),
-                Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
-            }
-        }
-        match self.sender.try_send(event) {
-            Ok(()) => Flow::Continue,
-            Err(_) => Flow::Stop,
-        }
-    }
-
-    fn is_closed(&self) -> bool {
-        self.sender.is_closed()
-    }
 }

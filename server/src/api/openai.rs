@@ -113,6 +113,9 @@ struct Choice<'a> {
     delta: Option<Said<'a>>,
     logprobs: Option<Value>,
     finish_reason: Option<&'static str>,
+    /// vLLM's, with the end alone: what ended it, where the client named that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "ids")]
     token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "ids")]
@@ -217,6 +220,10 @@ impl OpenAiAnswer {
             Form::Whole => choice.message = Some(message(delta)),
             Form::Chunk => choice.delta = Some(Said::of(delta)),
         }
+        choice.stop_reason = delta.finish_reason.map(|_| match (&delta.stop, delta.stop_id) {
+            (Some(text), _) => json!(text),
+            (None, id) => json!(id.map(|id| id.0)),
+        });
         choice.logprobs = self.logprobs.then(|| match is_completion {
             true => logprobs::completion(tokenizer, &delta.entries),
             false => logprobs::chat(tokenizer, &delta.entries),

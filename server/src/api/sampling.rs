@@ -165,8 +165,17 @@ impl Sampling {
         Ok(model.engine.reserve(self.tenancy.tenant, self.tenancy.share, num_choices as u32)?)
     }
 
-    /// `n` choices for each prompt, each with a seed of its own.
-    pub fn jobs(&self, id: &str, prompts: Vec<Prompt>) -> Vec<Job> {
+    /// `n` choices for each prompt, each with a seed of its own, in `places` that have room for its tokens.
+    pub fn jobs(
+        &self,
+        model: &ServedModel,
+        id: &str,
+        prompts: Vec<Prompt>,
+        places: &mut [Place],
+    ) -> Result<Vec<Job>, ApiError> {
+        // Before there is a copy of a prompt for each of its choices.
+        let num_tokens = |index: usize| prompts[index / self.n as usize].ids.len() as u64;
+        model.engine.hold_tokens(places, num_tokens)?;
         let pairs = prompts.iter().flat_map(|prompt| (0..self.n).map(move |nth| (prompt, nth)));
         let job = |(prompt, nth): (&Prompt, u32)| {
             let seed = self.params.seed.wrapping_add(u64::from(nth));
@@ -192,7 +201,7 @@ impl Sampling {
             let (echo, reply) = (echo.clone(), reply.clone());
             Job { request, nth, stops: self.stops.clone(), echo, prompt_logprobs: *prompt_logprobs, reply }
         };
-        pairs.map(job).collect()
+        Ok(pairs.map(job).collect())
     }
 }
 

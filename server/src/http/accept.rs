@@ -31,7 +31,7 @@ use super::access::{self, Client};
 use super::error::ApiError;
 use super::peers::{PeerPlace, Peers};
 use super::tls::Tls;
-use super::{App, OpenRequest, orca};
+use super::{App, OpenRequest, orca, request_id};
 
 /// What a client may take of the server.
 #[derive(Clone, Copy, Debug)]
@@ -73,9 +73,6 @@ impl Default for Limits {
 /// Connections beyond the cap that are being told so, at most; more are closed unheard.
 const MAX_REFUSALS: usize = 64;
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
-
-/// Routers know an answer by what they called its request.
-const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-request-id");
 
 /// Where connections come from, and what each may have.
 pub struct Door {
@@ -219,13 +216,17 @@ where
     let origin = app.access.allowed_origin(&request);
     let client = app.access.admit(&request, address);
     let meter = client.as_ref().ok().and_then(|client| client.meter.clone());
-    let request_id = request.headers().get(REQUEST_ID).cloned();
+    let request_id = request_id::Asked::of(&request);
     let load = client.as_ref().ok().and_then(|_| orca::asked(request.headers()));
     let mut response = match (app.access.preflight(&request), client.and_then(|client| in_rate(client, &request))) {
         (Some(response), _) => response,
         (None, Err(error)) => error.response(request.uri().path()),
         (None, Ok(client)) => {
             request.extensions_mut().insert(client);
+            if request.method() == Method::HEAD {
+                // Answered as GET is; hyper keeps the body back.
+                *request.method_mut() = Method::GET;
+            }
             let path = request.uri().path().to_owned();
             let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
             // The panic's message is in the log already.
@@ -239,9 +240,7 @@ where
     if let Some(meter) = meter {
         meter.tell(response.headers_mut(), std::time::Instant::now());
     }
-    if let Some(id) = request_id {
-        response.headers_mut().insert(REQUEST_ID, id);
-    }
+    request_id.tell(&mut response);
     if let Some(format) = load {
         orca::tell(response.headers_mut(), format, app.models());
     }

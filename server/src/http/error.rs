@@ -206,9 +206,7 @@ impl ApiError {
 
     /// As a client of this path expects it.
     pub fn response(&self, path: &str) -> Response {
-        let is_anthropic =
-            path.strip_prefix(MESSAGES_PATH).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        let mut response = json_response(&if is_anthropic { self.anthropic_json() } else { self.json() });
+        let mut response = json_response(&if is_anthropic(path) { self.anthropic_json() } else { self.json() });
         *response.status_mut() = self.status;
         response.extensions_mut().insert(self.refusal());
         if self.status == StatusCode::UNAUTHORIZED {
@@ -219,6 +217,11 @@ impl ApiError {
         }
         response
     }
+}
+
+/// Whether clients of this path speak Anthropic's dialect.
+pub fn is_anthropic(path: &str) -> bool {
+    path.strip_prefix(MESSAGES_PATH).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 impl From<SubmitError> for ApiError {

@@ -32,7 +32,7 @@ mod vllm;
 use steps::{Counts, register_histogram};
 
 pub use asked::Asked;
-pub use observer::{EarlyEnd, End, Observer};
+pub use observer::{End, Observer, ToldEnd};
 pub use quantiles::{BucketCounts, Quantiles};
 pub use requests::{Choices, RequestMetrics};
 

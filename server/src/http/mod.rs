@@ -33,6 +33,7 @@ mod page;
 mod peers;
 pub mod proxies;
 pub mod rates;
+mod request_id;
 pub mod routes;
 mod stream;
 pub mod tls;

@@ -21,6 +21,7 @@ use warp::reply::{Reply, Response};
 use super::access::Client;
 use super::bodies::Body;
 use super::error::{self, ApiError, json_response};
+use super::request_id::AnswerId;
 use super::stream::{self, Prepared};
 use super::{App, health, metrics, page};
 use crate::api::limits::LimitsQuery;
@@ -264,14 +265,19 @@ where
         }
         Err(_) => preparing.await?,
     };
-    drop(body);
-    match prepared.answer.is_streamed() {
-        true => Ok(stream::response(app, prepared)),
+    // What a batch has yet to hand in is as large as its text was, and counts as that.
+    let body = (!prepared.generation.is_handed_in()).then_some(body);
+    let id = AnswerId(prepared.generation.id().to_owned());
+    let mut response = match prepared.answer.is_streamed() {
+        true => stream::response(app, prepared),
         false => {
             let Prepared { model, mut answer, generation } = prepared;
-            Ok(json_response(&api::collect(&mut *answer, &model, generation).await?))
+            json_response(&api::collect(&mut *answer, &model, generation).await?)
         }
-    }
+    };
+    drop(body);
+    response.extensions_mut().insert(id);
+    Ok(response)
 }
 
 /// What a body says of it that may be wrong in other ways.

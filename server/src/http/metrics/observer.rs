@@ -1,6 +1,6 @@
-//! Watches sequences for the metrics, the log and traces. Invariant: a sequence is counted and logged once, in the
-//! histograms where it ended well; times are taken where the engine hands its events over, so that a client that reads
-//! slowly lengthens nothing.
+//! Watches sequences for the metrics, the log and traces. Invariant: a sequence is counted and logged once, as its client
+//! was told that it ended, and in the histograms where it ended well; times are taken where the engine hands its events
+//! over, so that a client that reads slowly lengthens nothing.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -11,11 +11,12 @@ use prometheus::Histogram;
 use super::Choices;
 use crate::traces::{EndedSequence, Trace};
 
-/// Set by who reads a sequence's events where he ends it before the engine does.
-pub type EarlyEnd = Arc<OnceLock<End>>;
+/// Set by who reads a sequence's events: how it ended for its client, and after how many tokens. The engine may have
+/// gone on.
+pub type ToldEnd = Arc<OnceLock<(End, u32)>>;
 
-/// Watches one sequence's events, and ends with a line of the log. Dropped before the end it tells of a client that
-/// left, unless somebody has told why.
+/// Watches one sequence's events. Dropped by who is last of the engine and the reader, it counts how it ended and leaves
+/// a line in the log: before the engine's end a client has left, unless somebody has told why.
 pub struct Observer {
     /// It is one of these.
     choices: Arc<Choices>,
@@ -29,8 +30,9 @@ pub struct Observer {
     last_token: Option<Instant>,
     cached_tokens: u32,
     num_tokens: u32,
-    early_end: EarlyEnd,
-    is_ended: bool,
+    told_end: ToldEnd,
+    /// By the engine.
+    ended: Option<(End, Instant)>,
     /// Where somebody collects traces.
     trace: Option<Trace>,
 }
@@ -50,15 +52,15 @@ impl Observer {
             last_token: None,
             cached_tokens: 0,
             num_tokens: 0,
-            early_end: EarlyEnd::default(),
-            is_ended: false,
+            told_end: ToldEnd::default(),
+            ended: None,
             trace,
         }
     }
 
-    /// To be set by who finds a stop string, or an error: the engine sees only that the sequence is left.
-    pub fn early_end(&self) -> EarlyEnd {
-        self.early_end.clone()
+    /// To be set by who tells the client: of a stop string or an error the engine sees only that the sequence is left.
+    pub fn told_end(&self) -> ToldEnd {
+        self.told_end.clone()
     }
 
     pub fn event(&mut self, event: &Event) {
@@ -77,7 +79,10 @@ impl Observer {
                     None => self.first_token(now),
                 }
             }
-            Event::Finished { reason, .. } => self.end(reason.into(), now),
+            Event::Finished { reason, .. } => {
+                self.ended = Some((reason.into(), now));
+                self.choices.metrics().count_left();
+            }
         }
     }
 
@@ -88,7 +93,7 @@ impl Observer {
         metrics.count_prompt(self.num_prompt_tokens, self.cached_tokens);
     }
 
-    fn ended_well(&self, now: Instant) {
+    fn ended_well(&self, num_tokens: u32, now: Instant) {
         let (started, first_token) = (self.started.unwrap_or(now), self.first_token.unwrap_or(now));
         let metrics = self.choices.metrics();
         let decode = now - first_token;
@@ -101,19 +106,18 @@ impl Observer {
         observe(&metrics.each_token, if num_later_tokens == 0 { Duration::ZERO } else { decode / num_later_tokens });
         metrics.prompt_tokens.observe(self.num_prompt_tokens as f64);
         metrics.computed_tokens.observe(self.num_prompt_tokens as f64 - f64::from(self.cached_tokens));
-        metrics.generated_tokens.observe(f64::from(self.num_tokens));
+        metrics.generated_tokens.observe(f64::from(num_tokens));
         metrics.max_tokens.observe(f64::from(self.max_tokens));
-        self.choices.ended_well(self.num_tokens);
+        self.choices.ended_well(num_tokens);
         if self.first_token.is_none() {
             // Nothing was to be said to it.
             metrics.count_prompt(self.num_prompt_tokens, self.cached_tokens);
         }
     }
 
-    fn end(&mut self, end: End, now: Instant) {
-        self.is_ended = true;
+    fn end(&mut self, end: End, num_tokens: u32, now: Instant) {
         if matches!(end, End::Stop | End::Length) {
-            self.ended_well(now);
+            self.ended_well(num_tokens, now);
         }
         let metrics = self.choices.metrics();
         metrics.count_end(end.finished_reason(), end.phase());
@@ -126,18 +130,18 @@ impl Observer {
             phase = end.phase(),
             prompt_tokens = self.num_prompt_tokens,
             cached_tokens = self.cached_tokens,
-            generated_tokens = self.num_tokens,
+            generated_tokens = num_tokens,
             queue_ms = self.started.map(since_arrival),
             first_token_ms = self.first_token.map(since_arrival),
             total_ms = since_arrival(now),
             "finished"
         );
         if let Some(trace) = self.trace.take() {
-            trace.end(self.ended(end, now));
+            trace.end(self.ended(end, num_tokens, now));
         }
     }
 
-    fn ended(&self, end: End, ended: Instant) -> EndedSequence {
+    fn ended(&self, end: End, num_tokens: u32, ended: Instant) -> EndedSequence {
         EndedSequence {
             request: self.request.clone(),
             arrived: self.arrived,
@@ -148,7 +152,7 @@ impl Observer {
             has_failed: matches!(end, End::Error | End::DeviceLost),
             prompt_tokens: self.num_prompt_tokens as u64,
             cached_tokens: u64::from(self.cached_tokens),
-            generated_tokens: u64::from(self.num_tokens),
+            generated_tokens: u64::from(num_tokens),
         }
     }
 
@@ -164,10 +168,12 @@ impl Observer {
 
 impl Drop for Observer {
     fn drop(&mut self) {
-        if !self.is_ended {
-            let early = self.early_end.get().copied();
-            self.end(early.unwrap_or(End::Aborted(self.phase())), Instant::now());
-        }
+        let (end, ended) = self.ended.unwrap_or_else(|| {
+            self.choices.metrics().count_left();
+            (End::Aborted(self.phase()), Instant::now())
+        });
+        let (end, num_tokens) = self.told_end.get().copied().unwrap_or((end, self.num_tokens));
+        self.end(end, num_tokens, ended);
     }
 }
 

@@ -149,9 +149,13 @@ impl RequestMetrics {
         of("local_cache_hit").inc_by(cached);
     }
 
-    /// A sequence has ended: one of [`ENDS`], and where its client left what it was at.
-    pub(super) fn count_end(&self, end: &str, phase: Option<&str>) {
+    /// A sequence neither runs nor waits any more.
+    pub(super) fn count_left(&self) {
         self.num_open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// How a sequence ended: one of [`ENDS`], and where its client left what it was at.
+    pub(super) fn count_end(&self, end: &str, phase: Option<&str>) {
         self.ended.with_label_values(&[end]).inc();
         if let Some(phase) = phase {
             self.aborted.with_label_values(&[phase]).inc();

@@ -1,0 +1,149 @@
+//! Where an engine's events of a choice go: to its client's channel, past what watches and charges. Invariant: nothing
+//! here waits; the channel holds all events, and with the last goes the [`Observer`], so that how a sequence ended is
+//! told by whoever is last.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use fullbore_engine::request::{Event, Flow, Sink};
+use tokio::sync::mpsc::Sender;
+
+use crate::http::metrics::Observer;
+use crate::http::rates::Meter;
+
+pub struct ChannelSink {
+    sender: Sender<Told>,
+    /// Until the end.
+    observer: Option<Box<Observer>>,
+    /// Of the client's rate: what the prefix cache has is not computed, and costs nothing.
+    meter: Option<Arc<Meter>>,
+    num_prompt_tokens: u32,
+}
+
+/// What a client's side gets.
+pub struct Told {
+    pub event: Event,
+    /// With the last event.
+    pub observer: Option<Box<Observer>>,
+}
+
+impl ChannelSink {
+    pub fn new(
+        sender: Sender<Told>,
+        observer: Observer,
+        meter: Option<Arc<Meter>>,
+        num_prompt_tokens: u32,
+    ) -> ChannelSink {
+        ChannelSink { sender, observer: Some(Box::new(observer)), meter, num_prompt_tokens }
+    }
+}
+
+impl Sink for ChannelSink {
+    fn event(&mut self, event: Event) -> Flow {
+        if let Some(observer) = &mut self.observer {
+            observer.event(&event);
+        }
+        if let Some(meter) = &self.meter {
+            match event {
+                Event::Started { cached_tokens } => {
+                    meter.charge(self.num_prompt_tokens.saturating_sub(cached_tokens), Instant::now());
+                }
+                Event::Token { .. } => meter.charge(1, Instant::now()),
+                Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
+            }
+        }
+        let is_last = matches!(event, Event::Finished { .. });
+        let observer = if is_last { self.observer.take() } else { None };
+        match self.sender.try_send(Told { event, observer }) {
+            Ok(()) => Flow::Continue,
+            Err(_) => Flow::Stop,
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::bundle::Bundle;
+    use fullbore_engine::config::EngineConfig;
+    use http_body_util::BodyExt;
+    use serde_json::{Value, json};
+
+    use super::super::Generation;
+    use super::*;
+    use crate::api::{Endpoint, prepare};
+    use crate::http::accept::Limits;
+    use crate::http::access::{Access, Client};
+    use crate::http::{App, metrics};
+    use crate::start::Plan;
+
+    fn served() -> App {
+        let backend = Box::new(SimBackend::new(SimOptions::default()));
+        let config =
+            EngineConfig { max_model_len: 1024, max_queued_tokens: 1024, num_blocks: 256, ..EngineConfig::default() };
+        let plan = Plan::of("sim", Bundle::simulated(), backend, config, 0);
+        let app = App::new(Limits::default(), Access::default(), None, None);
+        app.set_models(vec![plan.load().expect("the simulator loads")]);
+        app
+    }
+
+    fn generate(app: &App, stop: &Value) -> Generation {
+        let model = &app.models()[0];
+        let body = json!({"prompt": "x", "max_tokens": 50, "temperature": 0, "ignore_eos": true, "stop": stop});
+        let (_, jobs) = prepare(Endpoint::Completions, model, &Client::default(), &body).expect("a request");
+        Generation::submit(model, jobs, Instant::now(), None, None).expect("a place")
+    }
+
+    /// Its text, and how it ended.
+    async fn read(mut generation: Generation) -> (String, Option<&'static str>, u32) {
+        let (mut text, mut reason) = (String::new(), None);
+        while let Some(delta) = generation.next().await {
+            let delta = delta.expect("a piece");
+            text += &delta.text;
+            reason = delta.finish_reason;
+        }
+        (text, reason, generation.usage().completion_tokens)
+    }
+
+    /// A client that reads when the engine is done already, and finds a stop string.
+    #[tokio::test]
+    async fn what_the_client_was_told_is_what_is_counted() {
+        let app = served();
+        let (whole, reason, num_tokens) = read(generate(&app, &Value::Null)).await;
+        assert_eq!((reason, num_tokens), (Some("length"), 50));
+        let stop: String = whole.chars().skip(5).take(2).collect();
+        let slow = generate(&app, &json!(stop));
+        while app.models()[0].engine.stats().num_length < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let (text, reason, num_tokens) = read(slow).await;
+        assert_eq!((text.as_str(), reason), (&whole[..whole.find(&stop).expect("it is there")], Some("stop")));
+        assert!(num_tokens < 50);
+        let counted = metrics::metrics(&app).into_body().collect().await.expect("an end").to_bytes();
+        let counted = String::from_utf8(counted.to_vec()).expect("text");
+        let value = |name: &str, label: &str| {
+            let line = counted.lines().find(|line| line.starts_with(name) && line.contains(label));
+            line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        };
+        let ended = |reason: &str| value("vllm:request_success_total{", &format!("finished_reason=\"{reason}\""));
+        assert_eq!(["length", "stop", "abort"].map(ended), [Some(1.0), Some(1.0), Some(0.0)]);
+        assert_eq!(value("vllm:request_generation_tokens_sum", ""), Some(f64::from(50 + num_tokens)));
+        app.models()[0].end();
+    }
+
+    /// Of a prompt that may not wait so often there are no copies.
+    #[test]
+    fn what_never_fits_is_refused_before_its_choices_are_made() {
+        let app = served();
+        let body = json!({"prompt": vec![50; 100], "n": 20, "max_tokens": 1});
+        let refused = prepare(Endpoint::Completions, &app.models()[0], &Client::default(), &body).err();
+        assert_eq!(refused.and_then(|error| error.code), Some("queue_too_small"));
+        app.models()[0].end();
+    }
+}
