@@ -30,7 +30,7 @@ from run import Server, run
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MOST_SHOWN = 3
-SHORT, LONG = 3, 100
+SHORT, LONG, SEVERAL_CALLS = 3, 100, 300
 # Texts are of these letters, for the simulator takes any token, and what ends them is among them, or half of a city.
 LETTERS = "aeioulnrst"
 STOPS = ["nt", "re", "Os"]
@@ -54,15 +54,17 @@ def product(*axes):
 def chat_cases(letters_alone):
     choose = {name: {"tool_choice": name} for name in ["none", "auto", "required"]}
     choose["named"] = {"tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    choose["required parallel"] = {"tool_choice": "required", "parallel_tool_calls": True}
     tools = [{"type": "function", "function": {**WEATHER, "parameters": CITY, "strict": True}}, {"type": "function", "function": TIME}]
     same = {"messages": [{"role": "user", "content": "What is the weather in Oslo?"}], "tools": tools,
             "parallel_tool_calls": False, "temperature": 1, "seed": 5, "model": "smollm2"}
     for tool_choice, fields in choose.items():
         # What is forced to be a call has no other form.
         forms = FORMS if tool_choice in ("none", "auto") else {"text": FORMS["text"]}
+        long = SEVERAL_CALLS if tool_choice == "required parallel" else LONG
         for words, more in product(STREAMS, {form: {"response_format": value} for form, value in forms.items()},
                                    {f"n {n}": {"n": n} for n in (1, 2)}, {"": {}, "stop": {"stop": STOPS}},
-                                   {f"{most} tokens": {"max_tokens": most} for most in (SHORT, LONG)}):
+                                   {f"{most} tokens": {"max_tokens": most} for most in (SHORT, long)}):
             is_text = tool_choice in ("none", "auto") and more["response_format"]["type"] == "text"
             yield f"chat, tools {tool_choice}, {words}", {**same, **fields, **more, **(letters_alone if is_text else {})}
 
