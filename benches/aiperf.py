@@ -88,7 +88,7 @@ class Server:
         new, self.read = lines[self.read:], len(lines)
         requests = []
         for line in (json.loads(line) for line in new if line.startswith("{")):
-            if line["message"] == "request ended":
+            if line["target"] == "fullbore::request":
                 ended = datetime.datetime.fromisoformat(line["timestamp"].replace("Z", "+00:00")).timestamp()
                 requests.append({**line, "ended": ended, "came": ended - line["total_ms"] / 1e3})
         return sorted(requests, key=lambda request: request["came"])
@@ -99,14 +99,14 @@ def by_the_log(requests):
     requests = requests[WARM_UP:]
     all_of = lambda name: [request[name] for request in requests]
     assert sum(all_of("cached_tokens")) == 0, "a prompt came from the cache"
-    duration, output_tokens = max(all_of("ended")) - min(all_of("came")), sum(all_of("completion_tokens"))
+    duration, output_tokens = max(all_of("ended")) - min(all_of("came")), sum(all_of("generated_tokens"))
     return {
         "requests": len(requests),
         "prompt_tokens": sum(all_of("prompt_tokens")),
         "output_tokens": output_tokens,
         "requests_per_s": len(requests) / duration,
         "output_tokens_per_s": output_tokens / duration,
-        "ttft_p50_ms": statistics.median(all_of("ttft_ms")),
+        "ttft_p50_ms": statistics.median(all_of("first_token_ms")),
         "e2e_p50_ms": statistics.median(all_of("total_ms")),
     }
 
