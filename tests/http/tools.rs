@@ -217,7 +217,7 @@ fn a_choice_among_some_tools_is_of_those_alone() {
         let refused = server.post("/v1/chat/completions", &ask(json!({"tool_choice": wrong})));
         assert_eq!(refused.error(400)["param"], "tool_choice", "{wrong}");
     }
-    let response = json!({"input": "x", "max_output_tokens": 60, "tools": [{"type": "function", "name": "time"},
+    let response = json!({"input": "x", "max_output_tokens": 300, "tools": [{"type": "function", "name": "time"},
         {"type": "function", "name": "weather"}], "tool_choice": {"type": "allowed_tools", "mode": "required",
         "tools": [{"type": "function", "name": "weather"}]}, "parallel_tool_calls": false});
     let response = server.post("/v1/responses", &response).ok();
@@ -226,9 +226,10 @@ fn a_choice_among_some_tools_is_of_those_alone() {
 
 /// Gemma's rules, in words of our own: a system's words go before the first user's, and then the roles take turns.
 const ALTERNATING: &str = "{% set told = messages[0].content if messages[0].role == 'system' else '' %}\
-    {% for message in messages[1:] if told else messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}\
-    {{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>{{ message.role }} {% if loop.first %}\
-    {{ told }} {% endif %}{{ message.content | trim }}<|im_end|>{% endfor %}";
+    {% for message in (messages[1:] if told else messages) %}\
+    {% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}\
+    <start_of_turn>{{ message.role }} {% if loop.first %}{{ told }} {% endif %}\
+    {{ message.content | trim }}<|im_end|>{% endfor %}";
 
 #[test]
 fn turns_alternate_where_a_template_wants_that() {

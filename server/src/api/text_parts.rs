@@ -1,5 +1,5 @@
-//! Text as dialects write it: a string, or a list of parts, each of a type. Invariant: parts that say something else are
-//! refused by name.
+//! Text as dialects write it: a string, or a list of parts, each of a type. Invariant: parts that say something else
+//! are refused by name.
 
 use serde_json::Value;
 

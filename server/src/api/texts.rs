@@ -1,6 +1,6 @@
-//! Text and token ids without a model's step: `/tokenize`, `/detokenize` and [`render`] as vLLM has them, the first two as
-//! llama-server has them too, `/apply-template` as that does, `/v1/messages/count_tokens` as Anthropic does. Invariant:
-//! what a prompt is here it is for the endpoints that generate.
+//! Text and token ids without a model's step: `/tokenize`, `/detokenize` and [`render`] as vLLM has them, the first two
+//! as llama-server has them too, `/apply-template` as that does, `/v1/messages/count_tokens` as Anthropic does.
+//! Invariant: what a prompt is here it is for the endpoints that generate.
 
 use serde_json::{Value, json};
 
@@ -37,16 +37,12 @@ pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Resu
 
 /// A prompt as text, or a chat.
 fn tokenize(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
+    let with_bos = fields.bool("add_special_tokens")?.unwrap_or(true);
+    // llama-server's, and off there unless asked for.
+    let content_with_bos = fields.bool("add_special")?.unwrap_or(false);
     let ids = match (fields.string("prompt")?, fields.string("content")?) {
-        (Some(prompt), _) => {
-            let with_bos = fields.bool("add_special_tokens")?.unwrap_or(true);
-            completions::text_ids(model, "prompt", prompt, with_bos)?
-        }
-        // llama-server's, with what it calls the same and means otherwise.
-        (None, Some(content)) => {
-            let with_bos = fields.bool("add_special")?.unwrap_or(false);
-            completions::text_ids(model, "content", content, with_bos)?
-        }
+        (Some(prompt), _) => completions::text_ids(model, "prompt", prompt, with_bos)?,
+        (None, Some(content)) => completions::text_ids(model, "content", content, content_with_bos)?,
         (None, None) if fields.get("messages").is_some() => chat(fields)?.render(model)?.ids,
         (None, None) => {
             return Err(ApiError::invalid("prompt", "prompt is missing; it must be a text, or messages a chat"));

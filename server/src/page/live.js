@@ -220,7 +220,8 @@ const byDevice = {
   isOf: (engine) => engine.devices.length > 1,
   lines: DEVICE_LINES,
   draw(frames, engine) {
-    const lines = engine.devices.slice(0, DEVICE_LINES.length).map((_, index) => series(frames, (frame) => perDevice([frame], index)));
+    const lines = engine.devices.slice(0, DEVICE_LINES.length).map((_, index) =>
+      series(frames, (frame) => perDevice([frame], index)));
     return { lines, most: most(lines) };
   },
   words: (frame, engine, lately) => engine.devices.map(({ id }, index) =>

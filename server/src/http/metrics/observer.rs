@@ -1,6 +1,6 @@
-//! Watches sequences for the metrics, the log and traces. Invariant: a sequence is counted and logged once, as its client
-//! was told that it ended, and in the histograms where it ended well; times are taken where the engine hands its events
-//! over, so that a client that reads slowly lengthens nothing.
+//! Watches sequences for the metrics, the log and traces. Invariant: a sequence is counted and logged once, as its
+//! client was told that it ended, and in the histograms where it ended well; times are taken where the engine hands its
+//! events over, so that a client that reads slowly lengthens nothing.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -15,8 +15,8 @@ use crate::traces::{EndedSequence, Trace};
 /// gone on.
 pub type ToldEnd = Arc<OnceLock<(End, u32)>>;
 
-/// Watches one sequence's events. Dropped by who is last of the engine and the reader, it counts how it ended and leaves
-/// a line in the log: before the engine's end a client has left, unless somebody has told why.
+/// Watches one sequence's events. Dropped by who is last of the engine and the reader, it counts how it ended and
+/// leaves a line in the log: before the engine's end a client has left, unless somebody has told why.
 pub struct Observer {
     /// It is one of these.
     choices: Arc<Choices>,
