@@ -26,7 +26,7 @@ test-e2e: toolchain drivers
 	cargo build --locked -p fullbore
 	@. target/lavapipe/env && scripts/e2e.sh target/debug/fullbore
 
-# Several workers behind SMG, for real, and the manifests of deploy/: three and a half minutes on 2 cores.
+# Several workers behind SMG and NVIDIA Dynamo, for real, and the manifests of deploy/.
 test-cluster: toolchain
 	@scripts/models.sh
 	cargo build --locked -p fullbore

@@ -27,6 +27,7 @@ pub mod chaos;
 mod connections;
 mod embeddings;
 mod fleet;
+mod grpc;
 mod harness;
 mod kv_events;
 mod life;

@@ -253,6 +253,36 @@ mod hf_json {
             .expect("equal ids");
     }
 
+    /// Whoever tokenizes elsewhere reads the file by the crate that is the format's own.
+    #[test]
+    fn a_written_vocabulary_gives_the_same_ids() {
+        for (name, tokenizer) in
+            [("smollm2", SMOLLM2.clone()), ("gemma3", GEMMA3.clone())].into_iter().chain(BPE_AND_SPM.map(named))
+        {
+            let written = tokenizer.to_json().to_string();
+            let read = Tokenizer::from_json(written.as_bytes()).expect(name);
+            let elsewhere: tokenizers::Tokenizer = written.parse().expect(name);
+            assert_eq!((read.vocab_size(), read.add_bos()), (tokenizer.vocab_size(), tokenizer.add_bos()), "{name}");
+            assert_eq!(elsewhere.get_vocab_size(true), tokenizer.vocab_size(), "{name}");
+            runner(60)
+                .run(&texts(), |text| {
+                    let ids = tokenizer.encode(&text, Special::Parse);
+                    prop_assert_eq!(&ids, &read.encode(&text, Special::Parse));
+                    let theirs = elsewhere.encode(text.as_str(), false).expect("ids");
+                    prop_assert_eq!(&ids, &theirs.get_ids().iter().map(|id| TokenId(*id)).collect::<Vec<_>>());
+                    prop_assert_eq!(tokenizer.decode(&ids), elsewhere.decode(theirs.get_ids(), true).expect("text"));
+                    Ok(())
+                })
+                .expect(name);
+        }
+    }
+
+    const BPE_AND_SPM: [&str; 3] = ["llama-bpe", "llama-spm", "qwen2"];
+
+    fn named(name: &str) -> (&str, Arc<Tokenizer>) {
+        (name, vocab(name))
+    }
+
     /// A vocabulary in SentencePiece's manner, as files of Llama 2 and Mistral hold it.
     fn metaspace(change: impl Fn(&mut Value)) -> Result<Tokenizer, TextError> {
         let mut pieces = vec!["<unk>".to_string(), "<s>".to_string()];

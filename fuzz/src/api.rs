@@ -221,7 +221,7 @@ fn feed(model: &ServedModel, said: &[u8], requests: &mut Vec<Handed>, mut after_
                 sink.event(Event::Prompt(request.prompt[1..].iter().map(entry(num_top)).collect())) == Flow::Stop;
         }
         if request.pooling.is_some() {
-            ended[index] |= sink.event(Event::Pooled(vec![0.5; model.hidden_size as usize])) == Flow::Stop;
+            ended[index] |= sink.event(Event::Pooled(vec![0.5; model.shape.dim as usize])) == Flow::Stop;
         }
     }
     after_each();

@@ -16,6 +16,7 @@ mod clients;
 mod device;
 mod doctor;
 mod grammar;
+mod grpc;
 mod http;
 mod models;
 mod parse;

@@ -12,6 +12,7 @@ pub mod device_report;
 pub mod devices;
 pub mod fetch;
 mod files;
+pub mod grpc;
 pub mod http;
 pub mod kv_events;
 pub mod live;

@@ -1,13 +1,13 @@
 //! `fullbore serve`: listen, load, announce, and end in order.
 //!
-//! Invariant: the port answers from the start, with "loading" until all models are there. The end is in order too: new
+//! Invariant: each port answers from the start, with "loading" until all models are there. The end is in order too: new
 //! requests are refused and what runs may end, then no new connections, then the engines, then the rest. Nobody but
 //! this machine is served without a key, unless that was asked for in so many words.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fullbore_engine::memory::kv_events::KvEventSender;
@@ -17,28 +17,32 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use vllm_proto::KvEventSource;
 
 use crate::api::ServedModel;
 use crate::args::{AccessArgs, ServeArgs, ServedArgs};
-use crate::http::accept::{self, Door, Limits};
+use crate::fetch::{self, FetchError};
+use crate::grpc::{self, Grpc, Identity, ModelFolderError, kv_event_source};
+use crate::http::accept::{self, Door, Limits, Protocol};
 use crate::http::access::Access;
 use crate::http::keys::{KeyError, Keys};
 use crate::http::proxies::Proxies;
+use crate::http::routes::{self, Routes};
 use crate::http::tls::{Tls, TlsError};
-use crate::http::{App, descriptors, routes};
+use crate::http::{App, descriptors};
 use crate::kv_events::{KvEventsConfig, KvEventsError, Publisher};
 use crate::live;
 use crate::log::Log;
 use crate::sandbox::sandbox;
-use crate::start::{self, Plan, StartError};
+use crate::start::{self, Plan, StartError, random};
 use crate::traces::Tracer;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     #[error(transparent)]
     Start(#[from] StartError),
-    #[error("cannot listen on {address}: {source}; choose another with --host and --port")]
-    Listen { address: SocketAddr, source: io::Error },
+    #[error("cannot listen on {address}: {source}; choose another with --{prefix}host and --{prefix}port")]
+    Listen { address: SocketAddr, prefix: &'static str, source: io::Error },
     #[error("cannot start the server's threads: {0}")]
     Runtime(#[from] io::Error),
     #[error(transparent)]
@@ -48,10 +52,14 @@ pub enum ServeError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(
-        "--host {0} can be reached from other machines: give clients a key with --api-key-file, or say --insecure to \
-         serve whoever comes"
+        "--{prefix}host {host} can be reached from other machines: give clients a key with --api-key-file, or say \
+         --insecure to serve whoever comes"
     )]
-    Open(IpAddr),
+    Open { prefix: &'static str, host: IpAddr },
+    #[error(transparent)]
+    ModelFolder(#[from] ModelFolderError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     #[error("--share names {name} twice; give each tenant one weight")]
     TwoShares { name: String },
     #[error("loading the model failed in a way it should not; the log says more")]
@@ -63,10 +71,18 @@ pub enum ServeError {
 /// A listening server; without models it answers that it is loading.
 pub struct Server {
     address: SocketAddr,
-    tls: Option<Arc<Tls>>,
     app: Arc<App>,
-    connections: Arc<Semaphore>,
+    /// Of HTTP first.
+    ports: Vec<Port>,
     stop: watch::Sender<bool>,
+    /// Set once the models are there.
+    identity: Arc<OnceLock<Identity>>,
+}
+
+/// Where connections come in.
+struct Port {
+    tls: Option<Arc<Tls>>,
+    connections: Arc<Semaphore>,
     acceptor: JoinHandle<()>,
 }
 
@@ -84,19 +100,39 @@ pub struct Entrance {
 
 impl Server {
     pub async fn start(host: IpAddr, port: u16, entrance: Entrance) -> Result<Server, ServeError> {
-        let address = SocketAddr::new(host, port);
-        let listen = |source| ServeError::Listen { address, source };
-        let listener = TcpListener::bind(address).await.map_err(listen)?;
-        let address = listener.local_addr().map_err(listen)?;
-        let connections = Arc::new(Semaphore::new(entrance.limits.max_connections));
         let app = Arc::new(App::new(entrance.limits, entrance.access, entrance.tracer, entrance.log));
-        let tls = entrance.tls.map(Arc::new);
         let (stop, stopped) = watch::channel(false);
-        tokio::spawn(live::keep_history(app.clone(), stopped.clone()));
-        let service = warp::service(routes::routes(app.clone()));
-        let door = Door { app: app.clone(), connections: connections.clone(), tls: tls.clone(), stop: stopped };
-        let acceptor = tokio::spawn(accept::accept(listener, door, service));
-        Ok(Server { address, tls, app, connections, stop, acceptor })
+        tokio::spawn(live::keep_history(app.clone(), stopped));
+        let routes = Routes(warp::service(routes::routes(app.clone())));
+        let address = SocketAddr::new(host, port);
+        let mut server = Server { address, app, ports: Vec::new(), stop, identity: Arc::default() };
+        server.address = server.listen(address, "", entrance.tls, routes).await?;
+        Ok(server)
+    }
+
+    /// Speaks gRPC at a port of its own, for which it returns the address.
+    pub async fn listen_grpc(&mut self, address: SocketAddr, tls: Option<Tls>) -> Result<SocketAddr, ServeError> {
+        let grpc = Grpc::new(self.app.clone(), self.identity.clone());
+        self.listen(address, GRPC_PREFIX, tls, grpc).await
+    }
+
+    async fn listen(
+        &mut self,
+        address: SocketAddr,
+        prefix: &'static str,
+        tls: Option<Tls>,
+        protocol: impl Protocol,
+    ) -> Result<SocketAddr, ServeError> {
+        let failed = |source| ServeError::Listen { address, prefix, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let connections = Arc::new(Semaphore::new(self.app.limits.max_connections));
+        let tls = tls.map(Arc::new);
+        let (app, stop) = (self.app.clone(), self.stop.subscribe());
+        let door = Door { app, connections: connections.clone(), tls: tls.clone(), stop };
+        let acceptor = tokio::spawn(accept::accept(listener, door, protocol));
+        self.ports.push(Port { tls, connections, acceptor });
+        Ok(address)
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -107,8 +143,14 @@ impl Server {
         &self.app.access
     }
 
+    /// Of HTTP.
     pub fn tls(&self) -> Option<&Tls> {
-        self.tls.as_deref()
+        self.ports[0].tls.as_deref()
+    }
+
+    /// What clients of gRPC are told of it.
+    pub fn set_identity(&self, identity: Identity) {
+        assert!(self.identity.set(identity).is_ok(), "a server has one identity");
     }
 
     /// From now on requests are served.
@@ -126,10 +168,11 @@ impl Server {
             }
             Err(error) => tracing::error!("the API keys stay as they were: {error}"),
         }
-        match self.tls().map(Tls::reload) {
-            Some(Ok(())) => tracing::info!("new connections get the certificate as it is now"),
-            Some(Err(error)) => tracing::error!("the certificate stays as it was: {error}"),
-            None => {}
+        for tls in self.ports.iter().filter_map(|port| port.tls.as_ref()) {
+            match tls.reload() {
+                Ok(()) => tracing::info!("new connections get the certificate as it is now"),
+                Err(error) => tracing::error!("the certificate stays as it was: {error}"),
+            }
         }
     }
 
@@ -163,9 +206,18 @@ impl Server {
         self.app.drain();
         // The acceptor may be gone already.
         let _ = self.stop.send(true);
-        let _ = self.acceptor.await;
         let all = self.app.limits.max_connections as u32;
-        let done = timeout(grace, self.connections.acquire_many(all)).await.is_ok();
+        let (acceptors, connections): (Vec<_>, Vec<_>) =
+            self.ports.into_iter().map(|port| (port.acceptor, port.connections)).unzip();
+        for acceptor in acceptors {
+            let _ = acceptor.await;
+        }
+        let all_closed = async || {
+            for connections in &connections {
+                let _ = connections.acquire_many(all).await;
+            }
+        };
+        let done = timeout(grace, all_closed()).await.is_ok();
         let end = |model: Arc<ServedModel>| tokio::task::spawn_blocking(move || model.end());
         let ends: Vec<_> = self.app.models().iter().cloned().map(end).collect();
         let ended = async {
@@ -181,7 +233,7 @@ impl Server {
         }
         if !done {
             // Streams that were told of the end above still have to send it.
-            let _ = timeout(LAST_WORDS, self.connections.acquire_many(all)).await;
+            let _ = timeout(LAST_WORDS, all_closed()).await;
         }
     }
 }
@@ -196,6 +248,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub fn serve(args: &ServeArgs, log: &Log) -> Result<(), ServeError> {
     let shares = shares(&args.shares)?;
     let mut entrance = args.access.entrance(args.host)?;
+    let grpc = args.grpc.address();
+    grpc.map_or(Ok(()), |address| args.access.check_host(GRPC_PREFIX, address.ip()))?;
     entrance.log = Some(log.clone());
     if args.dry_run {
         let plans = start::plan_all(&args.models.0)?;
@@ -222,15 +276,31 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     };
     let scheme = if entrance.tls.is_some() { "https" } else { "http" };
     descriptors::make_room(entrance.limits.max_connections);
-    let server = Server::start(args.host, args.port, entrance).await?;
+    let grpc_tls = entrance.tls.as_ref().map(Tls::for_http2).transpose()?;
+    let mut server = Server::start(args.host, args.port, entrance).await?;
+    let grpc = match args.grpc.address() {
+        Some(address) => Some(server.listen_grpc(address, grpc_tls).await?),
+        None => None,
+    };
     let models = args.models.0.clone();
     let publishers = publishers(args.kv_events_config.as_ref(), models.len()).await?;
-    let load = tokio::task::spawn_blocking(move || load(&models, &shares, &publishers));
+    let config = args.kv_events_config.as_ref();
+    let kv_events = config.zip(publishers.first()).map(|(config, publisher)| kv_event_source(config, publisher));
+    let load = tokio::task::spawn_blocking(move || {
+        let models = load(&models, &shares, &publishers)?;
+        let identity = grpc.map(|_| identity(&models[0], kv_events)).transpose()?;
+        Ok::<_, ServeError>((models, identity))
+    });
     tokio::select! {
-        loaded = load => server.set_models(loaded.map_err(|_| ServeError::LoaderDied)??),
+        loaded = load => {
+            let (models, identity) = loaded.map_err(|_| ServeError::LoaderDied)??;
+            identity.into_iter().for_each(|identity| server.set_identity(identity));
+            server.set_models(models);
+        }
         () = end() => return Ok(()),
     }
     println!("listening on {scheme}://{}", server.address());
+    grpc.iter().for_each(|address| println!("gRPC at {address}"));
     // A closed standard output is no reason to stop serving.
     let _ = io::stdout().flush();
     loop {
@@ -258,6 +328,12 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
     }
     server.shutdown(GRACE).await;
     Ok(())
+}
+
+/// What others are told of a server whose first model this is.
+fn identity(model: &ServedModel, kv_events: Option<KvEventSource>) -> Result<Identity, ServeError> {
+    let model_folder = grpc::model_folder(model, &fetch::cache_folder()?)?;
+    Ok(Identity { instance_id: format!("fullbore-{:016x}", random()), model_folder, kv_events })
 }
 
 /// One for each model, where others are to be told of KV blocks.
@@ -311,11 +387,17 @@ impl AccessArgs {
         Keys::new(&keys, self.api_key_file.as_deref())
     }
 
-    fn entrance(&self, host: IpAddr) -> Result<Entrance, ServeError> {
-        let keys = self.keys()?;
-        if !host.is_loopback() && keys.is_empty() && !self.insecure {
-            return Err(ServeError::Open(host));
+    /// Refuses to serve other machines without keys; `prefix` is of the flag that says where.
+    fn check_host(&self, prefix: &'static str, host: IpAddr) -> Result<(), ServeError> {
+        match host.is_loopback() || self.insecure || !self.keys()?.is_empty() {
+            true => Ok(()),
+            false => Err(ServeError::Open { prefix, host }),
         }
+    }
+
+    fn entrance(&self, host: IpAddr) -> Result<Entrance, ServeError> {
+        self.check_host("", host)?;
+        let keys = self.keys()?;
         let files = self.tls_cert.as_ref().zip(self.tls_key.as_ref());
         let tls = files.map(|(certificate, key)| Tls::open(certificate, key)).transpose()?;
         let limits = Limits {
@@ -328,6 +410,9 @@ impl AccessArgs {
         Ok(Entrance { limits, access, tls, ..Entrance::default() })
     }
 }
+
+/// Of the flags that are about gRPC.
+const GRPC_PREFIX: &str = "grpc-";
 
 /// A key that no other user of the machine sees in the list of processes.
 pub const KEY_VARIABLE: &str = "FULLBORE_API_KEY";

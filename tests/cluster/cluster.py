@@ -39,14 +39,17 @@ def exchange(url, method, path, body=None, seconds=120):
 class Process:
     """A program with a log; `with` ends it, and nothing but it."""
 
-    def __init__(self, name, port, command, path):
-        self.name, self.port, self.command, self.path = name, port, command, path
+    # What requests to it have beside what is asked.
+    extra = {}
+
+    def __init__(self, name, port, command, path, environment=None):
+        self.name, self.port, self.command, self.path, self.environment = name, port, command, path, environment
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile("w+", prefix=f"fullbore-cluster-{name}-{port}-", suffix=".log")
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT, env=self.environment)
         try:
             until(f"{self.name} to be ready", self.is_ready, 90)
         except AssertionError:
@@ -63,8 +66,22 @@ class Process:
             return False
 
     def text(self):
-        self.log.seek(0)
-        return self.log.read()
+        with open(self.log.name) as log:
+            return log.read()
+
+    def get(self, path):
+        connection, response = exchange(self.url, "GET", path)
+        with contextlib.closing(connection):
+            return response.read().decode()
+
+    def post(self, path, body):
+        connection, response = exchange(self.url, "POST", path, body)
+        with contextlib.closing(connection):
+            return json.loads(response.read())
+
+    def answered_by(self, response, reply):
+        """Which worker that was, where a gateway says it."""
+        return None
 
     def terminate(self):
         self.process.send_signal(signal.SIGTERM)
@@ -101,16 +118,6 @@ class Worker(Process):
             command += ["--max-model-len", "1024", "--kv-memory", "96MiB"]
         super().__init__("worker", port, command, "/health")
 
-    def get(self, path):
-        connection, response = exchange(self.url, "GET", path)
-        with contextlib.closing(connection):
-            return response.read().decode()
-
-    def post(self, path, body):
-        connection, response = exchange(self.url, "POST", path, body)
-        with contextlib.closing(connection):
-            return json.loads(response.read())
-
     def metric(self, name):
         """The sample of this name that has these labels, whatever others it has."""
         name, _, labels = name.partition("{")
@@ -136,6 +143,9 @@ class Smg(Process):
     def is_ready(self):
         return super().is_ready() and self.healthy() == set(self.urls)
 
+    def answered_by(self, response, reply):
+        return response.getheader("x-smg-routed-worker-id")
+
     def healthy(self):
         connection, response = exchange(self.url, "GET", "/workers")
         with contextlib.closing(connection):
@@ -147,6 +157,7 @@ class Reply:
     text: str
     # The address of who answered.
     worker: str
+    num_prompt_tokens: int
     cached: int
 
 
@@ -156,30 +167,29 @@ class End:
     worker: str
     finished: bool
     error: str
+    text: str
 
 
-def routed(response):
-    return response.getheader("x-smg-routed-worker-id")
-
-
-def chat(url, messages, max_tokens):
-    body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "model": "smollm2", "ignore_eos": True}
-    connection, response = exchange(url, "POST", "/v1/chat/completions", body)
+def chat(server, messages, max_tokens):
+    body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "model": "smollm2", "ignore_eos": True,
+            **server.extra}
+    connection, response = exchange(server.url, "POST", "/v1/chat/completions", body)
     with contextlib.closing(connection):
         text = response.read().decode()
         assert response.status == 200, f"{response.status}: {text}"
         reply = json.loads(text)
-        usage = reply["usage"]["prompt_tokens_details"]
-        return Reply(reply["choices"][0]["message"]["content"], routed(response), usage["cached_tokens"])
+        text, usage = reply["choices"][0]["message"]["content"], reply["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        return Reply(text, server.answered_by(response, reply), usage["prompt_tokens"], cached)
 
 
-def stream(url, messages, max_tokens, begun):
+def stream(server, messages, max_tokens, begun):
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "model": "smollm2", "stream": True,
-            "ignore_eos": True}
-    connection, response = exchange(url, "POST", "/v1/chat/completions", body)
+            "ignore_eos": True, **server.extra}
+    connection, response = exchange(server.url, "POST", "/v1/chat/completions", body)
     with contextlib.closing(connection):
         assert response.status == 200, f"{response.status}: {response.read()}"
-        worker, finished, error, num_chunks = routed(response), False, None, 0
+        worker, finished, error, num_chunks, text = None, False, None, 0, ""
         try:
             for line in response:
                 data = line.decode().removeprefix("data: ").strip()
@@ -187,6 +197,8 @@ def stream(url, messages, max_tokens, begun):
                     continue
                 event = json.loads(data)
                 num_chunks += 1
+                worker = worker or server.answered_by(response, event)
+                text += "".join(choice["delta"].get("content") or "" for choice in event.get("choices", []))
                 if num_chunks == 3:
                     begun.set()
                 if "error" in event:
@@ -195,7 +207,7 @@ def stream(url, messages, max_tokens, begun):
                     finished = True
         except (OSError, http.client.HTTPException) as broken:
             error = repr(broken)
-        return End(worker, finished, error)
+        return End(worker, finished, error, text)
 
 
 def run(*tests):

@@ -9,21 +9,13 @@ Needs smg, pyzmq and msgpack (scripts/cluster.sh sees to them), and the default 
 import concurrent.futures
 import contextlib
 import sys
-import threading
-import time
 
-from cluster import Smg, Worker, chat, free_port, run, stream, until
+from cluster import Smg, Worker, chat, free_port, run, until
 from events import Index, Subscriber
+from load import PLACES, SYSTEM, Load, check_hits, hits, long_streams, sessions
 
 BINARY = sys.argv[1]
 NUM_WORKERS = 3
-NUM_SESSIONS, NUM_TURNS = 6, 4
-SYSTEM = "You are a patient teacher of geography who answers in one short sentence, without lists and without jokes."
-PLACES = ["Lisbon", "Nairobi", "Hanoi", "Bogota", "Tbilisi", "Wellington"]
-ASKED = ["the river or the sea that it lies at", "the language that most people there speak", "a dish that it is known for",
-         "the mountains that are nearest to it", "what its weather is like in the winter"]
-# A share of what one worker with all sessions finds.
-LEAST_OF_IDEAL = 0.9
 
 
 @contextlib.contextmanager
@@ -35,38 +27,10 @@ def cluster(policy, num_workers=NUM_WORKERS, *flags):
         yield stack.enter_context(Smg([worker.url for worker in workers], policy)), workers
 
 
-def session(smg, number):
-    """A conversation, turn by turn; the workers that answered."""
-    place = PLACES[number % len(PLACES)]
-    messages = [{"role": "system", "content": SYSTEM}]
-    workers = []
-    for turn in range(NUM_TURNS):
-        question = f"This is about {place} and nothing else but {place}, for a class of children. " * 2
-        messages.append({"role": "user", "content": question + f"Please tell us {ASKED[turn % len(ASKED)]}."})
-        reply = chat(smg.url, messages, max_tokens=12)
-        workers.append(reply.worker)
-        messages.append({"role": "assistant", "content": reply.text})
-    return workers
-
-
-def sessions(smg):
-    with concurrent.futures.ThreadPoolExecutor(NUM_SESSIONS) as pool:
-        return list(pool.map(lambda number: session(smg, number), range(NUM_SESSIONS)))
-
-
-def hits(workers):
-    return sum(worker.metric("vllm:prefix_cache_hits_total") for worker in workers)
-
-
 def hits_of(policy, num_workers=NUM_WORKERS, *flags):
     with cluster(policy, num_workers, *flags) as (smg, workers):
         routed = sessions(smg)
         return hits(workers), routed
-
-
-def check_hits(routed, round_robin, ideal):
-    assert routed > round_robin, f"{routed} tokens were found by prefix, and {round_robin} round robin"
-    assert routed >= LEAST_OF_IDEAL * ideal, f"{routed} tokens were found, and one worker alone finds {ideal}"
 
 
 def prefixes_decide_where_a_request_goes():
@@ -87,44 +51,6 @@ def prefixes_decide_where_a_request_goes():
     raise AssertionError(f"{without} tokens were found without prefix caches, and nobody minds")
 
 
-class Load:
-    """Requests one after the other until it is told to stop; what failed."""
-
-    def __init__(self, smg, num_threads=2):
-        self.smg, self.stopped, self.failures, self.num_done = smg, threading.Event(), [], 0
-        self.threads = [threading.Thread(target=self.ask, args=[number]) for number in range(num_threads)]
-
-    def ask(self, number):
-        count = 0
-        while not self.stopped.is_set():
-            count += 1
-            messages = [{"role": "user", "content": f"Say the number {number * 1000 + count}, please."}]
-            try:
-                chat(self.smg.url, messages, max_tokens=4)
-                self.num_done += 1
-            except Exception as error:
-                self.failures.append(error)
-
-    def __enter__(self):
-        [thread.start() for thread in self.threads]
-        return self
-
-    def __exit__(self, *_):
-        self.stopped.set()
-        [thread.join() for thread in self.threads]
-
-
-def long_streams(smg, pool, num_streams=4):
-    """Streams that go on for a while, once all have begun."""
-    streams = []
-    for number in range(num_streams):
-        messages = [{"role": "user", "content": f"{PLACES[number % 6]}: count on from {number}, in words."}]
-        begun = threading.Event()
-        streams.append(pool.submit(stream, smg.url, messages, 250, begun))
-        assert begun.wait(60), "a stream has not begun"
-    return streams
-
-
 def workers_die_leave_and_return():
     with cluster("round_robin", NUM_WORKERS, "--drain-accept-seconds", "4") as (smg, workers), \
             concurrent.futures.ThreadPoolExecutor() as pool:
@@ -141,7 +67,7 @@ def workers_die_leave_and_return():
         assert all(end.error is None and end.finished for end in ends if end.worker != victim.url), ends
         # It returns, with nothing, and is used again.
         victim.restart()
-        seen = lambda: chat(smg.url, [{"role": "user", "content": "Who is it?"}], max_tokens=1).worker == victim.url
+        seen = lambda: chat(smg, [{"role": "user", "content": "Who is it?"}], max_tokens=1).worker == victim.url
         until("the worker that was started anew", seen, seconds=60)
         # One is told to end: nobody notices.
         streams = long_streams(smg, pool)
@@ -164,7 +90,7 @@ def full_workers_are_passed_over():
                         [(0, ["--max-queued-requests", "1", "--max-num-seqs", "1"]), (1, [])])
         smg = stack.enter_context(Smg([small.url, large.url], "round_robin"))
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            ask = lambda number: chat(smg.url, [{"role": "user", "content": f"Number {number}?"}], max_tokens=16)
+            ask = lambda number: chat(smg, [{"role": "user", "content": f"Number {number}?"}], max_tokens=16)
             replies = list(pool.map(ask, range(12)))
         assert {reply.worker for reply in replies} >= {large.url}
         assert small.metric('fullbore_http_responses_total{status="429"}') > 0, "it was never full"
@@ -193,7 +119,7 @@ def events_are_the_truth():
         body = {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PLACES[0]}]}
         tokens = worker.post("/tokenize", body)["tokens"]
         found = subscriber.index.num_found(tokens)
-        reply = chat(worker.url, body["messages"], max_tokens=1)
+        reply = chat(worker, body["messages"], max_tokens=1)
         assert found == reply.cached, f"{found} of {len(tokens)} tokens by events, {reply.cached} by the worker"
         worker.kill()
         worker.restart()

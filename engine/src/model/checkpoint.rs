@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::backend::{LoadError, RowSource};
@@ -44,6 +45,15 @@ impl Checkpoint {
             Checkpoint::Safetensors { dir, .. } => dir.total_tensor_bytes(),
             Checkpoint::Random { .. } => 0,
             Checkpoint::Quantized { of, .. } => of.total_bytes(),
+        }
+    }
+
+    /// The folder of safetensors files that it is read from, if it is.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Checkpoint::Safetensors { dir, .. } => Some(dir.path()),
+            Checkpoint::Quantized { of, .. } => of.folder(),
+            Checkpoint::Gguf(_) | Checkpoint::Random { .. } => None,
         }
     }
 

@@ -22,7 +22,7 @@ mod swap;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;
-pub use config::{ModelConfig, ModelConfigError, UnfitKvType};
+pub use config::{Family, ModelConfig, ModelConfigError, UnfitKvType};
 use llama::Scratch;
 pub use portable::{KvLayout, PortableBlocks};
 pub use shapes::shape_names;

@@ -20,6 +20,8 @@ pub struct Bpe {
     /// For the text at the very start of the input, and for text elsewhere.
     pub pre_tokenizers: [Option<PreTokenizerWrapper>; 2],
     pub model: BPE,
+    /// The two that each merge takes, in the order of their rank.
+    pub merges: Vec<[TokenId; 2]>,
 }
 
 impl Bpe {
@@ -43,12 +45,13 @@ impl Bpe {
     }
 }
 
-/// A builder with every token and merge that text may yield. Merges are (left, right), in the order of their rank.
+/// A builder with every token and merge that text may yield, and those merges. Merges are (left, right), in the order
+/// of their rank.
 pub fn builder<'m>(
     tokens: &[String],
     kinds: &[TokenKind],
     merges: impl Iterator<Item = (&'m str, &'m str)>,
-) -> Result<BpeBuilder, TextError> {
+) -> Result<(BpeBuilder, Vec<[TokenId; 2]>), TextError> {
     let mut vocab = Vocab::default();
     let mut special = HashSet::new();
     for ((id, token), kind) in (0..).zip(tokens).zip(kinds) {
@@ -58,12 +61,15 @@ pub fn builder<'m>(
             vocab.insert(token.clone(), id);
         }
     }
-    let mut kept = Vec::new();
+    let (mut kept, mut ids) = (Vec::new(), Vec::new());
     for (left, right) in merges {
         let merged = format!("{left}{right}");
         let missing = [left, right, &merged].into_iter().find(|token| !vocab.contains_key(*token));
         match missing {
-            None => kept.push((left.to_string(), right.to_string())),
+            None => {
+                kept.push((left.to_string(), right.to_string()));
+                ids.push([left, right].map(|token| TokenId(vocab[token])));
+            }
             Some(token) if special.contains(token) => {}
             Some(token) => {
                 let problem =
@@ -72,5 +78,5 @@ pub fn builder<'m>(
             }
         }
     }
-    Ok(BPE::builder().vocab_and_merges(vocab, kept))
+    Ok((BPE::builder().vocab_and_merges(vocab, kept), ids))
 }

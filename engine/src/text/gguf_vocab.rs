@@ -131,10 +131,13 @@ impl GgufVocab {
             };
             merges.push((&merge[..space], &merge[space + 1..]));
         }
-        let model = bpe::builder(&self.tokens, kinds, merges.into_iter())?.ignore_merges(pre.ignore_merges);
-        let model = model.build().map_err(|error| TextError::Vocabulary(error.to_string()))?;
+        let (builder, merges) = bpe::builder(&self.tokens, kinds, merges.into_iter())?;
+        let model = builder
+            .ignore_merges(pre.ignore_merges)
+            .build()
+            .map_err(|error| TextError::Vocabulary(error.to_string()))?;
         let pre_tokenizers = [Some(pre.build()), Some(pre.build())];
-        let bpe = Bpe { normalizer: None, pre_tokenizers, model };
+        let bpe = Bpe { normalizer: None, pre_tokenizers, model, merges };
         Ok((Merger::Bpe(bpe.into()), Alphabet::ByteLevel, pre.add_bos))
     }
 

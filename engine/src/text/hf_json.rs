@@ -121,16 +121,15 @@ impl TokenizerJson {
         let list = model["merges"].as_array().ok_or_else(|| problem("the model has no \"merges\"".to_string()))?;
         let merges = list.iter().map(merge_of).collect::<Result<Vec<_>, _>>()?;
         let is_set = |name: &str| model[name] == Value::Bool(true);
-        let builder = bpe::builder(pieces, kinds, merges.into_iter())?
-            .byte_fallback(is_set("byte_fallback"))
-            .ignore_merges(is_set("ignore_merges"));
+        let (builder, merges) = bpe::builder(pieces, kinds, merges.into_iter())?;
+        let builder = builder.byte_fallback(is_set("byte_fallback")).ignore_merges(is_set("ignore_merges"));
         let model = builder.build().map_err(|error| problem(error.to_string()))?;
         let normalizer: Option<NormalizerWrapper> = part(&self.json["normalizer"], "normalizer")?;
         let first: Option<PreTokenizerWrapper> = part(&self.json["pre_tokenizer"], "pre_tokenizer")?;
         let mut elsewhere = self.json["pre_tokenizer"].clone();
         prepend_only_at_start(&mut elsewhere);
         let later: Option<PreTokenizerWrapper> = part(&elsewhere, "pre_tokenizer")?;
-        Ok(Bpe { normalizer, pre_tokenizers: [first, later], model })
+        Ok(Bpe { normalizer, pre_tokenizers: [first, later], model, merges })
     }
 
     /// The spelling of the special token that the post-processor puts before a text.

@@ -19,6 +19,7 @@ mod python;
 mod sentence_piece;
 mod special_tokens;
 mod stop_strings;
+mod to_json;
 mod tokenizer;
 
 pub use chat_template::{ChatInput, ChatMessage, ChatTemplate, Prompt};

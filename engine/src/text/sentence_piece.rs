@@ -92,6 +92,19 @@ impl SentencePiece {
         Ok(SentencePiece { pieces, bytes, add_space_prefix })
     }
 
+    /// What merging may produce, each with its id and score, in no order.
+    pub fn all(&self) -> impl Iterator<Item = (&str, (u32, f32))> {
+        self.pieces.iter().map(|(piece, place)| (piece.as_str(), *place))
+    }
+
+    pub fn get(&self, piece: &str) -> Option<(u32, f32)> {
+        self.pieces.get(piece).copied()
+    }
+
+    pub fn adds_space_prefix(&self) -> bool {
+        self.add_space_prefix
+    }
+
     /// Appends the ids of `text`, which follows a special token or nothing.
     pub fn encode(&self, text: &str, ids: &mut Vec<TokenId>) {
         let mut escaped = String::with_capacity(text.len() + 8);

@@ -142,6 +142,10 @@ impl SpecialTokens {
         special
     }
 
+    pub fn tokens(&self) -> &[SpecialToken] {
+        &self.tokens
+    }
+
     pub fn id(&self, spelling: &str) -> Option<TokenId> {
         let (length, place) = self.all.prefixes(spelling.bytes()).last()?;
         (length == spelling.len()).then(|| self.tokens[place as usize].id)

@@ -84,16 +84,18 @@ impl Event {
 }
 
 /// Waits for all choices.
-pub async fn collect(
-    answer: &mut dyn Answer,
-    model: &ServedModel,
-    mut generation: Generation,
-) -> Result<Value, ApiError> {
+pub async fn collect(answer: &mut dyn Answer, model: &ServedModel, generation: Generation) -> Result<Value, ApiError> {
+    let (choices, usage) = collect_choices(generation).await?;
+    Ok(answer.whole(model, choices, usage))
+}
+
+/// Each choice in one piece.
+pub async fn collect_choices(mut generation: Generation) -> Result<(Vec<Delta>, Usage), ApiError> {
     let empty = |index| Delta { index, ..Delta::default() };
     let mut choices: Vec<Delta> = (0..generation.num_choices()).map(empty).collect();
     while let Some(delta) = generation.next().await {
         let delta = delta?;
         choices[delta.index].append(delta);
     }
-    Ok(answer.whole(model, choices, generation.usage()))
+    Ok((choices, generation.usage()))
 }

@@ -60,7 +60,8 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
             priority: tenancy.priority,
             ..Request::default()
         };
-        Ok(Job { request, nth: 0, stops: Vec::new(), echo: None, prompt_logprobs: None, reply: None })
+        let stops = Vec::new();
+        Ok(Job { request, nth: 0, stops, echo: None, prompt_logprobs: None, reply: None, is_told_at_once: false })
     };
     let jobs = inputs.into_iter().map(job).collect::<Result<_, ApiError>>()?;
     Ok(Jobs { jobs, places, in_turn: true, form: None })
@@ -76,7 +77,7 @@ impl EmbeddingAnswer {
                 return Err(wrong("encoding_format", value, "float or base64"));
             }
         };
-        let dimensions = fields.integer("dimensions", 1..=i64::from(model.hidden_size))?;
+        let dimensions = fields.integer("dimensions", 1..=i64::from(model.shape.dim))?;
         let dimensions = dimensions.map(|dimensions| dimensions as usize);
         Ok(EmbeddingAnswer { model: model.name.clone(), as_base64, dimensions })
     }

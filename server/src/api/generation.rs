@@ -42,6 +42,8 @@ pub struct Job {
     pub prompt_logprobs: Option<u32>,
     /// What there is in its text; `None` for text alone.
     pub reply: Option<ReplyFormat>,
+    /// Whether each token is told as it comes, whatever its text.
+    pub is_told_at_once: bool,
 }
 
 /// What a text begins with: its prompt.
@@ -102,6 +104,7 @@ struct Choice {
     marks: Vec<TokenId>,
     /// Characters detokenized so far.
     offset: usize,
+    is_told_at_once: bool,
     /// Taken by the first token or the end.
     start: Option<Box<Start>>,
     /// What has not been handed on; text that may belong to a stop string is in `stops`.
@@ -271,6 +274,7 @@ impl Choice {
             reply,
             marks: marks.filter(|id| model.tokenizer.is_special(*id)).collect(),
             offset: 0,
+            is_told_at_once: job.is_told_at_once,
             start: Some(Box::new(Start {
                 prompt: job.request.prompt.clone(),
                 detokenizer: detokenizer.clone().with_special(true),
@@ -376,7 +380,8 @@ impl Choice {
             return Some(self.end("stop"));
         }
         let Delta { text, reasoning, calls, .. } = &self.pending;
-        (!text.is_empty() || !reasoning.is_empty() || !calls.is_empty()).then(|| self.flush())
+        let has_text = !text.is_empty() || !reasoning.is_empty() || !calls.is_empty();
+        (has_text || self.is_told_at_once).then(|| self.flush())
     }
 
     /// Looks for stop strings, from the first token on that may end the text.

@@ -8,6 +8,7 @@
 //! made and read here, outside the engine thread. Knows no socket.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,6 +16,7 @@ use fullbore_engine::bundle::SamplingDefaults;
 use fullbore_engine::fleet::Fleet;
 use fullbore_engine::grammar::GrammarCompiler;
 use fullbore_engine::memory::capacity::MemoryTable;
+use fullbore_engine::model::ModelConfig;
 use fullbore_engine::request::{Pooling, Share, TokenId};
 use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::text::{ChatTemplate, Tokenizer};
@@ -54,8 +56,9 @@ pub mod texts;
 mod tools;
 pub mod worker;
 
-pub use answer::{Answer, Event, collect};
+pub use answer::{Answer, Event, collect, collect_choices};
 pub use constraint::{Constraint, Form};
+pub(crate) use fields::unsupported;
 pub use generation::{Delta, Generation, Handed, Job, Jobs, Usage};
 pub use tenancy::parse_share;
 
@@ -79,8 +82,9 @@ pub struct ServedModel {
     pub stop_ids: Vec<TokenId>,
     /// How it embeds; `None` where it was not made to.
     pub pooling: Option<Pooling>,
-    /// Numbers of an embedding.
-    pub hidden_size: u32,
+    pub shape: ModelConfig,
+    /// Where its files are, if they are a folder as Hugging Face has it.
+    pub folder: Option<PathBuf>,
     /// By device.
     pub memory: Vec<MemoryTable>,
     /// Of tenants that have other shares than most, by name.
@@ -189,6 +193,13 @@ pub fn prepare(
             Ok((Box::new(answer), anthropic::jobs(model, &id, client, &fields)?))
         }
     }
+}
+
+/// Reads a body of `/v1/completions` whose answer is told token by token, under the name `id`.
+pub fn prepare_tokens(model: &ServedModel, id: &str, client: &Client, body: &Value) -> Result<Jobs, ApiError> {
+    let mut jobs = completions::jobs(model, id, client, &fields_of(body)?)?;
+    jobs.jobs.iter_mut().for_each(|job| job.is_told_at_once = true);
+    Ok(jobs)
 }
 
 /// The name of the model that a body asks for, where it says one.

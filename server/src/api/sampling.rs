@@ -199,7 +199,8 @@ impl Sampling {
             };
             let Prompt { echo, prompt_logprobs, reply, .. } = prompt;
             let (echo, reply) = (echo.clone(), reply.clone());
-            Job { request, nth, stops: self.stops.clone(), echo, prompt_logprobs: *prompt_logprobs, reply }
+            let (stops, prompt_logprobs) = (self.stops.clone(), *prompt_logprobs);
+            Job { request, nth, stops, echo, prompt_logprobs, reply, is_told_at_once: false }
         };
         Ok(pairs.map(job).collect())
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use clap::Args as ClapArgs;
 use fullbore_engine::request::Share;
 
+use super::grpc::GrpcArgs;
 use super::{AccessArgs, ModelsArgs, TelemetryArgs};
 use crate::api::parse_share;
 use crate::kv_events::KvEventsConfig;
@@ -34,6 +35,8 @@ pub struct ServeArgs {
     /// {"endpoint": "tcp://127.0.0.1:5557"}; whoever connects there is told the tokens of prompts.
     #[arg(long, value_name = "JSON")]
     pub kv_events_config: Option<KvEventsConfig>,
+    #[command(flatten)]
+    pub grpc: GrpcArgs,
     /// Print where memory would go and end, without loading weights.
     #[arg(long)]
     pub dry_run: bool,

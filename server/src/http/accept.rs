@@ -1,8 +1,8 @@
-//! The accept loop: connections in, each with its limits, warp's service on every one.
+//! The accept loop: connections in, each with its limits, a port's protocol on every one.
 //!
 //! Invariant: a connection holds one permit, and no client holds one without moving bytes: handshakes, heads, bodies
-//! and writes all have a time limit. A request is admitted before a route sees it, and is open until its answer's last
-//! byte. A panic below ends one request with a 500. Knows no route.
+//! and writes all have a time limit. A request is admitted before what answers sees it, and is open until its answer's
+//! last byte. A panic below ends one request with a sentence. Knows no route.
 
 use std::convert::Infallible;
 use std::io;
@@ -10,27 +10,26 @@ use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, Sleep, sleep, timeout};
-use tower_service::Service;
-use warp::http::{Method, Request, header};
-use warp::reply::Response;
+use tokio::time::{sleep, timeout};
+use warp::http::{Method, Request, Response, header};
 
-use super::access::{self, Client};
+use super::access::{self, Access, Client};
 use super::error::ApiError;
 use super::peers::{PeerPlace, Peers};
 use super::tls::Tls;
+use super::write_limit::WriteLimited;
 use super::{App, OpenRequest, orca, request_id};
 
 /// What a client may take of the server.
@@ -74,6 +73,34 @@ impl Default for Limits {
 const MAX_REFUSALS: usize = 64;
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
 
+/// Of a connection, HTTP/2 alone: whether the client is still there is asked this often, and waited for as long.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// What a connection of HTTP/2 begins with.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Of a connection of HTTP/2, at once; more wait with the client.
+const MAX_CALLS: u32 = 256;
+/// Of one request's head in HTTP/2.
+const MAX_HEAD_BYTES: u32 = 16 << 10;
+
+/// What answers at a port, in what is spoken there.
+pub trait Protocol: Clone + Send + Sync + 'static {
+    type Body: Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin + 'static;
+
+    /// HTTP/2 from a connection's first byte on; otherwise HTTP/1.1.
+    const IS_HTTP2: bool;
+
+    /// The answer to what is answered whoever asks it.
+    fn screen(&self, access: &Access, request: &Request<Incoming>) -> Option<Response<Self::Body>>;
+
+    /// The answer to a request that was admitted; its [`Client`] is among its extensions.
+    fn answer(&self, request: Request<Incoming>) -> impl Future<Output = Response<Self::Body>> + Send;
+
+    /// As a client of this path expects it.
+    fn refusal(&self, error: &ApiError, path: &str) -> Response<Self::Body>;
+}
+
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Where connections come from, and what each may have.
 pub struct Door {
     pub app: Arc<App>,
@@ -88,11 +115,7 @@ pub struct Door {
 type Places = (OwnedSemaphorePermit, PeerPlace);
 
 /// Accepts until `stop` says so.
-pub async fn accept<S>(listener: TcpListener, mut door: Door, service: S)
-where
-    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
-{
+pub async fn accept<P: Protocol>(listener: TcpListener, mut door: Door, protocol: P) {
     let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
     let peers = Arc::new(Peers::default());
     loop {
@@ -115,7 +138,7 @@ where
                     stream,
                     address.ip(),
                     door.app.clone(),
-                    service.clone(),
+                    protocol.clone(),
                     door.tls.clone(),
                     places,
                     door.stop.clone(),
@@ -125,8 +148,9 @@ where
             Err(refusal) => refusal,
         };
         door.app.metrics.count_refused_connection();
-        // Whoever expects TLS could not read the reason.
-        let permit = if door.tls.is_none() { refusals.clone().try_acquire_owned().ok() } else { None };
+        // Whoever expects TLS or HTTP/2 could not read the reason.
+        let is_readable = door.tls.is_none() && !P::IS_HTTP2;
+        let permit = if is_readable { refusals.clone().try_acquire_owned().ok() } else { None };
         if let Some(permit) = permit {
             tokio::spawn(async move {
                 // A client that does not listen misses the reason.
@@ -151,38 +175,55 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-async fn serve<S>(
+async fn serve<P: Protocol>(
     stream: TcpStream,
     address: IpAddr,
     app: Arc<App>,
-    service: S,
+    protocol: P,
     tls: Option<Arc<Tls>>,
     _places: Places,
     stop: watch::Receiver<bool>,
-) where
-    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
-{
+) {
     // Tokens are small and wanted at once. Without the option they only come later.
     let _ = stream.set_nodelay(true);
     let Limits { head_timeout, write_timeout, .. } = app.limits;
-    let stream = WriteLimited { stream, limit: write_timeout, deadline: None };
-    let Some(tls) = tls else { return converse(stream, address, app, service, stop).await };
+    let stream = WriteLimited::new(stream, write_timeout);
+    let Some(tls) = tls else { return converse(stream, address, app, protocol, stop).await };
     match timeout(head_timeout, tls.acceptor().accept(stream)).await {
-        Ok(Ok(stream)) => converse(stream, address, app, service, stop).await,
+        Ok(Ok(stream)) => converse(stream, address, app, protocol, stop).await,
         Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
         Err(_) => tracing::debug!("a TLS handshake did not end in time"),
     }
 }
 
-async fn converse<S, T>(stream: T, address: IpAddr, app: Arc<App>, service: S, mut stop: watch::Receiver<bool>)
+async fn converse<P, T>(stream: T, address: IpAddr, app: Arc<App>, protocol: P, stop: watch::Receiver<bool>)
 where
-    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
+    P: Protocol,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let ended = match P::IS_HTTP2 {
+        // Ten thousand idle connections of HTTP/1 have no room for what another protocol needs.
+        true => Box::pin(converse_http2(stream, address, app, protocol, stop)).await,
+        false => converse_http1(stream, address, app, protocol, stop).await,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+async fn converse_http1<P, T>(
+    stream: T,
+    address: IpAddr,
+    app: Arc<App>,
+    protocol: P,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), hyper::Error>
+where
+    P: Protocol,
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let head_timeout = app.limits.head_timeout;
-    let answer = service_fn(move |request| answer(app.clone(), service.clone(), address, request));
+    let answer = service_fn(move |request| answer(app.clone(), protocol.clone(), address, request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
@@ -191,36 +232,87 @@ where
         .writev(false)
         .serve_connection(TokioIo::new(stream), answer);
     tokio::pin!(connection);
-    let ended = tokio::select! {
+    tokio::select! {
         ended = connection.as_mut() => ended,
         () = stopped(&mut stop) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "a connection ended early");
     }
 }
 
-async fn answer<S>(
+/// Many requests at a time, and none for as long as the client is there.
+async fn converse_http2<P, T>(
+    mut stream: T,
+    address: IpAddr,
     app: Arc<App>,
-    mut service: S,
+    protocol: P,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), hyper::Error>
+where
+    P: Protocol,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    // Nothing else would end a connection that does not begin.
+    let begun = timeout(app.limits.head_timeout, read_preface(&mut stream)).await;
+    match begun {
+        Ok(Ok(true)) => {}
+        Ok(Ok(false)) => {
+            // A client that does not listen misses the reason.
+            let _ = timeout(REFUSAL_TIME, refuse(stream, ApiError::not_http2())).await;
+            return Ok(());
+        }
+        Ok(Err(_)) | Err(_) => return Ok(()),
+    }
+    let (reader, writer) = tokio::io::split(stream);
+    let stream = tokio::io::join(PREFACE.chain(reader), writer);
+    let answer = service_fn(move |request| answer(app.clone(), protocol.clone(), address, request));
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_INTERVAL)
+        .max_header_list_size(MAX_HEAD_BYTES)
+        .max_concurrent_streams(MAX_CALLS)
+        .serve_connection(TokioIo::new(stream), answer);
+    tokio::pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stopped(&mut stop) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    }
+}
+
+/// Whether a connection begins as HTTP/2 does.
+async fn read_preface(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<bool> {
+    let mut begun = [0; PREFACE.len()];
+    let mut num_read = 0;
+    while num_read < begun.len() && PREFACE.starts_with(&begun[..num_read]) {
+        match stream.read(&mut begun[num_read..]).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            more => num_read += more,
+        }
+    }
+    Ok(begun == *PREFACE)
+}
+
+async fn answer<P: Protocol>(
+    app: Arc<App>,
+    protocol: P,
     address: IpAddr,
     mut request: Request<Incoming>,
-) -> Result<warp::http::Response<impl Body<Data = Bytes, Error = warp::Error>>, Infallible>
-where
-    S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
-{
+) -> Result<Response<impl Body<Data = Bytes, Error = <P::Body as Body>::Error>>, Infallible> {
     let mut open = app.open_request(&request);
     let origin = app.access.allowed_origin(&request);
+    let screened = protocol.screen(&app.access, &request);
     let client = app.access.admit(&request, address);
     let meter = client.as_ref().ok().and_then(|client| client.meter.clone());
     let request_id = request_id::Asked::of(&request);
     let load = client.as_ref().ok().and_then(|_| orca::asked(request.headers()));
-    let mut response = match (app.access.preflight(&request), client.and_then(|client| in_rate(client, &request))) {
+    let mut response = match (screened, client.and_then(|client| in_rate(client, &request))) {
         (Some(response), _) => response,
-        (None, Err(error)) => error.response(request.uri().path()),
+        (None, Err(error)) => protocol.refusal(&error, request.uri().path()),
         (None, Ok(client)) => {
             request.extensions_mut().insert(client);
             if request.method() == Method::HEAD {
@@ -228,12 +320,12 @@ where
                 *request.method_mut() = Method::GET;
             }
             let path = request.uri().path().to_owned();
-            let answered = AssertUnwindSafe(async move { service.call(request).await }).catch_unwind().await;
+            let answered = AssertUnwindSafe(protocol.answer(request)).catch_unwind().await;
             // The panic's message is in the log already.
             answered.unwrap_or_else(|_| {
                 app.metrics.count_panic();
-                Ok(ApiError::bug().response(&path))
-            })?
+                protocol.refusal(&ApiError::bug(), &path)
+            })
         }
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
@@ -254,7 +346,7 @@ where
 /// What is only looked at is asked for as often as anybody likes.
 fn in_rate<B>(client: Client, request: &Request<B>) -> Result<Client, ApiError> {
     match &client.meter {
-        Some(meter) if request.method() == Method::POST => meter.admit(std::time::Instant::now()).map(|()| client),
+        Some(meter) if access::is_work(request) => meter.admit(std::time::Instant::now()).map(|()| client),
         _ => Ok(client),
     }
 }
@@ -286,7 +378,7 @@ impl<B: Body + Unpin> Body for Answer<B> {
 }
 
 /// Says why and hangs up, but reads on for a while: closing on unread bytes would take the answer back.
-async fn refuse(mut stream: TcpStream, error: ApiError) -> io::Result<()> {
+async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin, error: ApiError) -> io::Result<()> {
     let body = error.json().to_string();
     let text = format!(
         "HTTP/1.1 {}\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\
@@ -301,74 +393,16 @@ async fn refuse(mut stream: TcpStream, error: ApiError) -> io::Result<()> {
     Ok(())
 }
 
-/// A stream whose writes fail when the client takes nothing for `limit`.
-struct WriteLimited {
-    stream: TcpStream,
-    limit: Duration,
-    /// Running while a write waits.
-    deadline: Option<Pin<Box<Sleep>>>,
-}
-
-impl WriteLimited {
-    fn limited<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        write: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if let Poll::Ready(result) = write(Pin::new(&mut self.stream), context) {
-            self.deadline = None;
-            return Poll::Ready(result);
-        }
-        let limit = self.limit;
-        let deadline = self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
-        ready!(deadline.as_mut().poll(context));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
-    }
-}
-
-impl AsyncRead for WriteLimited {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for WriteLimited {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.limited(context, |stream, context| stream.poll_write(context, bytes))
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.limited(context, |stream, context| stream.poll_write_vectored(context, parts))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.limited(context, |stream, context| stream.poll_flush(context))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.limited(context, |stream, context| stream.poll_shutdown(context))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use tower_service::Service;
+    use warp::reply::Response;
 
     use super::*;
-    use crate::http::access::{Access, Origin};
+    use crate::http::access::Origin;
     use crate::http::error::json_response;
+    use crate::http::routes::Routes;
 
     /// Routes with bugs: in the route itself, and in the work that it has done elsewhere.
     #[derive(Clone)]
@@ -413,7 +447,7 @@ mod tests {
         let address = listener.local_addr().expect("an address");
         let (stop, stopped) = watch::channel(false);
         let door = Door { app: app.clone(), connections: Arc::new(Semaphore::new(4)), tls: None, stop: stopped };
-        let accepting = tokio::spawn(accept(listener, door, Buggy(app.clone())));
+        let accepting = tokio::spawn(accept(listener, door, Routes(Buggy(app.clone()))));
         for num_bugs in 1..4 {
             let reply = post(address, "/v1/completions").await;
             assert!(reply.starts_with("HTTP/1.1 500 ") && reply.contains(r#""type":"server_error""#), "{reply}");

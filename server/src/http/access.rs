@@ -63,6 +63,11 @@ impl Default for Origin {
 /// Whoever may reach the port may see that it is alive; and have the page, which asks for a key itself.
 const OPEN_PATHS: [&str; 4] = ["/health", "/health/live", "/health/ready", "/ping"];
 
+/// What probes ask over gRPC.
+const GRPC_HEALTH: &str = "/grpc.health.v1.Health/Check";
+/// By gRPC everything is posted.
+const LOOKS: [&str; 2] = ["/grpc.health.v1.Health/", "/vllm.Control/"];
+
 /// Anthropic's clients show their key here.
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
@@ -93,7 +98,6 @@ impl Access {
 
     /// Who asks by a connection from `address`.
     pub fn admit<B>(&self, request: &Request<B>, address: IpAddr) -> Result<Client, ApiError> {
-        self.check_host(request)?;
         let shown = key(request.headers());
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner).clone();
         if keys.is_empty() {
@@ -110,7 +114,8 @@ impl Access {
         }
     }
 
-    fn check_host<B>(&self, request: &Request<B>) -> Result<(), ApiError> {
+    /// Whether browsers may send requests to this name.
+    pub fn check_host<B>(&self, request: &Request<B>) -> Result<(), ApiError> {
         let Some(allowed) = &self.hosts else { return Ok(()) };
         let asked = request.uri().authority().map(Authority::as_str);
         let asked = asked.or(request.headers().get(HOST).and_then(|host| host.to_str().ok())).unwrap_or_default();
@@ -157,9 +162,16 @@ pub fn allow(headers: &mut HeaderMap, origin: HeaderValue) {
     headers.insert(VARY, HeaderValue::from_static("origin"));
 }
 
+/// Whether it counts against its client's rate: what is only looked at does not.
+pub fn is_work<B>(request: &Request<B>) -> bool {
+    let path = request.uri().path();
+    request.method() == Method::POST && !LOOKS.iter().any(|look| path.starts_with(look))
+}
+
 fn is_open<B>(request: &Request<B>) -> bool {
     let path = request.uri().path();
-    [Method::GET, Method::HEAD].contains(request.method()) && (OPEN_PATHS.contains(&path) || page::is_at(path))
+    path == GRPC_HEALTH
+        || [Method::GET, Method::HEAD].contains(request.method()) && (OPEN_PATHS.contains(&path) || page::is_at(path))
 }
 
 fn key(headers: &HeaderMap) -> Option<&str> {
@@ -196,7 +208,7 @@ mod tests {
     fn loopback_is_asked_by_its_own_names() {
         let local = IpAddr::from([127, 0, 0, 1]);
         let access = Access::new(local, Keys::default(), &["Models.home".to_owned()], &[]);
-        let admitted = |host: &str| access.admit(&request(&[("host", host)]), local).is_ok();
+        let admitted = |host: &str| access.check_host(&request(&[("host", host)])).is_ok();
         for host in
             ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.8.8.8", "[::1]:80", "app.localhost", "models.home:80"]
         {
@@ -207,8 +219,8 @@ mod tests {
         {
             assert!(!admitted(host), "{host}");
         }
-        assert!(access.admit(&request(&[]), local).is_err(), "no host at all");
+        assert!(access.check_host(&request(&[])).is_err(), "no host at all");
         let open = Access::new(IpAddr::from([0, 0, 0, 0]), Keys::default(), &[], &[]);
-        assert!(open.admit(&request(&[("host", "gpu-box.lan")]), local).is_ok());
+        assert!(open.check_host(&request(&[("host", "gpu-box.lan")])).is_ok());
     }
 }

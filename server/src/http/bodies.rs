@@ -51,7 +51,7 @@ impl Bodies {
     }
 
     /// A body that is within its limits; where the answer is known already nothing of it is kept.
-    pub async fn read<S, B>(
+    pub async fn read<S, B, E>(
         self: &Arc<Bodies>,
         limits: &Limits,
         origin: &Origin,
@@ -60,7 +60,7 @@ impl Bodies {
         body: S,
     ) -> Result<Body, ApiError>
     where
-        S: Stream<Item = Result<B, warp::Error>>,
+        S: Stream<Item = Result<B, E>>,
         B: Buf,
     {
         let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
@@ -137,6 +137,12 @@ impl Deref for Body {
 
     fn deref(&self) -> &[u8] {
         &self.bytes
+    }
+}
+
+impl AsRef<[u8]> for Body {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 

@@ -32,6 +32,9 @@ pub struct ApiError {
 #[derive(Clone, Copy, Debug)]
 pub struct Refusal(pub &'static str);
 
+/// As proxies have it; nobody is told.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
+
 /// Where errors are Anthropic's.
 const MESSAGES_PATH: &str = "/v1/messages";
 
@@ -85,6 +88,35 @@ impl ApiError {
              --allowed-host"
         );
         ApiError::new(StatusCode::FORBIDDEN, message).with_code("wrong_host")
+    }
+
+    /// A path that no service has.
+    pub fn no_service(path: &str) -> ApiError {
+        let message = format!(
+            "there is no service at {path:.100}; vllm.Inference, vllm.Control and grpc.health.v1.Health are here"
+        );
+        ApiError::new(StatusCode::NOT_FOUND, message).with_code(ApiError::NO_SERVICE)
+    }
+
+    pub const NO_SERVICE: &str = "no_service";
+
+    /// What is no call of a gRPC client.
+    pub fn not_grpc(found: Option<&str>) -> ApiError {
+        let found = found.unwrap_or("missing");
+        let message = format!("this port takes POST with the content type application/grpc, and it is {found:.60}");
+        ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message).with_code("unsupported_media_type")
+    }
+
+    /// Its client has had it ended.
+    pub fn aborted() -> ApiError {
+        let status = StatusCode::from_u16(CLIENT_CLOSED_REQUEST).expect("a status");
+        ApiError::new(status, "the request was aborted").with_code("aborted")
+    }
+
+    /// The port is for gRPC.
+    pub fn not_http2() -> ApiError {
+        let message = "this port speaks gRPC, which is HTTP/2 from its first byte on; HTTP/1.1 has --port";
+        ApiError::new(StatusCode::BAD_REQUEST, message).with_code("not_http2")
     }
 
     pub fn unknown_model(asked: &str, served: &[&str]) -> ApiError {

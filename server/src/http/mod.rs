@@ -1,30 +1,30 @@
-//! HTTP: what every route shares. Invariant: the models are set once, all together; every limit on a client is in
-//! [`accept::Limits`], and who is a client is for [`access::Access`] to say.
+//! HTTP: what every route shares, and gRPC with them. Invariant: the models are set once, all together; every limit on
+//! a client is in [`accept::Limits`], and who is a client is for [`access::Access`] to say.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::api::ServedModel;
+use crate::api::{Generation, Jobs, ServedModel};
 use crate::log::Log;
 use crate::traces::Tracer;
 use accept::Limits;
-use access::Access;
+use access::{Access, Client};
 use bodies::Bodies;
 use error::ApiError;
 use metrics::{Asked, HttpMetrics};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use warp::http::{Request, Response};
+use warp::http::{HeaderMap, Request, Response};
 use work::RequestWork;
 
 pub mod accept;
 pub mod access;
-mod bodies;
+pub mod bodies;
 pub mod descriptors;
 pub mod error;
-mod health;
+pub mod health;
 pub mod keys;
 mod lane;
 pub mod metrics;
@@ -37,14 +37,15 @@ mod request_id;
 pub mod routes;
 mod stream;
 pub mod tls;
-mod work;
+pub mod work;
+mod write_limit;
 
 pub struct App {
     pub limits: Limits,
     pub access: Access,
     pub metrics: HttpMetrics,
-    work: RequestWork,
-    bodies: Arc<Bodies>,
+    pub work: RequestWork,
+    pub bodies: Arc<Bodies>,
     /// Where somebody collects traces.
     pub tracer: Option<Arc<Tracer>>,
     log: Option<Log>,
@@ -114,6 +115,10 @@ impl App {
         self.leaving.store(true, Ordering::Relaxed);
     }
 
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed) || self.draining.load(Ordering::Relaxed)
+    }
+
     /// The models, where more requests are wanted, or why they are not.
     pub fn ready_models(&self) -> Result<&[Arc<ServedModel>], ApiError> {
         match self.leaving.load(Ordering::Relaxed) {
@@ -150,6 +155,23 @@ impl App {
         self.open_models()?;
         let model = self.known_model(asked)?;
         model.check_serving().map(|()| model)
+    }
+
+    /// Has the engine of `model` at work, once what the texts must follow is compiled; `headers` may name a trace.
+    pub async fn generate(
+        &self,
+        model: &Arc<ServedModel>,
+        mut jobs: Jobs,
+        client: &Client,
+        arrived: Instant,
+        headers: Option<HeaderMap>,
+    ) -> Result<Generation, ApiError> {
+        if let Some(form) = jobs.form.take() {
+            jobs.follow(&self.work.compile(&client.origin, model, &form).await?);
+        }
+        let tracer = self.tracer.as_ref().zip(headers);
+        let trace = tracer.and_then(|(tracer, headers)| tracer.trace(&headers, &model.name));
+        Generation::submit(model, jobs, arrived, client.meter.clone(), trace)
     }
 
     /// The refusal of whoever would get no place, whichever model is asked.

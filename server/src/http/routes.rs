@@ -7,18 +7,21 @@ use std::time::Instant;
 use bytes::Buf;
 use futures_util::Stream;
 use futures_util::future::{Either, select};
+use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::timeout;
+use tower_service::Service;
 use warp::Filter;
-use warp::http::HeaderMap;
 use warp::http::header::CONTENT_TYPE;
+use warp::http::{self, HeaderMap, Request};
 use warp::path::{FullPath, Tail};
 use warp::reject::Rejection;
 use warp::reply::{Reply, Response};
 
-use super::access::Client;
+use super::accept::Protocol;
+use super::access::{Access, Client};
 use super::bodies::Body;
 use super::error::{self, ApiError, json_response};
 use super::request_id::AnswerId;
@@ -28,7 +31,7 @@ use crate::api::limits::LimitsQuery;
 use crate::api::live::LiveQuery;
 use crate::api::texts::{self, TextEndpoint};
 use crate::api::worker::{self, WorkerQuery};
-use crate::api::{self, Endpoint, Generation, ServedModel};
+use crate::api::{self, Endpoint, ServedModel};
 
 pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Infallible> + Clone + Send + 'static {
     let with_app = warp::any().map(move || app.clone());
@@ -89,6 +92,43 @@ pub fn routes(app: Arc<App>) -> impl Filter<Extract = (impl Reply,), Error = Inf
         .unify();
     let rest = page.or(file).unify().or(health).unify().or(metrics).unify();
     api.or(rest).unify().recover(error::recover).unify()
+}
+
+/// What `warp` has no name for.
+pub trait HasBody {
+    type Body;
+}
+
+impl<B> HasBody for http::Response<B> {
+    type Body = B;
+}
+
+/// Routes, as a port has them.
+#[derive(Clone)]
+pub struct Routes<S>(pub S);
+
+impl<S> Protocol for Routes<S>
+where
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Clone + Send + Sync + 'static,
+    S::Future: Send,
+{
+    type Body = <Response as HasBody>::Body;
+
+    const IS_HTTP2: bool = false;
+
+    fn screen(&self, access: &Access, request: &Request<Incoming>) -> Option<Response> {
+        let refused = || access.check_host(request).err().map(|error| error.response(request.uri().path()));
+        access.preflight(request).or_else(refused)
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response {
+        let Ok(response) = self.0.clone().call(request).await;
+        response
+    }
+
+    fn refusal(&self, error: &ApiError, path: &str) -> Response {
+        error.response(path)
+    }
 }
 
 /// The models, unless none of them serves.
@@ -213,20 +253,15 @@ async fn prepare(
     body: Arc<Body>,
 ) -> Result<Prepared, ApiError> {
     let arrived = Instant::now();
-    let (meter, origin, num_bytes, of_app) = (client.meter.clone(), client.origin.clone(), body.len(), app.clone());
+    let (of_client, origin, num_bytes, of_app) = (client.clone(), client.origin.clone(), body.len(), app.clone());
     let prepare = move || {
         let body = parse(&body)?;
         let model = of_app.serving(api::model_asked(&body)?)?.clone();
-        let (answer, jobs) = api::prepare(endpoint, &model, &client, &body)?;
+        let (answer, jobs) = api::prepare(endpoint, &model, &of_client, &body)?;
         Ok((model, answer, jobs))
     };
-    let (model, answer, mut jobs) = app.work.read(&origin, num_bytes, prepare).await?;
-    if let Some(form) = jobs.form.take() {
-        jobs.follow(&app.work.compile(&origin, &model, &form).await?);
-    }
-    let tracer = app.tracer.as_ref().zip(trace);
-    let trace = tracer.and_then(|(tracer, headers)| tracer.trace(&headers, &model.name));
-    let generation = Generation::submit(&model, jobs, arrived, meter, trace);
+    let (model, answer, jobs) = app.work.read(&origin, num_bytes, prepare).await?;
+    let generation = app.generate(&model, jobs, &client, arrived, trace).await;
     let generation = generation.map_err(|error| error.of_endpoint(endpoint))?;
     Ok(Prepared { model, answer, generation })
 }

@@ -26,18 +26,32 @@ pub enum TlsError {
 pub struct Tls {
     certificate: PathBuf,
     key: PathBuf,
+    protocol: &'static [u8],
     config: RwLock<Arc<ServerConfig>>,
 }
 
+const HTTP1: &[u8] = b"http/1.1";
+const HTTP2: &[u8] = b"h2";
+
 impl Tls {
+    /// For HTTP/1.1.
     pub fn open(certificate: &Path, key: &Path) -> Result<Tls, TlsError> {
-        let config = RwLock::new(Arc::new(config(certificate, key)?));
-        Ok(Tls { certificate: certificate.to_owned(), key: key.to_owned(), config })
+        Tls::of_protocol(certificate, key, HTTP1)
+    }
+
+    /// With the same files.
+    pub fn for_http2(&self) -> Result<Tls, TlsError> {
+        Tls::of_protocol(&self.certificate, &self.key, HTTP2)
+    }
+
+    fn of_protocol(certificate: &Path, key: &Path, protocol: &'static [u8]) -> Result<Tls, TlsError> {
+        let config = RwLock::new(Arc::new(config(certificate, key, protocol)?));
+        Ok(Tls { certificate: certificate.to_owned(), key: key.to_owned(), protocol, config })
     }
 
     /// Reads the files again, for connections from now on.
     pub fn reload(&self) -> Result<(), TlsError> {
-        let config = config(&self.certificate, &self.key)?;
+        let config = config(&self.certificate, &self.key, self.protocol)?;
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
         Ok(())
     }
@@ -47,7 +61,7 @@ impl Tls {
     }
 }
 
-fn config(certificate: &Path, key: &Path) -> Result<ServerConfig, TlsError> {
+fn config(certificate: &Path, key: &Path, protocol: &[u8]) -> Result<ServerConfig, TlsError> {
     let unreadable = |source| TlsError::Certificate { path: certificate.into(), source };
     let chain = CertificateDer::pem_file_iter(certificate).map_err(unreadable)?;
     let chain = chain.collect::<Result<Vec<_>, _>>().map_err(unreadable)?;
@@ -58,6 +72,6 @@ fn config(certificate: &Path, key: &Path) -> Result<ServerConfig, TlsError> {
     let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
     let builder = builder.with_safe_default_protocol_versions()?.with_no_client_auth();
     let mut config = builder.with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     Ok(config)
 }

@@ -4,6 +4,7 @@
 //! host copy; each engine's threads stay on its device's cores.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use fullbore_engine::backend::LoadError;
@@ -42,8 +43,7 @@ pub fn load(plans: Vec<Plan>) -> Result<ServedModel, StartError> {
         replicas.extend(tolerate(plan.load_served(hash_key, is_alone), &seat, is_alone)?);
     }
     let Some(first) = replicas.first() else { return Err(StartError::NoDevice { model: name }) };
-    let config = &first.engine.model().config;
-    let (hidden_size, vocab_size) = (config.dim, config.vocab_size);
+    let shape = first.engine.model().config.clone();
     tell_shortest(&replicas);
     let (mut seats, mut memory, mut costs, mut all_times) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for Replica { engine, seat, memory: table, costs: saved, times } in replicas {
@@ -60,13 +60,14 @@ pub fn load(plans: Vec<Plan>) -> Result<ServedModel, StartError> {
         history: History::default(),
         name,
         dtype: Weights::main_format(&bundle.config, &bundle.checkpoint),
-        grammars: GrammarCompiler::new(bundle.tokenizer.clone(), bundle.stop_ids.clone(), vocab_size),
+        grammars: GrammarCompiler::new(bundle.tokenizer.clone(), bundle.stop_ids.clone(), shape.vocab_size),
         tokenizer: bundle.tokenizer,
         chat_template: bundle.chat_template,
         defaults: bundle.defaults,
         stop_ids: bundle.stop_ids,
         pooling: bundle.pooling,
-        hidden_size,
+        shape,
+        folder: bundle.checkpoint.folder().map(Path::to_owned),
         memory,
         shares: HashMap::new(),
         costs,

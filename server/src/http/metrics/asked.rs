@@ -34,8 +34,10 @@ const HANDLERS: [&str; 20] = [
     "/tokenizer_info",
     "/version",
 ];
+/// Of gRPC, where everything is posted.
+const SERVICES: [&str; 3] = ["/vllm.Inference/Generate", "/vllm.Inference/GenerateStream", "/vllm.Control/"];
 /// As vLLM, which counts what is asked of people's probes and scrapers nowhere.
-const UNCOUNTED: [&str; 5] = ["/health", "/ping", "/metrics", "/page", "/favicon.ico"];
+const UNCOUNTED: [&str; 6] = ["/health", "/ping", "/metrics", "/page", "/favicon.ico", "/grpc.health.v1.Health"];
 
 impl Asked {
     pub fn new<B>(request: &Request<B>) -> Asked {
@@ -60,7 +62,7 @@ fn handler(path: &str) -> Option<&'static str> {
         return None;
     }
     let known = |known: &&&str| path == **known || known.ends_with('/') && path.starts_with(**known);
-    Some(HANDLERS.iter().find(known).copied().unwrap_or("none"))
+    Some(HANDLERS.iter().chain(&SERVICES).find(known).copied().unwrap_or("none"))
 }
 
 #[cfg(test)]
@@ -78,7 +80,8 @@ mod tests {
         }
         assert!(HANDLERS.iter().all(|known| told.contains(known)));
         assert_eq!(handler("/v1/models/owner/name"), Some("/v1/models/"));
-        for made_up in ["/v1/modelsx", "/v2", "/healthy", "//", "/v1/completions/x"] {
+        assert_eq!(handler("/vllm.Control/Abort"), Some("/vllm.Control/"));
+        for made_up in ["/vllm.Inference/X", "/v1/modelsx", "/v2", "/healthy", "//", "/v1/completions/x"] {
             assert_eq!(handler(made_up), Some("none"), "{made_up}");
         }
         for uncounted in ["/", "/health", "/health/ready", "/metrics", "/page/chat.js"] {

@@ -1,0 +1,192 @@
+//! What comes to an answer, as the contract tells it. Invariant: the first message says how long the prompt is; each
+//! choice has a last one, which says why it ended, or the stream ends with a status that is an error.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use fullbore_engine::request::{TokenId, TokenLogprobs};
+use futures_util::{FutureExt, Stream, stream};
+use tokio::sync::mpsc::{Sender, channel};
+use tokio::time::timeout;
+use tonic::Status;
+use vllm_proto::candidate_token_info::TokenInfo;
+use vllm_proto::finish_info::{FinishReason, StopReason};
+use vllm_proto::{CandidateTokenInfo, FinishInfo, GenerateResponse, PromptInfo, SequenceOutput, TokenIds};
+
+use super::request::Told;
+use super::running::Run;
+use super::status::status;
+use crate::api::{Delta, Generation, Usage};
+use crate::http::App;
+use crate::http::error::ApiError;
+
+/// Makes messages of one request's choices.
+pub struct Reply {
+    told: Told,
+    /// The model's own, where they end a text.
+    stop_ids: Vec<TokenId>,
+    choices: Vec<Choice>,
+    is_begun: bool,
+}
+
+#[derive(Clone, Default)]
+struct Choice {
+    num_tokens: u32,
+    last: Option<TokenId>,
+    is_ended: bool,
+}
+
+/// The messages of an answer, as they come.
+pub type Replies = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
+
+/// Messages that wait for the client to take them, at most.
+const MAX_WAITING: usize = 8;
+
+impl Reply {
+    /// Of a model with these `stop_ids`.
+    pub fn new(told: Told, stop_ids: &[TokenId], num_choices: usize) -> Reply {
+        let stop_ids = if told.ignores_eos { Vec::new() } else { stop_ids.to_vec() };
+        Reply { told, stop_ids, choices: vec![Choice::default(); num_choices], is_begun: false }
+    }
+
+    pub fn more(&mut self, delta: Delta, usage: Usage) -> GenerateResponse {
+        let prompt_info = (!std::mem::replace(&mut self.is_begun, true)).then(|| self.prompt_info(&delta));
+        let choice = &mut self.choices[delta.index];
+        choice.num_tokens += delta.token_ids.len() as u32;
+        choice.last = delta.token_ids.last().copied().or(choice.last);
+        let finish_info = delta.finish_reason.map(|reason| match reason {
+            "length" => self.finish_info(delta.index, FinishReason::Length, None, usage),
+            _ => self.finish_info(delta.index, FinishReason::Stop, self.stop_reason(&delta), usage),
+        });
+        let logprobs = delta.entries.iter().filter_map(|entry| entry.logprobs.as_ref());
+        let outputs = SequenceOutput {
+            index: delta.index as u32,
+            num_tokens: delta.token_ids.len() as u32,
+            logprobs: logprobs.clone().map(|token| token.logprob).collect(),
+            ranks: logprobs.clone().map(|token| token.rank).collect(),
+            candidate_tokens: logprobs.map(candidates).collect(),
+            token_ids: if self.told.token_ids { ids(&delta.token_ids) } else { Vec::new() },
+            text: if self.told.text { delta.text } else { String::new() },
+            finish_info,
+            sampling_mask: Vec::<TokenIds>::new(),
+        };
+        GenerateResponse { prompt_info, outputs: Some(outputs) }
+    }
+
+    /// Ends all choices that go on.
+    fn abort(&mut self, usage: Usage) -> Vec<GenerateResponse> {
+        let going_on = (0..self.choices.len()).filter(|index| !self.choices[*index].is_ended).collect::<Vec<_>>();
+        let mut ended = |index| {
+            let finish_info = Some(self.finish_info(index, FinishReason::Aborted, None, usage));
+            let outputs = SequenceOutput { index: index as u32, finish_info, ..SequenceOutput::default() };
+            GenerateResponse { prompt_info: None, outputs: Some(outputs) }
+        };
+        going_on.into_iter().map(&mut ended).collect()
+    }
+
+    fn prompt_info(&self, delta: &Delta) -> PromptInfo {
+        let logprobs = &delta.prompt_logprobs;
+        // Clients count one for each token, and pass over the first, which has none.
+        let first = usize::from(self.told.prompt_logprobs);
+        PromptInfo {
+            num_prompt_tokens: delta.prompt.len() as u32,
+            token_ids: if self.told.prompt_token_ids { ids(&delta.prompt) } else { Vec::new() },
+            logprobs: std::iter::repeat_n(0.0, first).chain(logprobs.iter().map(|token| token.logprob)).collect(),
+            ranks: std::iter::repeat_n(0, first).chain(logprobs.iter().map(|token| token.rank)).collect(),
+            candidate_tokens: std::iter::repeat_n(CandidateTokenInfo::default(), first)
+                .chain(logprobs.iter().map(candidates))
+                .collect(),
+        }
+    }
+
+    fn stop_reason(&self, delta: &Delta) -> Option<StopReason> {
+        let last = self.choices[delta.index].last;
+        match (&delta.stop, last) {
+            (Some(text), _) => Some(StopReason::StopString(text.clone())),
+            (None, Some(id)) if self.stop_ids.contains(&id) => Some(StopReason::EosTokenId(id.0)),
+            (None, Some(TokenId(id))) if self.told.stop_ids.contains(&id) => Some(StopReason::StopTokenId(id)),
+            // What the text follows lets nothing more come.
+            _ => None,
+        }
+    }
+
+    fn finish_info(
+        &mut self,
+        index: usize,
+        reason: FinishReason,
+        stop_reason: Option<StopReason>,
+        usage: Usage,
+    ) -> FinishInfo {
+        let choice = &mut self.choices[index];
+        choice.is_ended = true;
+        FinishInfo {
+            num_output_tokens: choice.num_tokens,
+            finish_reason: reason.into(),
+            stop_reason,
+            num_cached_tokens: Some(usage.cached_tokens),
+            ..FinishInfo::default()
+        }
+    }
+}
+
+/// Has a task tell what comes, until the client leaves or takes nothing for too long.
+pub fn replies(app: Arc<App>, mut generation: Generation, reply: Reply, run: Run) -> Replies {
+    let (sender, mut receiver) = channel(MAX_WAITING);
+    tokio::spawn(async move {
+        let telling = AssertUnwindSafe(tell(&app, &mut generation, reply, run, &sender)).catch_unwind();
+        let told = telling.await.unwrap_or_else(|_| {
+            app.metrics.count_panic();
+            generation.fail();
+            Err(ApiError::bug())
+        });
+        if let Err(error) = told {
+            app.metrics.count_late_error(&error);
+            send(&app, &sender, Err(status(&error))).await;
+        }
+    });
+    Box::pin(stream::poll_fn(move |context| receiver.poll_recv(context)))
+}
+
+async fn tell(
+    app: &App,
+    generation: &mut Generation,
+    mut reply: Reply,
+    mut run: Run,
+    sender: &Waiting,
+) -> Result<(), ApiError> {
+    loop {
+        let next = tokio::select! {
+            next = generation.next() => next.transpose()?,
+            () = sender.closed() => return Ok(()),
+            _ = &mut run.aborted => {
+                for reply in reply.abort(generation.usage()) {
+                    send(app, sender, Ok(reply)).await;
+                }
+                return Ok(());
+            }
+        };
+        let Some(delta) = next else { return Ok(()) };
+        if !send(app, sender, Ok(reply.more(delta, generation.usage()))).await {
+            return Ok(());
+        }
+    }
+}
+
+type Waiting = Sender<Result<GenerateResponse, Status>>;
+
+/// Whether the client is there and takes what it is sent.
+async fn send(app: &App, sender: &Waiting, reply: Result<GenerateResponse, Status>) -> bool {
+    timeout(app.limits.write_timeout, sender.send(reply)).await.is_ok_and(|sent| sent.is_ok())
+}
+
+fn ids(tokens: &[TokenId]) -> Vec<u32> {
+    tokens.iter().map(|id| id.0).collect()
+}
+
+/// The most likely tokens but for the one that was chosen, which is told anyway.
+fn candidates(token: &TokenLogprobs) -> CandidateTokenInfo {
+    let ranked = (1..).zip(&token.top).filter(|(_, (id, _))| *id != token.id);
+    let tokens = ranked.map(|(rank, &(id, logprob))| TokenInfo { id: id.0, logprob, rank });
+    CandidateTokenInfo { tokens: tokens.collect() }
+}
