@@ -5,12 +5,15 @@
 #   deploy/dynamo.sh 127.0.0.1:50051 127.0.0.1:50052        # HOST and PORT (127.0.0.1, 8000) say where it listens
 #
 # NODE, an address of this machine that others reach (127.0.0.1), and DYN_FILE_KV, a folder that all of them see, let
-# machines find each other: each runs this for its own workers, those without a frontend with PORT=none.
+# machines find each other: each runs this for its own workers, those without a frontend with PORT=none. Told to end, it
+# takes nothing more and ends DRAIN (60) seconds later, which is to be the time of the longest answers; then end the workers.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "dynamo.sh: give the addresses of workers, such as 127.0.0.1:50051" >&2; exit 2; }
 node=${NODE:-127.0.0.1}
 export DYN_TCP_RPC_HOST=$node DYN_TCP_RESPONSE_STREAM_HOST=$node DYN_EVENT_PLANE_HOST=$node
 export DYN_FILE_KV=${DYN_FILE_KV:-/tmp/dynamo-$(id -u)} HF_HUB_OFFLINE=1
+# What a sidecar still serves so long after it was told to end it cuts off, and tells clients that it was whole.
+export DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS=${DRAIN:-60} DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT=$((${DRAIN:-60} + 30))
 planes=(--discovery-backend file --request-plane tcp --event-plane zmq)
 pids=()
 end() { kill "${pids[@]}" 2>/dev/null || true; wait; }

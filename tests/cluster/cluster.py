@@ -49,6 +49,7 @@ class Process:
         self.start()
 
     def start(self):
+        self.log_before = os.path.getsize(self.log.name)
         self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT, env=self.environment)
         try:
             until(f"{self.name} to be ready", self.is_ready, 90)
@@ -66,8 +67,10 @@ class Process:
             return False
 
     def text(self):
-        with open(self.log.name) as log:
-            return log.read()
+        """The log since the last start."""
+        with open(self.log.name, "rb") as log:
+            log.seek(self.log_before)
+            return log.read().decode(errors="replace")
 
     def get(self, path):
         connection, response = exchange(self.url, "GET", path)

@@ -1,5 +1,5 @@
 """Workers behind NVIDIA Dynamo, for real: its stock frontend, and for each worker its stock sidecar, which speaks vLLM's
-gRPC: what its frontend makes of a GGUF file's folder, and routing by KV content.
+gRPC: what its frontend makes of a GGUF file's folder, routing by KV content, and nodes that die, leave and return.
 
     python3 tests/cluster/dynamo.py BINARY
 
@@ -14,19 +14,23 @@ import os
 import sys
 import tempfile
 
-from cluster import Process, Worker, chat, exchange, free_port, run
-from load import PLACES, hits, sessions
+from cluster import Process, Worker, chat, exchange, free_port, run, until
+from load import PLACES, Load, hits, long_streams, sessions
 
 BINARY = sys.argv[1]
 NUM_WORKERS = 3
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq", "--namespace", "fullbore"]
 LOCAL = ["DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST"]
+# Sidecars that are told to end cut off what they still serve after so many seconds, as if it were whole (deploy/dynamo.sh).
+LEAVING = {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "40", "DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT": "70"}
+# A share of what one worker with all sessions finds.
+LEAST_OF_IDEAL = 0.7
 
 
 def environment(folder):
     """Of frontends and sidecars that find each other by this folder, on loopback alone."""
     return {**os.environ, **dict.fromkeys(LOCAL, "127.0.0.1"), "HOME": folder, "DYN_FILE_KV": f"{folder}/discovery",
-            "DYN_SELF_HOST_METADATA": "0", "HF_HUB_OFFLINE": "1"}
+            "DYN_SELF_HOST_METADATA": "0", "HF_HUB_OFFLINE": "1", **LEAVING}
 
 
 class Sidecar(Process):
@@ -62,12 +66,31 @@ class Frontend(Process):
 class Node:
     """A worker with its sidecar."""
 
-    def __init__(self, folder, core, *flags):
+    def __init__(self, folder, core, tells_events):
         grpc_port = free_port()
         endpoints = {name: f"tcp://127.0.0.1:{free_port()}" for name in ["endpoint", "replay_endpoint"]}
-        self.worker = Worker(BINARY, f"cpu@{core}", "--grpc-port", str(grpc_port), "--kv-events-config",
-                             json.dumps(endpoints), *flags)
+        events = ["--kv-events-config", json.dumps(endpoints)] if tells_events else []
+        self.worker = Worker(BINARY, f"cpu@{core}", "--grpc-port", str(grpc_port), *events)
         self.sidecar = Sidecar(folder, grpc_port)
+
+    def is_busy(self):
+        return self.worker.metric("vllm:num_requests_running") > 0
+
+    def kill(self):
+        """As a machine dies: both at once."""
+        self.sidecar.process.kill()
+        self.worker.kill()
+
+    def leave(self):
+        """The sidecar first, which serves what it has; nobody asks the worker then."""
+        self.sidecar.terminate()
+        self.sidecar.process.wait(120)
+        self.worker.terminate()
+        assert self.worker.process.wait(60) == 0
+
+    def restart(self):
+        self.worker.restart()
+        self.sidecar.restart()
 
     def __enter__(self):
         return self
@@ -78,17 +101,17 @@ class Node:
 
 
 @contextlib.contextmanager
-def cluster(mode, num_workers=NUM_WORKERS, *flags):
+def cluster(mode, num_workers=NUM_WORKERS, tells_events=True):
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fullbore-dynamo-"))
-        start = lambda index: Node(folder, index % 2, *flags)
+        start = lambda index: Node(folder, index % 2, tells_events)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             nodes = [stack.enter_context(node) for node in pool.map(start, range(num_workers))]
         yield stack.enter_context(Frontend(folder, mode)), nodes
 
 
-def hits_of(mode, num_workers=NUM_WORKERS):
-    with cluster(mode, num_workers) as (frontend, nodes):
+def hits_of(mode, num_workers=NUM_WORKERS, tells_events=True):
+    with cluster(mode, num_workers, tells_events) as (frontend, nodes):
         sessions(frontend)
         return hits([node.worker for node in nodes])
 
@@ -97,8 +120,44 @@ def kv_content_decides_where_a_request_goes():
     ideal = hits_of("round-robin", 1)
     round_robin = hits_of("round-robin")
     routed = hits_of("kv")
-    print(f"  tokens found: {routed:.0f} by KV content, {round_robin:.0f} round robin, {ideal:.0f} by one worker")
-    assert routed > round_robin, f"{routed} tokens were found by KV content, and {round_robin} round robin"
+    without = hits_of("kv", tells_events=False)
+    print(f"  tokens found: {routed:.0f} by KV content, {round_robin:.0f} round robin, {ideal:.0f} by one worker, "
+          f"{without:.0f} by KV content that nobody tells")
+    for fewer in [round_robin, without]:
+        assert routed >= LEAST_OF_IDEAL * ideal > fewer, f"{routed} tokens were found by KV content, else {fewer}"
+
+
+def nodes_die_leave_and_return():
+    with cluster("kv") as (frontend, nodes), concurrent.futures.ThreadPoolExecutor() as pool:
+        undisturbed = [one.result(120) for one in long_streams(frontend, pool)]
+        assert all(end.finished and not end.error for end in undisturbed), undisturbed
+        # One dies: its streams go on elsewhere, with the same text, and whole answers come.
+        streams = long_streams(frontend, pool)
+        victim = next(node for node in nodes if node.is_busy())
+        with Load(frontend) as load:
+            victim.kill()
+            ends = [one.result(120) for one in streams]
+            until("requests after the loss", lambda: load.num_done >= 6)
+        assert not load.failures, f"whole answers failed: {load.failures[:3]}"
+        assert all(end.finished and not end.error for end in ends), ends
+        assert [end.text for end in ends] == [end.text for end in undisturbed], (ends, undisturbed)
+        # It returns, with nothing, and is used again.
+        victim.restart()
+        asked = lambda: victim.worker.metric("fullbore_steps_total")
+        steps = asked()
+        with Load(frontend, 6) as load:
+            until("the node that was started anew", lambda: asked() > steps, 60)
+        assert not load.failures, f"requests failed while a node came: {load.failures[:3]}"
+        # One is told to end: nobody notices.
+        streams = long_streams(frontend, pool)
+        leaver = next(node for node in nodes if node.is_busy())
+        with Load(frontend) as load:
+            leaver.leave()
+            done = load.num_done
+            until("requests after the end", lambda: load.num_done >= done + 6)
+            ends = [one.result(120) for one in streams]
+        assert not load.failures, f"requests failed while a node ended: {load.failures[:3]}"
+        assert [end.text for end in ends] == [end.text for end in undisturbed], (ends, undisturbed)
 
 
 def frontends_tokenize_as_the_server_does():
@@ -127,4 +186,4 @@ def texts(reply):
     return [choice["message"]["content"] for choice in reply["choices"]]
 
 
-run(frontends_tokenize_as_the_server_does, kv_content_decides_where_a_request_goes)
+run(frontends_tokenize_as_the_server_does, kv_content_decides_where_a_request_goes, nodes_die_leave_and_return)
