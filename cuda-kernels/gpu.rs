@@ -1,12 +1,11 @@
 //! NVIDIA GPUs through the CUDA driver, which is opened when it is first asked for.
 //!
 //! Invariant: one context and one stream a device; an error other than of memory voids the device, and says so. A list
-//! of launches that came before is launched as one graph.
+//! of launches that came before is launched as one graph, which is made before its work's clock begins.
 #![allow(unsafe_code)]
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self as cuda, DriverError};
@@ -16,8 +15,11 @@ use crate::{CudaError, Device, DeviceInfo, Function, Launch, Module, Work, ptx};
 
 pub mod compile;
 mod driver;
+mod graphs;
+mod image;
 
 use driver::start;
+use graphs::Graphs;
 
 /// Turing, for whose instructions the kernels are written.
 const MIN_ARCHITECTURE: u32 = 75;
@@ -25,12 +27,6 @@ const MIN_ARCHITECTURE: u32 = 75;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Most work is done within this, and is waited for without sleeping.
 const SPIN: Duration = Duration::from_micros(300);
-/// Launches from which on a graph is worth having.
-const GRAPH_LAUNCHES: usize = 8;
-/// Graphs kept; when there are more, all go.
-const MAX_GRAPHS: usize = 128;
-/// Lists remembered that came once; when there are more, all are forgotten.
-const MAX_SEEN: usize = 8192;
 
 /// A GPU that could be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +40,8 @@ pub struct GpuInfo {
     pub pci_bus_id: String,
     pub architecture: u32,
     pub num_multiprocessors: u32,
+    /// All of it, in use or not.
+    pub memory_bytes: u64,
     pub driver: String,
 }
 
@@ -74,8 +72,10 @@ impl GpuInfo {
         let bus = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
         let slot = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
         let pci_bus_id = format!("{domain:04x}:{bus:02x}:{slot:02x}.0");
+        // SAFETY: as above.
+        let memory_bytes = unsafe { cuda::device::total_mem(device) }.map_err(not_there)? as u64;
         let (uuid, driver) = (format!("GPU-{}", groups.join("-")), driver.to_owned());
-        Ok(GpuInfo { ordinal, name, uuid, pci_bus_id, architecture, num_multiprocessors, driver })
+        Ok(GpuInfo { ordinal, name, uuid, pci_bus_id, architecture, num_multiprocessors, memory_bytes, driver })
     }
 }
 
@@ -103,11 +103,7 @@ pub struct Gpu {
     memory: Vec<sys::CUdeviceptr>,
     host_memory: Vec<*mut c_void>,
     places: Vec<Place>,
-    /// By their launches' hash.
-    graphs: HashMap<u64, sys::CUgraphExec>,
-    /// Hashes of lists that came once.
-    seen: HashSet<u64>,
-    hasher: RandomState,
+    graphs: Graphs,
 }
 
 /// # Safety
@@ -203,9 +199,7 @@ impl Gpu {
             memory: Vec::new(),
             host_memory: Vec::new(),
             places: Vec::new(),
-            graphs: HashMap::new(),
-            seen: HashSet::new(),
-            hasher: RandomState::new(),
+            graphs: Graphs::default(),
         };
         // A driver that takes no kernel is found out here, where another device can still be chosen.
         let smallest = Module { parts: &["mul_add"], constants: Vec::new() };
@@ -221,12 +215,10 @@ impl Gpu {
     /// As NVRTC compiles it now, or, where there is none or it does not go with the driver, as it was compiled
     /// beforehand.
     fn load(&self, module: &Module) -> Result<sys::CUmodule, String> {
-        // SAFETY: an image is a whole one, and ends in a zero.
-        let load = |image: Vec<u8>| unsafe { cuda::module::load_data(image.as_ptr().cast()) }.map_err(text);
-        compile::compile(module, self.gpu.architecture).and_then(load).or_else(|reason| {
+        compile::compile(module, self.gpu.architecture).and_then(|ptx| image::load(&ptx)).or_else(|reason| {
             let shipped =
                 ptx::find(module, self.gpu.architecture).ok_or("nothing was compiled beforehand for it".to_owned());
-            let loaded = shipped.and_then(|ptx| load([ptx.text.as_bytes(), b"\0"].concat()));
+            let loaded = shipped.and_then(|ptx| image::load(&[ptx.text.as_bytes(), b"\0"].concat()));
             loaded.map_err(|beforehand| format!("{reason}; as it was compiled beforehand: {beforehand}"))
         })
     }
@@ -241,58 +233,6 @@ impl Gpu {
         Ok(&mut self.places[place])
     }
 
-    /// # Safety
-    /// Addresses in the parameters are of memory that is there.
-    unsafe fn launch(&self, launch: &Launch) -> Result<(), CudaError> {
-        let Loaded { function, threads } = self.functions[launch.function.0 as usize];
-        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
-        let (grid, block) = ((launch.blocks, 1, 1), (threads, 1, 1));
-        unsafe { cuda::launch_kernel(function, grid, block, 0, self.stream, &mut params) }.map_err(lost)
-    }
-
-    /// # Safety
-    /// As of `launch`.
-    unsafe fn launch_all(&mut self, launches: &[Launch]) -> Result<(), CudaError> {
-        let hash = self.hasher.hash_one(launches);
-        unsafe {
-            if let Some(&graph) = self.graphs.get(&hash) {
-                return cuda::graph::launch(graph, self.stream).map_err(lost);
-            }
-            if self.seen.len() == MAX_SEEN {
-                self.seen.clear();
-            }
-            if launches.len() < GRAPH_LAUNCHES || self.seen.insert(hash) {
-                return launches.iter().try_for_each(|launch| self.launch(launch));
-            }
-            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            cuda::stream::begin_capture(self.stream, mode).map_err(lost)?;
-            let launched = launches.iter().try_for_each(|launch| self.launch(launch));
-            let graph = cuda::stream::end_capture(self.stream).map_err(lost)?;
-            launched?;
-            let made = cuda::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            cuda::graph::destroy(graph).map_err(lost)?;
-            let Ok(made) = made else {
-                // Graphs take memory of the device, of which there may be no more.
-                self.forget_graphs();
-                return launches.iter().try_for_each(|launch| self.launch(launch));
-            };
-            if self.graphs.len() == MAX_GRAPHS {
-                self.forget_graphs();
-            }
-            self.graphs.insert(hash, made);
-            cuda::graph::launch(made, self.stream).map_err(lost)
-        }
-    }
-
-    /// A graph that runs is freed when it has ended.
-    fn forget_graphs(&mut self) {
-        self.seen.clear();
-        for (_, graph) in self.graphs.drain() {
-            // SAFETY: it was made by `instantiate`, and is in no list any more.
-            let _ = unsafe { cuda::graph::exec_destroy(graph) };
-        }
-    }
-
     /// Lets go of what went with its context, but for the claim on the context itself.
     fn forget(&mut self) {
         self.modules.clear();
@@ -300,8 +240,7 @@ impl Gpu {
         self.memory.clear();
         self.host_memory.clear();
         self.places.clear();
-        self.graphs.clear();
-        self.seen.clear();
+        self.graphs.forget();
         (self.context, self.stream) = (std::ptr::null_mut(), std::ptr::null_mut());
     }
 
@@ -310,7 +249,7 @@ impl Gpu {
         if self.enter().is_err() {
             return;
         }
-        self.forget_graphs();
+        self.graphs.destroy();
         // SAFETY: each handle was made here and is used no more.
         unsafe {
             for place in &mut self.places {
@@ -335,6 +274,15 @@ impl Gpu {
             }
         }
     }
+}
+
+/// # Safety
+/// Addresses in the parameters are of memory that is there.
+unsafe fn launch_one(functions: &[Loaded], stream: sys::CUstream, launch: &Launch) -> Result<(), CudaError> {
+    let Loaded { function, threads } = functions[launch.function.0 as usize];
+    let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+    let (grid, block) = ((launch.blocks, 1, 1), (threads, 1, 1));
+    unsafe { cuda::launch_kernel(function, grid, block, 0, stream, &mut params) }.map_err(lost)
 }
 
 impl Drop for Gpu {
@@ -408,6 +356,10 @@ impl Device for Gpu {
         *download_bytes = work.downloads.iter().map(|(_, size_bytes)| *size_bytes as usize).sum();
         download.grow(*download_bytes)?;
         let (staged, results, begin, end) = (upload.at, download.at, *begin, *end);
+        // SAFETY: addresses on the device are the caller's to know.
+        let launch = |launch: &Launch| unsafe { launch_one(&self.functions, stream, launch) };
+        // SAFETY: as above; the context is current.
+        let graph = unsafe { self.graphs.of(work.launches, stream, launch)? };
         // SAFETY: staged memory is as long as what goes there and is not touched until `wait`; addresses on the device
         // are the caller's to know.
         unsafe {
@@ -421,7 +373,10 @@ impl Device for Gpu {
                 let size_bytes = copied.size_bytes as usize;
                 sys::cuMemcpyAsync(copied.to, copied.from, size_bytes, stream).result().map_err(lost)?;
             }
-            self.launch_all(work.launches)?;
+            match graph {
+                Some(graph) => cuda::graph::launch(graph, stream).map_err(lost)?,
+                None => work.launches.iter().try_for_each(launch)?,
+            }
             let mut to = results.cast::<u8>();
             for &(from, size_bytes) in work.downloads.iter().filter(|(_, size_bytes)| *size_bytes > 0) {
                 let part = std::slice::from_raw_parts_mut(to, size_bytes as usize);

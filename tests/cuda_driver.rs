@@ -105,11 +105,16 @@ fn a_driver_that_cannot_be_used_is_named() {
         ("none", "CUDA_ERROR_NO_DEVICE"),
         ("busy", "it is busy"),
         ("small", "the cache"),
-        ("strange", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+        ("strange", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION): ptxas fatal: no such version"),
     ] {
         let text = said(&folder, kind);
         assert!(text.contains("refused: ") && text.contains(sentence), "{kind}: {text}");
     }
+    // Where the machine has one of its own, that is found.
+    let none = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-driver");
+    let text = said(&none, "");
+    let sentence = "refused: there is no CUDA driver (libcuda.so.1, nvcuda.dll): NVIDIA's driver is not installed";
+    assert!(text.contains(sentence) || text.contains(" with CUDA "), "{text}");
     let folder = compiled("cuda-driver-without", &["-DWITHOUT_GRAPHS"]);
     let text = said(&folder, "well");
     assert!(text.contains("refused: the CUDA driver has no cuGraphLaunch"), "{text}");

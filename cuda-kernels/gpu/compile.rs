@@ -13,8 +13,14 @@ const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=false", "-default-device", "-
 const NO_NVRTC: &str = "NVRTC, which compiles kernels, was not found (libnvrtc.so.12): install NVIDIA's CUDA toolkit, \
                         or PyPI's nvidia-cuda-nvrtc-cu12 with its folder in LD_LIBRARY_PATH";
 
+/// Where it is `0`, NVRTC is left alone though it is there: of a toolkit that is newer than the driver, say.
+const SWITCH: &str = "FULLBORE_NVRTC";
+
 /// PTX for compute capability `architecture` (80 is 8.0), ending in a zero. A newer driver takes it for any newer GPU.
 pub fn compile(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
+    if std::env::var_os(SWITCH).is_some_and(|value| value == "0") {
+        return Err(format!("NVRTC is not to be asked ({SWITCH}=0)"));
+    }
     // SAFETY: it looks for the library.
     if !unsafe { sys::is_culib_present() } {
         return Err(NO_NVRTC.to_owned());

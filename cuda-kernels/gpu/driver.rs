@@ -12,13 +12,14 @@ use crate::CudaError;
 const MIN_DRIVER: i32 = 12_000;
 
 /// Every function that is called, here or in cudarc. One that a driver lacks would end the process when it is called.
-const CALLED: [&str; 40] = [
+const CALLED: [&str; 41] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
     "cuDeviceGetName",
     "cuDeviceGetUuid",
+    "cuDeviceTotalMem_v2",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxReset_v2",
     "cuDevicePrimaryCtxRetain",
@@ -45,7 +46,7 @@ const CALLED: [&str; 40] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
     "cuModuleGetFunction",
-    "cuModuleLoadData",
+    "cuModuleLoadDataEx",
     "cuModuleUnload",
     "cuStreamBeginCapture_v2",
     "cuStreamCreate",

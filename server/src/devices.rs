@@ -202,6 +202,8 @@ pub fn table(devices: &[DeviceInfo]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     #[test]
@@ -221,6 +223,37 @@ mod tests {
             let begin = format!("device {wanted} cannot be had: ");
             assert!(sentence.starts_with(&begin) && sentence.contains("CUDA"), "{sentence}");
             assert!(sentence.contains("there is auto, cpu, sim"), "{sentence}");
+        }
+    }
+
+    /// Lines of a log, in memory.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("no writer panics").write(line)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn auto_says_why_it_goes_on_without_cuda() {
+        let lines = Lines::default();
+        let own = lines.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || own.clone()).finish();
+        let opened = tracing::subscriber::with_default(subscriber, || open(&DeviceArgs::new("auto")));
+        let device = opened.expect("there is always the cpu").info().id.clone();
+        let text = String::from_utf8(lines.0.lock().expect("no writer panics").clone()).expect("text");
+        match cuda::open("", adapters::ArithmeticChoice::default()) {
+            Ok(_) => assert!(cuda::is_meant(&device), "{device}"),
+            Err(reason) => {
+                assert!(!cuda::is_meant(&device), "{device}");
+                assert!(text.contains(&format!("going on without CUDA: {reason}")), "{text}");
+            }
         }
     }
 

@@ -108,6 +108,7 @@ CALL cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; 
 CALL cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 CALL cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "a double"), SUCCESS; }
 CALL cuDeviceGetUuid(unsigned char* uuid, int) { return memset(uuid, 0xab, 16), SUCCESS; }
+CALL cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = 3 << 20, SUCCESS; }
 CALL cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? 8 : which == 76 ? 6 : 4, SUCCESS; }
 CALL cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memory, is("busy") ? DEVICE_UNAVAILABLE : SUCCESS; }
 CALL cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
@@ -149,8 +150,12 @@ CALL cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, void* stream) {
     return cuMemcpyAsync((Address)to, from, size, stream);
 }
 
-CALL cuModuleLoadData(Module** module, const char* image) {
-    if (is("strange")) return UNSUPPORTED_PTX;
+CALL cuModuleLoadDataEx(Module** module, const char* image, unsigned num_options, const int* options, void** values) {
+    expect(num_options == 2 && options[0] == 5 && options[1] == 6 && (size_t)values[1] > 64, "no room for a log");
+    if (is("strange")) {
+        snprintf((char*)values[0], (size_t)values[1], "ptxas fatal: no such version");
+        return UNSUPPORTED_PTX;
+    }
     *module = new Module{image};
     return SUCCESS;
 }

@@ -69,7 +69,7 @@ impl From<CudaError> for OpenError {
 
 /// The GPUs that CUDA gives, as `--device` takes them; an error says why there is none.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
-    Ok(gpus()?.iter().map(|gpu| describe(gpu, None)).collect())
+    Ok(gpus()?.iter().map(|gpu| describe(gpu, Some(gpu.memory_bytes))).collect())
 }
 
 /// What the kernels are written like: a hash of all texts.
