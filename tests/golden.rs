@@ -12,13 +12,8 @@ use fullbore_engine::format::gguf::Gguf;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
 use fullbore_engine::tensor::KvType;
-use serde_json::Value;
-
-/// A reference whose two best logits are nearer than this has not decided.
-const REFERENCE_GAP: f64 = 0.05;
-/// The same for llama.cpp, which rounds activations to eight bits.
-const LLAMA_CPP_GAP: f64 = 0.5;
-const NLL_TOLERANCE: f64 = 0.005;
+use fullbore_engine::verify::golden::Golden;
+pub use fullbore_engine::verify::golden::Share;
 
 pub const MODELS: [(&str, &str, &str); 2] = [
     ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2", include_str!("golden/smollm2.json")),
@@ -29,8 +24,25 @@ pub const MODELS: [(&str, &str, &str); 2] = [
 fn the_cpu_follows_both_references() {
     for (file, name, golden) in MODELS {
         let backend = CpuBackend::new(CpuOptions::default()).expect("threads can be started");
-        follow(file, name, golden, Box::new(backend), WHOLE);
+        follow(file, name, golden, Box::new(backend), Share::WHOLE);
     }
+}
+
+/// Alone and in company, and what is said of a golden that is another model's.
+#[test]
+fn what_does_not_follow_a_golden_is_told() {
+    let (file, _, text) = MODELS[0];
+    let backend = Box::new(CpuBackend::new(CpuOptions::default()).expect("threads can be started"));
+    let (mut engine, mut golden) = (engine(file, KvType::F16, backend), Golden::read(text).expect("goldens are JSON"));
+    let share = Share { num_cases: 2, max_tokens: 4 };
+    let apart = golden.compare_company(&mut engine, share, 16).expect("the device is there");
+    assert!(apart.is_empty(), "{apart:?}");
+    golden.passage_nll += 1.0;
+    golden.cases[0].reference[2] += 1;
+    let failures = golden.follow(&mut engine, share).expect("the device is there").failures;
+    let [passage, token, few] = &failures[..] else { panic!("{failures:?}") };
+    assert!(passage.starts_with("the passage has a mean NLL of ") && few.starts_with("only "), "{failures:?}");
+    assert!(token.ends_with("token 2 is not that of the reference, which had decided 4"), "{failures:?}");
 }
 
 /// By how much the mean NLL of a passage may change with the cache's type, relative to f16. Rounding to codes makes
@@ -49,8 +61,8 @@ fn a_quantised_cache_costs_little_likelihood_on_the_cpu() {
 
 /// The likelihood of a golden's passage with each type of KV cache, beside f16.
 pub fn compare_kv_types(file: &str, name: &str, golden: &str, backend: impl Fn() -> Box<dyn Backend>) {
-    let golden: Value = serde_json::from_str(golden).expect("goldens are JSON");
-    let passage = ids(&golden["passage"]);
+    let golden = Golden::read(golden).expect("goldens are JSON");
+    let passage: Vec<TokenId> = golden.passage.iter().map(|id| TokenId(*id)).collect();
     let nll = |kv_type| {
         let mut engine = engine(file, kv_type, backend());
         let request = Request { prompt: passage.clone(), prompt_logprobs: Some(0), ..Request::default() };
@@ -75,48 +87,13 @@ fn mean_nll(events: &Events, num_tokens: usize) -> f64 {
     -logprobs.iter().map(|entry| f64::from(entry.logprob)).sum::<f64>() / logprobs.len() as f64
 }
 
-/// How much of a golden is followed beside its passage: its first cases, and so many tokens of each.
-#[derive(Clone, Copy)]
-pub struct Share {
-    pub num_cases: usize,
-    pub max_tokens: u32,
-}
-
-pub const WHOLE: Share = Share { num_cases: usize::MAX, max_tokens: 48 };
-
 /// Runs cases of a golden at once, and its passage, on `backend`.
 pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, share: Share) {
-    let golden: Value = serde_json::from_str(golden).expect("goldens are JSON");
     let device = backend.info().id.clone();
-    let mut engine = engine(file, KvType::F16, backend);
-    let passage = ids(&golden["passage"]);
-    let request = Request { prompt: passage.clone(), prompt_logprobs: Some(0), ..Request::default() };
-    let passage_events = add(&mut engine, request);
-    let cases = golden["cases"].as_array().expect("cases");
-    let cases = &cases[..cases.len().min(share.num_cases)];
-    let request = |case: &Value| Request { max_tokens: share.max_tokens, ..greedy(&ids(&case["prompt"])) };
-    let events: Vec<Events> = cases.iter().map(|case| add(&mut engine, request(case))).collect();
-    while engine.step().expect("the device is there") {}
-    engine.check();
-
-    let nll = mean_nll(&passage_events, passage.len());
-    let wanted = golden["passage_nll"].as_f64().expect("a number");
-    println!("{name} on {device}: mean NLL {nll:.5}, reference {wanted:.5}");
-    assert!((nll - wanted).abs() < NLL_TOLERANCE, "{name} on {device}: mean NLL {nll}, reference {wanted}");
-
-    let mut num_compared = 0;
-    for (case, events) in cases.iter().zip(&events) {
-        let actual = tokens(&events.lock().expect("no sink panics"));
-        for (reference, gap) in [("reference", REFERENCE_GAP), ("llama_cpp", LLAMA_CPP_GAP)] {
-            let gaps = case[format!("{reference}_gaps").as_str()].as_array().expect("gaps");
-            let decided = gaps.iter().position(|value| value.as_f64().expect("a number") < gap).unwrap_or(gaps.len());
-            let decided = decided.min(share.max_tokens as usize);
-            let wanted = &ids(&case[reference])[..decided];
-            assert_eq!(&actual[..decided], wanted, "{name} on {device} against {reference}: {}", case["text"]);
-            num_compared += decided;
-        }
-    }
-    assert!(num_compared > 10 * cases.len().min(5), "only {num_compared} tokens were decided enough to compare");
+    let golden = Golden::read(golden).expect("goldens are JSON");
+    let followed = golden.follow(&mut engine(file, KvType::F16, backend), share).expect("the device is there");
+    println!("{name} on {device}: mean NLL {:.5}, reference {:.5}", followed.passage_nll, followed.wanted_nll);
+    assert!(followed.failures.is_empty(), "{name} on {device}: {}", followed.failures.join("; "));
 }
 
 pub type Events = Arc<Mutex<Vec<Event>>>;
@@ -146,15 +123,6 @@ pub fn tokens(events: &[Event]) -> Vec<TokenId> {
         _ => None,
     };
     events.iter().filter_map(id).collect()
-}
-
-pub fn greedy(prompt: &[TokenId]) -> Request {
-    Request { prompt: prompt.to_vec(), max_tokens: 48, ..Request::default() }
-}
-
-fn ids(value: &Value) -> Vec<TokenId> {
-    let id = |value: &Value| TokenId(value.as_u64().expect("an id") as u32);
-    value.as_array().expect("ids").iter().map(id).collect()
 }
 
 /// An engine for a model in the cache folder.

@@ -49,7 +49,7 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
     let divided = |options| WgpuOptions { max_submit: Some(Duration::ZERO), ..options };
     let masked = |options| WgpuOptions { mask: Some(mask_to_webgpu), without: Features::SHADER_F16, ..options };
     let lane = |name, options, golden| Lane { name, options, golden };
-    let (whole, short) = (Some(golden::WHOLE), Some(golden::Share { num_cases: 1, max_tokens: 8 }));
+    let (whole, short) = (Some(golden::Share::WHOLE), Some(golden::Share { num_cases: 1, max_tokens: 8 }));
     let lanes = [
         lane("checked, in small submissions", divided(options(None, true)), whole),
         lane("as it is served", options(None, false), None),
@@ -167,5 +167,5 @@ fn a_quantised_cache_costs_little_likelihood_on_lavapipe() {
 fn gemma3_on_lavapipe_follows_both_references() {
     let (file, name, text) = golden::MODELS[1];
     // Its embedding is larger than what one binding of software Vulkan holds: two shards.
-    golden::follow(file, name, text, Box::new(open(&device_ids()[0])), golden::WHOLE);
+    golden::follow(file, name, text, Box::new(open(&device_ids()[0])), golden::Share::WHOLE);
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fullbore::args::{DeviceArgs, VerifyArgs};
+use fullbore::args::{DeviceArgs, GoldenArgs, VerifyArgs};
 use fullbore::start::{Plan, memory_table};
 use fullbore::verify::{VerifyError, verify, verify_on};
 use fullbore_engine::backend::around::Around;
@@ -277,6 +277,7 @@ fn the_command_fails_with_a_sentence_if_a_check_does() {
         tier: None,
         only: Some(only.to_owned()),
         formats: Vec::new(),
+        golden: GoldenArgs::default(),
     };
     verify(&args("cpu", "rope_kv")).expect("the cpu is right");
     let sentence = verify(&args("cpu", "matmul")).expect_err("no such op").to_string();

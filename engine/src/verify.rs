@@ -11,6 +11,7 @@ use crate::tensor::{KvType, WeightFormat};
 
 pub mod attention;
 pub mod device;
+pub mod golden;
 pub mod mat_mul;
 pub mod random;
 pub mod rows;

@@ -222,6 +222,21 @@ pub struct VerifyArgs {
     /// Formats of weights that every matmul kernel of the device is tried on, such as q4_0,q6_k; all unless given.
     #[arg(long, value_delimiter = ',', value_parser = parse_format)]
     pub formats: Vec<WeightFormat>,
+    #[command(flatten)]
+    pub golden: GoldenArgs,
+}
+
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct GoldenArgs {
+    /// Instead of ops: a whole model on the device, held against what references computed for it (tests/golden).
+    #[arg(long, conflicts_with_all = ["tier", "only", "formats"])]
+    pub golden: Option<PathBuf>,
+    /// The model that the golden is of, as in `serve`.
+    #[arg(long, requires = "golden", default_value = "smollm2")]
+    pub model: String,
+    /// Write the device's own tokens, and how near each was to another, as JSON.
+    #[arg(long, requires = "golden")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, ClapArgs)]

@@ -20,7 +20,7 @@ use fullbore_engine::memory::capacity::human_bytes;
 use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::verify::TWO_FORMATS;
 
-use crate::args::{DeviceReportArgs, DoctorArgs, EngineArgs, ResultArgs, VerifyArgs};
+use crate::args::{DeviceReportArgs, DoctorArgs, EngineArgs, GoldenArgs, ResultArgs, VerifyArgs};
 use crate::bench::measure_doctor;
 use crate::verify::verify_all;
 use crate::version::COMMIT;
@@ -116,7 +116,7 @@ fn verify(args: &DeviceReportArgs) -> Part {
         seen.insert((case.op, case.variant.clone()))
     };
     let mut table = Vec::new();
-    let verify_args = VerifyArgs { device, tier, only, formats };
+    let verify_args = VerifyArgs { device, tier, only, formats, golden: GoldenArgs::default() };
     let verified = verify_all(&verify_args, &|case| !args.small || is_new(case), &mut table);
     let table = String::from_utf8_lossy(&table).into_owned();
     match verified {

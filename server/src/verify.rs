@@ -1,16 +1,21 @@
-//! `fullbore verify`: every op in every variant on one device, held against the plain cpu, as a table.
+//! `fullbore verify`: every op in every variant on one device, held against the plain cpu, as a table; or a whole
+//! model, held against a golden.
 //!
 //! Invariant: a line is printed when its check is done, so that a driver that hangs or dies shows where. It ends with
 //! an error if a check fails, and a device that gives out is a line too.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo};
 use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::verify::golden::{Golden, Share};
 use fullbore_engine::verify::{self, Case, Check, every_case, every_mat_mul_kernel};
 
-use crate::args::VerifyArgs;
+use crate::args::{EngineArgs, ModelArgs, VerifyArgs};
 use crate::devices::{self, DeviceChoiceError};
+use crate::start::{self, StartError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
@@ -29,10 +34,68 @@ pub enum VerifyError {
     Twin(#[from] DeviceError),
     #[error("cannot write the table: {0}")]
     Write(#[from] io::Error),
+    #[error("cannot read or write {}: {source}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("{} is no golden: {source}", path.display())]
+    Golden { path: PathBuf, source: serde_json::Error },
+    #[error(transparent)]
+    Start(Box<StartError>),
+    #[error("{model} on {device} does not follow {}: do not trust this device's answers", golden.display())]
+    NotFollowed { model: String, device: String, golden: PathBuf },
 }
 
 pub fn verify(args: &VerifyArgs) -> Result<(), VerifyError> {
-    verify_all(args, &|_| true, &mut io::stdout())
+    match &args.golden.golden {
+        Some(golden) => follow(args, golden),
+        None => verify_all(args, &|_| true, &mut io::stdout()),
+    }
+}
+
+/// Requests that a case is held among.
+const COMPANY: u32 = 32;
+
+/// The model on the device as it is: nothing is replaced by plainer kernels.
+fn follow(args: &VerifyArgs, path: &Path) -> Result<(), VerifyError> {
+    let file_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| VerifyError::File { path, source }
+    };
+    let text = fs::read_to_string(path).map_err(file_error(path))?;
+    let golden = Golden::read(&text).map_err(|source| VerifyError::Golden { path: path.to_owned(), source })?;
+    let model = ModelArgs { device: args.device.clone(), ..ModelArgs::new(&args.golden.model, "") };
+    let engine_args = EngineArgs { max_num_seqs: COMPANY, no_verify: true, ..EngineArgs::new(model) };
+    let started = |error: StartError| VerifyError::Start(Box::new(error));
+    let mut engine = start::plan(&engine_args, None).and_then(start::Plan::load_engine).map_err(started)?;
+    let info = engine.backend().info().clone();
+    println!("{}", devices::title(&info));
+    let mut followed = golden.follow(&mut engine, Share::WHOLE)?;
+    let apart = golden.compare_company(&mut engine, Share::WHOLE, COMPANY as usize)?;
+    println!("mean NLL of the passage {:.5}, reference {:.5}", followed.passage_nll, followed.wanted_nll);
+    println!("{} tokens were decided by a reference", followed.num_compared);
+    println!(
+        "{} of {} answers are the same among {COMPANY}",
+        followed.answers.len() - apart.len(),
+        followed.answers.len()
+    );
+    let same_in_company = apart.is_empty();
+    followed.failures.extend(apart);
+    followed.failures.iter().for_each(|failure| println!("FAIL: {failure}"));
+    if let Some(path) = &args.golden.output {
+        let DeviceInfo { id: device, tier, arithmetic, .. } = &info;
+        let report = serde_json::json!({
+            "device": device,
+            "tier": tier,
+            "arithmetic": arithmetic,
+            "same_in_company": same_in_company,
+            "followed": followed,
+        });
+        fs::write(path, report.to_string()).map_err(file_error(path))?;
+    }
+    let failed = || {
+        let (model, golden) = (args.golden.model.clone(), path.to_owned());
+        VerifyError::NotFollowed { model, device: info.id.clone(), golden }
+    };
+    followed.failures.is_empty().then_some(()).ok_or_else(failed)
 }
 
 /// Those cases that `keep` keeps, as a table into `out`.
