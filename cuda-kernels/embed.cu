@@ -26,7 +26,7 @@ KERNEL(256, embed, EmbedParams) {
     u32 unit = i / 4 % p.num_units, part = i % 4;
     const u32* block = block_at(p.weight, id, unit, p.num_units);
     f32 w[8];
-    eight_weights(block, unit % UNITS, part, unit_scales(block, unit % UNITS), w);
+    eight_weights(block, unit % UNITS, part, w);
     u32 col = unit * 32 + part * 8;
     f32* out = p.out + (u64)token * p.cols;
     for (u32 j = 0; j < 8; j++)

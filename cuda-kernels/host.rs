@@ -56,7 +56,7 @@ impl Host {
         };
         let (name, driver) = ("the host, in the place of a GPU".to_owned(), "host".to_owned());
         Ok(Host {
-            info: DeviceInfo { name, driver, architecture: 0, num_multiprocessors: 2, free_bytes: None },
+            info: DeviceInfo { name, driver, architecture: 0, num_multiprocessors: 4, free_bytes: None },
             folder: folder.to_owned(),
             reversed,
             find,

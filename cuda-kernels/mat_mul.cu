@@ -4,12 +4,46 @@
 
 static constexpr u32 SLICES = 16;
 
-// For few rows: a warp a slice, a lane a column, so that a weight is read once, by neighbouring lanes, and activations
-// are the same for all of them.
+// Adds products of one unit of a column. All lanes of a warp read the same activations: four at a time of a whole unit
+// whose rows are aligned, else one by one up to the end of K. Rows are given by where they begin in x: addresses of eight
+// would be too many registers.
+template <u32 ROWS, bool WHOLE>
+DEVICE void add_unit(const MatMulParams& p, const u32 (&rows)[ROWS], u32 column, u32 unit, f32 (&sum)[ROWS]) {
+    const u32* block = block_at(p.weight, column, unit, p.num_units);
+    Scales scales = unit_scales(read_scales(block, unit % UNITS), unit % UNITS);
+    // In flight at once: as many as registers allow.
+    constexpr u32 PARTS = WHOLE && ROWS <= 2 ? 4 : 1;
+#pragma unroll PARTS
+    for (u32 part = 0; part < 4; part++) {
+        f32 w[8];
+        part_weights(read_part(block, unit % UNITS, part), part, scales, w);
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            f32 values[8];
+            if (WHOLE) {
+                const Floats* fours = (const Floats*)(p.x + (rows[r] + unit * 32 + part * 8));
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    Floats four = fours[i];
+#pragma unroll
+                    for (u32 j = 0; j < 4; j++) values[i * 4 + j] = four.at[j];
+                }
+            } else {
+#pragma unroll
+                for (u32 j = 0; j < 8; j++) {
+                    u32 k = unit * 32 + part * 8 + j;
+                    values[j] = k < p.inner ? p.x[rows[r] + k] : 0;
+                }
+            }
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) sum[r] = fmaf(values[j], w[j], sum[r]);
+        }
+    }
+}
+
+// For few rows: a warp a slice, a lane a column, so that a weight is read once, by neighbouring lanes.
 template <u32 ROWS>
 DEVICE void few_rows(const MatMulParams& p) {
-    // Parts of a unit in flight at once: as many as registers allow.
-    constexpr u32 PARTS = ROWS < 8 ? 4 : 1;
     __shared__ f32 sums[SLICES][ROWS][32];
     u32 lane = threadIdx.x % WARP, slice = threadIdx.x / WARP;
     u32 tiles = div_up(p.num_cols, 32);
@@ -17,33 +51,17 @@ DEVICE void few_rows(const MatMulParams& p) {
     u32 first_row = blockIdx.x / tiles * ROWS;
     u32 units = div_up(p.num_units, SLICES);
     u32 end = least((slice + 1) * units, p.num_units);
-    const f32* x[ROWS];
+    u32 rows[ROWS];
     f32 sum[ROWS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
         // Behind the last row that one is computed again, and not written.
-        x[r] = p.x + (u64)least(first_row + r, p.num_rows - 1) * p.inner;
+        rows[r] = least(first_row + r, p.num_rows - 1) * p.inner;
         sum[r] = 0;
     }
-    for (u32 unit = slice * units; unit < end; unit++) {
-        const u32* block = block_at(p.weight, column, unit, p.num_units);
-        Scales scales = unit_scales(block, unit % UNITS);
-        bool whole = (unit + 1) * 32 <= p.inner;
-#pragma unroll PARTS
-        for (u32 part = 0; part < 4; part++) {
-            f32 w[8];
-            eight_weights(block, unit % UNITS, part, scales, w);
-            u32 k = unit * 32 + part * 8;
-#pragma unroll
-            for (u32 r = 0; r < ROWS; r++) {
-#pragma unroll
-                for (u32 j = 0; j < 8; j++) {
-                    f32 value = whole || k + j < p.inner ? x[r][k + j] : 0;
-                    sum[r] = fmaf(value, w[j], sum[r]);
-                }
-            }
-        }
-    }
+    u32 unit = slice * units, whole = is_aligned(p) ? least(end, p.inner / 32) : 0;
+    for (; unit < whole; unit++) add_unit<ROWS, true>(p, rows, column, unit, sum);
+    for (; unit < end; unit++) add_unit<ROWS, false>(p, rows, column, unit, sum);
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) sums[slice][r][lane] = sum[r];
     __syncthreads();
@@ -85,7 +103,7 @@ DEVICE void many_rows(const MatMulParams& p) {
             u32 column = least(first_column + i % COLUMNS, padded - 1), part = i / COLUMNS;
             const u32* block = block_at(p.weight, column, unit, p.num_units);
             f32 values[8];
-            eight_weights(block, unit % UNITS, part, unit_scales(block, unit % UNITS), values);
+            eight_weights(block, unit % UNITS, part, values);
 #pragma unroll
             for (u32 j = 0; j < 8; j++) w[part * 8 + j][i % COLUMNS] = values[j];
         }
@@ -124,10 +142,21 @@ DEVICE void many_rows(const MatMulParams& p) {
     }
 }
 
-KERNEL(512, mat_mul_1, MatMulParams) { few_rows<1>(p); }
-KERNEL(512, mat_mul_2, MatMulParams) { few_rows<2>(p); }
-KERNEL(512, mat_mul_4, MatMulParams) { few_rows<4>(p); }
 KERNEL(512, mat_mul_8, MatMulParams) { few_rows<8>(p); }
 // 16 rows of 128 columns, 64 of 64.
 KERNEL(256, mat_mul_16, MatMulParams) { many_rows<2, 4, 8, 32>(p); }
 KERNEL(256, mat_mul_64, MatMulParams) { many_rows<4, 4, 16, 16>(p); }
+
+#ifndef FULLBORE_HOST
+// Left to itself the compiler makes room for more blocks of a multiprocessor, and spills.
+#undef KERNEL
+#define KERNEL(THREADS, NAME, PARAMS) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const PARAMS p)
+#endif
+
+#define BLOCKS 1
+KERNEL(512, mat_mul_4, MatMulParams) { few_rows<4>(p); }
+#undef BLOCKS
+#define BLOCKS 2
+KERNEL(512, mat_mul_1, MatMulParams) { few_rows<1>(p); }
+KERNEL(512, mat_mul_2, MatMulParams) { few_rows<2>(p); }

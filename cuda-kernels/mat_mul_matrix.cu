@@ -1,11 +1,43 @@
 // `out = x @ weight^T + bias` on tensor cores: products of f16, sums in f32. A block computes some rows of 128 columns in
-// one of `splits` runs of K, unit by unit: while one unit is multiplied, the next is read, decoded and put into the other
-// half of shared memory. Where K is split, `mat_mul_sum` adds the runs in order.
+// one of `splits` runs of K, unit by unit, which take turns in two halves of shared memory. Weights are read some units
+// before they are needed, and decoded when the unit before theirs has been multiplied; activations are read one unit
+// before. Where K is split, `mat_mul_sum` adds the runs in order.
 
 static constexpr u32 COLUMNS = 128;
 static constexpr u32 THREADS = 256;
 // Words of a row of a unit in f16, and four more: eight rows then begin on different banks.
 static constexpr u32 PITCH = 16 + 4;
+
+// Two parts of a unit of one column, as a thread has read them.
+struct Packed {
+    ScaleWords scales;
+    PartWords parts[2];
+
+    // Which of a unit's parts are this thread's.
+    static DEVICE_METHOD u32 first_part() { return threadIdx.x / COLUMNS * 2; }
+
+    DEVICE_METHOD void read(const MatMulParams& p, u32 first_column, u32 unit) {
+        // A tile beyond the last one is not there.
+        u32 column = least(first_column + threadIdx.x % COLUMNS, div_up(p.num_cols, 32) * 32 - 1);
+        const u32* block = block_at(p.weight, column, unit, p.num_units);
+        scales = read_scales(block, unit % UNITS);
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) parts[i] = read_part(block, unit % UNITS, first_part() + i);
+    }
+
+    DEVICE_METHOD void put(u32 unit, u32* w_unit) const {
+        Scales s = unit_scales(scales, unit % UNITS);
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            f32 values[8];
+            part_weights(parts[i], first_part() + i, s, values);
+            Quad quad;
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) quad.at[j] = pair_of_f16(values[2 * j], values[2 * j + 1]);
+            *(Quad*)(w_unit + threadIdx.x % COLUMNS * PITCH + (first_part() + i) * 4) = quad;
+        }
+    }
+};
 
 // Eight warps, ROW_WARPS of them below one another; each has ROW_TILES x 16 rows of COLUMN_TILES x 8 columns.
 template <u32 ROW_WARPS, u32 ROW_TILES>
@@ -14,10 +46,14 @@ struct Product {
     static constexpr u32 COLUMN_TILES = COLUMNS * ROW_WARPS / 64;
     // Groups of four values of x that a thread brings.
     static constexpr u32 BROUGHT = (ROWS * 8 + THREADS - 1) / THREADS;
+    // Units whose weights are on their way: few rows wait for memory, and the smaller weights are, the more units it takes
+    // to keep it busy.
+    static constexpr u32 AHEAD = ROWS > 64 || PART_WORDS > 2 ? 1 : 4 / PART_WORDS;
 
-    // What a thread has read of a unit, and not yet put into shared memory.
+    // What a thread has read of activations of a unit, and not yet put into shared memory.
     f32 x[BROUGHT][4];
-    Quad w[2];
+    // Of this warp.
+    f32 sums[ROW_TILES][COLUMN_TILES][4];
 
     DEVICE_METHOD void read_x(const MatMulParams& p, u32 first_row, u32 unit, bool aligned) {
         bool whole = aligned && (unit + 1) * 32 <= p.inner;
@@ -37,22 +73,7 @@ struct Product {
         }
     }
 
-    // Two parts of a unit of one column.
-    DEVICE_METHOD void read_w(const MatMulParams& p, u32 first_column, u32 unit) {
-        // A tile beyond the last one is not there.
-        u32 column = least(first_column + threadIdx.x % COLUMNS, div_up(p.num_cols, 32) * 32 - 1);
-        const u32* block = block_at(p.weight, column, unit, p.num_units);
-        Scales scales = unit_scales(block, unit % UNITS);
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            f32 values[8];
-            eight_weights(block, unit % UNITS, threadIdx.x / COLUMNS * 2 + i, scales, values);
-#pragma unroll
-            for (u32 j = 0; j < 4; j++) w[i].at[j] = pair_of_f16(values[2 * j], values[2 * j + 1]);
-        }
-    }
-
-    DEVICE_METHOD void put(u32* x_unit, u32* w_unit) const {
+    DEVICE_METHOD void put_x(u32* x_unit) const {
 #pragma unroll
         for (u32 i = 0; i < BROUGHT; i++) {
             u32 at = threadIdx.x + i * THREADS;
@@ -61,9 +82,25 @@ struct Product {
             to[0] = pair_of_activations(x[i][0], x[i][1]);
             to[1] = pair_of_activations(x[i][2], x[i][3]);
         }
-        u32* to = w_unit + threadIdx.x % COLUMNS * PITCH + threadIdx.x / COLUMNS * 8;
-        *(Quad*)to = w[0];
-        *(Quad*)(to + 4) = w[1];
+    }
+
+    // From this warp's first row and column of a unit on.
+    DEVICE_METHOD void multiply_unit(const u32* x_rows, const u32* w_columns) {
+#pragma unroll
+        for (u32 k = 0; k < 16; k += 8) {
+            Quad a[ROW_TILES];
+#pragma unroll
+            for (u32 m = 0; m < ROW_TILES; m++) a[m] = load_a(x_rows + m * 16 * PITCH + k, PITCH);
+#pragma unroll
+            for (u32 n = 0; n < COLUMN_TILES; n += 2) {
+                Quad b = load_two_b(w_columns + n * 8 * PITCH + k, PITCH);
+#pragma unroll
+                for (u32 m = 0; m < ROW_TILES; m++) {
+                    multiply(sums[m][n], a[m].at, b.at[0], b.at[1]);
+                    multiply(sums[m][n + 1], a[m].at, b.at[2], b.at[3]);
+                }
+            }
+        }
     }
 
     DEVICE void compute(const MatMulParams& p) {
@@ -72,49 +109,42 @@ struct Product {
         u32 first_column = blockIdx.x % tiles * COLUMNS, first_row = blockIdx.x / tiles / p.splits * ROWS;
         u32 units = div_up(p.num_units, p.splits);
         u32 begin = least(split * units, p.num_units), end = least(begin + units, p.num_units);
-        bool aligned = p.inner % 4 == 0 && (u64)p.x % 16 == 0;
+        bool aligned = is_aligned(p);
         // Of this warp, in the block.
         u32 warp = threadIdx.x / WARP;
         u32 row = warp % ROW_WARPS * ROW_TILES * 16, column = warp / ROW_WARPS * COLUMN_TILES * 8;
-        f32 sums[ROW_TILES][COLUMN_TILES][4];
+        Product product;
 #pragma unroll
         for (u32 m = 0; m < ROW_TILES; m++)
 #pragma unroll
             for (u32 n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) sums[m][n][i] = 0;
-        Product next;
+                for (u32 i = 0; i < 4; i++) product.sums[m][n][i] = 0;
+        // Of the units behind the one that is multiplied; behind the last one that is read again.
+        Packed ahead[AHEAD];
         if (begin < end) {
-            next.read_x(p, first_row, begin, aligned);
-            next.read_w(p, first_column, begin);
-            next.put((u32*)x_quads[begin % 2], (u32*)w_quads[begin % 2]);
+            product.read_x(p, first_row, begin, aligned);
+            ahead[0].read(p, first_column, begin);
+            product.put_x((u32*)x_quads[begin % 2]);
+            ahead[0].put(begin, (u32*)w_quads[begin % 2]);
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; i++) ahead[i].read(p, first_column, least(begin + 1 + i, end - 1));
         }
-        for (u32 unit = begin; unit < end; unit++) {
-            __syncthreads();
-            bool more = unit + 1 < end;
-            if (more) {
-                next.read_x(p, first_row, unit + 1, aligned);
-                next.read_w(p, first_column, unit + 1);
+        for (u32 first = begin; first < end; first += AHEAD) {
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; i++) {
+                u32 unit = first + i, half = unit % 2, other = 1 - half;
+                if (unit >= end) break;
+                __syncthreads();
+                bool more = unit + 1 < end;
+                if (more) product.read_x(p, first_row, unit + 1, aligned);
+                product.multiply_unit((const u32*)x_quads[half] + row * PITCH, (const u32*)w_quads[half] + column * PITCH);
+                if (!more) break;
+                // The other half was read before the last barrier.
+                product.put_x((u32*)x_quads[other]);
+                ahead[i].put(unit + 1, (u32*)w_quads[other]);
+                ahead[i].read(p, first_column, least(unit + 1 + AHEAD, end - 1));
             }
-            const u32* x_unit = (const u32*)x_quads[unit % 2];
-            const u32* w_unit = (const u32*)w_quads[unit % 2];
-#pragma unroll
-            for (u32 k = 0; k < 16; k += 8) {
-                Quad a[ROW_TILES];
-#pragma unroll
-                for (u32 m = 0; m < ROW_TILES; m++) a[m] = load_a(x_unit + (row + m * 16) * PITCH + k, PITCH);
-#pragma unroll
-                for (u32 n = 0; n < COLUMN_TILES; n += 2) {
-                    Quad b = load_two_b(w_unit + (column + n * 8) * PITCH + k, PITCH);
-#pragma unroll
-                    for (u32 m = 0; m < ROW_TILES; m++) {
-                        multiply(sums[m][n], a[m].at, b.at[0], b.at[1]);
-                        multiply(sums[m][n + 1], a[m].at, b.at[2], b.at[3]);
-                    }
-                }
-            }
-            // The other half was read before the last barrier.
-            if (more) next.put((u32*)x_quads[(unit + 1) % 2], (u32*)w_quads[(unit + 1) % 2]);
         }
         u32 g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
         f32* out = p.out + (u64)split * p.num_rows * p.stride;
@@ -127,7 +157,7 @@ struct Product {
                     u32 to_row = first_row + row + m * 16 + g + i / 2 * 8;
                     u32 to_column = first_column + column + n * 8 + 2 * t + i % 2;
                     if (to_row >= p.num_rows || to_column >= p.num_cols) continue;
-                    f32 value = sums[m][n][i];
+                    f32 value = product.sums[m][n][i];
                     if (p.bias) value += p.bias[to_column];
                     out[(u64)to_row * p.stride + to_column] = value;
                 }

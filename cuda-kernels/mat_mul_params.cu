@@ -1,5 +1,9 @@
 // What every kernel of `mat_mul` is given.
 
+struct alignas(16) Floats {
+    f32 at[4];
+};
+
 struct MatMulParams {
     // (num_rows, inner)
     const f32* x;
@@ -16,3 +20,6 @@ struct MatMulParams {
     // Runs of K, of which only tensor cores have more than one.
     u32 splits;
 };
+
+// Whether rows of activations can be read four at a time.
+DEVICE bool is_aligned(const MatMulParams& p) { return p.inner % 4 == 0 && (u64)p.x % 16 == 0; }

@@ -7,10 +7,6 @@ struct alignas(16) Quad {
     u32 at[4];
 };
 
-struct alignas(16) Floats {
-    f32 at[4];
-};
-
 DEVICE u32 pair_of_f16(f32 low, f32 high) {
 #ifdef FULLBORE_HOST
     return host_to_f16(low) | (u32)host_to_f16(high) << 16;
@@ -34,10 +30,18 @@ DEVICE u32 pair_of_f16(f32 low, f32 high) {
 
 // Two activations, held within what f16 has; what is no number stays none.
 DEVICE u32 pair_of_activations(f32 low, f32 high) {
+#if __CUDA_ARCH__ >= 800
+    // What was too large is infinite by now.
+    u32 pair = pair_of_f16(low, high);
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(pair), "r"(0x7bff7bffu));
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(pair), "r"(0xfbfffbffu));
+    return pair;
+#else
     const f32 most = 65504;
     low = low > most ? most : low < -most ? -most : low;
     high = high > most ? most : high < -most ? -most : high;
     return pair_of_f16(low, high);
+#endif
 }
 
 // `d += a * b`.

@@ -33,6 +33,7 @@ pub const fn all_texts() -> &'static [(&'static str, &'static str)] {
         "mat_mul_sum",
         "matrix",
         "mul_add",
+        "mul_add_matrix",
         "reset_counts",
         "rms_norm",
         "rope_kv",

@@ -10,23 +10,39 @@ DEVICE const u32* block_at(const u32* weight, u32 row, u32 unit, u32 num_units) 
     return weight + block * (BLOCK_WORDS * 32) + row % 32;
 }
 
+// What the scales of a unit are made of, as it lies in the block.
+struct ScaleWords {
+    u32 whole;
+    u32 small;
+};
+
+DEVICE ScaleWords read_scales(const u32* block, u32 unit) {
+    ScaleWords words = {0, 0};
+#if !FLOAT
+    words.whole = block[0];
+#if SUPER
+    words.small = block[(1 + unit / 2) * 32];
+#endif
+#endif
+    return words;
+}
+
 struct Scales {
     // Of the first 16 values of a unit, and of the last 16.
     f32 scale[2];
     f32 min[2];
 };
 
-DEVICE Scales unit_scales(const u32* block, u32 unit) {
+DEVICE Scales unit_scales(const ScaleWords& words, u32 unit) {
     Scales s;
 #if FLOAT
     s.scale[0] = s.scale[1] = 1;
     s.min[0] = s.min[1] = 0;
 #else
-    u32 first = block[0];
-    f32 scale = from_f16(first & 0xffffu);
-    f32 min = from_f16(first >> 16);
+    f32 scale = from_f16(words.whole & 0xffffu);
+    f32 min = from_f16(words.whole >> 16);
 #if SUPER
-    u32 small = block[(1 + unit / 2) * 32] >> (unit % 2 * 16);
+    u32 small = words.small >> (unit % 2 * 16);
 #if MIN_GROUP == 32
     s.scale[0] = s.scale[1] = scale * from_code(small & 255u);
     s.min[0] = s.min[1] = -min * from_code(small >> 8 & 255u);
@@ -62,13 +78,49 @@ DEVICE f32 looked_up(u32 code) {
 }
 #endif
 
-// Values `8 * part ..` of a unit.
-DEVICE void eight_weights(const u32* block, u32 unit, u32 part, const Scales& s, f32 (&w)[8]) {
+// A part of a unit is eight values.
 #if FLOAT == 1
-    for (u32 i = 0; i < 8; i++) w[i] = __uint_as_float(block[(part * 8 + i) * 32]);
+static constexpr u32 PART_WORDS = 8;
+#elif FLOAT
+static constexpr u32 PART_WORDS = 4;
+#elif LOW_BITS == 8
+static constexpr u32 PART_WORDS = 2;
+#else
+static constexpr u32 PART_WORDS = 1;
+#endif
+
+// What a part is made of, as it lies in the block. Two parts share words of two bits a value.
+struct PartWords {
+    u32 low[PART_WORDS];
+    u32 high;
+};
+
+DEVICE PartWords read_part(const u32* block, u32 unit, u32 part) {
+    PartWords words;
+#if FLOAT
+    const u32* low = block + part * PART_WORDS * 32;
+#elif LOW_BITS > 2
+    const u32* low = block + (LOW_AT + (unit * 4 + part) * PART_WORDS) * 32;
+#else
+    const u32* low = block + (LOW_AT + unit * 2 + part / 2) * 32;
+#endif
+    for (u32 i = 0; i < PART_WORDS; i++) words.low[i] = low[i * 32];
+#if HIGH_BITS == 1
+    words.high = block[(HIGH_AT + unit) * 32];
+#elif HIGH_BITS == 2
+    words.high = block[(HIGH_AT + unit * 2 + part / 2) * 32];
+#else
+    words.high = 0;
+#endif
+    return words;
+}
+
+DEVICE void part_weights(const PartWords& words, u32 part, const Scales& s, f32 (&w)[8]) {
+#if FLOAT == 1
+    for (u32 i = 0; i < 8; i++) w[i] = __uint_as_float(words.low[i]);
 #elif FLOAT
     for (u32 i = 0; i < 4; i++) {
-        u32 two = block[(part * 4 + i) * 32];
+        u32 two = words.low[i];
 #if FLOAT == 2
         w[2 * i] = from_f16(two & 0xffffu);
         w[2 * i + 1] = from_f16(two >> 16);
@@ -78,31 +130,36 @@ DEVICE void eight_weights(const u32* block, u32 unit, u32 part, const Scales& s,
 #endif
     }
 #else
-    u32 codes[8];
-#if LOW_BITS == 8
-    u32 first = block[(LOW_AT + unit * 8 + part * 2) * 32];
-    u32 second = block[(LOW_AT + unit * 8 + part * 2 + 1) * 32];
-    for (u32 i = 0; i < 4; i++) {
-        codes[i] = first >> (8 * i) & 255u;
-        codes[4 + i] = second >> (8 * i) & 255u;
-    }
-#elif LOW_BITS == 4
-    u32 low = block[(LOW_AT + unit * 4 + part) * 32];
-    for (u32 i = 0; i < 8; i++) codes[i] = low >> (4 * i) & 15u;
-#else
-    u32 low = block[(LOW_AT + unit * 2 + part / 2) * 32] >> (part % 2 * 16);
-    for (u32 i = 0; i < 8; i++) codes[i] = low >> (2 * i) & 3u;
-#endif
-#if HIGH_BITS == 1
-    u32 high = block[(HIGH_AT + unit) * 32] >> (part * 8);
-    for (u32 i = 0; i < 8; i++) codes[i] |= (high >> i & 1u) << LOW_BITS;
-#elif HIGH_BITS == 2
-    u32 high = block[(HIGH_AT + unit * 2 + part / 2) * 32] >> (part % 2 * 16);
-    for (u32 i = 0; i < 8; i++) codes[i] |= (high >> (2 * i) & 3u) << LOW_BITS;
-#endif
     // Not by an index: what has one lies in local memory.
     f32 scale = part < 2 ? s.scale[0] : s.scale[1];
     f32 min = part < 2 ? s.min[0] : s.min[1];
+#if LOW_BITS == 4 && !HIGH_BITS && !LOOKUP
+    // Codes stay where they lie: one is 16^place times what it is, and its scale as much less, both exactly.
+    for (u32 i = 0; i < 8; i++) {
+        u32 place = i < 5 ? i : i - 5;
+        u32 codes = i < 5 ? words.low[0] : words.low[0] >> 20;
+        w[i] = fmaf(from_code(codes & 15u << (4 * place)), scale * (1.0f / (1u << (4 * place))), min);
+    }
+#else
+    u32 codes[8];
+#if LOW_BITS == 8
+    for (u32 i = 0; i < 4; i++) {
+        codes[i] = words.low[0] >> (8 * i) & 255u;
+        codes[4 + i] = words.low[1] >> (8 * i) & 255u;
+    }
+#elif LOW_BITS == 4
+    for (u32 i = 0; i < 8; i++) codes[i] = words.low[0] >> (4 * i) & 15u;
+#else
+    u32 low = words.low[0] >> (part % 2 * 16);
+    for (u32 i = 0; i < 8; i++) codes[i] = low >> (2 * i) & 3u;
+#endif
+#if HIGH_BITS == 1
+    u32 high = words.high >> (part * 8);
+    for (u32 i = 0; i < 8; i++) codes[i] |= (high >> i & 1u) << LOW_BITS;
+#elif HIGH_BITS == 2
+    u32 high = words.high >> (part % 2 * 16);
+    for (u32 i = 0; i < 8; i++) codes[i] |= (high >> (2 * i) & 3u) << LOW_BITS;
+#endif
     for (u32 i = 0; i < 8; i++) {
 #if LOOKUP
         w[i] = looked_up(codes[i]) * scale;
@@ -111,4 +168,10 @@ DEVICE void eight_weights(const u32* block, u32 unit, u32 part, const Scales& s,
 #endif
     }
 #endif
+#endif
+}
+
+// Values `8 * part ..` of a unit.
+DEVICE void eight_weights(const u32* block, u32 unit, u32 part, f32 (&w)[8]) {
+    part_weights(read_part(block, unit, part), part, unit_scales(read_scales(block, unit), unit), w);
 }

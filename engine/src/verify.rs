@@ -141,11 +141,11 @@ pub fn twin() -> Result<Device, DeviceError> {
 
 /// Every op on inputs that reach its branches, in every variant.
 pub fn every_case() -> Vec<Case> {
-    let mut cases = vec![rows::update_table()];
+    let mut cases = vec![rows::update_table(), rows::mul_add(16, 1024, true)];
     cases.extend(WeightFormat::ALL.map(rows::embed));
     for (rows, cols) in [(1, 64), (3, 100), (17, 576), (70, 640)] {
         cases.push(rows::rms_norm(rows, cols));
-        cases.push(rows::mul_add(rows, cols));
+        cases.push(rows::mul_add(rows, cols, false));
         cases.push(rows::gated_act(Silu, rows, cols));
         cases.push(rows::gated_act(GeluTanh, rows, cols));
         for has_post in [false, true] {

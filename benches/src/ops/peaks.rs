@@ -17,7 +17,7 @@ pub struct Peaks {
     /// A buffer copied by the device's copy command, and one changed in place by a kernel; read and written bytes.
     pub copy_bytes_per_s: f64,
     pub kernel_bytes_per_s: f64,
-    /// A multiply-add is two.
+    /// In f32; a multiply-add is two.
     pub flops_per_s: f64,
     /// Of matrix units, where products go to them: operands in f16, sums in f32.
     pub matrix_flops_per_s: Option<f64>,

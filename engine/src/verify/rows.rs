@@ -51,11 +51,12 @@ pub fn gated_act(activation: Activation, rows: u32, cols: u32) -> Case {
     })
 }
 
-/// The product is exact, so that it makes no difference whether a device rounds it.
-pub fn mul_add(rows: u32, cols: u32) -> Case {
-    Case::new("mul_add", "", format!("{rows} x {cols}"), move |device| {
+/// The product is exact, so that it makes no difference whether a device rounds it. A sum alone may go to matrix units.
+pub fn mul_add(rows: u32, cols: u32, is_sum: bool) -> Case {
+    let (variant, scale, offset) = if is_sum { ("sum", 1.0, 1.0 / 16.0) } else { ("", -0.5, 0.75) };
+    Case::new("mul_add", variant, format!("{rows} x {cols}"), move |device| {
         let x = device.random(rows, cols, &mut Random::new(13))?;
-        let op = Op::MulAdd(MulAdd { x, scale: -0.5, offset: 0.75, rounds: 16 });
+        let op = Op::MulAdd(MulAdd { x, scale, offset, rounds: 16 });
         Ok(Output::f32(device.run(&[op], &[x])?, 1e-5))
     })
 }

@@ -4,6 +4,7 @@
 
 use bytemuck::Pod;
 use fullbore_cuda_kernels::MAX_PARAMS;
+use half::f16;
 
 use super::kernel::{Arithmetic, HeadDim, Kernel, MatMulVariant, MatrixPairs};
 use super::mat_mul_tables::MatMulTables;
@@ -18,6 +19,9 @@ use crate::tuning::MatMulShape;
 
 /// Pairs of a row and a query head that a block of attention takes on, as `attention.cu` has it.
 const ATTENTION_PAIRS: u32 = 8;
+/// Elements of a block of `mul_add.cu` and of `mul_add_matrix.cu`.
+const MUL_ADD_ELEMENTS: u32 = 2048;
+const MUL_ADD_MATRIX_ELEMENTS: u32 = 8192;
 
 /// A kernel to launch, before the device has loaded it.
 #[derive(Clone, Copy)]
@@ -31,31 +35,42 @@ pub struct Encoded {
 /// a weight has depend on its shape alone.
 #[derive(Clone, Copy, Debug)]
 pub struct SplitK {
-    /// (splits, up to `ROWS`, columns)
+    /// (splits, up to `MANY_ROWS`, columns)
     pub parts: Address,
     pub num_multiprocessors: u32,
 }
 
 impl SplitK {
-    /// Rows of a product that is split at most.
-    const ROWS: u32 = 64;
-    /// Blocks that keep a multiprocessor busy.
-    const BLOCKS: u32 = 2;
+    /// Rows that one block takes on.
+    const FEW_ROWS: u32 = 64;
+    /// Rows of a product that is split at most: more have blocks enough.
+    const MANY_ROWS: u32 = 256;
     /// Units of a run at least: fewer are not worth the sum.
     const UNITS: u32 = 8;
 
+    /// Blocks beside each other in N and K: two a multiprocessor with few rows, which wait for memory. What is split
+    /// costs a write and a read of its parts, so that many rows, two tiles of them, fill each multiprocessor once.
+    fn blocks(num_multiprocessors: u32, rows: u32) -> u32 {
+        match rows {
+            0..=SplitK::FEW_ROWS => 2 * num_multiprocessors,
+            65..=SplitK::MANY_ROWS => num_multiprocessors / 2,
+            _ => 0,
+        }
+    }
+
     pub fn bytes(num_multiprocessors: u32) -> u64 {
         let (_, columns) = MatMulVariant::Matrix64.shape();
-        u64::from(num_multiprocessors * SplitK::BLOCKS) * u64::from(SplitK::ROWS * columns) * 4
+        let of = |rows: u32| u64::from(SplitK::blocks(num_multiprocessors, rows)) * u64::from(rows * columns) * 4;
+        of(SplitK::FEW_ROWS).max(of(SplitK::MANY_ROWS))
     }
 
     fn splits(self, variant: MatMulVariant, rows: u32, num_cols: u32, num_units: u32) -> u32 {
-        if variant.arithmetic() != Arithmetic::MatrixUnits || rows > SplitK::ROWS {
+        if variant.arithmetic() != Arithmetic::MatrixUnits {
             return 1;
         }
         let (_, columns) = variant.shape();
         let tiles = num_cols.div_ceil(columns);
-        (self.num_multiprocessors * SplitK::BLOCKS / tiles).min(num_units / SplitK::UNITS).max(1)
+        (SplitK::blocks(self.num_multiprocessors, rows) / tiles).min(num_units / SplitK::UNITS).max(1)
     }
 }
 
@@ -318,6 +333,32 @@ impl Encoder<'_> {
         let num_elements = op.x.num_elements();
         let params =
             MulAddParams { x: self.at(op.x), num_elements, scale: op.scale, offset: op.offset, rounds: op.rounds };
-        self.push(Kernel::MulAdd, num_elements.div_ceil(2048), &params);
+        // A sum alone, of what f16 has, is a product of matrices as well.
+        let is_sum = op.scale == 1.0 && f16::from_f32(op.offset).to_f32() == op.offset;
+        let on_units = self.mat_muls.arithmetic() == Arithmetic::MatrixUnits && is_sum;
+        let (kernel, of_block) = match on_units && num_elements.is_multiple_of(MUL_ADD_MATRIX_ELEMENTS) {
+            true => (Kernel::MulAddMatrix, MUL_ADD_MATRIX_ELEMENTS),
+            false => (Kernel::MulAdd, MUL_ADD_ELEMENTS),
+        };
+        self.push(kernel, num_elements.div_ceil(of_block), &params);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 8B's shapes on a GPU of 132 multiprocessors.
+    #[test]
+    fn k_is_split_where_columns_leave_multiprocessors_idle_and_its_parts_have_room() {
+        let split_k = SplitK { parts: 0, num_multiprocessors: 132 };
+        let splits = |rows, num_cols| {
+            let splits = split_k.splits(MatMulVariant::Matrix64, rows, num_cols, 128);
+            let parts = u64::from(splits) * u64::from(rows * num_cols) * 4;
+            assert!(splits == 1 || parts <= SplitK::bytes(132), "{rows} x {num_cols}");
+            splits
+        };
+        assert_eq!([splits(16, 4096), splits(64, 4096), splits(64, 6144), splits(64, 28672)], [8, 8, 5, 1]);
+        assert_eq!([splits(65, 4096), splits(256, 4096), splits(256, 6144), splits(257, 4096)], [2, 2, 1, 1]);
     }
 }

@@ -24,6 +24,8 @@ pub enum Kernel {
     SampleSlices,
     Sample,
     MulAdd,
+    /// On tensor cores.
+    MulAddMatrix,
 }
 
 /// What matmuls and attention compute with.
@@ -179,6 +181,7 @@ impl Kernel {
             Kernel::SampleSlices,
             Kernel::Sample,
             Kernel::MulAdd,
+            Kernel::MulAddMatrix,
             Kernel::MatMulSum,
         ];
         for format in WeightFormat::ALL {
@@ -242,6 +245,7 @@ impl Kernel {
             Kernel::SampleSlices => plain(&["sample"], "sample_slices"),
             Kernel::Sample => plain(&["sample"], "sample"),
             Kernel::MulAdd => plain(&["mul_add"], "mul_add"),
+            Kernel::MulAddMatrix => plain(&["mul_add", "matrix", "mul_add_matrix"], "mul_add_matrix"),
         }
     }
 }

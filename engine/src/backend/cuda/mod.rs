@@ -32,6 +32,8 @@ use params::Address;
 
 /// What CUDA devices begin with: `cuda`, `cuda:0`, `cuda:GPU-...`.
 pub const PREFIX: &str = "cuda";
+/// Along K, of the products that `mul_add_matrix.cu` has in a round.
+const MATRIX_SIZE: u32 = 16;
 
 pub struct CudaBackend {
     device: Box<dyn Device>,
@@ -274,6 +276,10 @@ impl Backend for CudaBackend {
         self.in_flight.clear();
         (self.free_at, self.taken_bytes, self.num_submitted) = (None, 0, 0);
         self.device.reopen().map_err(|error| self.error(error, "the device"))
+    }
+
+    fn matrix_size(&self) -> Option<u32> {
+        (self.mat_muls.arithmetic() == Arithmetic::MatrixUnits).then_some(MATRIX_SIZE)
     }
 
     fn mat_mul_kernels(&self, _: WeightFormat) -> Vec<MatMulKernel> {

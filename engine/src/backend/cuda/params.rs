@@ -220,7 +220,7 @@ mod tests {
             Kernel::AddNorm => of::<AddNormParams>(),
             Kernel::ResetCounts => of::<ResetCountsParams>(),
             Kernel::SampleSlices | Kernel::Sample => of::<SampleParams>(),
-            Kernel::MulAdd => of::<MulAddParams>(),
+            Kernel::MulAdd | Kernel::MulAddMatrix => of::<MulAddParams>(),
         }
     }
 
