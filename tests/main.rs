@@ -27,6 +27,8 @@ mod fuzzed;
 mod gguf_file;
 /// Needs the two models and tiny ones: logits and greedy tokens against stored vectors.
 mod golden;
+/// Needs bash and Python: what `benches/gpu.sh` makes of what a GPU measured.
+mod gpu_script;
 /// Needs nothing: what compiles and what is refused in time, and engines on `sim` whose requests follow grammars.
 mod grammar;
 /// Needs nothing: the server on `sim` over real sockets.

@@ -26,6 +26,9 @@ pub struct OfflineReport {
     pub elapsed_s: f64,
     /// Output tokens of all requests a second, prefill included.
     pub output_tokens_per_s: f64,
+    /// The same while all requests decode: from the latest first token until the first request ends. None where they
+    /// never do.
+    pub steady_tokens_per_s: Option<f64>,
     pub ttft_ms_p50: f64,
     pub ttft_ms_p99: f64,
     /// Mean gap between the tokens of a request, over all requests.
@@ -76,8 +79,7 @@ pub fn run(engine: &Fleet, workload: Workload, dial: &Dial) -> Result<OfflineRep
         match event {
             Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { id, .. } => {
-                trace.first.get_or_insert(at);
-                trace.last = Some(at);
+                trace.times.push(at);
                 trace.ids.push(id.0);
             }
             Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
@@ -125,8 +127,8 @@ fn idle(engine: &Fleet) -> EngineStats {
 
 fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duration) -> OfflineReport {
     let output_tokens: u64 = traces.iter().map(|trace| trace.ids.len() as u64).sum();
-    let firsts = traces.iter().filter_map(|trace| trace.first);
-    let mut ttft_ms: Vec<f64> = firsts.map(|first| (first - start).as_secs_f64() * 1e3).collect();
+    let firsts = traces.iter().filter_map(|trace| trace.times.first());
+    let mut ttft_ms: Vec<f64> = firsts.map(|first| (*first - start).as_secs_f64() * 1e3).collect();
     let gaps: Vec<f64> = traces.iter().filter_map(Trace::mean_gap_ms).collect();
     OfflineReport {
         num_requests: workload.num_requests,
@@ -134,6 +136,7 @@ fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duratio
         output_tokens,
         elapsed_s: elapsed.as_secs_f64(),
         output_tokens_per_s: output_tokens as f64 / elapsed.as_secs_f64(),
+        steady_tokens_per_s: steady_tokens_per_s(traces),
         ttft_ms_p50: quantile(&mut ttft_ms, 0.5).unwrap_or(0.0),
         ttft_ms_p99: quantile(&mut ttft_ms, 0.99).unwrap_or(0.0),
         tpot_ms_mean: gaps.iter().sum::<f64>() / gaps.len().max(1) as f64,
@@ -143,10 +146,17 @@ fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duratio
     }
 }
 
+fn steady_tokens_per_s(traces: &[Trace]) -> Option<f64> {
+    let begin = *traces.iter().filter_map(|trace| trace.times.first()).max()?;
+    let end = *traces.iter().filter_map(|trace| trace.times.last()).min()?;
+    let num_tokens = traces.iter().flat_map(|trace| &trace.times).filter(|&&at| begin < at && at <= end).count();
+    (num_tokens > 0).then(|| num_tokens as f64 / (end - begin).as_secs_f64())
+}
+
 #[derive(Clone, Default)]
 struct Trace {
-    first: Option<Instant>,
-    last: Option<Instant>,
+    /// Of its tokens.
+    times: Vec<Instant>,
     ids: Vec<u32>,
     cached_tokens: u64,
 }
@@ -184,7 +194,7 @@ impl OfflineReport {
 
 impl Trace {
     fn mean_gap_ms(&self) -> Option<f64> {
-        let span = self.last? - self.first?;
+        let span = *self.times.last()? - *self.times.first()?;
         (self.ids.len() > 1).then(|| span.as_secs_f64() * 1e3 / (self.ids.len() - 1) as f64)
     }
 }
@@ -205,5 +215,25 @@ impl Sink for Timestamps {
 
     fn is_closed(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_steady_rate_is_of_steps_that_all_requests_are_in() {
+        let start = Instant::now();
+        let trace = |times: &[u64]| {
+            let times = times.iter().map(|ms| start + Duration::from_millis(*ms)).collect();
+            Trace { times, ..Trace::default() }
+        };
+        // One prompt after the other; from 300 ms on both decode, until the first ends.
+        let traces = [trace(&[100, 300, 400, 500]), trace(&[300, 400, 500, 600, 700])];
+        let rate = steady_tokens_per_s(&traces).expect("they decode together");
+        assert!((rate - 4.0 / 0.2).abs() < 1e-6, "{rate}");
+        assert_eq!(steady_tokens_per_s(&[trace(&[100, 200]), trace(&[300, 400])]), None);
+        assert_eq!(steady_tokens_per_s(&[]), None);
     }
 }

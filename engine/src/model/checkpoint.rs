@@ -229,9 +229,9 @@ struct RandomRows {
 impl RowSource for RandomRows {
     fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()> {
         for block in out.chunks_exact_mut(self.format.block_bytes() as usize) {
-            for byte in block.iter_mut() {
+            for bytes in block.chunks_mut(8) {
                 self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-                *byte = (mix(self.state) >> 32) as u8;
+                bytes.copy_from_slice(&mix(self.state).to_le_bytes()[..bytes.len()]);
             }
             for &(at, half) in half_scales(self.format) {
                 block[at..at + 2].copy_from_slice(&half.to_le_bytes());

@@ -1,0 +1,105 @@
+"""What PyTorch and transformers reach on the GPU that benches/gpu.sh measures: the rate of a large product of bf16, and
+tokens a second of continuous batching on a Llama of 8B's shape with random bf16 weights, on the same lengths. One line of
+JSON; what is not there is a key `not_there` with the reason."""
+
+import argparse
+import json
+import random
+import time
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def matrix_rate(torch, size=8192):
+    """FLOP/s of a square product on random values."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return 2 * size**3 / median(times)
+
+
+def llama(torch, transformers):
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device("cuda"):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = transformers.LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(default)
+    return model.eval()
+
+
+def throughput(torch, transformers, args):
+    """Output tokens a second of all requests at once, prefill included: as `fullbore bench offline` has it."""
+    model = llama(torch, transformers)
+    generation = transformers.GenerationConfig(
+        max_new_tokens=args.output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    rates = []
+    # The first run compiles and warms up.
+    for run in range(3):
+        source = random.Random(run)
+        prompts = [[source.randrange(128000) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        answers = model.generate_batch(inputs=prompts, generation_config=generation)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+        num_tokens = sum(len(answer.generated_tokens) for answer in answers.values())
+        if num_tokens != args.requests * args.output_tokens:
+            raise RuntimeError(f"{num_tokens} tokens came of {args.requests} x {args.output_tokens}")
+        rates.append(num_tokens / seconds)
+    return max(rates[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["matrix", "throughput"])
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=448)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    args = parser.parse_args()
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RuntimeError("PyTorch sees no CUDA device")
+        result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        if args.what == "matrix":
+            result["bf16_flops_per_s"] = matrix_rate(torch)
+        else:
+            import transformers
+
+            result["transformers"] = transformers.__version__
+            result["output_tokens_per_s"] = throughput(torch, transformers, args)
+    # Whatever it is that is missing or does not go together there.
+    except Exception as error:
+        result = {"not_there": f"{type(error).__name__}: {error}".splitlines()[0]}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What benches/gpu.sh measured, held against what CUDA is to reach: verdict.csv, a line for each demand, from the JSON in a
+folder. A line that could not be measured is `not there`, with the reason; none is left out.
+
+    python3 benches/gpu_verdict.py FOLDER > verdict.csv
+"""
+
+import csv
+import json
+import pathlib
+import sys
+
+# Bits of a weight as it is stored.
+BITS = {"q4_0": 4.5, "q8_0": 8.5, "bf16": 16}
+# Bytes of an element of K or V.
+KV_BYTES = 2
+# Of `bench offline` in gpu.sh: in the middle of an answer that many positions are seen.
+CONTEXT = 512
+# Two most likely tokens that are nearer have not been decided.
+UNDECIDED = 0.05
+
+
+class NotThere(Exception):
+    """Why a number could not be had."""
+
+
+class Results:
+    def __init__(self, folder):
+        self.folder = folder
+        with open(folder / "runs.csv") as lines:
+            self.runs = {row["run"]: row["status"] for row in csv.DictReader(lines)}
+
+    def why_missing(self, name):
+        status = self.runs.get(name)
+        if status is None:
+            return f"{name} did not run here"
+        if status == "left out":
+            return f"no time was left for {name}"
+        return f"{name} ended with {status}"
+
+    def json(self, name):
+        """The last line of a run, which is its warmest."""
+        if self.runs.get(name) != "0":
+            raise NotThere(self.why_missing(name))
+        path = self.folder / f"{name}.json"
+        try:
+            result = json.loads(path.read_text().splitlines()[-1])
+        except (OSError, IndexError, ValueError) as error:
+            raise NotThere(f"{path.name}: {error}")
+        if "not_there" in result:
+            raise NotThere(result["not_there"])
+        return result
+
+    def steady(self, name):
+        rate = self.json(name)["steady_tokens_per_s"]
+        if rate is None:
+            raise NotThere(f"in {name} the requests never decoded all at once")
+        return rate
+
+    def shape(self):
+        return self.json("ops-8b-cuda")["shape"]
+
+    def num_weights(self):
+        """Of all products of a layer, and of the output: what a step reads once."""
+        shape = self.shape()
+        dim, ffn = shape["dim"], shape["ffn_dim"]
+        q, kv = shape["num_heads"] * shape["head_dim"], shape["num_kv_heads"] * shape["head_dim"]
+        return dim * (q + 2 * kv) + q * dim + 3 * dim * ffn, shape["vocab_size"] * dim
+
+    def step_bytes(self, weights, layers=32):
+        of_layer, of_output = self.num_weights()
+        shape = self.shape()
+        kv = 2 * layers * shape["num_kv_heads"] * shape["head_dim"] * CONTEXT * KV_BYTES
+        return (layers * of_layer + of_output) * BITS[weights] / 8 + kv
+
+    def prefill_flops(self, tokens, layers=32):
+        """Of a prompt: products of all layers, the output of its last token, and attention to what is before."""
+        of_layer, of_output = self.num_weights()
+        shape = self.shape()
+        attention = 4 * shape["num_heads"] * shape["head_dim"] * tokens * (tokens + 1) / 2
+        return 2 * of_layer * layers * tokens + 2 * of_output + attention * layers
+
+    def matrix_rate(self):
+        """The best that anyone reaches on this machine."""
+        rates, reasons = [], []
+        try:
+            rates.append(self.json("peer-matrix")["bf16_flops_per_s"])
+        except NotThere as reason:
+            reasons.append(str(reason))
+        own = self.json("ops-8b-cuda")["peaks"].get("matrix_flops_per_s")
+        if own is not None:
+            rates.append(own)
+        if not rates:
+            raise NotThere("; ".join(reasons + ["the device's own was not measured"]))
+        return max(rates)
+
+    def answers(self, name):
+        """Whatever the run's end was: those who do not follow are told of too."""
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise NotThere(self.why_missing(name))
+
+
+def batch_1_bandwidth(results):
+    seconds = results.json("8b-decode-1-cuda")["tpot_ms_mean"] / 1e3
+    copied = results.json("ops-8b-cuda")["peaks"]["copy_bytes_per_s"]
+    return results.step_bytes("q4_0") / seconds / copied
+
+
+def batch_32(results):
+    return results.steady("8b-decode-32-cuda") / results.steady("8b-decode-1-cuda")
+
+
+def batch_256(results):
+    return results.steady("8b-q8_0-decode-256-cuda") / results.steady("8b-q8_0-decode-32-cuda")
+
+
+def prefill(results):
+    run = results.json("8b-prefill-cuda")
+    tokens = 2048
+    flops = results.prefill_flops(tokens) * run["prompt_tokens"] / tokens
+    return flops / run["elapsed_s"] / results.matrix_rate()
+
+
+def follows(name):
+    def measure(results):
+        return len(results.answers(name)["followed"]["failures"])
+
+    return measure
+
+
+def agree(results):
+    """Answers that part before either side was undecided."""
+    cuda, vulkan = (results.answers(f"golden-{api}")["followed"]["answers"] for api in ["cuda", "vulkan"])
+    num_apart = 0
+    for one, other in zip(cuda, vulkan, strict=True):
+        pairs = zip(one["ids"], other["ids"], one["gaps"], other["gaps"])
+        for a, b, gap, other_gap in pairs:
+            if min(gap, other_gap) < UNDECIDED:
+                break
+            if a != b:
+                num_apart += 1
+                break
+    return num_apart
+
+
+def same_in_company(name):
+    def measure(results):
+        return int(results.answers(name)["same_in_company"])
+
+    return measure
+
+
+def beside_transformers(results):
+    peer = results.json("peer-transformers")["output_tokens_per_s"]
+    return results.json("8b-bf16-32-cuda")["output_tokens_per_s"] / peer
+
+
+def beside_llama_cpp(_):
+    raise NotThere("its CUDA kernels take longer to compile than a call may")
+
+
+# What, how it is measured, what it is held against, and whether more or less of it is better.
+DEMANDS = [
+    ("batch 1 at context 512: share of the copy bandwidth", batch_1_bandwidth, ">=", 0.75),
+    ("batch 32: tokens a second over those of batch 1", batch_32, ">=", 20),
+    ("batch 256 (q8_0): tokens a second over those of batch 32", batch_256, ">=", 1.3),
+    ("batch 256 (q8_0): tokens a second", lambda results: results.steady("8b-q8_0-decode-256-cuda"), ">=", 10_000),
+    ("prefill of 2048: share of the measured matrix rate", prefill, ">=", 0.45),
+    ("CUDA against the golden: failures", follows("golden-cuda"), "<=", 0),
+    ("Vulkan against the golden: failures", follows("golden-vulkan"), "<=", 0),
+    ("CUDA and Vulkan: answers that part where both are decided", agree, "<=", 0),
+    ("CUDA: the same alone as among 31", same_in_company("golden-cuda"), ">=", 1),
+    ("Vulkan: the same alone as among 31", same_in_company("golden-vulkan"), ">=", 1),
+    ("32 streams (bf16) over transformers' continuous batching", beside_transformers, ">=", 1.5),
+    ("32 streams over llama.cpp", beside_llama_cpp, ">=", 1.5),
+]
+
+
+def main():
+    results = Results(pathlib.Path(sys.argv[1]))
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["line", "measured", "wanted", "verdict", "reason"])
+    for what, measure, sense, wanted in DEMANDS:
+        try:
+            measured = measure(results)
+            passes = measured >= wanted if sense == ">=" else measured <= wanted
+            writer.writerow([what, f"{measured:.6g}", f"{sense} {wanted}", "pass" if passes else "fail", ""])
+        except NotThere as reason:
+            writer.writerow([what, "", f"{sense} {wanted}", "not there", str(reason)])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            writer.writerow([what, "", f"{sense} {wanted}", "not there", f"a result of another form: {error!r}"])
+
+
+if __name__ == "__main__":
+    main()
