@@ -2,7 +2,7 @@
 //!
 //! Two forms, told apart by the first character. CSV with the columns `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`
 //! (AzurePublicDataset) or `Timestamp`, `Request tokens`, `Response tokens` (BurstGPT), where a timestamp is seconds or
-//! `2023-11-16 18:17:03.9799600`; and JSON lines with `timestamp` in milliseconds, `input_length`, `output_length` and
+//! `2023-11-16 18:17:03.9799600`, perhaps with an offset from UTC; and JSON lines with `timestamp` in milliseconds, `input_length`, `output_length` and
 //! perhaps `hash_ids` (Mooncake). Invariant: a row that does not fit its form is refused with file, row and field;
 //! nothing is passed over in silence.
 
@@ -129,9 +129,13 @@ impl Columns {
 /// Some 300,000 years: what a `Duration` surely takes.
 const MAX_SECONDS: f64 = 1e13;
 
-/// `2023-11-16 18:17:03.9799600`, also with a T, as seconds since 1970.
+/// `2023-11-16 18:17:03.9799600`, also with a T, and with `Z` or `+02:00` behind it, as seconds since 1970.
 fn date_time(text: &str) -> Option<f64> {
     let (date, time) = text.split_once([' ', 'T'])?;
+    let (time, offset_s) = match time.find(['+', '-', 'Z']) {
+        Some(at) => (&time[..at], offset(&time[at..])?),
+        None => (time, 0.0),
+    };
     let numbers = |text: &str, separator| -> Option<Vec<f64>> {
         let digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
         text.split(separator).map(|part| part.parse().ok().filter(|_| digits(part))).collect()
@@ -152,7 +156,21 @@ fn date_time(text: &str) -> Option<f64> {
     let (year, month) = if month < 3.0 { (year - 1.0, month + 9.0) } else { (year, month - 3.0) };
     let leap_days = (year / 4.0).floor() - (year / 100.0).floor() + (year / 400.0).floor();
     let days = 365.0 * year + leap_days + ((153.0 * month + 2.0) / 5.0).floor() + day - 719_469.0;
-    Some(days * 86_400.0 + hour * 3600.0 + minute * 60.0 + second)
+    Some(days * 86_400.0 + hour * 3600.0 + minute * 60.0 + second - offset_s)
+}
+
+/// `Z`, `+02:00`, or `-0330`, in seconds before UTC.
+fn offset(text: &str) -> Option<f64> {
+    if text == "Z" {
+        return Some(0.0);
+    }
+    let (sign, digits) = text.split_at_checked(1)?;
+    let digits = digits.replacen(':', "", 1);
+    let number =
+        digits.parse::<u32>().ok().filter(|_| digits.len() == 4 && digits.bytes().all(|b| b.is_ascii_digit()))?;
+    let (hours, minutes) = (number / 100, number % 100);
+    let seconds = f64::from(hours * 3600 + minutes * 60);
+    (hours < 24 && minutes < 60).then_some(if sign == "-" { -seconds } else { seconds })
 }
 
 fn days_of_month(year: f64, month: f64) -> f64 {
@@ -209,6 +227,16 @@ mod tests {
         assert!((gap - 1.252).abs() < 1e-5, "{gap}");
         assert_eq!((rows[0].row, rows[0].arrival, rows[0].prompt_tokens), (2, Duration::ZERO, 4808));
         assert_eq!((rows[1].row, rows[1].output_tokens), (4, 8));
+        // As Azure has it since 2024.
+        let csv = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n\
+                   2024-05-10T02:00:01.009930+02:00,2399,6\n2024-05-09 20:30:02.009930-0330,76,15\n\
+                   2024-05-10 00:00:03.009930Z,1,1\n";
+        let arrivals: Vec<u64> =
+            parsed(csv).expect("it is right").iter().map(|row| row.arrival.as_millis() as u64).collect();
+        assert_eq!(arrivals, [0, 1000, 2000, 3000]);
+        for wrong in ["+00:60", "+24:00", "+1", "x", "+00:00:00", "+-1:00"] {
+            assert!(parsed(&csv.replace("Z", wrong)).is_err(), "{wrong}");
+        }
         let seconds = "TIMESTAMP,ContextTokens,GeneratedTokens\n12.5,7,1\n10.25,9,2\n";
         let rows = parsed(seconds).expect("it is right");
         // In order of arrival.
