@@ -93,7 +93,7 @@ mod tests {
             "a peer",
             "Throughput against latency",
             "Where the device&#39;s time went",
-            "concurrency 2 (the knee)",
+            "concurrency 1 (the knee)",
             "Other vendors",
             "Not measured on An &lt;odd&gt; GPU: batch 1",
             "Each number is a ratio",

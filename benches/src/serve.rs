@@ -279,11 +279,17 @@ impl Prompts {
 /// More load brings less than this share more tokens a second: the knee is behind.
 const KNEE_GAIN: f64 = 0.05;
 
-/// The load at which a target gives about all that it can: the least whose rate is within [`KNEE_GAIN`] of the best.
+/// The load at which a target gives about all that it can: the least whose rate is within [`KNEE_GAIN`] of the best;
+/// `None` where it gives nothing, or the last load still brought more.
 pub fn knee<'a>(target: &str, metric: &str, measurements: &'a [Measurement]) -> Option<&'a Measurement> {
     let rate = |measurement: &Measurement| median_of(measurement, metric);
     let of: Vec<&Measurement> = measurements.iter().filter(|m| m.target == target && rate(m).is_some()).collect();
     let best = of.iter().filter_map(|m| rate(m)).fold(0.0, f64::max);
+    let [.., before, last] = of.as_slice() else { return None };
+    let is_rising = rate(last) > rate(before).map(|rate| rate * (1.0 + KNEE_GAIN));
+    if best == 0.0 || is_rising {
+        return None;
+    }
     of.into_iter().find(|m| rate(m).is_some_and(|rate| rate >= best * (1.0 - KNEE_GAIN)))
 }
 
@@ -324,6 +330,10 @@ mod tests {
         assert_eq!(knee.at["concurrency"], 4.0);
         let goes_on = |num| before_knee(1, "output_tokens_per_s", &measurements[..num]);
         assert_eq!([1, 2, 3, 4].map(goes_on), [true, true, true, false]);
-        assert!(super::knee("b", "output_tokens_per_s", &measurements).is_none());
+        for (target, measurements) in
+            [("b", measurements), ("a", sweep(&[10.0, 19.0, 30.0])), ("a", sweep(&[0.0, 0.0]))]
+        {
+            assert!(super::knee(target, "output_tokens_per_s", &measurements).is_none(), "{measurements:?}");
+        }
     }
 }

@@ -57,8 +57,12 @@ impl fmt::Display for BenchResult {
             write_spreads(f, &comparison.ratios, &SHOWN[..SHOWN.len() - NUM_OF_CLIENT])?;
         }
         for target in &self.targets {
-            if let Some(knee) = self.knee(&target.name) {
-                writeln!(f, "\n{}: the knee is at{}", target.name, loads(&knee.at).replacen(',', "", 1))?;
+            match self.knee(&target.name) {
+                Some(knee) => {
+                    writeln!(f, "\n{}: the knee is at{}", target.name, loads(&knee.at).replacen(',', "", 1))?;
+                }
+                None if self.bench == "sweep" => writeln!(f, "\n{}: no knee; more load may bring more", target.name)?,
+                None => {}
             }
         }
         if let Some(diagnosis) = &self.diagnosis {
