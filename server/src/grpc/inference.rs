@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
-use vllm_proto::generate_request::Prompt;
 use vllm_proto::inference_server;
 use vllm_proto::{GenerateRequest, GenerateResponse};
 
+use super::Held;
 use super::reply::{Replies, Reply, replies};
 use super::request::{Told, body};
 use super::running::{Run, Running};
@@ -44,13 +44,14 @@ impl Inference {
     async fn try_begin(&self, request: Request<GenerateRequest>) -> Result<Begun, ApiError> {
         let arrived = Instant::now();
         let client = request.extensions().get::<Client>().cloned().unwrap_or_default();
+        let held = request.extensions().get::<Held>().cloned();
         let (metadata, _, mut message) = request.into_parts();
         self.app.open_models()?;
         if message.request_id.is_empty() {
             message.request_id = format!("grpc-{:016x}", random());
         }
         let mut run = self.running.enter(client.name.clone(), &message.request_id);
-        let begin = self.generate(message, &client, arrived, metadata);
+        let begin = self.generate(message, held, &client, arrived, metadata);
         let (generation, reply) = tokio::select! {
             begun = begin => begun?,
             _ = &mut run.aborted => return Err(ApiError::aborted()),
@@ -61,14 +62,16 @@ impl Inference {
     async fn generate(
         &self,
         message: GenerateRequest,
+        held: Option<Held>,
         client: &Client,
         arrived: Instant,
         metadata: MetadataMap,
     ) -> Result<(Generation, Reply), ApiError> {
         let told = Told::of(&message);
         let (of_app, of_client) = (self.app.clone(), client.clone());
-        let num_bytes = prompt_bytes(&message);
+        let num_bytes = held.as_ref().map_or(0, |held| held.as_ref().len());
         let prepare = move || {
+            let _held = held;
             let asked = Some(message.model.as_str()).filter(|model| !model.is_empty());
             let model: Arc<ServedModel> = of_app.serving(asked)?.clone();
             let id = message.request_id.clone();
@@ -81,15 +84,6 @@ impl Inference {
         let num_choices = jobs.jobs.len();
         let generation = self.app.generate(&model, jobs, client, arrived, headers).await?;
         Ok((generation, Reply::new(told, &model.stop_ids, num_choices)))
-    }
-}
-
-/// As they came.
-fn prompt_bytes(message: &GenerateRequest) -> usize {
-    match &message.prompt {
-        Some(Prompt::Text(text)) => text.len(),
-        Some(Prompt::TokenIds(tokens)) => size_of_val(&*tokens.ids),
-        None => 0,
     }
 }
 
