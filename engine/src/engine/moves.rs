@@ -7,8 +7,8 @@
 //! what has not come by then is computed. Where blocks are copied, no step is in flight.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::Engine;
@@ -34,10 +34,21 @@ pub struct MovePrices {
 }
 
 /// The end of a move that is for the engine that has the blocks.
-pub struct Export(Prefix, SyncSender<PortableBlocks>);
+pub struct Export(Prefix, ToImport);
 
 /// The end that is for the engine that is to have them, before the request that begins with them.
-pub struct Import(Prefix, Receiver<PortableBlocks>);
+pub struct Import(Prefix, FromExport);
+
+struct ToImport {
+    chunks: SyncSender<PortableBlocks>,
+    /// Gone with the other end.
+    is_wanted: Weak<()>,
+}
+
+struct FromExport {
+    chunks: Receiver<PortableBlocks>,
+    _wants: Arc<()>,
+}
 
 /// Some blocks of those that a request's prompt begins with.
 #[derive(Clone)]
@@ -55,7 +66,9 @@ pub fn block_move(request: Arc<Request>, chain: &BlockChain, blocks: Range<u32>,
     assert!(!blocks.is_empty(), "no block is to move");
     let prefix = Prefix { request, chain: chain.head(blocks.end as usize), blocks, within };
     let (to, from) = sync_channel(1);
-    (Export(prefix.clone(), to), Import(prefix, from))
+    let wants = Arc::new(());
+    let to = ToImport { chunks: to, is_wanted: Arc::downgrade(&wants) };
+    (Export(prefix.clone(), to), Import(prefix, FromExport { chunks: from, _wants: wants }))
 }
 
 /// Moves that an engine has a part in.
@@ -63,8 +76,8 @@ pub fn block_move(request: Arc<Request>, chain: &BlockChain, blocks: Range<u32>,
 pub(super) struct Moves {
     /// Blocks that are copied at a time, at most.
     chunk_blocks: usize,
-    exports: Vec<End<SyncSender<PortableBlocks>>>,
-    imports: Vec<End<Receiver<PortableBlocks>>>,
+    exports: Vec<End<ToImport>>,
+    imports: Vec<End<FromExport>>,
 }
 
 struct End<Channel> {
@@ -208,14 +221,17 @@ impl Engine {
     /// Hands on what was read, takes in what has come, and ends what is done, too late, or has no other end.
     fn turn_channels(&mut self) {
         for export in &mut self.moves.exports {
-            match export.chunk.take().map(|chunk| export.channel.try_send(chunk)) {
+            if export.channel.is_wanted.strong_count() == 0 {
+                export.give_up();
+            }
+            match export.chunk.take().map(|chunk| export.channel.chunks.try_send(chunk)) {
                 None | Some(Ok(())) => {}
                 Some(Err(TrySendError::Full(chunk))) => export.chunk = Some(chunk),
                 Some(Err(TrySendError::Disconnected(_))) => export.give_up(),
             }
         }
         for import in self.moves.imports.iter_mut().filter(|import| import.chunk.is_none()) {
-            match import.channel.try_recv() {
+            match import.channel.chunks.try_recv() {
                 Ok(chunk) => import.chunk = Some(chunk),
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => import.give_up(),
@@ -236,8 +252,14 @@ impl Engine {
     fn export_chunk(&mut self) -> Result<bool, DeviceError> {
         let Some(index) = self.moves.next_export() else { return Ok(false) };
         let layout = self.model.kv_layout();
-        let End { prefix, table, .. } = &self.moves.exports[index];
-        let Range { start, end } = prefix.blocks;
+        let End { prefix, table, .. } = &mut self.moves.exports[index];
+        // What a step that failed has left is no longer findable.
+        let Range { start, end } = &mut prefix.blocks;
+        *end = (*end).min(self.cache.num_findable(table)).max(*start);
+        let (start, end) = (*start, *end);
+        if start == end {
+            return Ok(false);
+        }
         let blocks: Vec<u32> = table.blocks()[start as usize..end as usize].iter().map(|block| block.0).collect();
         let blocks = &blocks[..blocks.len().min(self.moves.chunk_blocks)];
         let words = self.read_blocks(blocks)?;

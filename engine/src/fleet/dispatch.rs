@@ -80,6 +80,7 @@ impl Dispatch {
         let mut chain = BlockChain::default();
         if let Some(hasher) = &self.hasher {
             chain = hasher.chain(request.cache_salt);
+            chain.set_salt(request.salt_name.clone());
             hasher.extend(&mut chain, &request.prompt);
         }
         self.place(&Arc::new(Routed::new(self.clone(), request, chain, sink)));

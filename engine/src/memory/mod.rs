@@ -264,6 +264,12 @@ impl KvCache {
         self.prefixes.as_ref().is_some_and(is_known)
     }
 
+    /// Blocks that `table` begins with and that are findable. O(blocks of the table).
+    pub fn num_findable(&self, table: &BlockTable) -> u32 {
+        let Some(prefixes) = &self.prefixes else { return 0 };
+        table.blocks.iter().take_while(|block| prefixes.contains(**block)).count() as u32
+    }
+
     /// Blocks that `table` begins with and that are still findable once it is freed: others hold them, or so many other
     /// blocks are free that these are not handed out soon. O(blocks of the table).
     pub fn num_lasting(&self, table: &BlockTable) -> u32 {

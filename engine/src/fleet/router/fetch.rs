@@ -125,9 +125,11 @@ mod tests {
         let cheap = MovePrices { layout: LAYOUT, out_ns: 10_000, in_ns: 20_000 };
         let (mut router, chain) = router(cheap, cheap);
         let ask = Ask { chain: &chain, prompt_tokens: 400, max_tokens: 100 };
-        let fetched = router.place_on(ReplicaId(1), ask);
+        let placement = router.place_on(ReplicaId(1), ask);
+        let fetched_ns = placement.predicted_ns;
+        router.withdraw(placement);
         router.set_open(ReplicaId(0), false);
         let computed = router.place_on(ReplicaId(1), Ask { chain: &[], ..ask });
-        assert!(fetched.predicted_ns + 40_000_000 < computed.predicted_ns, "{fetched:?} {computed:?}");
+        assert!(fetched_ns + 40_000_000 < computed.predicted_ns, "{fetched_ns} {computed:?}");
     }
 }
