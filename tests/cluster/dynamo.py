@@ -123,8 +123,9 @@ def kv_content_decides_where_a_request_goes():
     without = hits_of("kv", tells_events=False)
     print(f"  tokens found: {routed:.0f} by KV content, {round_robin:.0f} round robin, {ideal:.0f} by one worker, "
           f"{without:.0f} by KV content that nobody tells")
-    for fewer in [round_robin, without]:
-        assert routed >= LEAST_OF_IDEAL * ideal > fewer, f"{routed} tokens were found by KV content, else {fewer}"
+    assert routed >= LEAST_OF_IDEAL * ideal > round_robin, f"{routed} tokens were found, and {round_robin} round robin"
+    # Its router guesses from what it has sent where; that finds some.
+    assert routed > without, f"{routed} tokens were found by KV content, and {without} where nobody tells of it"
 
 
 def nodes_die_leave_and_return():
