@@ -2,9 +2,9 @@
 //!
 //! Two forms, told apart by the first character. CSV with the columns `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`
 //! (AzurePublicDataset) or `Timestamp`, `Request tokens`, `Response tokens` (BurstGPT), where a timestamp is seconds or
-//! `2023-11-16 18:17:03.9799600`, perhaps with an offset from UTC; and JSON lines with `timestamp` in milliseconds, `input_length`, `output_length` and
-//! perhaps `hash_ids` (Mooncake). Invariant: a row that does not fit its form is refused with file, row and field;
-//! nothing is passed over in silence.
+//! `2023-11-16 18:17:03.9799600`, perhaps with an offset from UTC; and JSON lines with `timestamp` in milliseconds,
+//! `input_length`, `output_length` and perhaps `hash_ids` (Mooncake). Invariant: a row that does not fit its form is
+//! refused with file, row and field; nothing is passed over in silence.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
