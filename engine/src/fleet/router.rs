@@ -123,16 +123,12 @@ impl Router {
         let source = self.source();
         let mut all = std::mem::take(&mut self.finish_ns);
         all.clear();
-        all.extend(self.replicas.iter().zip(&self.cached_tokens).enumerate().map(
-            |(index, (replica, &cached_tokens))| {
-                if !replica.is_open {
-                    return f64::INFINITY;
-                }
-                let fetched = source.and_then(|source| self.fetched(index, ask.prompt_tokens, source));
-                let computed_ns = || replica.prompt_ns(ask.prompt_tokens, cached_tokens);
-                replica.finish_ns(ask.prompt_tokens, fetched.map_or_else(computed_ns, |rest| rest.ns), owed_tokens)
-            },
-        ));
+        all.extend(self.replicas.iter().enumerate().map(|(index, replica)| {
+            if !replica.is_open {
+                return f64::INFINITY;
+            }
+            replica.finish_ns(ask.prompt_tokens, self.rest(index, ask.prompt_tokens, source).ns, owed_tokens)
+        }));
         self.finish_ns = all;
         let least = self.finish_ns.iter().copied().fold(f64::INFINITY, f64::min);
         if least == f64::INFINITY {

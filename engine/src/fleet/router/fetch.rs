@@ -35,13 +35,15 @@ impl Router {
 
     /// What replica `index` takes for the rest of a prompt, with what it had better fetch from `source`.
     pub(super) fn rest(&self, index: usize, prompt_tokens: u32, source: Option<usize>) -> Rest {
-        let ns = self.replicas[index].prompt_ns(prompt_tokens, self.cached_tokens[index]);
         let fetched = source.and_then(|source| self.fetched(index, prompt_tokens, source));
-        fetched.unwrap_or(Rest { ns, fetch: None })
+        fetched.unwrap_or_else(|| {
+            let ns = self.replicas[index].prompt_ns(prompt_tokens, self.cached_tokens[index]);
+            Rest { ns, fetch: None }
+        })
     }
 
     /// The same with what `source` has beyond its own, where that is sooner than without.
-    pub(super) fn fetched(&self, index: usize, prompt_tokens: u32, source: usize) -> Option<Rest> {
+    fn fetched(&self, index: usize, prompt_tokens: u32, source: usize) -> Option<Rest> {
         let (replica, from) = (&self.replicas[index], &self.replicas[source]);
         let (here, there) = (self.moves[index]?, self.moves[source]?);
         let [start, end] = [index, source].map(|index| self.cached_tokens[index] / self.block_size);
