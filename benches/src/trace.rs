@@ -3,8 +3,9 @@
 //! Two forms, told apart by the first character. CSV with the columns `TIMESTAMP`, `ContextTokens`, `GeneratedTokens`
 //! (AzurePublicDataset) or `Timestamp`, `Request tokens`, `Response tokens` (BurstGPT), where a timestamp is seconds or
 //! `2023-11-16 18:17:03.9799600`, perhaps with an offset from UTC; and JSON lines with `timestamp` in milliseconds,
-//! `input_length`, `output_length` and perhaps `hash_ids` (Mooncake). Invariant: a row that does not fit its form is
-//! refused with file, row and field; nothing is passed over in silence.
+//! `input_length`, `output_length` and perhaps `hash_ids` (Mooncake). A row without output tokens is a request that
+//! failed (BurstGPT keeps those), and asks for nothing that could be measured: it is left out and counted. Invariant: a
+//! row that does not fit its form is refused with file, row and field; nothing is passed over in silence.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -41,14 +42,23 @@ const TOKENS_PER_HASH: u32 = 512;
 /// What is wrong with one row.
 type BadField = (&'static str, String);
 
-/// The requests of a file, in order of arrival, at most `limit`; the first arrives at 0.
-pub fn read(path: &Path, limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
+/// What a file has of requests.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trace {
+    /// In order of arrival; the first arrives at 0.
+    pub requests: Vec<PlannedRequest>,
+    /// Rows without output tokens that were passed over on the way.
+    pub num_without_output: usize,
+}
+
+/// At most `limit` requests, of the first rows that have output tokens.
+pub fn read(path: &Path, limit: usize) -> Result<Trace, TraceError> {
     let bytes = fs::read(path).map_err(|source| TraceError::Read { path: path.to_owned(), source })?;
     parse(path, &bytes, limit)
 }
 
 /// `read` of what is there; `path` is for sentences.
-fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Vec<PlannedRequest>, TraceError> {
+fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Trace, TraceError> {
     let file = |problem: String| TraceError::File { path: path.to_owned(), problem };
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let before = &bytes[..error.valid_up_to()];
@@ -68,15 +78,22 @@ fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Vec<PlannedRequest>,
             file(format!("has neither the header {azure}, nor {burst_gpt} among its columns, nor JSON lines"))
         })?),
     };
-    let mut rows = Vec::new();
-    for (row, line) in lines.filter(|(_, line)| !line.trim().is_empty()).take(limit) {
+    let (mut rows, mut num_without_output) = (Vec::new(), 0);
+    for (row, line) in lines.filter(|(_, line)| !line.trim().is_empty()) {
+        if rows.len() == limit {
+            break;
+        }
         let parsed = columns.as_ref().map_or_else(|| json_row(line), |columns| columns.row(line));
         let bad = |(field, problem)| TraceError::Row { path: path.to_owned(), row, field, problem };
-        let (time_s, request) = parsed.map_err(bad)?;
-        rows.push((time_s, PlannedRequest { row, ..request }));
+        match parsed.map_err(bad)? {
+            (_, PlannedRequest { output_tokens: 0, .. }) => num_without_output += 1,
+            (time_s, request) => rows.push((time_s, PlannedRequest { row, ..request })),
+        }
     }
-    if rows.is_empty() {
-        return Err(file("has no rows".to_owned()));
+    match (rows.len(), num_without_output) {
+        (0, 0) => return Err(file("has no rows".to_owned())),
+        (0, rows) => return Err(file(format!("has no row with output tokens, of {rows}"))),
+        _ => {}
     }
     rows.sort_by(|left, right| left.0.total_cmp(&right.0));
     let first = rows[0].0;
@@ -84,7 +101,7 @@ fn parse(path: &Path, bytes: &[u8], limit: usize) -> Result<Vec<PlannedRequest>,
         arrival: Duration::from_secs_f64(time_s - first),
         ..request
     };
-    Ok(rows.into_iter().map(at).collect())
+    Ok(Trace { requests: rows.into_iter().map(at).collect(), num_without_output })
 }
 
 impl Columns {
@@ -113,15 +130,14 @@ impl Columns {
         };
         let wrong_time =
             || (time, format!("is {timestamp:?}; write seconds, or a time like 2023-11-16 18:17:03.9799600"));
-        let count = |field, text: &str| match text.parse::<u32>() {
-            Ok(count) if count > 0 => Ok(count),
-            _ => Err((field, format!("is {text:?}; it must be a number of tokens, at least 1"))),
+        let count = |field, text: &str, least| match text.parse::<u32>() {
+            Ok(count) if count >= least => Ok(count),
+            _ => Err((field, format!("is {text:?}; it must be a number of tokens, at least {least}"))),
         };
-        let request = PlannedRequest {
-            prompt_tokens: count(prompt, prompt_tokens)?,
-            output_tokens: count(output, output_tokens)?,
-            ..PlannedRequest::default()
-        };
+        let output_tokens = count(output, output_tokens, 0)?;
+        // What failed may not even have a prompt.
+        let prompt_tokens = count(prompt, prompt_tokens, output_tokens.min(1))?;
+        let request = PlannedRequest { prompt_tokens, output_tokens, ..PlannedRequest::default() };
         Ok((seconds.ok_or_else(wrong_time)?, request))
     }
 }
@@ -188,11 +204,12 @@ fn json_row(line: &str) -> Result<(f64, PlannedRequest), BadField> {
     let value: Value = serde_json::from_str(line).map_err(|error| ("row", format!("is not JSON: {error}")))?;
     let time_ms = value["timestamp"].as_f64().filter(|ms| (0.0..MAX_SECONDS * 1e3).contains(ms));
     let wrong_time = || ("timestamp", format!("is {}; it must be milliseconds", value["timestamp"]));
-    let count = |field: &'static str| {
-        let count = value[field].as_u64().and_then(|count| u32::try_from(count).ok()).filter(|&count| count > 0);
-        count.ok_or_else(|| (field, format!("is {}; it must be a number of tokens, at least 1", value[field])))
+    let count = |field: &'static str, least| {
+        let count = value[field].as_u64().and_then(|count| u32::try_from(count).ok()).filter(|&count| count >= least);
+        count.ok_or_else(|| (field, format!("is {}; it must be a number of tokens, at least {least}", value[field])))
     };
-    let prompt_tokens = count("input_length")?;
+    let output_tokens = count("output_length", 0)?;
+    let prompt_tokens = count("input_length", output_tokens.min(1))?;
     let ids = value["hash_ids"].as_array().map_or(&[][..], Vec::as_slice);
     let hash_ids: Vec<u64> = ids.iter().map(Value::as_u64).collect::<Option<_>>().unwrap_or_default();
     let wanted = prompt_tokens.div_ceil(TOKENS_PER_HASH) as usize;
@@ -200,7 +217,6 @@ fn json_row(line: &str) -> Result<(f64, PlannedRequest), BadField> {
         let problem = format!("must be {wanted} whole numbers for {prompt_tokens} tokens, {TOKENS_PER_HASH} to each");
         return Err(("hash_ids", problem));
     }
-    let output_tokens = count("output_length")?;
     let segments = hash_ids.into_iter().map(|id| Segment { id, num_tokens: TOKENS_PER_HASH }).collect();
     let request = PlannedRequest { prompt_tokens, output_tokens, segments, ..PlannedRequest::default() };
     Ok((time_ms.ok_or_else(wrong_time)? / 1e3, request))
@@ -215,7 +231,11 @@ mod tests {
     }
 
     fn parsed_bytes(bytes: &[u8]) -> Result<Vec<PlannedRequest>, String> {
-        parse(Path::new("a.trace"), bytes, usize::MAX).map_err(|error| error.to_string())
+        trace(bytes, usize::MAX).map(|trace| trace.requests)
+    }
+
+    fn trace(bytes: &[u8], limit: usize) -> Result<Trace, String> {
+        parse(Path::new("a.trace"), bytes, limit).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -253,9 +273,33 @@ mod tests {
         let rows = parsed(burst_gpt).expect("it is right");
         assert_eq!((rows[0].prompt_tokens, rows[0].output_tokens), (472, 18));
         assert_eq!((rows[1].arrival, rows[1].prompt_tokens), (Duration::from_millis(40_500), 1087));
-        let failed = parsed(&burst_gpt.replace("472,18", "472,0")).expect_err("no output");
-        assert!(failed.starts_with("a.trace, row 2: `Response tokens` is \"0\""), "{failed}");
-        assert_eq!(parse(Path::new("a.trace"), json.as_bytes(), 1).expect("it is right").len(), 1);
+        assert_eq!(trace(json.as_bytes(), 1).expect("it is right").requests.len(), 1);
+    }
+
+    #[test]
+    fn rows_without_output_are_left_out_and_counted_in_every_form() {
+        let burst_gpt = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n\
+                         5,ChatGPT,472,0,472,Conversation log\n7,ChatGPT,0,0,0,API log\n\
+                         9,ChatGPT,472,18,490,Conversation log\n11,ChatGPT,3,0,3,API log\n\
+                         12,GPT-4,1087,230,1317,API log\n13,GPT-4,8,0,8,API log\n";
+        let azure = "TIMESTAMP,ContextTokens,GeneratedTokens\n5,472,0\n7,0,0\n9,472,18\n11,3,0\n12,1087,230\n13,8,0\n";
+        let row = |(ms, input, output): (u32, u32, u32)| {
+            format!("{{\"timestamp\":{ms},\"input_length\":{input},\"output_length\":{output}}}\n")
+        };
+        let rows = [(5000, 472, 0), (7000, 0, 0), (9000, 472, 18), (11_000, 3, 0), (12_000, 1087, 230), (13_000, 8, 0)];
+        let mooncake: String = rows.map(row).concat();
+        for text in [burst_gpt, azure, &mooncake] {
+            let Trace { requests, num_without_output } = trace(text.as_bytes(), usize::MAX).expect(text);
+            let arrivals: Vec<_> = requests.iter().map(|of| (of.arrival.as_secs(), of.output_tokens)).collect();
+            assert_eq!((arrivals, num_without_output), (vec![(0, 18), (3, 230)], 4), "{text}");
+            // A limit is of requests, whatever failed before and between them.
+            for (limit, failed) in [(1, 2), (2, 3)] {
+                let Trace { requests, num_without_output } = trace(text.as_bytes(), limit).expect(text);
+                assert_eq!((requests.len(), num_without_output), (limit, failed), "{text}");
+            }
+            let none = parsed(&text.replace("18", "0").replace("230", "0")).expect_err("no output");
+            assert_eq!(none, "a.trace: has no row with output tokens, of 6", "{text}");
+        }
     }
 
     #[test]
@@ -317,7 +361,8 @@ mod tests {
             ("2,0,3", "ContextTokens"),
             ("2,-4,3", "ContextTokens"),
             ("2,5000000000,3", "ContextTokens"),
-            ("2,5,0", "GeneratedTokens"),
+            ("2,x,0", "ContextTokens"),
+            ("2,5,-0.5", "GeneratedTokens"),
             ("2,5,1.5", "GeneratedTokens"),
             ("yesterday,5,1", "TIMESTAMP"),
             ("2023-13-01 00:00:00,5,1", "TIMESTAMP"),
@@ -337,6 +382,8 @@ mod tests {
             ("{\"timestamp\":1,\"output_length\":3}", "input_length"),
             ("{\"timestamp\":\"now\",\"input_length\":2,\"output_length\":3}", "timestamp"),
             ("{\"timestamp\":1,\"input_length\":2,\"output_length\":\"3\"}", "output_length"),
+            ("{\"timestamp\":1,\"input_length\":2}", "output_length"),
+            ("{\"timestamp\":1,\"input_length\":0,\"output_length\":1}", "input_length"),
             ("{\"timestamp\":1,\"input_length\":600,\"output_length\":3,\"hash_ids\":[1]}", "hash_ids"),
             ("{\"timestamp\":1,\"input_length\":2,\"output_length\":3,\"hash_ids\":[-1]}", "hash_ids"),
             ("{\"timestamp\":1,\"input_length\":2,\"output_length\":3,\"hash_ids\":7}", "hash_ids"),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use fullbore_bench::play::PlayOptions;
 use fullbore_bench::report::ServingReport;
 use fullbore_bench::simulate::{self, SimulateError};
-use fullbore_bench::trace::{self, TraceError};
+use fullbore_bench::trace::{self, Trace, TraceError};
 use fullbore_bench::workload::{PlannedRequest, generate};
 use fullbore_engine::bundle::{Bundle, BundleError};
 use fullbore_engine::config::{ConfigError, EngineConfig};
@@ -150,15 +150,31 @@ fn num_host_blocks(args: &SimulateArgs, profile: &DeviceProfile, block_size: u32
     }
 }
 
-/// The requests that the command line describes, in order of arrival.
+/// The requests that the command line describes, in order of arrival; says on standard error what a trace has beside
+/// them.
 pub fn requests(args: &WorkloadArgs) -> Result<Vec<PlannedRequest>, WorkloadError> {
+    let Trace { requests, num_without_output } = workload(args)?;
+    tell_without_output(num_without_output);
+    Ok(requests)
+}
+
+pub fn tell_without_output(num_rows: usize) {
+    if num_rows > 0 {
+        eprintln!("left out: {num_rows} rows of the trace without output tokens, of requests that failed");
+    }
+}
+
+/// `requests`, and how many rows of a trace were none.
+pub fn workload(args: &WorkloadArgs) -> Result<Trace, WorkloadError> {
     if args.limit == Some(0) {
         return Err(WorkloadError::Empty);
     }
     let limit = args.limit.map_or(usize::MAX, |limit| limit as usize);
+    let mut num_without_output = 0;
     let mut requests = match (&args.trace, args.arrivals) {
         (Some(path), arrivals) => {
-            let mut rows = trace::read(path, limit)?;
+            let mut rows;
+            Trace { requests: rows, num_without_output } = trace::read(path, limit)?;
             if let Some(arrivals) = arrivals {
                 let num_rows = args.limit.map_or(rows.len(), |limit| limit as usize);
                 rows = rows.iter().cycle().take(num_rows).cloned().collect();
@@ -177,7 +193,7 @@ pub fn requests(args: &WorkloadArgs) -> Result<Vec<PlannedRequest>, WorkloadErro
             return Err(WorkloadError::TooLate { row: request.row });
         }
     }
-    Ok(requests)
+    Ok(Trace { requests, num_without_output })
 }
 
 const DEFAULT_REQUESTS: u32 = 1000;

@@ -263,6 +263,24 @@ fn a_target_that_dies_does_not_make_a_whole_run() {
     assert!(!result.valid && result.invalid.join("").contains("the target was gone"), "{:?}", result.invalid);
 }
 
+#[test]
+fn rows_of_a_trace_without_output_are_left_out_and_counted() {
+    let path = std::env::temp_dir().join(format!("fullbore-failed-{}.csv", std::process::id()));
+    let rows = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n\
+        1,a,9,0,9,API log\n2,a,8,4,12,API log\n2.01,a,7,0,7,API log\n2.02,a,6,3,9,API log\n";
+    std::fs::write(&path, rows).expect("a file");
+    for (words, num_left_out) in [
+        ("serve --runs 1", 2),
+        ("serve --runs 1 --limit 1 --concurrency 1", 1),
+        // Both of its loads begin at the head of the trace.
+        ("sweep --runs 1 --concurrency 1,2 --all --limit 2", 2),
+    ] {
+        let result = result(&format!("{words} --trace {}", path.display())).expect("a result");
+        assert_eq!(result.workload["left_out_without_output"], num_left_out, "{words}");
+    }
+    std::fs::remove_file(&path).expect("it is ours");
+}
+
 /// Measures three runs of four requests, until `num_whole` of them are whole and steps end no more.
 fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
     let harness = Setup { pace: if num_whole == 0 { Pace::Stalled } else { Pace::Free }, ..Setup::default() }.start();

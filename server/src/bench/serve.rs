@@ -15,6 +15,7 @@ use fullbore_bench::serve::load::Pace;
 use fullbore_bench::serve::{
     self, Bench, Form, Level, Prompts, ServeBenchError, ServeOptions, Side, TextOf, before_knee,
 };
+use fullbore_bench::trace::Trace;
 use fullbore_bench::workload::{Arrivals, Lengths, PlannedRequest};
 use fullbore_engine::request::TokenId;
 use fullbore_engine::text::{Special, Tokenizer};
@@ -28,7 +29,7 @@ use crate::args::{
     EngineArgs, PromptForm, ResultArgs, ServeBenchArgs, ServedArgs, SweepArgs, TargetArgs, WorkloadArgs,
 };
 use crate::serve::KEY_VARIABLE;
-use crate::simulate::requests;
+use crate::simulate::{self, tell_without_output};
 use crate::start;
 use crate::version::COMMIT;
 
@@ -67,7 +68,7 @@ pub fn measure_sweep(args: &SweepArgs) -> Result<BenchResult, BenchCommandError>
         let limit = args.workload.limit.or(Some((per_s * SWEEP_SECONDS).ceil().max(8.0) as u32));
         open(&WorkloadArgs { arrivals, limit, ..args.workload.clone() })
     };
-    let levels: Result<Vec<Level>, _> = match (args.rate.is_empty(), args.concurrency.is_empty()) {
+    let levels: Result<Vec<_>, _> = match (args.rate.is_empty(), args.concurrency.is_empty()) {
         (false, _) => args.rate.iter().map(at_rate).collect(),
         (true, false) => args.concurrency.iter().map(|&clients| closed(&args.workload, clients)).collect(),
         (true, true) => SWEEP.into_iter().map(|clients| closed(&args.workload, clients)).collect(),
@@ -86,28 +87,33 @@ const SWEEP_SECONDS: f64 = 30.0;
 const REQUESTS_PER_CLIENT: u32 = 4;
 const DEFAULT_REQUESTS: u32 = 100;
 
-fn closed(workload: &WorkloadArgs, clients: u32) -> Result<Level, BenchCommandError> {
+/// A load, and the rows without output tokens that were passed over for it in a trace.
+type OfTrace = (Level, usize);
+
+fn closed(workload: &WorkloadArgs, clients: u32) -> Result<OfTrace, BenchCommandError> {
     let per_client = match workload.lengths {
         // A conversation for each.
         Lengths::Turns { turns, .. } if workload.trace.is_none() => turns,
         _ => REQUESTS_PER_CLIENT,
     };
     let limit = workload.limit.or(Some(clients.saturating_mul(per_client).max(8)));
-    let workload = WorkloadArgs { arrivals: Some(Arrivals::AtOnce), limit, ..workload.clone() };
+    let args = WorkloadArgs { arrivals: Some(Arrivals::AtOnce), limit, ..workload.clone() };
     let at = BTreeMap::from([("concurrency".to_owned(), f64::from(clients))]);
-    Ok(Level { at, requests: requests(&workload)?, pace: Pace::Closed(clients) })
+    let Trace { requests, num_without_output } = simulate::workload(&args)?;
+    Ok((Level { at, requests, pace: Pace::Closed(clients) }, num_without_output))
 }
 
-fn open(workload: &WorkloadArgs) -> Result<Level, BenchCommandError> {
+fn open(workload: &WorkloadArgs) -> Result<OfTrace, BenchCommandError> {
     let limit = workload.limit.or(workload.trace.is_none().then_some(DEFAULT_REQUESTS));
-    let requests = requests(&WorkloadArgs { limit, ..workload.clone() })?;
+    let args = WorkloadArgs { limit, ..workload.clone() };
+    let Trace { requests, num_without_output } = simulate::workload(&args)?;
     let seconds = requests.last().map_or(0.0, |request| request.arrival.as_secs_f64());
     let offered = match workload.arrivals {
         Some(Arrivals::Poisson { per_s }) => Some(per_s * workload.speedup),
         _ => (seconds > 0.0).then(|| (requests.len() - 1) as f64 / seconds),
     };
     let at = offered.map(|per_s| ("rate_per_s".to_owned(), per_s)).into_iter().collect();
-    Ok(Level { at, requests, pace: Pace::Open })
+    Ok((Level { at, requests, pace: Pace::Open }, num_without_output))
 }
 
 fn measure(
@@ -115,13 +121,17 @@ fn measure(
     args: &TargetArgs,
     workload: &WorkloadArgs,
     num_runs: u32,
-    mut levels: Vec<Level>,
+    levels: Vec<OfTrace>,
     goes_on: serve::GoesOn,
 ) -> Result<BenchResult, BenchCommandError> {
     let mut result = BenchResult::begin(bench, workload.seed, COMMIT);
+    let (mut levels, without_output): (Vec<_>, Vec<_>) = levels.into_iter().unzip();
+    // Every load begins at the head of the trace.
+    let without_output = without_output.into_iter().max().unwrap_or(0);
+    tell_without_output(without_output);
     let setup = Setup::start(args, workload.seed, most_at_once(&levels))?;
-    let num_left_out = leave_out_too_long(&mut levels, setup.max_model_len)?;
-    result.workload = described(args, workload, &levels, num_left_out);
+    let too_long = leave_out_too_long(&mut levels, setup.max_model_len)?;
+    result.workload = described(args, workload, &levels, &LeftOut { too_long, without_output });
     let options = ServeOptions {
         num_runs,
         num_warm_up: args.warm_up,
@@ -170,7 +180,13 @@ fn leave_out_too_long(levels: &mut [Level], max_model_len: u64) -> Result<usize,
     Ok(num_left_out)
 }
 
-fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], num_left_out: usize) -> BTreeMap<String, Value> {
+/// What is not asked for.
+struct LeftOut {
+    too_long: usize,
+    without_output: usize,
+}
+
+fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], left_out: &LeftOut) -> BTreeMap<String, Value> {
     let all: Vec<&PlannedRequest> = levels.iter().flat_map(|level| &level.requests).collect();
     let mean = |length: fn(&PlannedRequest) -> u32| {
         all.iter().map(|request| f64::from(length(request))).sum::<f64>() / all.len().max(1) as f64
@@ -182,7 +198,8 @@ fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], num_left_ou
         ("arrivals", json!(of.arrivals.map(|arrivals| arrivals.to_string()))),
         ("speedup", json!(of.speedup)),
         ("requests_per_run", json!(levels.iter().map(|level| level.requests.len()).collect::<Vec<_>>())),
-        ("left_out_too_long", json!(num_left_out)),
+        ("left_out_too_long", json!(left_out.too_long)),
+        ("left_out_without_output", json!(left_out.without_output)),
         ("prompt_tokens_mean", json!(mean(|request| request.prompt_tokens))),
         ("output_tokens_mean", json!(mean(|request| request.output_tokens))),
         ("prompts", json!(format!("{:?}", args.prompts).to_lowercase())),
