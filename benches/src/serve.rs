@@ -200,15 +200,16 @@ impl Bench<'_> {
         let ServeOptions { slo, think, patience, .. } = *self.options;
         let asks = Arc::new(self.prompts.asks(side, &level.requests, seed));
         let seconds_before = self.device_seconds(side).await;
-        let (client_before, begun) = (client_time(), Instant::now());
+        let (client_before, resent_before, begun) = (client_time(), side.endpoint.num_resent(), Instant::now());
         let outcomes = drive(side.endpoint.clone(), asks.clone(), level.pace, Manners { think, patience }).await;
         let client = client_time().zip(client_before).map(|(after, before)| after.saturating_sub(before));
+        let num_resent = side.endpoint.num_resent() - resent_before;
         let mut device_seconds = self.device_seconds(side).await;
         device_seconds.iter_mut().for_each(|(cause, s)| *s -= seconds_before.get(cause).copied().unwrap_or(0.0));
         let tokenizer = self.prompts.text.as_ref().map(|text| |of: &str| text.num_tokens(of));
         let tokenizer = tokenizer.as_ref().map(|tokenizer| tokenizer as &dyn Fn(&str) -> usize);
         let shares_prefixes = level.requests.iter().any(|request| request.shares_prefix());
-        let facts = Facts { begun, slo, tokenizer, shares_prefixes, client, device_seconds };
+        let facts = Facts { begun, slo, tokenizer, shares_prefixes, client, num_resent, device_seconds };
         tally(&asks, &outcomes, &facts)
     }
 

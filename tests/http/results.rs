@@ -263,6 +263,60 @@ fn a_target_that_dies_does_not_make_a_whole_run() {
     assert!(!result.valid && result.invalid.join("").contains("the target was gone"), "{:?}", result.invalid);
 }
 
+/// A server that answers one request of each connection, keeps it, and closes it when it has read the next; it stops
+/// after so many connections.
+fn forgetful(num_connections: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || {
+        for stream in listener.incoming().take(num_connections) {
+            let mut stream = stream.expect("a client");
+            let mut reader = BufReader::new(stream.try_clone().expect("a socket"));
+            let Some(path) = read_request(&mut reader) else { continue };
+            let (kind, body) = match path.as_str() {
+                "/v1/models" => ("application/json", r#"{"data":[{"id":"forgetful"}]}"#.to_owned()),
+                "/version" => ("application/json", r#"{"version":"1"}"#.to_owned()),
+                _ => ("text/event-stream", events(&["a", "b", "c"], USAGE)),
+            };
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all((head + &body).as_bytes()).expect("it listens");
+            read_request(&mut reader);
+        }
+    });
+    address
+}
+
+/// The path of a request that was read to its end; `None` where none came.
+fn read_request(reader: &mut impl BufRead) -> Option<String> {
+    let (mut line, mut length, mut path) = (String::new(), 0, None);
+    while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
+        path = path.or_else(|| line.split(' ').nth(1).map(str::to_owned));
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap_or(0);
+        }
+        line.clear();
+    }
+    reader.read_exact(&mut vec![0; length]).ok()?;
+    path
+}
+
+#[test]
+fn a_request_that_is_sent_again_is_counted() {
+    // One for the model, one for the version, whose place is taken by the first request.
+    let address = forgetful(2 + 4);
+    let words = format!(
+        "serve --url http://{address} --concurrency 1 --limit 4 --lengths fixed:4:3 --runs 1 --warm-up 0 --patience 20"
+    );
+    let result = result(&words).expect("a result");
+    let counts = &result.measurements[0].runs[0].counts;
+    // All but the first went over a connection that was kept, and closed.
+    assert_eq!((counts["requests"], counts["completed"], counts["resent"]), (4, 4, 3), "{:?}", result.invalid);
+    let told = "of 4 requests 3 were sent again";
+    assert!(result.to_string().contains(told), "{result}");
+    let page = fullbore_bench::page::markdown(&[("a.json".to_owned(), result)], &[]);
+    assert!(page.contains(told), "{page}");
+}
+
 #[test]
 fn rows_of_a_trace_without_output_are_left_out_and_counted() {
     let path = std::env::temp_dir().join(format!("fullbore-failed-{}.csv", std::process::id()));

@@ -50,6 +50,9 @@ impl fmt::Display for BenchResult {
             if let Some(difference) = retokenized(&measurement.runs) {
                 writeln!(f, "texts tokenized again: {difference}")?;
             }
+            if let Some(sentence) = resent(&measurement.runs) {
+                writeln!(f, "{sentence}")?;
+            }
         }
         for comparison in &self.comparisons {
             writeln!(f, "\n{} beside {}{}", comparison.target, comparison.against, loads(&comparison.at))?;
@@ -84,6 +87,15 @@ pub fn retokenized(runs: &[Run]) -> Option<String> {
     let (counted, again) = (sum("output_tokens")?, sum("retokenized_tokens")?);
     let percent = (again as f64 / counted.max(1) as f64 - 1.0) * 100.0;
     (counted > 0).then(|| format!("{again} tokens, where {counted} were counted ({percent:+.1} %)"))
+}
+
+/// That requests of these runs were sent more than once, if any were.
+pub fn resent(runs: &[Run]) -> Option<String> {
+    let sum = |name: &str| runs.iter().filter_map(|run| run.counts.get(name)).sum::<u64>();
+    let (resent, requests) = (sum("resent"), sum("requests"));
+    (resent > 0).then(|| {
+        format!("of {requests} requests {resent} were sent again, for the server had closed the kept connection")
+    })
 }
 
 /// `, concurrency 16`; of numbers as few digits as tell them.

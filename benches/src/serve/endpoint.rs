@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,7 @@ pub struct Endpoint {
     /// How it is spoken to in secret, and who it must prove to be.
     tls: Option<(TlsConnector, ServerName<'static>)>,
     idle: Mutex<Vec<SendRequest<Full<Bytes>>>>,
+    num_resent: AtomicU64,
 }
 
 /// A whole answer.
@@ -107,7 +109,13 @@ impl Endpoint {
         };
         let authority = format!("{host}:{}", uri.port_u16().unwrap_or(port));
         let prefix = uri.path().trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        Ok(Endpoint { url: url.to_owned(), authority, prefix, api_key, tls, idle: Mutex::default() })
+        let (idle, num_resent) = (Mutex::default(), AtomicU64::new(0));
+        Ok(Endpoint { url: url.to_owned(), authority, prefix, api_key, tls, idle, num_resent })
+    }
+
+    /// How often a request was sent again so far, because the kept connection that it went over had been closed.
+    pub fn num_resent(&self) -> u64 {
+        self.num_resent.load(Ordering::Relaxed)
     }
 
     /// Seconds that a server of our kind has charged to each cause since its start; empty from any other.
@@ -182,7 +190,7 @@ impl Endpoint {
         request: Request<Full<Bytes>>,
     ) -> Result<(Response<Incoming>, SendRequest<Full<Bytes>>), Failure> {
         loop {
-            let kept = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let kept = self.kept();
             let was_kept = kept.is_some();
             let mut sender = match kept {
                 Some(sender) => sender,
@@ -190,8 +198,10 @@ impl Endpoint {
             };
             match sender.send_request(request.clone()).await {
                 Ok(response) => return Ok((response, sender)),
-                // The server has closed it meanwhile.
-                Err(_) if was_kept => {}
+                // The server has closed it meanwhile; whether it has read what had left nobody knows.
+                Err(error) if was_kept => {
+                    self.num_resent.fetch_add(u64::from(!error.is_canceled()), Ordering::Relaxed);
+                }
                 Err(error) => return Err(Failure::Unreachable(error.to_string())),
             }
         }
@@ -208,6 +218,12 @@ impl Endpoint {
                 spoken_to(secret).await
             }
         }
+    }
+
+    /// A connection that was used before, and has not been closed as far as is known.
+    fn kept(&self) -> Option<SendRequest<Full<Bytes>>> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::from_fn(|| idle.pop()).find(|sender| !sender.is_closed())
     }
 
     fn keep(&self, sender: SendRequest<Full<Bytes>>) {

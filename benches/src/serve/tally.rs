@@ -32,6 +32,8 @@ pub struct Facts<'a> {
     pub shares_prefixes: bool,
     /// The client's thread had a core for so long.
     pub client: Option<Duration>,
+    /// Requests that were sent again, over another connection.
+    pub num_resent: u64,
     /// Seconds that the target charged to each cause meanwhile.
     pub device_seconds: BTreeMap<String, f64>,
 }
@@ -98,6 +100,7 @@ impl Tally<'_> {
         let ends = outcomes.iter().flatten().map(|outcome| outcome.ended);
         self.samples.last = ends.max().unwrap_or(self.facts.begun);
         self.run.count("requests", asks.len() as u64);
+        self.run.count("resent", self.facts.num_resent);
         let mut counts: BTreeMap<&str, u64> = [("completed", 0), ("not_sent", 0)].into();
         let mut add = |name| *counts.entry(name).or_default() += 1;
         for (ask, outcome) in asks.iter().zip(outcomes) {
@@ -307,8 +310,9 @@ mod tests {
 
     fn facts(begun: Instant, slo: &str) -> Facts<'static> {
         let slo = slo.parse().expect("bounds");
-        let (client, device_seconds) = (None, BTreeMap::new());
-        Facts { begun, slo, tokenizer: Some(&|text| text.len()), shares_prefixes: false, client, device_seconds }
+        let (client, num_resent, device_seconds) = (None, 0, BTreeMap::new());
+        let tokenizer: Option<&dyn Fn(&str) -> usize> = Some(&|text| text.len());
+        Facts { begun, slo, tokenizer, shares_prefixes: false, client, num_resent, device_seconds }
     }
 
     #[test]
