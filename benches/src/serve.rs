@@ -33,7 +33,7 @@ pub struct Side {
     /// What requests call the model.
     pub model: String,
     pub record: Target,
-    /// Fields that its requests have beside the others'.
+    /// Fields that its requests have beside the others', or do not have: those that are null.
     pub extra: Map<String, Value>,
     /// It says where its device's time goes.
     pub is_fullbore: bool,
@@ -265,6 +265,9 @@ impl Prompts {
             None => put("ignore_eos", json!(true)),
         }
         side.extra.iter().for_each(|(name, value)| put(name, value.clone()));
+        // Some servers refuse what they do not know, and `null` too.
+        let fields = body.as_object_mut().expect("it is one");
+        fields.retain(|name, _| !side.extra.get(name).is_some_and(Value::is_null));
         Ask {
             due: request.arrival,
             follows: None,
@@ -312,6 +315,32 @@ fn median_of(measurement: &Measurement, metric: &str) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn extra_fields_are_added_and_null_takes_one_away() {
+        let extra = json!({"cache_prompt": false, "temperature": 0.5, "return_token_ids": null, "ignore_eos": null});
+        let side = Side {
+            endpoint: Arc::new(Endpoint::new("http://127.0.0.1:1", None, None).expect("a URL")),
+            model: "a".to_owned(),
+            record: Target::default(),
+            extra: extra.as_object().expect("it is one").clone(),
+            is_fullbore: false,
+        };
+        let prompts = Prompts { vocab_size: 9, seed: 1, form: Form::Ids, json_schema: None, text: None };
+        let request = PlannedRequest { prompt_tokens: 2, output_tokens: 3, ..PlannedRequest::default() };
+        let body = |side: &Side| -> Value {
+            serde_json::from_slice(&prompts.ask(side, &request, 1).body).expect("a body is JSON")
+        };
+        let sent = body(&side);
+        assert_eq!(
+            (&sent["cache_prompt"], &sent["temperature"], &sent["max_tokens"]),
+            (&json!(false), &json!(0.5), &json!(3))
+        );
+        let plain = body(&Side { extra: Map::new(), ..side });
+        for name in ["return_token_ids", "ignore_eos"] {
+            assert_eq!((sent.get(name), plain.get(name)), (None, Some(&json!(true))));
+        }
+    }
 
     fn sweep(rates: &[f64]) -> Vec<Measurement> {
         let run = |rate| Run { metrics: [("output_tokens_per_s".to_owned(), rate)].into(), ..Run::default() };

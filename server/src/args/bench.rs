@@ -43,7 +43,8 @@ pub struct TargetArgs {
     /// Trust servers behind https by the certificates of this PEM file, and not by public authorities.
     #[arg(long, value_name = "FILE")]
     pub ca_cert: Option<PathBuf>,
-    /// A JSON object whose fields go into each request to servers at URLs, such as {"cache_prompt": false}.
+    /// A JSON object whose fields go into each request to servers at URLs, such as {"cache_prompt": false}; null takes
+    /// a field away, such as {"ignore_eos": null, "return_token_ids": null} for servers that refuse these.
     #[arg(long, value_name = "JSON", value_parser = parse_object)]
     pub extra: Option<serde_json::Map<String, serde_json::Value>>,
     /// How prompts are sent.
