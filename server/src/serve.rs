@@ -275,7 +275,8 @@ async fn run(args: &ServeArgs, entrance: Entrance, shares: HashMap<String, Share
         }
     };
     let scheme = if entrance.tls.is_some() { "https" } else { "http" };
-    descriptors::make_room(entrance.limits.max_connections);
+    let otherwise = "those beyond wait to be accepted; raise the limit (ulimit -n), or lower --max-connections";
+    descriptors::make_room(entrance.limits.max_connections, otherwise);
     let grpc_tls = entrance.tls.as_ref().map(Tls::for_http2).transpose()?;
     let mut server = Server::start(args.host, args.port, entrance).await?;
     let grpc = match args.grpc.address() {

@@ -335,6 +335,31 @@ fn rows_of_a_trace_without_output_are_left_out_and_counted() {
     std::fs::remove_file(&path).expect("it is ours");
 }
 
+/// Tells the process of [`many_clients_of_a_url`] where the server is.
+const MANY_CLIENTS: &str = "FULLBORE_TEST_MANY_CLIENTS";
+
+/// The part of a test that has a process of its own, whose limit of descriptors is low; else it does nothing.
+#[test]
+fn many_clients_of_a_url() {
+    let Ok(url) = std::env::var(MANY_CLIENTS) else { return };
+    let words = format!("serve --url {url} --concurrency 100 --limit 100 --lengths fixed:4:8 --runs 1 --warm-up 0");
+    let result = result(&words).expect("a result");
+    assert_eq!(result.measurements[0].runs[0].counts["completed"], 100, "{:?}", result.invalid);
+}
+
+#[cfg(unix)]
+#[test]
+fn clients_of_a_url_have_the_descriptors_that_they_need() {
+    let server = Setup::default().start();
+    let this = std::env::current_exe().expect("this test has a file");
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "ulimit -S -n 48 && exec \"$0\" --exact --nocapture http::results::many_clients_of_a_url"]);
+    command.arg(this).env(MANY_CLIENTS, format!("http://{}", server.address));
+    let ended = command.output().expect("it runs");
+    let told = [ended.stdout, ended.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(ended.status.success() && told.contains("1 passed"), "{told}");
+}
+
 /// Measures three runs of four requests, until `num_whole` of them are whole and steps end no more.
 fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
     let harness = Setup { pace: if num_whole == 0 { Pace::Stalled } else { Pace::Free }, ..Setup::default() }.start();

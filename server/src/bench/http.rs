@@ -149,7 +149,7 @@ impl Served {
         let steps = backend.steps();
         let name = bundle.name.clone();
         let model = Plan::of(&name, bundle, Box::new(backend), config, 0).load()?;
-        Ok(Served { server: Loopback::start(model, 0)?, steps, tokenizer })
+        Ok(Served { server: Loopback::start(model, 0, 0)?, steps, tokenizer })
     }
 
     /// How long a prompt is that has so many tokens: that of client `nth`, for larger numbers have more of them.

@@ -18,12 +18,13 @@ pub struct Loopback {
 }
 
 impl Loopback {
-    /// With the limits of `fullbore serve`, but for as many connections as it takes.
-    pub fn start(model: ServedModel, num_connections: usize) -> Result<Loopback, BenchCommandError> {
+    /// With the limits of `fullbore serve`, but for as many connections as it takes; its clients have so many to others
+    /// beside.
+    pub fn start(model: ServedModel, num_connections: usize, beside: usize) -> Result<Loopback, BenchCommandError> {
         let usual = Limits::default();
         let limits = Limits { max_connections: usual.max_connections.max(num_connections + SPARE), ..usual };
         // Both ends are in this process.
-        descriptors::make_room(2 * limits.max_connections);
+        make_room_for_clients(2 * limits.max_connections + beside);
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let entrance = Entrance { limits, ..Entrance::default() };
@@ -39,6 +40,13 @@ impl Loopback {
 
 /// For whoever else asks.
 const SPARE: usize = 16;
+
+/// As `descriptors::make_room`, for the clients of a bench.
+pub fn make_room_for_clients(num_ends: usize) {
+    let otherwise = "requests beyond are not answered; raise the limit (ulimit -n), or have fewer at once \
+        (--concurrency, --rate, --limit)";
+    descriptors::make_room(num_ends, otherwise);
+}
 
 impl Drop for Loopback {
     fn drop(&mut self) {

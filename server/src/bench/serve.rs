@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 use super::BenchCommandError;
 use super::interrupt::INTERRUPTED;
-use super::loopback::Loopback;
+use super::loopback::{Loopback, make_room_for_clients};
 use super::result::{finish, target_of};
 use crate::args::{
     EngineArgs, PromptForm, ResultArgs, ServeBenchArgs, ServedArgs, SweepArgs, TargetArgs, WorkloadArgs,
@@ -224,13 +224,16 @@ struct Setup {
 impl Setup {
     fn start(args: &TargetArgs, seed: u64, most_at_once: u32) -> Result<Setup, BenchCommandError> {
         let (mut sides, mut own, mut max_model_len) = (Vec::new(), None, u64::MAX);
+        // Connections are kept: to each server as many as requests were ever open at once.
+        let num_elsewhere = args.url.iter().chain(&args.against).count() * most_at_once as usize;
         let (tokenizer, vocab_size) = if args.url.is_none() {
-            let (loopback, side, tokenizer, vocab_size) = start_own(&args.engine, most_at_once)?;
+            let (loopback, side, tokenizer, vocab_size) = start_own(&args.engine, most_at_once, num_elsewhere)?;
             max_model_len = side.record.limits["max_model_len"].as_u64().unwrap_or(u64::MAX);
             sides.push(side);
             own = Some(loopback);
             (tokenizer, vocab_size)
         } else {
+            make_room_for_clients(num_elsewhere);
             let bundle = start::open_bundle(&args.engine.model, &args.engine.model.device.name)?;
             (bundle.tokenizer.clone(), bundle.config.vocab_size)
         };
@@ -259,14 +262,14 @@ impl Setup {
 
 type Own = (Loopback, Side, Arc<Tokenizer>, u32);
 
-fn start_own(args: &EngineArgs, most_at_once: u32) -> Result<Own, BenchCommandError> {
+fn start_own(args: &EngineArgs, most_at_once: u32, num_elsewhere: usize) -> Result<Own, BenchCommandError> {
     // What a closed loop sends is let in; of the places one tenant gets seven eighths.
     let max_queued_requests = args.max_queued_requests.max(most_at_once.saturating_mul(8).div_ceil(7));
     let engine = EngineArgs { max_queued_requests, ..args.clone() };
     let model = start::load(start::plan_all(&[ServedArgs::new(engine)])?)?;
     let (record, tokenizer) = (target_of(&model), model.tokenizer.clone());
     let (name, vocab_size) = (model.name.clone(), model.engine.vocab_size());
-    let loopback = Loopback::start(model, most_at_once as usize)?;
+    let loopback = Loopback::start(model, most_at_once as usize, num_elsewhere)?;
     let endpoint =
         Endpoint::new(&format!("http://{}", loopback.address()), None, None).map_err(ServeBenchError::from)?;
     let endpoint = Arc::new(endpoint);

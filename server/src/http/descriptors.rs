@@ -6,9 +6,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// Beside connections: the model's files, the log, what a driver opens.
 const OTHERS: u64 = 256;
 
-/// Sees to it that so many connections can be open.
-pub fn make_room(max_connections: usize) {
-    let needed = max_connections as u64 + OTHERS;
+/// Sees to it that this process can have so many ends of connections open; where it cannot, `otherwise` says what comes
+/// of that and what to do.
+pub fn make_room(num_ends: usize, otherwise: &str) {
+    let needed = num_ends as u64 + OTHERS;
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current.is_none_or(|current| current >= needed) {
         return;
@@ -16,9 +17,6 @@ pub fn make_room(max_connections: usize) {
     let raised = maximum.map_or(needed, |maximum| maximum.min(needed));
     let result = setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum });
     if result.is_err() || raised < needed {
-        tracing::warn!(
-            "this process may open {raised} files, and --max-connections {max_connections} needs {needed}: connections \
-             beyond wait to be accepted; raise the limit (ulimit -n), or lower --max-connections"
-        );
+        tracing::warn!("this process may open {raised} files, and {num_ends} connections need {needed}: {otherwise}");
     }
 }
