@@ -4,7 +4,8 @@
 #   peer_on_vulkan MODEL LOG    target/llama-vulkan/llama-server on the driver of VK_DRIVER_FILES
 #   peer_ends
 #
-# $peer is what `bench serve --against` takes, $peer_about what `--about` does. A peer ends with the shell at the latest.
+# $peer is what `bench serve --against` takes, $peer_about what `--about` does, with the sha256 of the model's file, which
+# stands in results beside that of ours. A peer ends with the shell at the latest.
 #
 # Both engines hold 16 contexts of 256 tokens: $own_contexts are the flags of ours.
 own_contexts=(--max-num-seqs 16 --max-model-len 256 --block-size 32 --kv-blocks 128)
@@ -19,6 +20,11 @@ peer_ends() {
   peer_id=
 }
 
+# MODEL
+model_file() {
+  echo "$(basename "$1"), $(stat --dereference --format %s "$1") bytes, sha256 $(sha256sum < "$1" | cut -d ' ' -f 1)"
+}
+
 peer_on_cpu() {
   if [ "$(cat "$packages/.complete" 2> /dev/null)" != "$pin" ]; then
     rm -rf "$packages"
@@ -26,7 +32,7 @@ peer_on_cpu() {
     echo "$pin" > "$packages/.complete"
   fi
   local flags=("${peer_contexts[@]}" --threads "$(nproc)")
-  peer_about="llama.cpp=${pin/==/ } of PyPI: benches/llama_cpp_server.py ${flags[*]}"
+  peer_about="llama.cpp=${pin/==/ } of PyPI: benches/llama_cpp_server.py ${flags[*]}; $(model_file "$1")"
   peer_starts "llama.cpp=" "$2" env PYTHONPATH="$packages" python3 benches/llama_cpp_server.py --model "$1" "${flags[@]}"
 }
 
@@ -34,7 +40,7 @@ peer_on_vulkan() {
   local name version flags=("${peer_contexts[@]}" --threads "$(nproc)" --gpu-layers 99)
   name="llama.cpp with Vulkan on Mesa $(basename "$(dirname "$VK_DRIVER_FILES")")"
   version=$(sed -n 's/^version=//p' scripts/llama-vulkan.sh)
-  peer_about="$name=llama-cpp-python $version of PyPI, built with Vulkan: llama-server ${flags[*]}"
+  peer_about="$name=llama-cpp-python $version of PyPI, built with Vulkan: llama-server ${flags[*]}; $(model_file "$1")"
   # It leaves devices that are CPUs alone unless one is named.
   peer_starts "$name=" "$2" env GGML_VK_VISIBLE_DEVICES=0 target/llama-vulkan/llama-server --model "$1" "${flags[@]}"
 }

@@ -79,6 +79,24 @@ fn a_profile_is_measured_and_can_be_read() {
     assert!(profile.cost.is_known() && profile.device.id == "cpu" && profile.limits.max_num_seqs == 2);
 }
 
+/// As `sha256sum` has them.
+const TINY_SHA256: [&str; 2] = [
+    "49e0111ef749a366bd7ab8770240b34f44055dddd63b17fcd9a89af5e6e57f07",
+    "4b0e161d0176ff30c0539e9110515439f5cfe9e8edc069269297a0fe5df0286d",
+];
+
+#[test]
+fn a_result_names_the_files_of_its_model_by_their_hashes() {
+    let (path, model) = (file("files.json"), Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny/llama"));
+    let limits = "--max-num-seqs 2 --max-num-batched-tokens 32 --max-model-len 128 --kv-blocks 32 --block-size 16";
+    let words = format!("startup --runs 1 --device cpu --no-verify {limits} --model {}", model.display());
+    run(&words, &path).expect("it runs");
+    let result = read(&path);
+    let told = result.targets[0].model_files.iter().map(|file| (file.name.as_str(), file.sha256.as_deref()));
+    let names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    assert_eq!(told.collect::<Vec<_>>(), [(names[0], Some(TINY_SHA256[0])), (names[1], Some(TINY_SHA256[1]))]);
+}
+
 #[test]
 fn answers_under_a_schema_are_measured_beside_free_ones() {
     let words = "fullbore bench grammar --device sim --sim-ms 0 --num-seqs 4 --constrained 1 --prompt-tokens 8 \

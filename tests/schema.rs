@@ -1,5 +1,8 @@
 //! That results of benches are what `docs/results.schema.json` says. Needs nothing.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use fullbore_bench::result::{BenchResult, SCHEMA};
 use serde_json::Value;
 
@@ -69,5 +72,23 @@ fn check(value: &Value, schema: &Value, root: &Value, at: &str) {
             other => panic!("{other} is not checked"),
         };
         assert!(holds, "{at} is {value}, and the schema has {keyword} {wanted}");
+    }
+}
+
+/// What was measured before is still read, and shown.
+#[test]
+fn results_of_this_repository_are_what_the_schema_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+    let files = |folder: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        entries.map(|entry| entry.expect("an entry").path()).collect()
+    };
+    let is_other = |path: &PathBuf| path.ends_with("other-forms");
+    let folders = files(&root).into_iter().filter(|path| path.is_dir() && !is_other(path));
+    let all = folders.flat_map(|folder| files(&folder)).chain(files(&root));
+    let results: Vec<PathBuf> = all.filter(|path| path.extension().is_some_and(|name| name == "json")).collect();
+    assert!(!results.is_empty());
+    for path in results {
+        assert_follows_the_schema(&BenchResult::read(&path).unwrap_or_else(|error| panic!("{error}")));
     }
 }

@@ -71,6 +71,9 @@ pub struct Target {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub about: Option<String>,
     pub model: Option<String>,
+    /// Its files of weights, where it is of this process and they are read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub model_files: Vec<ModelFile>,
     /// Of weights: a format or a data type.
     pub weights: Option<String>,
     pub device: Option<Device>,
@@ -78,6 +81,15 @@ pub struct Target {
     pub limits: BTreeMap<String, Value>,
     /// Planned, by what it is for.
     pub memory_bytes: BTreeMap<String, u64>,
+}
+
+/// By which others can see whether theirs is the same.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelFile {
+    pub name: String,
+    pub size_bytes: u64,
+    /// In hexadecimal; `None` where the files are too large to be read for it at each start.
+    pub sha256: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -35,6 +35,7 @@ mod http;
 mod interrupt;
 mod latency;
 mod loopback;
+mod model_files;
 mod report;
 mod result;
 mod serve;

@@ -102,6 +102,11 @@ impl SafetensorsDir {
         read_capped(&self.dir.join("tokenizer.json"), MAX_TOKENIZER_BYTES)
     }
 
+    /// Where the tensors are.
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        self.table.files.iter().map(|(path, _)| path.clone()).collect()
+    }
+
     /// In the order of the files.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.table.tensors.iter()

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::backend::{LoadError, RowSource};
@@ -54,6 +54,16 @@ impl Checkpoint {
             Checkpoint::Safetensors { dir, .. } => Some(dir.path()),
             Checkpoint::Quantized { of, .. } => of.folder(),
             Checkpoint::Gguf(_) | Checkpoint::Random { .. } => None,
+        }
+    }
+
+    /// Its files of weights, in their order; none where values are made up.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Checkpoint::Gguf(file) => vec![file.path().to_owned()],
+            Checkpoint::Safetensors { dir, .. } => dir.weight_files(),
+            Checkpoint::Random { .. } => Vec::new(),
+            Checkpoint::Quantized { of, .. } => of.files(),
         }
     }
 

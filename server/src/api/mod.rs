@@ -85,6 +85,8 @@ pub struct ServedModel {
     pub shape: ModelConfig,
     /// Where its files are, if they are a folder as Hugging Face has it.
     pub folder: Option<PathBuf>,
+    /// Of its weights; none where those are made up.
+    pub weight_files: Vec<PathBuf>,
     /// By device.
     pub memory: Vec<MemoryTable>,
     /// Of tenants that have other shares than most, by name.

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::BenchCommandError;
 use super::interrupt::{Keep, until_interrupted};
+use super::model_files;
 use crate::api::ServedModel;
 use crate::args::ResultArgs;
 use crate::start::Plan;
@@ -20,13 +21,18 @@ use crate::version::VERSION;
 
 pub fn target_of(model: &ServedModel) -> Target {
     let (device, config) = (model.engine.device(), model.engine.config());
-    target(&model.name, model.dtype, &device, config, &model.memory)
+    let model_files = model_files::told(&model.weight_files);
+    Target { model_files, ..target(&model.name, model.dtype, &device, config, &model.memory) }
 }
 
 /// Of a model that has not been loaded.
 pub fn target_of_plan(plan: &Plan) -> Target {
     let dtype = Weights::main_format(&plan.bundle.config, &plan.bundle.checkpoint);
-    target(&plan.name, dtype, plan.backend.info(), &plan.config, std::slice::from_ref(&plan.memory))
+    let model_files = model_files::told(&plan.bundle.checkpoint.files());
+    Target {
+        model_files,
+        ..target(&plan.name, dtype, plan.backend.info(), &plan.config, std::slice::from_ref(&plan.memory))
+    }
 }
 
 /// Called after its device.
@@ -47,6 +53,7 @@ fn target(
         device: Some(device_of(device)),
         limits: limits_of(config),
         memory_bytes: memory_of(memory),
+        model_files: Vec::new(),
     }
 }
 

@@ -68,6 +68,7 @@ pub fn load(plans: Vec<Plan>) -> Result<ServedModel, StartError> {
         pooling: bundle.pooling,
         shape,
         folder: bundle.checkpoint.folder().map(Path::to_owned),
+        weight_files: bundle.checkpoint.files(),
         memory,
         shares: HashMap::new(),
         costs,
