@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fullbore beside llama.cpp's Vulkan backend on the same software Vulkan, for each Mesa version: many streams, one stream,
-# and a prompt of 128 tokens (benches/peers.md). A run takes about 20 minutes, nearly all of it the peer's; fewer than
-# RUNS=3 make no result that is called valid.
+# and a prompt of 128 tokens (benches/peers.md). Each of three runs takes about 20 minutes, nearly all of it the peer's;
+# with RUNS=1 the results say that they are not valid.
 #
-#   scripts/bench-lavapipe.sh [FOLDER]
+#   scripts/bench-lavapipe.sh [FOLDER]       RUNS=3
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/bench-lavapipe}
@@ -23,7 +23,7 @@ for driver in target/lavapipe/[0-9]*/icd.json; do
     echo "Mesa $mesa: $clients at once, prompts of $prompt, $output out"
     target/release/fullbore bench serve --model "$model" --device vulkan:llvmpipe "${own_contexts[@]}" \
       --against "$peer" --about "$peer_about" --extra '{"cache_prompt": false}' \
-      --warm-up 1 --patience 600 --runs "${RUNS:-1}" \
+      --warm-up 1 --patience 600 --runs "${RUNS:-3}" \
       --concurrency "$clients" --limit "$requests" --lengths "fixed:$prompt:$output" --output "$out/$mesa-$clients-$prompt.json"
   done
   peer_ends
