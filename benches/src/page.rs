@@ -9,6 +9,7 @@ use view::{Named, View};
 mod figures;
 mod html;
 mod markdown;
+mod missing;
 mod names;
 mod plot;
 mod view;
@@ -35,7 +36,7 @@ impl View {
 
 #[cfg(test)]
 mod tests {
-    use crate::result::{BenchResult, Device, Measurement, Run, Target};
+    use crate::result::{BenchResult, Device, Measurement, ModelFile, Run, Target};
 
     use super::*;
 
@@ -136,6 +137,80 @@ mod tests {
         results[0].1.finish();
         let page = html(&results, &[]);
         assert!(page.contains("other (cause ") && !page.contains("class=\"c8\""), "{page}");
+    }
+
+    #[test]
+    fn a_client_that_may_have_been_the_limit_is_told_of() {
+        for (share, is_told) in [(0.49, false), (0.55, true)] {
+            let mut results = results();
+            for (nth, run) in results[0].1.measurements[0].runs.iter_mut().enumerate() {
+                run.metric("client_core_share", if nth == 1 { share } else { 0.1 });
+            }
+            results[0].1.finish();
+            for page in [html(&results, &[]), markdown(&results, &[])] {
+                let sentence = "a.json: its one thread was busy for up to 55 % of the time (concurrency 1)";
+                assert_eq!(page.contains(sentence), is_told, "{page}");
+                assert!(page.contains("client, of a core") && page.contains("0.1"), "{page}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_of_a_result_is_told() {
+        let lacks = |change: &dyn Fn(&mut BenchResult)| {
+            let mut results = results();
+            let result = &mut results[0].1;
+            result.machine.cpu_mhz = Some(3000.0);
+            result.software.commit = Some("c0ffee".to_owned());
+            change(result);
+            result.finish();
+            let page = markdown(&results, &[]);
+            let sentences = page.lines().filter_map(|line| line.strip_prefix("- Not known: "));
+            sentences.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let know_all = |result: &mut BenchResult| {
+            let sha256 = Some("ab12".to_owned());
+            let file = ModelFile { name: "a.gguf".to_owned(), size_bytes: 1234, sha256 };
+            result.targets[0].model_files = vec![file];
+            result.targets[0].device.as_mut().expect("it has one").name = "llvmpipe".to_owned();
+            for run in result.measurements.iter_mut().flat_map(|measurement| &mut measurement.runs) {
+                run.output_hash = Some("0123".to_owned());
+                run.metric("cached_share", 0.0);
+                run.metric("client_core_share", 0.1);
+            }
+        };
+        assert_eq!(lacks(&know_all), [""; 0]);
+        let all = [
+            "a hash of output tokens, by which two results can be held to each other (a.json).",
+            "the share of prompts that came from a cache (a.json).",
+            "how much of a core the client took (a.json).",
+            "the model's file with its sha256 (a.json: An &lt;odd> GPU).",
+            "the device's own clock, which is read nowhere (a.json).",
+        ];
+        assert_eq!(lacks(&|_| {}), all);
+        // Whatever makes no answers has no hash of them, nor a model.
+        assert_eq!(lacks(&|result| result.bench = "ops".to_owned()), all[4..]);
+        let kinds = [("startup", [0, 3, 4].to_vec()), ("latency", vec![0, 1, 3, 4]), ("doctor", vec![0, 1, 3, 4])];
+        for (bench, lacking) in kinds {
+            let lacking: Vec<_> = lacking.into_iter().map(|nth| all[nth]).collect();
+            assert_eq!(lacks(&|result| result.bench = bench.to_owned()), lacking, "{bench}");
+        }
+        let one_lacks = |result: &mut BenchResult| {
+            know_all(result);
+            result.measurements[1].runs[2].output_hash = None;
+            result.targets[0].model_files[0].sha256 = None;
+            (result.machine.cpu_mhz, result.software.commit) = (None, None);
+        };
+        let some = [
+            "a hash of output tokens, by which two results can be held to each other (a.json: a peer).",
+            "the model's file with its sha256 (a.json: llvmpipe).",
+            "the processor's clock (a.json).",
+            "the commit of the program (a.json).",
+        ];
+        assert_eq!(lacks(&one_lacks), some);
+        let mut results = results();
+        know_all(&mut results[0].1);
+        assert!(html(&results, &[]).contains("a.gguf, 1,234 bytes, sha256 ab12"));
     }
 
     #[test]

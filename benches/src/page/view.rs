@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use super::missing::missing;
 use super::names::{Names, vendor};
-use crate::result::table::{loads, number, retokenized};
-use crate::result::{BenchResult, Measurement, Run, Spread, Target};
+use crate::result::table::{grouped, loads, number, resent, retokenized};
+use crate::result::{BenchResult, Measurement, ModelFile, Run, Spread, Target};
 
 /// All that result files come to.
 pub struct View {
@@ -57,7 +58,7 @@ pub struct Source {
 }
 
 /// The columns of a device's table, where it has any of it.
-const COLUMNS: [(&str, &str); 10] = [
+const COLUMNS: [(&str, &str); 11] = [
     ("output_tokens_per_s", "output tokens/s"),
     ("goodput_requests_per_s", "good requests/s"),
     ("prefill_tokens_per_s", "prefill tokens/s"),
@@ -68,6 +69,7 @@ const COLUMNS: [(&str, &str); 10] = [
     ("itl_p99_ms", "gap p99, ms"),
     ("e2e_p50_ms", "request, ms"),
     ("cached_share", "from cache"),
+    ("client_core_share", "client, of a core"),
 ];
 
 const RATIOS: [(&str, &str); 5] = [
@@ -81,16 +83,6 @@ const RATIOS: [(&str, &str); 5] = [
 /// What the numbers of `View::ratios` are.
 pub const OF_RATIOS: &str = "Each number is a ratio, of what the target reaches to what the one beside it does, on the \
     same requests in the same run, turn and turn about: 2 is twice. For rates more is better, for times less.";
-
-/// Benches that every device should have.
-const WANTED: [(&str, &str); 6] = [
-    ("latency", "batch 1 (`bench latency`)"),
-    ("serve", "a server under load (`bench serve`)"),
-    ("sweep", "the knee (`bench sweep`)"),
-    ("startup", "the start (`bench startup`)"),
-    ("ops", "single ops beside the roofline (`bench ops`)"),
-    ("doctor", "what limits it (`bench doctor`)"),
-];
 
 pub type Named = (String, BenchResult);
 
@@ -188,7 +180,7 @@ fn about(result: &BenchResult, target: &Target) -> String {
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
-fn machine(result: &BenchResult) -> String {
+pub(super) fn machine(result: &BenchResult) -> String {
     let cpu = result.machine.cpu.clone().unwrap_or_else(|| result.machine.system.clone());
     format!("{cpu}, {} threads", result.machine.num_threads)
 }
@@ -312,38 +304,6 @@ fn starts(results: &[Named], names: &Names) -> Table {
     Table { head, rows: rows.collect() }
 }
 
-fn missing(results: &[Named], names: &Names) -> Vec<String> {
-    let mut sentences = Vec::new();
-    for (file, result) in results.iter().filter(|(_, result)| !result.valid) {
-        sentences.push(format!("{file} is not valid: {}.", result.invalid.join("; ")));
-    }
-    let mut devices: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-    for (_, result) in results {
-        for target in result.targets.iter().filter(|target| target.device.is_some()) {
-            let benches = devices.entry(names.call(target)).or_default();
-            benches.extend(result.valid.then_some(result.bench.as_str()));
-        }
-    }
-    for (device, benches) in &devices {
-        let lacks: Vec<&str> =
-            WANTED.iter().filter(|(bench, _)| !benches.contains(bench)).map(|(_, title)| *title).collect();
-        if !lacks.is_empty() {
-            sentences.push(format!("Not measured on {device}: {}.", lacks.join(", ")));
-        }
-    }
-    if results.iter().all(|(_, result)| result.comparisons.is_empty()) {
-        sentences.push("No other engine was measured beside this one (`--against URL`).".to_owned());
-    }
-    if devices.len() == 1 {
-        sentences.push("One device alone was measured.".to_owned());
-    }
-    let machines: std::collections::BTreeSet<String> = results.iter().map(|(_, result)| machine(result)).collect();
-    if machines.len() == 1 {
-        sentences.push(format!("One machine alone was measured: {}.", machines.into_iter().collect::<String>()));
-    }
-    sentences
-}
-
 fn source((file, result): &Named) -> Source {
     let BenchResult { software, machine: of, .. } = result;
     let commit = software.commit.as_deref().unwrap_or("unknown");
@@ -351,7 +311,7 @@ fn source((file, result): &Named) -> Source {
     let num_runs = result.measurements.iter().map(|measurement| measurement.runs.len()).min().unwrap_or(0);
     let runs: Vec<Run> = result.measurements.iter().flat_map(|measurement| measurement.runs.clone()).collect();
     let hashes: Vec<&str> = runs.iter().filter_map(|run| run.output_hash.as_deref()).take(MAX_HASHES).collect();
-    let facts = vec![
+    let mut facts = vec![
         ("bench", format!("{}, {num_runs} runs, seed {}", result.bench, result.seed)),
         ("begun", result.begun_at.clone()),
         ("command", result.command.join(" ")),
@@ -360,8 +320,15 @@ fn source((file, result): &Named) -> Source {
         ("texts tokenized again", retokenized(&runs).unwrap_or_else(|| "no".to_owned())),
         ("output", if hashes.is_empty() { "no token ids".to_owned() } else { hashes.join(", ") }),
     ];
+    facts.extend(result.targets.iter().flat_map(|target| &target.model_files).map(|file| ("model file", told(file))));
+    facts.extend(resent(&runs).map(|sentence| ("sent again", sentence)));
     Source { file: file.clone(), facts, invalid: result.invalid.clone() }
 }
 
 /// Of one file, shown.
 const MAX_HASHES: usize = 4;
+
+fn told(file: &ModelFile) -> String {
+    let hash = file.sha256.as_deref().unwrap_or("not read");
+    format!("{}, {} bytes, sha256 {hash}", file.name, grouped(file.size_bytes as f64))
+}

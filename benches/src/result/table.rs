@@ -117,7 +117,8 @@ pub fn number(value: f64) -> String {
     }
 }
 
-fn grouped(value: f64) -> String {
+/// Whole, with commas.
+pub fn grouped(value: f64) -> String {
     let digits = format!("{:.0}", value.abs());
     let sign = if value < 0.0 { "-" } else { "" };
     let first = (digits.len() - 1) % 3 + 1;
