@@ -17,23 +17,23 @@ PROFILES = ["latency", "balanced", "throughput"]
 
 
 def run(command):
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def measure(fullbore, device, model, rate, limit):
     engine = ["--device", device, "--model", model]
     batches = []
     for batch in BATCHES:
-        sizes = ["--num-requests", str(batch), "--prompt-tokens", "16", "--output-tokens", "64"]
-        report = run([fullbore, "bench", "offline", *engine, *sizes])
-        batches.append({"num_requests": batch, "ms_between_tokens": report["tpot_ms_mean"],
-                        "output_tokens_per_s": report["output_tokens_per_s"]})
+        sizes = ["--limit", str(batch), "--lengths", "fixed:16:64"]
+        result = json.loads(run([fullbore, "bench", "offline", *engine, *sizes]))
+        summary = result["measurements"][0]["summary"]
+        batches.append({"num_requests": batch, "ms_between_tokens": summary["tpot_mean_ms"]["median"],
+                        "output_tokens_per_s": summary["output_tokens_per_s"]["median"]})
         print(batches[-1])
     profiles = []
     for profile in PROFILES:
         workload = ["--arrivals", f"poisson:{rate}", "--lengths", "uniform:200-600:32-96", "--limit", str(limit)]
-        report = run([fullbore, "bench", "trace", *engine, "--profile", profile, *workload])
+        report = json.loads(run([fullbore, "bench", "trace", *engine, "--profile", profile, *workload]).splitlines()[-1])
         keep = {name: report[name] for name in ["ttft_ms", "itl_ms", "output_tokens_per_s", "mean_rows"]}
         profiles.append({"profile": profile, **keep})
         print(profiles[-1])

@@ -73,15 +73,11 @@ timed() {
 # run NAME LIMIT ARGUMENTS...: of the binary, on the device.
 run() { timed "$1" "$2" "$binary" "${@:3}" --device "$device"; }
 
-# offline NAME LIMIT ARGUMENTS...: tokens a second of the last of some runs, with what it was computed by, which is not
+# offline NAME LIMIT ARGUMENTS...: tokens a second, medians of some runs, with what they were computed by, which is not
 # always what was asked for.
 offline() {
   run "$1" "$2" bench offline "${@:3}"
-  local line=$1 field
-  for field in tier arithmetic prompt_tokens output_tokens elapsed_s output_tokens_per_s steady_tokens_per_s; do
-    line=$line,$(tail -1 "$kept/$1.json" 2> /dev/null | grep -oE "\"$field\":(\"[^\"]*\"|[0-9.]+)" | cut -d: -f2 | tr -d '"' || true)
-  done
-  echo "$line" | tee -a "$kept/throughput.csv"
+  python3 "$benches/gpu_verdict.py" "$kept" "$1" | tee -a "$kept/throughput.csv"
 }
 
 # follow NAME LIMIT ARGUMENTS...: the golden on the device, and each answer alone and among others; its tokens are
@@ -106,19 +102,19 @@ if [ $size = small ]; then
     --max-model-len 256 --output "$kept/device.json"
   run submit 60 bench submit --steps 5
   run ops-small 60 bench ops --shapes small --m 1,8 --only "mat_mul attn" --seconds 1 --csv "$kept/ops-small.csv"
-  offline offline-1 60 "${model[@]}" --num-requests 1 --prompt-tokens 16 --output-tokens 4
-  offline offline-4 90 "${model[@]}" --num-requests 4 --prompt-tokens 16 --output-tokens 4
+  offline offline-1 60 "${model[@]}" --limit 1 --lengths fixed:16:4
+  offline offline-4 90 "${model[@]}" --limit 4 --lengths fixed:16:4
   ended
 fi
 # Kernels have been tried before what is timed begins.
 engine=(--no-verify --no-tuning --no-saved-costs --profile throughput --max-num-batched-tokens 2048)
 big=(--weights random --shape llama-3.1-8b "${engine[@]}" --max-model-len 4096 --max-num-seqs 32)
-one=(--num-requests 1 --prompt-tokens 448 --output-tokens 128 --runs 3)
-many=(--num-requests 32 --prompt-tokens 448 --output-tokens 128 --runs 3)
-prompts=(--num-requests 4 --prompt-tokens 2048 --output-tokens 1 --runs 3)
+one=(--limit 1 --lengths fixed:448:128)
+many=(--limit 32 --lengths fixed:448:128)
+prompts=(--limit 4 --lengths fixed:2048:1)
 q8_0=(--weights random --shape llama-3.1-8b:q8_0 "${engine[@]}" --max-model-len 1024 --max-num-seqs 256)
 # As many tokens of an answer as it takes until all prompts have been read, and as many again.
-most=(--num-requests 256 --prompt-tokens 448 --output-tokens 192 --runs 2)
+most=(--limit 256 --lengths fixed:448:192 --runs 2)
 bf16=(--weights random --shape llama-3.1-8b:bf16 "${engine[@]}" --max-model-len 1024 --max-num-seqs 32)
 # A GPU that CUDA gives is measured by it first, and by Vulkan only where the loader gives it too.
 cuda=$(grep -oE '^cuda:[0-9]+' "$kept/devices.txt" | head -1 || true)
@@ -171,8 +167,8 @@ for shapes in 1b 70b; do
 done
 run profile 40 bench profile "${model[@]}" --seconds 15 --output "$kept/device.json"
 for requests in 1 4 16 64 256; do
-  offline offline-$requests 20 "${model[@]}" --num-requests $requests --max-num-seqs $requests \
-    --max-num-batched-tokens 2048
+  offline offline-$requests 20 "${model[@]}" --limit $requests --lengths fixed:128:64 \
+    --max-num-seqs $requests --max-num-batched-tokens 2048
 done
 # Last, for it takes what is left: what it finds is kept only where it ends.
 device=${cuda:-$device}

@@ -1,7 +1,8 @@
 """What benches/gpu.sh measured, held against what CUDA is to reach: verdict.csv, a line for each demand, from the JSON in a
-folder. A line that could not be measured is `not there`, with the reason; none is left out.
+folder. A line that could not be measured is `not there`, with the reason; none is left out. With NAME, the line of that
+`bench offline` in throughput.csv.
 
-    python3 benches/gpu_verdict.py FOLDER > verdict.csv
+    python3 benches/gpu_verdict.py FOLDER [NAME]
 """
 
 import csv
@@ -15,6 +16,9 @@ BITS = {"q4_0": 4.5, "q8_0": 8.5, "bf16": 16}
 KV_BYTES = 2
 # Of `bench offline` in gpu.sh: in the middle of an answer that many positions are seen.
 CONTEXT = 512
+# Columns of throughput.csv.
+COUNTS = ["prompt_tokens", "output_tokens"]
+METRICS = ["duration_s", "output_tokens_per_s", "steady_tokens_per_s"]
 # Two most likely tokens that are nearer have not been decided.
 UNDECIDED = 0.05
 
@@ -37,24 +41,46 @@ class Results:
             return f"no time was left for {name}"
         return f"{name} ended with {status}"
 
-    def json(self, name):
-        """The last line of a run, which is its warmest."""
+    def text(self, name):
         if self.runs.get(name) != "0":
             raise NotThere(self.why_missing(name))
-        path = self.folder / f"{name}.json"
+        return (self.folder / f"{name}.json").read_text()
+
+    def json(self, name):
+        """The last line of what a program wrote."""
         try:
-            result = json.loads(path.read_text().splitlines()[-1])
+            result = json.loads(self.text(name).splitlines()[-1])
         except (OSError, IndexError, ValueError) as error:
-            raise NotThere(f"{path.name}: {error}")
+            raise NotThere(f"{name}.json: {error}")
         if "not_there" in result:
             raise NotThere(result["not_there"])
         return result
 
+    def offline(self, name):
+        """A result of `bench offline`: its one target and its one measurement."""
+        try:
+            result = json.loads(self.text(name))
+            return result["targets"][0], result["measurements"][0]
+        except (OSError, IndexError, KeyError, ValueError) as error:
+            raise NotThere(f"{name}.json: {error!r}")
+
+    def median(self, name, metric):
+        return self.offline(name)[1]["summary"][metric]["median"]
+
     def steady(self, name):
-        rate = self.json(name)["steady_tokens_per_s"]
-        if rate is None:
+        if "steady_tokens_per_s" not in self.offline(name)[1]["summary"]:
             raise NotThere(f"in {name} the requests never decoded all at once")
-        return rate
+        return self.median(name, "steady_tokens_per_s")
+
+    def throughput(self, name):
+        """A line of throughput.csv; of what could not be measured the name alone."""
+        try:
+            target, measurement = self.offline(name)
+        except NotThere:
+            return [name, "", "", "", "", "", "", ""]
+        summary, counts = measurement["summary"], measurement["runs"][0]["counts"]
+        rates = [summary.get(metric, {}).get("median", "") for metric in METRICS]
+        return [name, target["device"]["tier"], target["device"]["arithmetic"], *map(counts.get, COUNTS), *rates]
 
     def shape(self):
         return self.json("ops-8b-cuda")["shape"]
@@ -103,7 +129,7 @@ class Results:
 
 
 def batch_1_bandwidth(results):
-    seconds = results.json("8b-decode-1-cuda")["tpot_ms_mean"] / 1e3
+    seconds = results.median("8b-decode-1-cuda", "tpot_mean_ms") / 1e3
     copied = results.json("ops-8b-cuda")["peaks"]["copy_bytes_per_s"]
     return results.step_bytes("q4_0") / seconds / copied
 
@@ -117,10 +143,11 @@ def batch_256(results):
 
 
 def prefill(results):
-    run = results.json("8b-prefill-cuda")
+    _, measurement = results.offline("8b-prefill-cuda")
     tokens = 2048
-    flops = results.prefill_flops(tokens) * run["prompt_tokens"] / tokens
-    return flops / run["elapsed_s"] / results.matrix_rate()
+    num_prompts = measurement["runs"][0]["counts"]["prompt_tokens"] / tokens
+    flops = results.prefill_flops(tokens) * num_prompts
+    return flops / results.median("8b-prefill-cuda", "duration_s") / results.matrix_rate()
 
 
 def follows(name):
@@ -154,7 +181,7 @@ def same_in_company(name):
 
 def beside_transformers(results):
     peer = results.json("peer-transformers")["output_tokens_per_s"]
-    return results.json("8b-bf16-32-cuda")["output_tokens_per_s"] / peer
+    return results.median("8b-bf16-32-cuda", "output_tokens_per_s") / peer
 
 
 def beside_llama_cpp(_):
@@ -181,6 +208,9 @@ DEMANDS = [
 def main():
     results = Results(pathlib.Path(sys.argv[1]))
     writer = csv.writer(sys.stdout, lineterminator="\n")
+    if len(sys.argv) > 2:
+        writer.writerow(results.throughput(sys.argv[2]))
+        return
     writer.writerow(["line", "measured", "wanted", "verdict", "reason"])
     for what, measure, sense, wanted in DEMANDS:
         try:

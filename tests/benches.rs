@@ -14,6 +14,7 @@ use fullbore::bench;
 use fullbore_bench::result::BenchResult;
 use fullbore_bench::submit::SubmitReport;
 use fullbore_engine::cost::DeviceProfile;
+use serde_json::json;
 
 use crate::schema::assert_follows_the_schema;
 
@@ -49,13 +50,42 @@ fn run(words: &str, output: &Path) -> Result<(), String> {
 #[test]
 fn offline_leaves_a_result_with_every_token() {
     let path = file("offline.json");
-    run("offline --device sim --num-requests 6 --prompt-tokens 12 --output-tokens 5 --runs 3", &path).expect("it runs");
+    run("offline --device sim --limit 6 --lengths fixed:12:5", &path).expect("it runs");
     let result = read(&path);
     let runs = &result.measurements[0].runs;
     assert_eq!(runs.len(), 3);
     for run in runs {
         assert_eq!((run.counts["output_tokens"], run.counts["prompt_tokens"]), (30, 72));
         assert!(run.invalid.is_empty() && run.metrics["output_tokens_per_s"] > 0.0, "{run:?}");
+    }
+}
+
+#[test]
+fn offline_runs_a_mix_of_lengths_and_leaves_out_what_is_too_long() {
+    let path = file("offline-mix.json");
+    let trace = file("offline-mix.csv");
+    fs::write(&trace, "Timestamp,Model,Request tokens,Response tokens\n1,a,20,3\n2,a,90,4\n900,a,300,5\n")
+        .expect("a file");
+    let words = format!("offline --device sim --max-model-len 128 --trace {}", trace.display());
+    run(&words, &path).expect("it runs");
+    let result = read(&path);
+    assert_eq!((&result.workload["requests_per_run"], &result.workload["left_out_too_long"]), (&json!(2), &json!(1)));
+    let runs = &result.measurements[0].runs;
+    assert!(runs.iter().all(|run| (run.counts["prompt_tokens"], run.counts["output_tokens"]) == (110, 7)), "{runs:?}");
+    assert!(runs[0].output_hash != runs[1].output_hash, "prompts are drawn anew for each run: {runs:?}");
+    run("offline --device sim --max-model-len 16", &path).expect_err("all are too long");
+}
+
+#[test]
+fn turns_come_after_each_other_offline_and_are_allowed_the_cache() {
+    let path = file("offline-turns.json");
+    run("offline --device sim --limit 6 --lengths turns:3:40:4:6 --block-size 8", &path).expect("it runs");
+    let result = read(&path);
+    for run in &result.measurements[0].runs {
+        // Prompts of 44, 54 and 64, two conversations.
+        assert_eq!((run.counts["prompt_tokens"], run.counts["output_tokens"]), (324, 36));
+        // Each turn finds at least the whole blocks of the one before it.
+        assert!(run.metrics["cached_share"] >= (40.0 + 48.0) * 2.0 / 324.0 && run.invalid.is_empty(), "{run:?}");
     }
 }
 

@@ -63,6 +63,9 @@ fn check(words: &str, limit: &str, change: &str) -> BenchResult {
     assert!(measured > 1.3 && advice.error().is_some_and(|error| error.abs() < 0.05), "{diagnosis}");
     let rates: Vec<f64> = result.measurements.iter().map(|of| of.summary["output_tokens_per_s"].median).collect();
     assert!((rates[1] / rates[0] - measured).abs() < 1e-9, "{rates:?}");
+    // Which flags it has changes nothing of what is answered.
+    let hashes = |nth: usize| result.measurements[nth].runs.iter().map(|run| run.output_hash.as_deref());
+    assert!(hashes(0).eq(hashes(1)) && hashes(0).all(|hash| hash.is_some()), "{:?}", result.measurements);
     result
 }
 
@@ -84,6 +87,19 @@ fn a_slow_tokenizer_is_found_and_passed_by() {
     let result = check("--slow-tokenizer 4000", "text", "prompts as token ids");
     let (diagnosis, _) = found(&result);
     assert!(diagnosis.verdict.contains("500 prompt tokens a second on 2 threads"), "{diagnosis}");
+}
+
+#[test]
+fn what_a_tokenizer_takes_is_timed() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny/llama");
+    let small = "--lengths fixed:8:2 --limit 2 --runs 1 --seconds 0 --no-check --no-verify --max-num-seqs 2";
+    let words = format!(
+        "fullbore bench doctor --device cpu --slow-tokenizer 2000 {small} --kv-blocks 64 --model {}",
+        model.display()
+    );
+    let result = measure(words.split_whitespace()).expect("a result");
+    let ns_per_token = result.workload["text_ns_per_token"].as_f64().expect("texts are read");
+    assert!(ns_per_token >= 2e6, "it waits as long for each: {ns_per_token}");
 }
 
 #[test]

@@ -21,17 +21,19 @@ case "$1 ${2:-}" in
   "bench offline")
     steady=500 output=500
     case $all in
-      *q8_0*" --num-requests 256 "*) [ -z "${FAILS:-}" ] || exit 3; steady=11000 ;;
+      *q8_0*" --limit 256 "*) [ -z "${FAILS:-}" ] || exit 3; steady=11000 ;;
       *q8_0*) steady=9000 ;;
       *bf16*) output=1600 ;;
-      *" --num-requests 32 "*) steady=12000 ;;
-      *" --num-requests 4 "*) steady=null ;;
+      *" --limit 32 "*) steady=12000 ;;
+      *" --limit 4 "*) steady= ;;
     esac
-    # The first run is cold.
-    echo '{"steady_tokens_per_s":1,"tpot_ms_mean":99,"elapsed_s":9,"prompt_tokens":1,"output_tokens_per_s":1}'
-    lengths='"prompt_tokens":8192,"output_tokens":128'
-    rates="\"output_tokens_per_s\":$output,\"steady_tokens_per_s\":$steady"
-    echo "{\"tier\":\"sm_90\",\"arithmetic\":\"f32\",$lengths,\"elapsed_s\":0.3,$rates,\"tpot_ms_mean\":2}" ;;
+    summary='"duration_s":{"median":0.3},"tpot_mean_ms":{"median":2}'
+    summary="$summary,\"output_tokens_per_s\":{\"median\":$output}"
+    [ -z "$steady" ] || summary="$summary,\"steady_tokens_per_s\":{\"median\":$steady}"
+    # Over several lines, as results are.
+    echo '{"targets":[{"device":{"tier":"sm_90","arithmetic":"f32"}}],'
+    echo '"measurements":[{"runs":[{"counts":{"prompt_tokens":8192,"output_tokens":128}}],'
+    echo "\"summary\":{$summary}}]}" ;;
   verify*)
     case $all in *" --golden "*) ;; *) exit 0 ;; esac
     while [ "$1" != --model ]; do shift; done

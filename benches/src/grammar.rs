@@ -12,7 +12,7 @@ use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{Event, Flow, Request, Sink};
 
 use crate::statistics::median;
-use crate::workload::Workload;
+use crate::workload::{Arrivals, Lengths, generate};
 
 /// A schema as clients have them, long enough that no answer ends in a round.
 pub const SCHEMA: &str = r#"{"type": "array", "minItems": 60, "items": {"type": "object",
@@ -107,11 +107,12 @@ fn rate(
 ) -> Result<f64, GrammarBenchError> {
     let GrammarOptions { num_seqs, num_constrained, prompt_tokens, num_steps, .. } = *options;
     let max_tokens = engine.config().max_model_len.saturating_sub(prompt_tokens);
-    let workload = Workload { num_requests: num_seqs, prompt_tokens, output_tokens: max_tokens, seed };
+    let lengths = Lengths::Fixed { prompt: prompt_tokens, output: max_tokens };
+    let planned = generate(Arrivals::AtOnce, lengths, num_seqs, seed);
     let vocab_size = engine.model().config.vocab_size;
     let round = Arc::new(Round::default());
     let mut counts = Vec::new();
-    for (index, request) in (0..).zip(workload.requests(vocab_size)) {
+    for (index, request) in (0..).zip(planned.iter().map(|of| of.request(vocab_size, seed))) {
         let grammar = grammar.filter(|_| index < num_constrained).cloned();
         let request = Request { grammar, ..request };
         engine.config().fits(&request, vocab_size)?;

@@ -3,32 +3,33 @@
 use fullbore_engine::fleet::Fleet;
 
 use crate::offline::{self, BenchError, OfflineReport};
-use crate::result::{Run, hash_of};
+use crate::result::{Run, TokenHash};
 use crate::statistics::median;
 use crate::stopwatch::Dial;
-use crate::workload::Workload;
+use crate::workload::PlannedRequest;
 
-/// Runs `num_requests` requests of `each`'s lengths, on prompts of their own; medians over them.
-pub fn run(engine: &Fleet, each: Workload, dial: &Dial) -> Result<Run, BenchError> {
-    let one = |nth: u32| Workload { num_requests: 1, seed: each.seed ^ (u64::from(nth) << 40), ..each };
-    let reports = (0..each.num_requests).map(|nth| offline::run(engine, one(nth), dial));
+/// Runs each of `planned`, with prompts drawn from `seed`, alone; medians over them.
+pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -> Result<Run, BenchError> {
+    let reports = planned.iter().map(|one| offline::run(engine, std::slice::from_ref(one), seed, dial));
     let reports: Vec<OfflineReport> = reports.collect::<Result<_, _>>()?;
     let of = |value: fn(&OfflineReport) -> f64| median(&mut reports.iter().map(value).collect::<Vec<_>>());
-    let (ttft_ms, tpot_ms) = (of(|report| report.ttft_ms_p50), of(|report| report.tpot_ms_mean));
-    let (ttft_ms, tpot_ms) = (ttft_ms.unwrap_or(0.0), tpot_ms.unwrap_or(0.0));
     let mut run = Run::default();
-    run.metric("ttft_p50_ms", ttft_ms);
-    run.metric("tpot_p50_ms", tpot_ms);
-    run.metric("e2e_p50_ms", of(|report| report.elapsed_s * 1e3).unwrap_or(0.0));
-    run.metric("prefill_tokens_per_s", f64::from(each.prompt_tokens) / ttft_ms.max(1e-6) * 1e3);
-    run.metric("decode_tokens_per_s", 1e3 / tpot_ms.max(1e-6));
+    for (name, value) in [
+        ("ttft_p50_ms", of(|report| report.ttft_ms_p50)),
+        ("tpot_p50_ms", of(|report| report.tpot_ms_mean)),
+        ("e2e_p50_ms", of(|report| report.elapsed_s * 1e3)),
+        ("prefill_tokens_per_s", of(|report| report.prompt_tokens as f64 / report.ttft_ms_p50.max(1e-6) * 1e3)),
+        ("decode_tokens_per_s", of(|report| 1e3 / report.tpot_ms_mean.max(1e-6))),
+    ] {
+        value.into_iter().for_each(|value| run.metric(name, value));
+    }
     let sum = |count: fn(&OfflineReport) -> u64| reports.iter().map(count).sum::<u64>();
+    let prompt_tokens = sum(|report| report.prompt_tokens);
+    run.metric("cached_share", sum(|report| report.cached_tokens) as f64 / prompt_tokens.max(1) as f64);
     run.count("requests", reports.len() as u64);
-    run.count("prompt_tokens", sum(|report| report.prompt_tokens));
+    run.count("prompt_tokens", prompt_tokens);
     run.count("output_tokens", sum(|report| report.output_tokens));
-    let cached = sum(|report| report.cached_tokens);
-    run.invalid.extend((cached > 0).then(|| format!("{cached} tokens came from a cache")));
-    let hashes = reports.iter().flat_map(|report| report.output_hash.bytes());
-    run.output_hash = Some(hash_of(hashes.map(u32::from)));
+    run.invalid = reports.iter().filter_map(OfflineReport::unasked_cache).collect();
+    run.output_hash = Some(TokenHash::of_answers(reports.iter().map(|report| report.output_hash)).to_string());
     Ok(run)
 }

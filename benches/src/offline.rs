@@ -1,6 +1,6 @@
 //! Offline throughput: all requests at once, tokens a second until the last has ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -9,17 +9,14 @@ use fullbore_engine::fleet::{Fleet, SubmitError};
 use fullbore_engine::limits::Cause;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
 
-use crate::result::{Run, hash_of};
+use crate::result::{Run, TokenHash};
 use crate::statistics::{is_told, quantile};
 use crate::stopwatch::{Dial, Reading};
-use crate::workload::Workload;
+use crate::workload::PlannedRequest;
 
 /// What a run measured.
-#[derive(Clone, Debug, Default, serde::Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct OfflineReport {
-    /// Of the device's kernels, as they are and not as they were asked for.
-    pub tier: String,
-    pub arithmetic: String,
     pub num_requests: u32,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
@@ -33,10 +30,12 @@ pub struct OfflineReport {
     pub ttft_ms_p99: f64,
     /// Mean gap between the tokens of a request, over all requests.
     pub tpot_ms_mean: f64,
-    /// Tokens found in the prefix cache; a run with any did not measure what it says.
+    /// Tokens found in the prefix cache.
     pub cached_tokens: u64,
-    /// FNV-1a over all output ids in request order, so that a faster run can be seen to do the same work.
-    pub output_hash: String,
+    /// The workload asks for some; else a run with any did not measure what it says.
+    pub shares_prefixes: bool,
+    /// So that a faster run can be seen to do the same work.
+    pub output_hash: TokenHash,
     /// Of `elapsed_s`, in which the device waited for the host, as the engine's limits say.
     pub host_waiting_share: f64,
     /// Of `elapsed_s`, what is left beside the time that the device says it worked.
@@ -59,35 +58,47 @@ pub enum BenchError {
     EngineGone,
 }
 
-/// Submits all of `workload` to an idle engine, whose device is behind the stopwatch of `dial`, and waits for its end.
-pub fn run(engine: &Fleet, workload: Workload, dial: &Dial) -> Result<OfflineReport, BenchError> {
-    let requests = workload.requests(engine.vocab_size());
+/// Submits all of `planned`, with prompts drawn from `seed`, to an idle engine, whose device is behind the stopwatch of
+/// `dial`, and waits for their end. Arrivals do not count; a turn of a conversation comes when the one before it has
+/// ended.
+pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -> Result<OfflineReport, BenchError> {
+    let mut followers: HashMap<Option<u32>, Vec<usize>> = HashMap::new();
+    planned.iter().enumerate().for_each(|(index, of)| followers.entry(of.follows).or_default().push(index));
+    let requests: Vec<Request> = planned.iter().map(|of| of.request(engine.vocab_size(), seed)).collect();
     let (before, charged) = (dial.read(), engine.stats().limits.total);
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
-    let timestamps = |index| -> Box<dyn Sink> { Box::new(Timestamps { index, sender: sender.clone() }) };
-    let requests = requests.into_iter().enumerate().map(|(index, request)| (request, timestamps(index))).collect();
+    let mut traces: Vec<Trace> = vec![Trace::new(start); planned.len()];
+    let with_sink = |index: usize, sender| -> Submission {
+        (requests[index].clone(), Box::new(Timestamps { index, sender }))
+    };
+    let first = followers.remove(&None).unwrap_or_default();
     // All at once, so that all of an empty queue is theirs.
     let Request { tenant, share, .. } = Request::default();
-    engine.submit(engine.reserve(tenant, share, workload.num_requests)?, requests)?;
+    let place = engine.reserve(tenant, share, first.len() as u32)?;
+    engine.submit(place, first.into_iter().map(|index| with_sink(index, sender.clone())).collect())?;
     drop(sender);
-    let mut traces: Vec<Trace> = vec![Trace::default(); workload.num_requests as usize];
-    let mut num_running = workload.num_requests;
-    while num_running > 0 {
-        let (index, at, event) = receiver.recv().map_err(|_| BenchError::EngineGone)?;
+    let mut num_left = planned.len();
+    while num_left > 0 {
+        let Told { index, at, event, sender } = receiver.recv().map_err(|_| BenchError::EngineGone)?;
         let trace = &mut traces[index];
         match event {
             Event::Started { .. } | Event::Prompt(_) | Event::Pooled(_) => {}
             Event::Token { id, .. } => {
                 trace.times.push(at);
-                trace.ids.push(id.0);
+                trace.hash.add(id.0);
             }
             Event::Finished { reason: FinishReason::Error(reason) | FinishReason::DeviceLost(reason), .. } => {
                 return Err(BenchError::Failed { index, reason });
             }
             Event::Finished { usage, .. } => {
                 trace.cached_tokens = u64::from(usage.cached_tokens);
-                num_running -= 1;
+                num_left -= 1;
+                for follower in followers.remove(&Some(planned[index].row)).unwrap_or_default() {
+                    traces[follower].begun = Instant::now();
+                    let (request, sink) = with_sink(follower, sender.clone().expect("it comes with the last event"));
+                    engine.submit_one(request, sink)?;
+                }
             }
         }
     }
@@ -99,8 +110,6 @@ pub fn run(engine: &Fleet, workload: Workload, dial: &Dial) -> Result<OfflineRep
     let stats = idle(engine);
     let total = &stats.limits.total;
     Ok(OfflineReport {
-        tier: engine.device().tier.clone(),
-        arithmetic: engine.device().arithmetic.clone(),
         host_waiting_share: (total.host_ns() - charged.host_ns()) as f64 / 1e9 / device_s,
         not_busy_share: rest(busy),
         not_blocked_share: rest(blocked),
@@ -109,7 +118,7 @@ pub fn run(engine: &Fleet, workload: Workload, dial: &Dial) -> Result<OfflineRep
             .map(|cause| (cause.name(), total.seconds(cause) - charged.seconds(cause)))
             .collect(),
         verdict: engine.verdict(&stats).sentence,
-        ..report(&traces, workload, start, elapsed)
+        ..report(&traces, planned, elapsed)
     })
 }
 
@@ -125,14 +134,14 @@ fn idle(engine: &Fleet) -> EngineStats {
     }
 }
 
-fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duration) -> OfflineReport {
-    let output_tokens: u64 = traces.iter().map(|trace| trace.ids.len() as u64).sum();
-    let firsts = traces.iter().filter_map(|trace| trace.times.first());
-    let mut ttft_ms: Vec<f64> = firsts.map(|first| (*first - start).as_secs_f64() * 1e3).collect();
+fn report(traces: &[Trace], planned: &[PlannedRequest], elapsed: Duration) -> OfflineReport {
+    let output_tokens: u64 = traces.iter().map(|trace| trace.times.len() as u64).sum();
+    let firsts = traces.iter().filter_map(|trace| Some(*trace.times.first()? - trace.begun));
+    let mut ttft_ms: Vec<f64> = firsts.map(|took| took.as_secs_f64() * 1e3).collect();
     let gaps: Vec<f64> = traces.iter().filter_map(Trace::mean_gap_ms).collect();
     OfflineReport {
-        num_requests: workload.num_requests,
-        prompt_tokens: u64::from(workload.num_requests) * u64::from(workload.prompt_tokens),
+        num_requests: planned.len() as u32,
+        prompt_tokens: planned.iter().map(|of| u64::from(of.prompt_tokens)).sum(),
         output_tokens,
         elapsed_s: elapsed.as_secs_f64(),
         output_tokens_per_s: output_tokens as f64 / elapsed.as_secs_f64(),
@@ -141,7 +150,8 @@ fn report(traces: &[Trace], workload: Workload, start: Instant, elapsed: Duratio
         ttft_ms_p99: quantile(&mut ttft_ms, 0.99).unwrap_or(0.0),
         tpot_ms_mean: gaps.iter().sum::<f64>() / gaps.len().max(1) as f64,
         cached_tokens: traces.iter().map(|trace| trace.cached_tokens).sum(),
-        output_hash: hash_of(traces.iter().flat_map(|trace| &trace.ids).copied()),
+        shares_prefixes: planned.iter().any(PlannedRequest::shares_prefix),
+        output_hash: TokenHash::of_answers(traces.iter().map(|trace| trace.hash)),
         ..OfflineReport::default()
     }
 }
@@ -153,18 +163,19 @@ fn steady_tokens_per_s(traces: &[Trace]) -> Option<f64> {
     (num_tokens > 0).then(|| num_tokens as f64 / (end - begin).as_secs_f64())
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Trace {
+    begun: Instant,
     /// Of its tokens.
     times: Vec<Instant>,
-    ids: Vec<u32>,
+    hash: TokenHash,
     cached_tokens: u64,
 }
 
 impl OfflineReport {
     /// As a result file has it.
     pub fn to_run(&self) -> Run {
-        let mut run = Run { output_hash: Some(self.output_hash.clone()), ..Run::default() };
+        let mut run = Run { output_hash: Some(self.output_hash.to_string()), ..Run::default() };
         for (name, value) in [
             ("duration_s", self.elapsed_s),
             ("output_tokens_per_s", self.output_tokens_per_s),
@@ -172,9 +183,13 @@ impl OfflineReport {
             ("ttft_p50_ms", self.ttft_ms_p50),
             ("tpot_mean_ms", self.tpot_ms_mean),
             ("cached_share", self.cached_share()),
+            ("host_waiting_share", self.host_waiting_share),
+            ("not_busy_share", self.not_busy_share),
+            ("not_blocked_share", self.not_blocked_share),
         ] {
             run.metric(name, value);
         }
+        self.steady_tokens_per_s.into_iter().for_each(|rate| run.metric("steady_tokens_per_s", rate));
         if is_told(0.99, self.num_requests as usize) {
             run.metric("ttft_p99_ms", self.ttft_ms_p99);
         }
@@ -182,32 +197,53 @@ impl OfflineReport {
         run.count("requests", u64::from(self.num_requests));
         run.count("prompt_tokens", self.prompt_tokens);
         run.count("output_tokens", self.output_tokens);
-        run.invalid
-            .extend((self.cached_tokens > 0).then(|| format!("{} tokens came from a cache", self.cached_tokens)));
+        run.invalid.extend(self.unasked_cache());
         run
     }
 
-    fn cached_share(&self) -> f64 {
+    pub fn cached_share(&self) -> f64 {
         self.cached_tokens as f64 / self.prompt_tokens.max(1) as f64
+    }
+
+    /// Why it is not valid, if what it computed is less than what was asked of it.
+    pub fn unasked_cache(&self) -> Option<String> {
+        (self.cached_tokens > 0 && !self.shares_prefixes)
+            .then(|| format!("{} tokens came from a cache", self.cached_tokens))
     }
 }
 
 impl Trace {
+    fn new(begun: Instant) -> Trace {
+        Trace { begun, times: Vec::new(), hash: TokenHash::default(), cached_tokens: 0 }
+    }
+
     fn mean_gap_ms(&self) -> Option<f64> {
         let span = *self.times.last()? - *self.times.first()?;
-        (self.ids.len() > 1).then(|| span.as_secs_f64() * 1e3 / (self.ids.len() - 1) as f64)
+        (self.times.len() > 1).then(|| span.as_secs_f64() * 1e3 / (self.times.len() - 1) as f64)
     }
+}
+
+type Submission = (Request, Box<dyn Sink>);
+
+/// An event of a request, and when it came.
+struct Told {
+    index: usize,
+    at: Instant,
+    event: Event,
+    /// With the last event, for those that follow: nobody else keeps one, so that an engine that is gone is seen.
+    sender: Option<mpsc::Sender<Told>>,
 }
 
 /// Stamps events on the engine thread, so that waiting for the channel is not measured.
 struct Timestamps {
     index: usize,
-    sender: mpsc::Sender<(usize, Instant, Event)>,
+    sender: mpsc::Sender<Told>,
 }
 
 impl Sink for Timestamps {
     fn event(&mut self, event: Event) -> Flow {
-        match self.sender.send((self.index, Instant::now(), event)) {
+        let sender = matches!(event, Event::Finished { .. }).then(|| self.sender.clone());
+        match self.sender.send(Told { index: self.index, at: Instant::now(), event, sender }) {
             Ok(()) => Flow::Continue,
             Err(_) => Flow::Stop,
         }
@@ -227,7 +263,7 @@ mod tests {
         let start = Instant::now();
         let trace = |times: &[u64]| {
             let times = times.iter().map(|ms| start + Duration::from_millis(*ms)).collect();
-            Trace { times, ..Trace::default() }
+            Trace { times, ..Trace::new(start) }
         };
         // One prompt after the other; from 300 ms on both decode, until the first ends.
         let traces = [trace(&[100, 300, 400, 500]), trace(&[300, 400, 500, 600, 700])];

@@ -16,6 +16,7 @@ use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 use crate::heard::Heard;
 use crate::reading::Reading;
 use crate::report::{KvUse, LeftOut, LimitsReport, ServingReport};
+use crate::result::TokenHash;
 use crate::workload::PlannedRequest;
 
 /// The time that a workload is played in; 0 is its first arrival.
@@ -141,6 +142,8 @@ const TENANT: u64 = 0;
 #[derive(Default)]
 struct Told {
     heard: Heard,
+    /// Of each whole answer, by its row.
+    hashes: Vec<(u32, TokenHash)>,
     failed: Option<PlayError>,
 }
 
@@ -208,6 +211,7 @@ impl Player<'_> {
             told: self.told.clone(),
             backlog: self.backlog.clone(),
             num_tokens: 0,
+            hash: TokenHash::default(),
         };
         self.engine.add(planned.request(vocab_size, self.options.seed), Box::new(client));
     }
@@ -236,7 +240,9 @@ impl Player<'_> {
     }
 
     fn report(self, num_requests: u32, too_long: LeftOut, refused: LeftOut, max_waiting: u32) -> ServingReport {
-        let told = lock(&self.told);
+        let mut told = lock(&self.told);
+        told.hashes.sort_unstable();
+        let output_hash = TokenHash::of_answers(told.hashes.iter().map(|(_, hash)| *hash)).to_string();
         let heard = &told.heard;
         let Steps { count, num_rows, busy, held_s, max_held, slots_s, unused_slots_s } = self.steps;
         let duration_s = heard.last_token.as_secs_f64();
@@ -272,6 +278,7 @@ impl Player<'_> {
             },
             prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
             max_waiting,
+            output_hash,
             limits: LimitsReport::of(self.engine),
         }
     }
@@ -288,6 +295,7 @@ struct Client {
     told: Arc<Mutex<Told>>,
     backlog: Arc<Mutex<Backlog>>,
     num_tokens: u32,
+    hash: TokenHash,
 }
 
 impl Sink for Client {
@@ -297,7 +305,8 @@ impl Sink for Client {
         match event {
             Event::Started { .. } => lock(&self.backlog).begin(TENANT, self.own_tokens),
             Event::Prompt(_) | Event::Pooled(_) => {}
-            Event::Token { .. } => {
+            Event::Token { id, .. } => {
+                self.hash.add(id.0);
                 told.heard.token(now, self.arrival, &mut self.last);
                 self.num_tokens += 1;
             }
@@ -306,6 +315,7 @@ impl Sink for Client {
             }
             Event::Finished { usage, .. } => {
                 lock(&self.backlog).end(TENANT);
+                told.hashes.push((self.row, self.hash));
                 told.heard.finished(now, self.arrival, usage, self.num_tokens);
             }
         }

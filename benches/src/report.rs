@@ -48,6 +48,8 @@ pub struct ServingReport {
     pub prefix_hit_share: f64,
     /// Requests that waited at most at a time, outside the running set.
     pub max_waiting: u32,
+    /// Of all answers.
+    pub output_hash: String,
     pub limits: LimitsReport,
 }
 
@@ -107,7 +109,7 @@ impl LimitsReport {
 impl ServingReport {
     /// As a result file has it.
     pub fn to_run(&self) -> Run {
-        let mut run = Run::default();
+        let mut run = Run { output_hash: Some(self.output_hash.clone()), ..Run::default() };
         let tokens = self.prompt_tokens + self.output_tokens;
         run.metric("duration_s", self.duration_s);
         run.metric("output_tokens_per_s", self.output_tokens_per_s);

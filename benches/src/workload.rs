@@ -9,32 +9,6 @@ use std::time::Duration;
 
 use fullbore_engine::request::{Request, TokenId};
 
-/// Requests of one size, as `fullbore bench offline` runs them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Workload {
-    pub num_requests: u32,
-    pub prompt_tokens: u32,
-    pub output_tokens: u32,
-    pub seed: u64,
-}
-
-impl Workload {
-    /// The requests, greedy and without stop ids, so that each generates exactly `output_tokens`.
-    pub fn requests(&self, vocab_size: u32) -> Vec<Request> {
-        (0..self.num_requests)
-            .map(|index| {
-                let mut state = SplitMix64(self.seed ^ (u64::from(index) << 32));
-                Request {
-                    id: format!("bench-{index}"),
-                    prompt: (0..self.prompt_tokens).map(|_| TokenId(state.below(vocab_size))).collect(),
-                    max_tokens: self.output_tokens,
-                    ..Request::default()
-                }
-            })
-            .collect()
-    }
-}
-
 /// One request of a workload: lengths and a time, as a trace has them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlannedRequest {
@@ -341,12 +315,12 @@ mod tests {
 
     #[test]
     fn a_workload_is_a_function_of_its_seed() {
-        let workload = Workload { num_requests: 3, prompt_tokens: 5, output_tokens: 2, seed: 1 };
-        let prompts = |workload: Workload| -> Vec<_> { workload.requests(100).into_iter().map(|r| r.prompt).collect() };
-        assert_eq!(prompts(workload), prompts(workload));
-        assert_ne!(prompts(workload), prompts(Workload { seed: 2, ..workload }));
-        assert_ne!(prompts(workload)[0], prompts(workload)[1]);
-        assert!(prompts(workload).iter().flatten().all(|id| id.0 < 100));
+        let planned = generate(Arrivals::AtOnce, Lengths::Fixed { prompt: 5, output: 2 }, 3, 1);
+        let prompts = |seed: u64| -> Vec<_> { planned.iter().map(|of| of.request(100, seed).prompt).collect() };
+        assert_eq!(prompts(1), prompts(1));
+        assert_ne!(prompts(1), prompts(2));
+        assert_ne!(prompts(1)[0], prompts(1)[1]);
+        assert!(prompts(1).iter().flatten().all(|id| id.0 < 100));
         let generated = |seed| generate(Arrivals::Poisson { per_s: 3.0 }, SHAREGPT, 20, seed);
         assert_eq!(generated(1), generated(1));
         assert_ne!(generated(1), generated(2));

@@ -26,7 +26,9 @@ mod simulate;
 mod telemetry;
 
 pub use access::AccessArgs;
-pub use bench::{LatencyArgs, PromptForm, ReportArgs, ResultArgs, ServeBenchArgs, StartupArgs, SweepArgs, TargetArgs};
+pub use bench::{
+    LatencyArgs, OfflineArgs, PromptForm, ReportArgs, ResultArgs, ServeBenchArgs, StartupArgs, SweepArgs, TargetArgs,
+};
 pub use clients::{RunArgs, TopArgs};
 pub use device::DeviceArgs;
 pub use doctor::DoctorArgs;
@@ -83,8 +85,8 @@ pub enum Command {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    /// All requests at once, no HTTP: prints tokens a second as JSON.
-    Offline(BenchArgs),
+    /// All requests at once, no HTTP: the most tokens a second.
+    Offline(OfflineArgs),
     /// One request at a time, no HTTP: prefill and decode at batch 1.
     Latency(LatencyArgs),
     /// A server under load, over HTTP: one of our own, one that runs, or either beside others: percentiles and ratios.
@@ -246,24 +248,6 @@ pub struct TuneArgs {
     /// Measure for about so many seconds; longer if every choice needs it, which rests on nine rounds at least.
     #[arg(long, default_value_t = 60)]
     pub seconds: u64,
-}
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct BenchArgs {
-    #[command(flatten)]
-    pub engine: EngineArgs,
-    #[arg(long, default_value_t = 16)]
-    pub num_requests: u32,
-    #[arg(long, default_value_t = 128)]
-    pub prompt_tokens: u32,
-    #[arg(long, default_value_t = 64)]
-    pub output_tokens: u32,
-    /// Measure so many times over, on other prompts each time: a line each.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub runs: u32,
-    /// Write a result file too; a valid one has 3 --runs at least.
-    #[arg(long, short, value_name = "FILE")]
-    pub output: Option<PathBuf>,
 }
 
 /// How much longer than without prompts a step may take in which answers go on.

@@ -39,12 +39,13 @@ mod model_files;
 mod report;
 mod result;
 mod serve;
+mod workload;
 
 use interrupt::{Keep, until_interrupted};
 
 pub use doctor::{doctor, measure_doctor};
 pub use http::{http, measure_http};
-pub use latency::{latency, measure_latency, measure_startup, offline, startup};
+pub use latency::{latency, measure_latency, measure_offline, measure_startup, offline, startup};
 pub use report::{report, schema};
 pub use serve::{measure_serve, measure_sweep, serve, sweep};
 

@@ -115,9 +115,10 @@ fn a_sweep_goes_up_and_a_page_is_made_of_it() {
     assert!(run.metrics["prefill_tokens_per_s"] > 0.0 && run.metrics["decode_tokens_per_s"] > 0.0);
     assert_eq!((latency.measurements[0].runs.len(), run.counts["output_tokens"]), (3, 8));
     let startup = result("startup").expect("a result");
-    assert!(
-        startup.measurements[0].summary["first_token_s"].median >= startup.measurements[0].summary["ready_s"].median
-    );
+    let [later, first] = &startup.measurements[..] else { panic!("{:?}", startup.measurements) };
+    assert!(later.summary["first_token_s"].median >= later.summary["ready_s"].median);
+    assert_eq!((later.runs.len(), first.runs.len(), first.subject.as_deref()), (3, 1, Some("first start")));
+    assert!(startup.invalid.iter().all(|reason| reason.contains("debug build")), "{:?}", startup.invalid);
     let write = |(name, result): (&str, BenchResult)| {
         let path = folder.join(name);
         result.write(&path).expect("a file");

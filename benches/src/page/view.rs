@@ -285,7 +285,7 @@ fn diagnoses(results: &[Named], names: &Names) -> Table {
 }
 
 fn starts(results: &[Named], names: &Names) -> Table {
-    let head = ["device", "model", "ready, s", "first token, s", "valid"].map(str::to_owned).into();
+    let head = ["device", "model", "start", "ready, s", "first token, s", "valid"].map(str::to_owned).into();
     let startups = results.iter().filter(|(_, result)| result.bench == "startup");
     let rows = startups.flat_map(|(_, result)| {
         result.measurements.iter().map(|measurement| {
@@ -295,6 +295,7 @@ fn starts(results: &[Named], names: &Names) -> Table {
             vec![
                 word(&target.map_or(measurement.target.clone(), |of| names.call(of))),
                 word(&model),
+                word(measurement.subject.as_deref().unwrap_or("later")),
                 ready,
                 first,
                 validity(result),

@@ -6,8 +6,9 @@ use std::fmt;
 use super::{BenchResult, Run, Spread};
 
 /// What is shown of all that is in a result, in this order, and what it is called.
-pub const SHOWN: [(&str, &str); 21] = [
+pub const SHOWN: [(&str, &str); 22] = [
     ("output_tokens_per_s", "output, tokens/s"),
+    ("steady_tokens_per_s", "while all decode, tokens/s"),
     ("total_tokens_per_s", "prompts and output, tokens/s"),
     ("requests_per_s", "requests/s"),
     ("goodput_requests_per_s", "good requests/s"),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::endpoint::{Answer, Failure};
 use super::load::{Ask, Outcome};
-use crate::result::{Run, hash_of};
+use crate::result::{Run, TokenHash};
 use crate::statistics::{is_told, quantile};
 
 /// Bounds that a request must keep to count as good.
@@ -131,10 +131,10 @@ impl Tally<'_> {
         if self.facts.tokenizer.is_some() {
             self.run.count("retokenized_tokens", retokenized);
         }
-        let answers = outcomes.iter().flatten().filter_map(|outcome| outcome.result.as_ref().ok());
-        let ids: Vec<u32> = answers.flat_map(|answer| &answer.ids).copied().collect();
-        let is_whole = !ids.is_empty() && self.run.has_answered_all();
-        self.run.output_hash = is_whole.then(|| hash_of(ids.into_iter()));
+        let answers = || outcomes.iter().flatten().filter_map(|outcome| outcome.result.as_ref().ok());
+        let is_whole = answers().any(|answer| !answer.ids.is_empty()) && self.run.has_answered_all();
+        let hash = || TokenHash::of_answers(answers().map(|answer| answer.ids.iter().copied().collect()));
+        self.run.output_hash = is_whole.then(|| hash().to_string());
     }
 
     fn rates(&mut self, duration: Duration) {

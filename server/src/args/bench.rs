@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args as ClapArgs, ValueEnum};
 use fullbore_bench::serve::tally::Slo;
+use fullbore_bench::workload::{Arrivals, Lengths};
 
 use super::{EngineArgs, WorkloadArgs};
 
@@ -109,6 +110,36 @@ pub struct SweepArgs {
     #[command(flatten)]
     pub result: ResultArgs,
 }
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct OfflineArgs {
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// A trace, as of `fullbore simulate`: its lengths count, and its times do not.
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
+    /// How long requests are, as of `fullbore simulate`.
+    #[arg(long, default_value = "uniform:64-192:32-96", conflicts_with = "trace")]
+    pub lengths: Lengths,
+    /// Requests of a run, at most [default: all rows of the trace, or 32].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+    /// Of lengths and token ids.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub result: ResultArgs,
+}
+
+impl OfflineArgs {
+    pub fn workload(&self) -> WorkloadArgs {
+        let limit = self.limit.or(self.trace.is_none().then_some(OFFLINE_REQUESTS));
+        let (trace, lengths, seed) = (self.trace.clone(), self.lengths, self.seed);
+        WorkloadArgs { trace, arrivals: Some(Arrivals::AtOnce), lengths, limit, speedup: 1.0, seed }
+    }
+}
+
+const OFFLINE_REQUESTS: u32 = 32;
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct LatencyArgs {

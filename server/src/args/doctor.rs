@@ -39,7 +39,8 @@ pub struct DoctorArgs {
     /// Predict, and do not try.
     #[arg(long)]
     pub no_check: bool,
-    /// Have the tokenizer wait so many microseconds more for each token, to see what is said of one that is slow.
+    /// Have the tokenizer wait so many microseconds more for each token, as one does that asks elsewhere: to see what
+    /// is said of it, which is measured and not told.
     #[arg(long, default_value_t = 0.0, value_name = "MICROSECONDS", value_parser = super::parse::parse_microseconds)]
     pub slow_tokenizer: f64,
     #[command(flatten)]

@@ -5,6 +5,7 @@
 //! of steps are measured on an engine of its own, which may be larger than what was asked for. Invariant: no change is
 //! advised that was not planned as `serve` would plan it, with the memory that there is.
 
+use std::cell::Cell;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use fullbore_bench::play::{Clock, PlayOptions, play_read};
 use fullbore_bench::reading::{Reading, TextPrice};
 use fullbore_bench::report::ServingReport;
 use fullbore_bench::result::{BenchResult, Diagnosis, Measurement, Run};
+use fullbore_bench::trace::Trace;
 use fullbore_bench::workload::PlannedRequest;
 use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::config::EngineConfig;
@@ -28,8 +30,9 @@ use serde_json::json;
 use super::BenchCommandError;
 use super::interrupt::Keep;
 use super::result::{measured, target_of_plan};
+use super::workload::{LeftOut, WARM_UP_SEED, described, leave_out_too_long, warm_up};
 use crate::args::{DoctorArgs, EngineArgs, Profile};
-use crate::simulate::requests;
+use crate::simulate::{tell_without_output, workload};
 use crate::start::{self, Plan, StartError};
 use crate::version::COMMIT;
 
@@ -52,28 +55,31 @@ pub fn measure_doctor(args: &DoctorArgs, keep: Keep) -> Result<BenchResult, Benc
     drop(backend);
     let (tokenizer, model) = (bundle.tokenizer, bundle.config);
     let least = least_requests(&config);
-    let sized = rig.requests(least, &config)?;
+    let (sized, left_out) = rig.requests(least, &config)?;
     let profile = rig.profile(&config, longest(&sized))?;
     let text = if args.ids { None } else { rig.text_price(&sized, &tokenizer) };
     let as_it_is = Case { change: "as it is".to_owned(), config, text };
+    let left_out = Cell::new(left_out);
     let requests = match args.limit {
         Some(_) => sized,
         None => fill(&profile, &as_it_is, least, Duration::from_secs(args.seconds.max(1)), |num_requests| {
-            rig.requests(num_requests, &config).unwrap_or_default()
+            let (requests, of_them) = rig.requests(num_requests, &config).unwrap_or_default();
+            left_out.set(of_them);
+            requests
         })?,
     };
+    tell_without_output(left_out.get().without_output);
     let (tried, cases): (Vec<EngineArgs>, Vec<Case>) = rig.cases(&as_it_is, &model, &requests).into_iter().unzip();
     eprintln!("{} changes are simulated on {} requests", cases.len(), requests.len());
     let forecast = Forecast::new(&profile, &as_it_is, cases.clone(), &requests)?;
-    result.workload = [
-        ("lengths", json!(args.trace.as_ref().map_or(args.lengths.to_string(), |_| "of a trace".to_owned()))),
+    result.workload = described(&args.workload(None), &requests.iter().collect::<Vec<_>>(), left_out.get());
+    let fields = [
         ("arrivals", json!(args.workload(None).arrivals.map(|arrivals| arrivals.to_string()))),
         ("requests_per_run", json!(requests.len())),
         ("text_ns_per_token", json!(text.map(|price| price.ns_per_token))),
         ("text_threads", json!(text.map(|price| price.num_threads))),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .into();
+    ];
+    result.workload.extend(fields.map(|(name, value)| (name.to_owned(), value)));
     let [mut before, mut after] = [Vec::new(), Vec::new()];
     rig.runs(&args.engine, &as_it_is, &profile, &requests, &tokenizer, &mut |report, run| {
         before.push(report);
@@ -176,34 +182,40 @@ impl Rig<'_> {
     }
 
     /// As many as were asked for, or as there are; what no slot could ever hold is left out.
-    fn requests(&self, num_requests: u32, config: &EngineConfig) -> Result<Vec<PlannedRequest>, BenchCommandError> {
+    fn requests(
+        &self,
+        num_requests: u32,
+        config: &EngineConfig,
+    ) -> Result<(Vec<PlannedRequest>, LeftOut), BenchCommandError> {
         let limit = self.args.limit.unwrap_or(num_requests);
-        let mut requests = requests(&self.args.workload(Some(limit)))?;
-        let before = requests.len();
-        let fits = |of: &PlannedRequest| {
-            u64::from(of.prompt_tokens) + u64::from(of.output_tokens) <= u64::from(config.max_model_len)
-        };
-        requests.retain(fits);
-        match requests.is_empty() {
-            true => Err(BenchCommandError::AllTooLong(before, config.max_model_len.into())),
-            false => Ok(requests),
-        }
+        let Trace { mut requests, num_without_output } = workload(&self.args.workload(Some(limit)))?;
+        let too_long = leave_out_too_long(&mut requests, config.max_model_len.into())?;
+        Ok((requests, LeftOut { too_long, without_output: num_without_output }))
     }
 
     /// What it takes to read the prompts of `requests`; on a simulated device what was asked for, and nothing else.
-    fn text_price(&self, requests: &[PlannedRequest], tokenizer: &Tokenizer) -> Option<TextPrice> {
-        let more_ns = self.args.slow_tokenizer * 1e3;
+    fn text_price(&self, requests: &[PlannedRequest], tokenizer: &Arc<Tokenizer>) -> Option<TextPrice> {
         if self.is_simulated {
-            let price = TextPrice { num_threads: SIMULATED_THREADS, ns_per_token: more_ns };
-            return (more_ns > 0.0).then_some(price);
+            let price = TextPrice { num_threads: SIMULATED_THREADS, ns_per_token: self.args.slow_tokenizer * 1e3 };
+            return (price.ns_per_token > 0.0).then_some(price);
         }
-        let sample = &requests[..requests.len().min(TEXT_SAMPLE)];
-        let texts = texts(sample, tokenizer, self.args.seed);
-        let begun = Instant::now();
-        let num_read: usize = texts.iter().map(|text| tokenizer.encode(text, Special::AsText).len()).sum();
-        let ns_per_token = begun.elapsed().as_nanos() as f64 / num_read.max(1) as f64 + more_ns;
+        let texts = texts(&requests[..requests.len().min(TEXT_SAMPLE)], tokenizer, self.args.seed);
+        let (read, begun) = (self.reader(tokenizer), Instant::now());
+        let read_for = || begun.elapsed().as_secs_f64();
+        let read = texts.iter().take_while(|_| read_for() < MAX_TEXT_SAMPLE_S).map(|text| read(text));
+        let num_tokens: usize = read.sum();
         let num_threads = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-        Some(TextPrice { num_threads, ns_per_token })
+        Some(TextPrice { num_threads, ns_per_token: read_for() * 1e9 / num_tokens.max(1) as f64 })
+    }
+
+    /// What reads a text, and says how many tokens it has: the tokenizer, as slow as was asked for.
+    fn reader(&self, tokenizer: &Arc<Tokenizer>) -> impl Fn(&str) -> usize + Send + Sync + 'static {
+        let (tokenizer, more_us) = (tokenizer.clone(), self.args.slow_tokenizer);
+        move |text| {
+            let num_tokens = tokenizer.encode(text, Special::AsText).len();
+            std::thread::sleep(Duration::from_secs_f64(more_us * num_tokens as f64 / 1e6));
+            num_tokens
+        }
     }
 
     /// Every change that can be planned, in the order in which they are preferred.
@@ -233,13 +245,7 @@ impl Rig<'_> {
     ) -> Result<(), BenchCommandError> {
         let (mut engine, simulated) = self.load(args)?;
         engine.set_cost(profile.cost);
-        let num_warm_up = requests.len().min(engine.config().max_num_seqs as usize);
-        let short = |request: &PlannedRequest| PlannedRequest {
-            arrival: Duration::ZERO,
-            output_tokens: request.output_tokens.min(WARM_UP_TOKENS),
-            ..request.clone()
-        };
-        let warm_up: Vec<PlannedRequest> = requests[..num_warm_up].iter().map(short).collect();
+        let before = warm_up(requests, engine.config().max_num_seqs as usize);
         let mut play = |requests: &[PlannedRequest], text: Option<TextPrice>, seed: u64| {
             let clock = match &simulated {
                 Some(clock) => Clock::Simulated {
@@ -261,7 +267,7 @@ impl Rig<'_> {
             }
             Ok::<_, BenchCommandError>((report, run))
         };
-        play(&warm_up, None, self.args.seed ^ WARM_UP_SEED)?;
+        play(&before, None, self.args.seed ^ WARM_UP_SEED)?;
         for nth in 1..=self.args.result.runs {
             let (report, run) = play(requests, case.text, self.args.seed ^ (u64::from(nth) << 24))?;
             let rate = report.output_tokens_per_s;
@@ -284,21 +290,19 @@ impl Rig<'_> {
             return Ok(Reading::priced(requests, price));
         }
         let texts = texts(requests, tokenizer, seed);
-        let (tokenizer, more_us) = (tokenizer.clone(), self.args.slow_tokenizer);
-        let read = move |text: &str| {
-            let num_tokens = tokenizer.encode(text, Special::AsText).len();
-            std::thread::sleep(Duration::from_secs_f64(more_us * num_tokens as f64 / 1e6));
-        };
-        Ok(Reading::start(requests, texts, price.num_threads, Arc::new(read), clock)?)
+        let read = self.reader(tokenizer);
+        let read = Arc::new(move |text: &str| {
+            read(text);
+        });
+        Ok(Reading::start(requests, texts, price.num_threads, read, clock)?)
     }
 }
 
 /// Of a simulated machine, whatever this one has.
 const SIMULATED_THREADS: u32 = 2;
-/// Texts on which a tokenizer is timed.
+/// Texts on which a tokenizer is timed, at most, and for how long.
 const TEXT_SAMPLE: usize = 64;
-const WARM_UP_TOKENS: u32 = 4;
-const WARM_UP_SEED: u64 = 0x5741_524d;
+const MAX_TEXT_SAMPLE_S: f64 = 3.0;
 
 /// The limits that `serve` would have with these flags; `None` where it would refuse them.
 fn planned(args: &EngineArgs) -> Option<EngineConfig> {

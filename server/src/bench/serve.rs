@@ -25,6 +25,7 @@ use super::BenchCommandError;
 use super::interrupt::INTERRUPTED;
 use super::loopback::{Loopback, make_room_for_clients};
 use super::result::{finish, target_of};
+use super::workload::{self, LeftOut};
 use crate::args::{
     EngineArgs, PromptForm, ResultArgs, ServeBenchArgs, ServedArgs, SweepArgs, TargetArgs, WorkloadArgs,
 };
@@ -130,8 +131,11 @@ fn measure(
     let without_output = without_output.into_iter().max().unwrap_or(0);
     tell_without_output(without_output);
     let setup = Setup::start(args, workload.seed, most_at_once(&levels))?;
-    let too_long = leave_out_too_long(&mut levels, setup.max_model_len)?;
-    result.workload = described(args, workload, &levels, &LeftOut { too_long, without_output });
+    let mut left_out = LeftOut { without_output, ..LeftOut::default() };
+    for level in &mut levels {
+        left_out.too_long += workload::leave_out_too_long(&mut level.requests, setup.max_model_len)?;
+    }
+    result.workload = described(args, workload, &levels, left_out);
     let options = ServeOptions {
         num_runs,
         num_warm_up: args.warm_up,
@@ -165,51 +169,21 @@ fn most_at_once(levels: &[Level]) -> u32 {
     levels.iter().map(most).max().unwrap_or(0)
 }
 
-/// What no target could take; says how many.
-fn leave_out_too_long(levels: &mut [Level], max_model_len: u64) -> Result<usize, BenchCommandError> {
-    let length = |request: &PlannedRequest| u64::from(request.prompt_tokens) + u64::from(request.output_tokens);
-    let mut num_left_out = 0;
-    for level in levels {
-        let before = level.requests.len();
-        level.requests.retain(|request| length(request) <= max_model_len);
-        if level.requests.is_empty() {
-            return Err(BenchCommandError::AllTooLong(before, max_model_len));
-        }
-        num_left_out += before - level.requests.len();
-    }
-    Ok(num_left_out)
-}
-
-/// What is not asked for.
-struct LeftOut {
-    too_long: usize,
-    without_output: usize,
-}
-
-fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], left_out: &LeftOut) -> BTreeMap<String, Value> {
+fn described(args: &TargetArgs, of: &WorkloadArgs, levels: &[Level], left_out: LeftOut) -> BTreeMap<String, Value> {
     let all: Vec<&PlannedRequest> = levels.iter().flat_map(|level| &level.requests).collect();
-    let mean = |length: fn(&PlannedRequest) -> u32| {
-        all.iter().map(|request| f64::from(length(request))).sum::<f64>() / all.len().max(1) as f64
-    };
-    let trace = of.trace.as_deref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy().into_owned());
     let fields = [
-        ("lengths", json!(trace.clone().unwrap_or_else(|| of.lengths.to_string()))),
-        ("trace", json!(trace)),
         ("arrivals", json!(of.arrivals.map(|arrivals| arrivals.to_string()))),
         ("speedup", json!(of.speedup)),
         ("requests_per_run", json!(levels.iter().map(|level| level.requests.len()).collect::<Vec<_>>())),
-        ("left_out_too_long", json!(left_out.too_long)),
-        ("left_out_without_output", json!(left_out.without_output)),
-        ("prompt_tokens_mean", json!(mean(|request| request.prompt_tokens))),
-        ("output_tokens_mean", json!(mean(|request| request.output_tokens))),
         ("prompts", json!(format!("{:?}", args.prompts).to_lowercase())),
         ("constrained", json!(args.constrained)),
         ("slo", args.slo.map_or(Value::Null, |slo| slo.to_json())),
         ("warm_up_requests", json!(args.warm_up)),
         ("think_ms", json!(args.think)),
-        ("shares_prefixes", json!(all.iter().any(|request| request.shares_prefix()))),
     ];
-    fields.map(|(name, value)| (name.to_owned(), value)).into()
+    let mut described = workload::described(of, &all, left_out);
+    described.extend(fields.map(|(name, value)| (name.to_owned(), value)));
+    described
 }
 
 /// Everything that is measured, for as long as this lives.
