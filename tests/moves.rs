@@ -3,7 +3,7 @@
 //! held while they are read. Needs Vulkan drivers: fails without one.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::engine::moves::{Export, Import, block_move};
 use fullbore_engine::fleet::{Fleet, Seat};
+use fullbore_engine::memory::kv_events::{KvEvent, KvEventSender, Lineage, StoredBlock};
 use fullbore_engine::memory::{BlockEvent, KvCache};
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
@@ -277,6 +278,26 @@ fn blocks_of_another_layout_or_without_room_are_refused() {
     }
 }
 
+/// A prompt that runs has two blocks of the seven that it was admitted for: with what comes they are not there.
+#[test]
+fn what_comes_takes_no_block_that_a_running_prompt_was_admitted_for() {
+    let config = EngineConfig { num_blocks: 8, max_model_len: 112, pipeline_depth: 1, ..CONFIG };
+    let expected = alone(sim(), config);
+    let (mut from, mut to) = (engine_on(sim(), CONFIG), engine_on(sim(), config));
+    ask(&mut from, request());
+    run(&mut [&mut from]);
+    let other = ask(&mut to, Request { prompt: vec![TokenId(9); 100], ..request() });
+    assert!(to.step().expect("the device is there"));
+    let (export, import) = ends(&from, LONG);
+    to.import(import);
+    let answer = ask(&mut to, request());
+    from.export(export);
+    run(&mut [&mut from, &mut to]);
+    assert_eq!(told(&answer), expected);
+    assert_eq!(told(&other).tokens.len(), 12);
+    assert_eq!((to.stats().num_preemptions, to.stats().num_fetched_blocks), (0, 0));
+}
+
 /// The memory manager's part in it, without an engine.
 #[test]
 fn promised_blocks_are_findable_once_they_are_there_and_told_as_any() {
@@ -338,7 +359,8 @@ fn tokens_of(events: &Receiver<Event>) -> impl Iterator<Item = TokenId> + '_ {
     })
 }
 
-/// The first of two devices has the prompt's beginning and no slot: what is there of it is not computed on the second.
+/// The first of two devices has the prompt's beginning and no slot: what is there of it is not computed on the second,
+/// and what the second says of it to others has the name that its client divides the cache by.
 #[test]
 fn a_fleet_moves_a_prefix_to_where_there_is_a_slot() {
     // A step of 6 ms and more; a prompt of 80 tokens takes a quarter of a second.
@@ -356,7 +378,12 @@ fn a_fleet_moves_a_prefix_to_where_there_is_a_slot() {
         title: format!("sim@{index}"),
         first: Box::new(|| {}),
     };
-    let fleet = Fleet::spawn([(0, 1), (1, 2)].map(seat).into());
+    let mut seats = [(0, 1), (1, 2)].map(seat);
+    let (to, batches) = sync_channel(1000);
+    seats[1].engine.cache_mut().tell_kv_events_to(KvEventSender { source: 1, to });
+    let fleet = Fleet::spawn(seats.into());
+    let salt_name: Option<Arc<str>> = Some("a client".into());
+    let request = || Request { cache_salt: 7, salt_name: salt_name.clone(), ..request() };
     let (first, first_has_left) = listen(&fleet, Request { max_tokens: 3000, ..request() });
     assert_eq!(tokens_of(&first).take(3).count(), 3);
     let (second, _) = listen(&fleet, request());
@@ -375,4 +402,14 @@ fn a_fleet_moves_a_prefix_to_where_there_is_a_slot() {
     };
     assert_eq!((stats.num_fetched_blocks, stats.cached_tokens, stats.prefill_tokens), (6, 96, 4));
     fleet.shutdown();
+    let lineage = |event| match event {
+        KvEvent::Stored(StoredBlock { hash, lineage, .. }) => Some((hash, lineage)),
+        KvEvent::Removed(_) | KvEvent::Cleared => None,
+    };
+    let stored: Vec<_> = batches.try_iter().flat_map(|batch| batch.events).filter_map(lineage).collect();
+    assert!(stored.len() >= NUM_BLOCKS as usize, "{stored:?}");
+    assert_eq!(stored[0].1, Lineage { parent: None, salt: salt_name });
+    for pair in stored.windows(2) {
+        assert_eq!(pair[1].1, Lineage { parent: Some(pair[0].0), salt: None });
+    }
 }

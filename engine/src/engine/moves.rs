@@ -4,7 +4,8 @@
 //! read, a chunk at a time, between two steps. The other one promises them to its prefix cache, so that whoever begins
 //! with them waits; a chunk that has come is written between two steps and findable from then on. Invariants: nobody
 //! waits for the other end but for a time that was set when the move began, and either end may be gone at any time:
-//! what has not come by then is computed. Where blocks are copied, no step is in flight.
+//! what has not come by then is computed, as is what there is no room for beside sequences that run. Where blocks are
+//! copied, no step is in flight.
 
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
@@ -277,10 +278,13 @@ impl Engine {
         let num_blocks = chunk.words.len() / layout.block_words();
         let end = import.prefix.blocks.start + num_blocks as u32;
         let is_fit = chunk.layout == layout && end <= import.prefix.blocks.end;
-        if !is_fit || self.cache.grow(&mut import.table, end * block_size).is_err() {
+        // Who runs was admitted for blocks that it has not taken yet.
+        let num_left = self.cache.num_available().saturating_sub(self.scheduler.promised_blocks(&self.cache));
+        if !is_fit || num_blocks as u32 > num_left {
             import.give_up();
             return Ok(true);
         }
+        self.cache.grow(&mut import.table, end * block_size).expect("there are as many, and more");
         let blocks = &import.table.blocks()[import.prefix.blocks.start as usize..];
         let blocks: Vec<u32> = blocks.iter().map(|block| block.0).collect();
         self.write_blocks(&blocks, &chunk.words)?;

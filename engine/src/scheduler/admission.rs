@@ -84,7 +84,7 @@ impl Scheduler {
     }
 
     /// Blocks that running sequences will take for tokens they already have.
-    fn promised_blocks(&self, cache: &KvCache) -> u32 {
+    pub fn promised_blocks(&self, cache: &KvCache) -> u32 {
         let running = self.running();
         running
             .map(|sequence| cache.blocks_for(sequence.num_tokens()).saturating_sub(sequence.table.num_blocks()))
