@@ -109,7 +109,7 @@ impl Device {
 
 /// A request on its way.
 struct Live {
-    request: Request,
+    request: Arc<Request>,
     chain: BlockChain,
     sequence: SequenceId,
     /// While it is with a device.
@@ -125,7 +125,8 @@ struct Fleet<'a> {
     devices: Vec<Device>,
     router: Router,
     rules: Rules,
-    live: Vec<Option<Live>>,
+    /// By request; boxed, for most have not come or are gone.
+    live: Vec<Option<Box<Live>>>,
     /// When a device's step ends, or when it is to begin one, with the number of its life.
     due: BinaryHeap<Reverse<(Duration, usize, u32)>>,
     /// What happens to devices.
@@ -247,8 +248,9 @@ impl<'a> Fleet<'a> {
         let mut chain = hasher.chain(request.cache_salt);
         hasher.extend(&mut chain, &request.prompt);
         let (placement, last_token, generated, num_losses) = (None, None, Vec::new(), 0);
-        let sequence = SequenceId(0);
-        self.live[index] = Some(Live { request, chain, sequence, placement, last_token, generated, num_losses });
+        let (request, sequence) = (Arc::new(request), SequenceId(0));
+        let live = Live { request, chain, sequence, placement, last_token, generated, num_losses };
+        self.live[index] = Some(Box::new(live));
         self.place(index);
     }
 

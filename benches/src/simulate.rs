@@ -10,6 +10,7 @@ use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::engine::Engine;
+use fullbore_engine::model::config::RopeConfig;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::tensor::WeightFormat;
 
@@ -48,7 +49,7 @@ pub fn simulate(
 
 /// An engine on the device of `profile`, and the device's clock.
 pub(crate) fn engine(profile: &DeviceProfile, config: EngineConfig) -> Result<(Engine, SimClock), LoadError> {
-    let model = ModelConfig { max_positions: config.max_model_len, ..ModelConfig::tiny(VOCAB_SIZE, 1) };
+    let model = stand_in(config.max_model_len);
     // A block of the stand-in is smaller, and takes as long to copy as the real one.
     let larger = profile.model.kv_bytes_per_token as f64 / model.kv_bytes_per_token(config.kv_type) as f64;
     let mut backend = Box::new(SimBackend::new(SimOptions {
@@ -58,13 +59,20 @@ pub(crate) fn engine(profile: &DeviceProfile, config: EngineConfig) -> Result<(E
         ..SimOptions::default()
     }));
     let clock = backend.clock();
-    // The smallest model there is: what the real one would cost is in the profile.
     let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
     let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {})?;
     let mut engine = Engine::new(config, model, backend, HASH_KEY);
     engine.enable_swap().map_err(LoadError::from)?;
     engine.set_cost(profile.cost);
     Ok((engine, clock))
+}
+
+/// The smallest model that a simulated device takes, for a fleet has it a thousand times: what the real one would cost is
+/// in the profile.
+fn stand_in(max_positions: u32) -> ModelConfig {
+    let tiny = ModelConfig::tiny(VOCAB_SIZE, 1);
+    let rope = RopeConfig { rotary_dim: 2, ..tiny.rope.clone() };
+    ModelConfig { max_positions, dim: 2, num_heads: 1, ffn_dim: 2, rope, ..tiny }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! placed anew, and where no device is there requests wait for the first that comes. Invariant: a request ends, or is
 //! counted as failed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use fullbore_engine::fleet::{MAX_LOSSES, ReplicaId};
@@ -105,9 +106,12 @@ impl Fleet<'_> {
     }
 
     /// What the next device is handed of a request.
-    pub(super) fn next_attempt(&self, index: usize) -> Request {
+    pub(super) fn next_attempt(&self, index: usize) -> Arc<Request> {
         let live = self.live[index].as_ref().expect("it goes on");
-        Request { generated: live.generated.clone(), ..live.request.clone() }
+        match live.generated.as_slice() {
+            [] => live.request.clone(),
+            generated => Arc::new(Request { generated: generated.to_vec(), ..Request::clone(&live.request) }),
+        }
     }
 }
 
