@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::heard::Heard;
 use crate::play::{PlayError, lock};
-use crate::simulate::{self, HASH_KEY, SimulateError, VOCAB_SIZE};
+use crate::simulate::{HASH_KEY, SimulateError, VOCAB_SIZE};
 use crate::workload::PlannedRequest;
 use fullbore_engine::backend::sim::SimClock;
 use fullbore_engine::batch::SequenceId;
@@ -25,12 +25,14 @@ use fullbore_engine::memory::{BlockChain, BlockHasher};
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId, Usage};
 
 pub mod life;
+mod moves;
 pub mod report;
 pub mod rule;
 #[cfg(test)]
 mod tests;
 
 use life::{Change, Life};
+use moves::Moving;
 use report::{DeviceReport, FleetReport};
 use rule::{Rule, Rules};
 
@@ -41,6 +43,8 @@ pub struct FleetDevice {
     pub profile: DeviceProfile,
     pub config: EngineConfig,
     pub life: Life,
+    /// Whether KV goes to other devices and comes from there, at what the profile says of copies.
+    pub moves_kv: bool,
 }
 
 /// What a client of one device was told, with its row.
@@ -142,6 +146,10 @@ struct Fleet<'a> {
     num_losses: u32,
     num_replayed: u64,
     num_failed: u32,
+    /// KV that is on its way between devices.
+    moving: Vec<Moving>,
+    /// To devices that were lost since.
+    num_fetched_blocks: u64,
 }
 
 /// Plays `requests`, which are in order of arrival, on `devices`, whose blocks are of one size.
@@ -192,8 +200,7 @@ impl<'a> Fleet<'a> {
         };
         let traits: Vec<Traits> = specs.iter().map(traits).collect();
         let device = |spec: &FleetDevice| {
-            let (mut engine, clock) = simulate::engine(&spec.profile, spec.config)?;
-            engine.cache_mut().keep_block_events();
+            let (engine, clock) = spec.engine()?;
             Ok(Device {
                 engine,
                 clock,
@@ -210,7 +217,9 @@ impl<'a> Fleet<'a> {
                 idle: Duration::ZERO,
             })
         };
+        let devices = specs.iter().map(device).collect::<Result<Vec<Device>, SimulateError>>()?;
         let mut router = Router::new(specs[0].config.block_size, &traits);
+        router.set_moves(devices.iter().map(|device| device.engine.move_prices()).collect());
         let late = (0..).map(ReplicaId).zip(specs).filter(|(_, spec)| !spec.life.joins.is_zero());
         late.for_each(|(replica, _)| router.set_open(replica, false));
         let changes = |(id, spec): (usize, &FleetDevice)| {
@@ -218,7 +227,7 @@ impl<'a> Fleet<'a> {
         };
         Ok(Fleet {
             requests,
-            devices: specs.iter().map(device).collect::<Result<_, SimulateError>>()?,
+            devices,
             router,
             rules: Rules::new(rule, specs.len()),
             live: requests.iter().map(|_| None).collect(),
@@ -233,6 +242,8 @@ impl<'a> Fleet<'a> {
             num_losses: 0,
             num_replayed: 0,
             num_failed: 0,
+            moving: Vec::new(),
+            num_fetched_blocks: 0,
         })
     }
 
@@ -271,6 +282,7 @@ impl<'a> Fleet<'a> {
     /// Gives a request to the engine of its placement.
     fn hand_in(&mut self, index: usize) {
         let request = self.next_attempt(index);
+        self.fetch(index);
         let live = self.live[index].as_mut().expect("it goes on");
         let id = usize::from(live.placement.as_ref().expect("it has been placed").replica.0);
         let device = &mut self.devices[id];
@@ -280,7 +292,14 @@ impl<'a> Fleet<'a> {
         device.waiting.push_back(index);
         device.there.insert(index);
         self.num_waiting += 1;
+        self.wake(id);
+    }
+
+    /// There may be something to do for device `id` if it does nothing.
+    fn wake(&mut self, id: usize) {
+        let device = &mut self.devices[id];
         if let Some(since) = device.idle_since.take() {
+            device.clock.advance_to(self.now);
             device.idle += self.waited - since;
             self.is_due(id);
         }
@@ -298,6 +317,7 @@ impl<'a> Fleet<'a> {
             return Ok(());
         }
         self.hear(id)?;
+        self.pass_on(id);
         if self.rules.moves() && self.num_waiting > 0 && self.devices[id].engine.is_idle() {
             self.relieve(id);
         }
@@ -308,7 +328,12 @@ impl<'a> Fleet<'a> {
         }
         let begun = device.clock.now();
         device.clock.advance(device.host_per_step);
-        device.engine.step()?;
+        if !device.engine.step()? {
+            // It waits for what comes from another device.
+            device.idle_since = Some(self.waited);
+            self.pass_on(id);
+            return Ok(());
+        }
         device.busy += device.clock.now() - begun;
         self.due.push(Reverse((device.clock.now(), id, life_number)));
         Ok(())
@@ -395,6 +420,8 @@ impl<'a> Fleet<'a> {
                 idle_share: share(idle.as_secs_f64(), duration_s),
             }
         };
+        let fetched = self.devices.iter().map(|device| device.engine.stats().num_fetched_blocks);
+        let num_fetched_blocks = self.num_fetched_blocks + fetched.sum::<u64>();
         let devices: Vec<DeviceReport> = self.devices.iter_mut().zip(specs).map(device).collect();
         FleetReport {
             rule: rule.name(),
@@ -412,6 +439,7 @@ impl<'a> Fleet<'a> {
             total_ms: (&heard.total).into(),
             prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
             num_moved: self.num_moved,
+            num_fetched_blocks,
             most_idle_share: devices.iter().map(|device| device.idle_share).fold(0.0, f64::max),
             devices,
         }

@@ -12,7 +12,7 @@ use fullbore_engine::request::Request;
 
 use super::{Fleet, FleetDevice};
 use crate::play::lock;
-use crate::simulate::{self, SimulateError};
+use crate::simulate::SimulateError;
 
 /// When a device is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub struct Life {
 pub(super) enum Change {
     Comes,
     IsLost,
+    /// What it waits for from another device does not come in time.
+    HasWaited,
 }
 
 impl Life {
@@ -56,6 +58,7 @@ impl Fleet<'_> {
         match change {
             Change::Comes => self.open(id),
             Change::IsLost => self.lose(id, &specs[id])?,
+            Change::HasWaited => self.wake(id),
         }
         Ok(())
     }
@@ -86,11 +89,13 @@ impl Fleet<'_> {
         device.busy -= device.clock.now().saturating_sub(now);
         lock(&device.notes).clear();
         device.idle += device.idle_since.take().map_or(Duration::ZERO, |since| waited - since);
-        (device.engine, device.clock) = simulate::engine(&spec.profile, spec.config)?;
-        device.engine.cache_mut().keep_block_events();
+        self.num_fetched_blocks += device.engine.stats().num_fetched_blocks;
+        (device.engine, device.clock) = spec.engine()?;
         let waiting = std::mem::take(&mut device.waiting);
         self.num_waiting -= waiting.len() as u32;
-        for index in std::mem::take(&mut device.there) {
+        let there = std::mem::take(&mut device.there);
+        self.end_moves(id);
+        for index in there {
             let live = self.live[index].as_mut().expect("it is there");
             self.router.withdraw(live.placement.take().expect("it is there"));
             live.num_losses += u32::from(!waiting.contains(&index));

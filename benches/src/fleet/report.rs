@@ -29,6 +29,8 @@ pub struct FleetReport {
     pub prefix_hit_share: f64,
     /// Requests that were taken from a device where they waited to another.
     pub num_moved: u64,
+    /// KV blocks that came from another device.
+    pub num_fetched_blocks: u64,
     /// The largest of the devices' shares.
     pub most_idle_share: f64,
     pub devices: Vec<DeviceReport>,
@@ -59,6 +61,9 @@ impl fmt::Display for FleetReport {
         }
         writeln!(f, "{:<18}{} of prompt tokens", "prefix hits", percent(self.prefix_hit_share))?;
         writeln!(f, "{:<18}{} requests", "moved", self.num_moved)?;
+        if self.num_fetched_blocks > 0 {
+            writeln!(f, "{:<18}{} blocks of KV from other devices", "fetched", self.num_fetched_blocks)?;
+        }
         if self.num_losses > 0 {
             let FleetReport { num_losses, num_replayed, num_failed, .. } = self;
             writeln!(f, "{:<18}{num_losses} devices; {num_replayed} requests went on, {num_failed} failed", "lost")?;

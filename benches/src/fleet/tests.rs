@@ -26,7 +26,7 @@ fn device(speed: f64) -> FleetDevice {
         cost: CostModel::line(20e6 / speed, 0.5e6 / speed, Prices::default()),
         points: Vec::new(),
     };
-    FleetDevice { name: format!("{speed} times"), profile, config, life: Life::default() }
+    FleetDevice { name: format!("{speed} times"), profile, config, life: Life::default(), moves_kv: false }
 }
 
 fn fleet(speeds: &[f64]) -> Vec<FleetDevice> {
@@ -95,7 +95,8 @@ fn a_fleet_of_one_is_a_device() {
     let requests = generate(Arrivals::Poisson { per_s: 6.0 }, SHORT, 80, 3);
     let alone = device(1.0);
     let reports = Rule::ALL.map(|rule| run(&[1.0], &requests, rule));
-    let wanted = simulate::simulate(&alone.profile, alone.config, &requests, Default::default()).expect("it runs");
+    let wanted =
+        crate::simulate::simulate(&alone.profile, alone.config, &requests, Default::default()).expect("it runs");
     for report in reports {
         assert_eq!((report.ttft_ms, report.itl_ms, report.total_ms), (wanted.ttft_ms, wanted.itl_ms, wanted.total_ms));
         assert_eq!((report.duration_s, report.num_moved), (wanted.duration_s, 0));
@@ -130,5 +131,54 @@ fn a_simulation_of_a_fleet_comes_out_the_same_each_time() {
     let requests = generate(Arrivals::Burst { size: 40, every_s: 1.0 }, SHORT, 300, 9);
     for rule in Rule::ALL {
         assert_eq!(run(&[1.0, 3.0], &requests, rule), run(&[1.0, 3.0], &requests, rule));
+    }
+}
+
+/// Devices of speed 1 with a slot each, on which a block of KV takes so long to be read and as long to be written.
+fn moving(num_devices: usize, copy_ms: f64, kv_bytes_per_token: u64) -> Vec<FleetDevice> {
+    let mut devices = fleet(&vec![1.0; num_devices]);
+    for device in &mut devices {
+        device.moves_kv = true;
+        device.config.max_num_seqs = 1;
+        device.profile.model.kv_bytes_per_token = kv_bytes_per_token;
+        let block_bytes = kv_bytes_per_token as f64 * f64::from(device.config.block_size);
+        device.profile.ns_per_copied_megabyte = copy_ms * 1e12 / block_bytes;
+    }
+    devices
+}
+
+/// The second begins with ten blocks of what the first has computed, on a device that has no slot.
+#[test]
+fn a_prefix_that_comes_from_another_device_takes_what_its_copies_take() {
+    let lengths = Lengths::Shared { groups: 1, prefix: 320, prompt: 10, output: 100 };
+    let requests = generate(Arrivals::Burst { size: 1, every_s: 1.0 }, lengths, 2, 5);
+    let report = run_on(&moving(2, 4.0, 100), &requests, Rule::EarliestFinish);
+    assert_eq!((report.num_fetched_blocks, report.num_completed), (10, 2), "{report:#?}");
+    assert_eq!(report.prefix_hit_share, 320.0 / 660.0);
+    // It is read after the step that runs, of 20 ms at most, comes with the end of the next, and is written; then 10
+    // tokens are computed.
+    let soonest = 40.0 + 20.0 + 40.0 + 24.5;
+    assert!((0.99 * soonest..soonest + 21.0).contains(&report.ttft_ms.p50), "{report:#?}");
+    // To compute it all takes 224 ms.
+    let dear = run_on(&moving(2, 11.0, 100), &requests, Rule::EarliestFinish);
+    assert_eq!((dear.num_fetched_blocks, dear.prefix_hit_share), (0, 0.0), "{dear:#?}");
+    assert!((220.0..226.0).contains(&dear.ttft_ms.p50), "{dear:#?}");
+}
+
+/// In chunks and whole, with devices that are lost while they have a part in a move.
+#[test]
+fn moves_lose_nothing_and_come_out_the_same_each_time() {
+    let lengths = Lengths::Shared { groups: 5, prefix: 640, prompt: 20, output: 12 };
+    let requests = generate(Arrivals::Poisson { per_s: 6.0 }, lengths, 300, 7);
+    // A chunk has eight blocks, of the twenty that are to move.
+    let mut devices = moving(4, 1.0, 32_000);
+    for (device, first) in devices.iter_mut().zip([7, 9, 15, 21]) {
+        device.life = life(0, &[first, first + 20], Some(3));
+    }
+    for rule in [Rule::EarliestFinish, Rule::RoundRobin, Rule::LeastRequests] {
+        let report = run_on(&devices, &requests, rule);
+        assert_eq!((report.num_completed, report.num_failed), (300, 0), "{report:#?}");
+        assert!(report.num_fetched_blocks > 100, "{report:#?}");
+        assert_eq!(run_on(&devices, &requests, rule), report, "the same each time");
     }
 }

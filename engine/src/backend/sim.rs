@@ -40,7 +40,7 @@ pub struct SimOptions {
     pub fidelity: Fidelity,
     /// What each recording takes, by its shape.
     pub cost: CostModel,
-    /// Nanoseconds a megabyte that is copied between blocks, beside what `cost` says.
+    /// Nanoseconds a megabyte that is copied between blocks, or read of them, beside what `cost` says.
     pub ns_per_copied_megabyte: f64,
     /// Whether `wait` takes as long as the cost model says, for servers that people and clients talk to.
     pub sleeps: bool,
@@ -361,7 +361,11 @@ impl Backend for SimBackend {
             }
         }
         self.num_submitted += 1;
-        let copied: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
+        let mut copied: u64 = recording.copies.iter().map(|copy| copy.size_bytes).sum();
+        if recording.ops.is_empty() {
+            // What is read of blocks.
+            copied += downloads.len() as u64;
+        }
         let copies_ns = (copied as f64 / 1e6 * self.options.ns_per_copied_megabyte) as u64;
         let shape = self.shape(recording);
         let only_samples = matches!(recording.ops.as_slice(), [Op::Sample(_)]);

@@ -72,6 +72,62 @@ pub fn block_move(request: Arc<Request>, chain: &BlockChain, blocks: Range<u32>,
     (Export(prefix.clone(), to), Import(prefix, FromExport { chunks: from, _wants: wants }))
 }
 
+/// What stands between the two ends of a move whose engines have clocks of their own: what the one has handed over comes
+/// to the other when it is passed on.
+pub struct Relay {
+    from: FromExport,
+    to: ToImport,
+    /// Taken and not handed on.
+    chunk: Option<PortableBlocks>,
+}
+
+/// What came of passing on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    Nothing,
+    Some,
+    /// One of the ends is gone, or all has been passed on.
+    All,
+}
+
+/// The same as [`block_move`], by way of a relay.
+pub fn relayed_move(
+    request: Arc<Request>,
+    chain: &BlockChain,
+    blocks: Range<u32>,
+    within: Duration,
+) -> (Export, Relay, Import) {
+    let (export, Import(_, from)) = block_move(request.clone(), chain, blocks.clone(), within);
+    let (Export(_, to), import) = block_move(request, chain, blocks, within);
+    (export, Relay { from, to, chunk: None }, import)
+}
+
+impl Relay {
+    /// Hands on what was taken; first, if it `takes`, takes what has been handed over.
+    pub fn pass(&mut self, takes: bool) -> Passed {
+        let mut passed = Passed::Nothing;
+        loop {
+            if takes && self.chunk.is_none() {
+                self.chunk = match self.from.chunks.try_recv() {
+                    Ok(chunk) => Some(chunk),
+                    Err(TryRecvError::Empty) => None,
+                    Err(TryRecvError::Disconnected) => return Passed::All,
+                };
+            }
+            let Some(chunk) = self.chunk.take() else { break };
+            match self.to.chunks.try_send(chunk) {
+                Ok(()) => passed = Passed::Some,
+                Err(TrySendError::Full(chunk)) => {
+                    self.chunk = Some(chunk);
+                    break;
+                }
+                Err(TrySendError::Disconnected(_)) => return Passed::All,
+            }
+        }
+        if self.to.is_wanted.strong_count() > 0 { passed } else { Passed::All }
+    }
+}
+
 /// Moves that an engine has a part in.
 #[derive(Default)]
 pub(super) struct Moves {
@@ -134,7 +190,7 @@ impl Engine {
     /// from now on, where the device can: `chunk_bytes` at a time, or one by one where a block has more. While nothing
     /// runs: it writes blocks.
     pub fn enable_moves(&mut self, chunk_bytes: usize) -> Result<(), DeviceError> {
-        if self.backend.are_ends_apart() || self.model.max_parts_written() == 0 || !self.config.prefix_cache {
+        if !self.can_move() {
             return Ok(());
         }
         assert!(self.is_idle(), "blocks are in use");
@@ -150,10 +206,21 @@ impl Engine {
         }
         self.turn_from_step();
         let [out_ns, in_ns] = [out, back].map(|time| time.as_nanos() as u64 / blocks.len() as u64);
-        let layout = self.model.kv_layout();
-        self.moves.chunk_blocks = (chunk_bytes / (4 * layout.block_words())).max(1);
-        self.move_prices = Some(MovePrices { layout, out_ns, in_ns });
+        self.enable_moves_at(out_ns, in_ns, chunk_bytes);
         Ok(())
+    }
+
+    /// The same where it is known what reading a block takes, and writing one.
+    pub fn enable_moves_at(&mut self, out_ns: u64, in_ns: u64, chunk_bytes: usize) {
+        if self.can_move() {
+            let layout = self.model.kv_layout();
+            self.moves.chunk_blocks = (chunk_bytes / (4 * layout.block_words())).max(1);
+            self.move_prices = Some(MovePrices { layout, out_ns, in_ns });
+        }
+    }
+
+    fn can_move(&self) -> bool {
+        !self.backend.are_ends_apart() && self.model.max_parts_written() > 0 && self.config.prefix_cache
     }
 
     /// What a block takes to go to another engine or come from there; `None` where none does.

@@ -34,6 +34,8 @@ struct Kind {
     #[serde(default = "one")]
     count: u32,
     speed: Option<f64>,
+    /// To the host's memory, in GB/s; KV goes to other devices and comes from there where it is given.
+    link: Option<f64>,
     /// In seconds, as the next two.
     #[serde(default)]
     joins_at: f64,
@@ -48,6 +50,9 @@ impl Kind {
         let is_speed = |speed: f64| speed.is_finite() && (1e-3..=1e3).contains(&speed);
         if let Some(speed) = self.speed.filter(|speed| !is_speed(*speed)) {
             return Some(format!("a `speed` of {speed}; it is between 0.001 and 1000"));
+        }
+        if let Some(link) = self.link.filter(|link| !(1e-3..=1e6).contains(link)) {
+            return Some(format!("a `link` of {link} GB/s; it is between 0.001 and 1000000"));
         }
         let times = [self.joins_at].into_iter().chain(self.lost_at.iter().copied()).chain(self.back_after);
         let mut wrong = times.filter(|seconds| !(0.0..=MAX_SECONDS).contains(seconds));
@@ -100,11 +105,14 @@ fn open(path: &Path, args: &SimulateArgs) -> Result<Vec<FleetDevice>, SimulateCo
         if let Some(speed) = kind.speed {
             profile.cost = profile.cost.faster(speed);
         }
-        let life = kind.life();
+        if let Some(link) = kind.link {
+            profile.ns_per_copied_megabyte = 1e6 / link;
+        }
+        let (life, moves_kv) = (kind.life(), kind.link.is_some());
         let name = kind.name.unwrap_or_else(|| profile.device.name.clone());
         for number in 1..=kind.count {
             let name = if kind.count > 1 { format!("{name} {number}") } else { name.clone() };
-            devices.push(FleetDevice { name, profile: profile.clone(), config, life: life.clone() });
+            devices.push(FleetDevice { name, profile: profile.clone(), config, life: life.clone(), moves_kv });
         }
     }
     let block_size = |device: &FleetDevice| device.config.block_size;
@@ -158,6 +166,7 @@ mod tests {
             ("[[device]]\nprofile = \"a\"\ncount = 4000000000", "4000000000 devices"),
             ("[[device]]\nprofile = \"a\"\nspeed = 0", "`speed` of 0"),
             ("[[device]]\nprofile = \"a\"\nspeed = nan", "`speed` of NaN"),
+            ("[[device]]\nprofile = \"a\"\nlink = 0", "`link` of 0 GB/s"),
             ("[[device", "device"),
         ] {
             let sentence = parse(text).expect_err("it is wrong");
