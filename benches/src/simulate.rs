@@ -67,8 +67,8 @@ pub(crate) fn engine(profile: &DeviceProfile, config: EngineConfig) -> Result<(E
     Ok((engine, clock))
 }
 
-/// The smallest model that a simulated device takes, for a fleet has it a thousand times: what the real one would cost is
-/// in the profile.
+/// The smallest model that a simulated device takes, for a fleet has it a thousand times; what the real one would cost
+/// is in the profile.
 fn stand_in(max_positions: u32) -> ModelConfig {
     let tiny = ModelConfig::tiny(VOCAB_SIZE, 1);
     let rope = RopeConfig { rotary_dim: 2, ..tiny.rope.clone() };

@@ -72,8 +72,8 @@ pub fn block_move(request: Arc<Request>, chain: &BlockChain, blocks: Range<u32>,
     (Export(prefix.clone(), to), Import(prefix, FromExport { chunks: from, _wants: wants }))
 }
 
-/// What stands between the two ends of a move whose engines have clocks of their own: what the one has handed over comes
-/// to the other when it is passed on.
+/// What stands between the two ends of a move whose engines have clocks of their own: what the one has handed over
+/// comes to the other when it is passed on.
 pub struct Relay {
     from: FromExport,
     to: ToImport,
