@@ -14,10 +14,10 @@ use fullbore_engine::backend::wgpu::{WgpuBackend, WgpuOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
-use fullbore_engine::engine::moves::{Export, Import, block_move};
+use fullbore_engine::engine::moves::{Export, Import, Passed, block_move, relayed_move};
 use fullbore_engine::fleet::{Fleet, Seat};
 use fullbore_engine::memory::kv_events::{KvEvent, KvEventSender, Lineage, StoredBlock};
-use fullbore_engine::memory::{BlockEvent, KvCache};
+use fullbore_engine::memory::{BlockChain, BlockEvent, KvCache};
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::request::{Event, Flow, Request, Sink, TokenId};
 use fullbore_engine::tensor::{KvType, WeightFormat};
@@ -109,12 +109,16 @@ fn alone(backend: Box<dyn Backend>, config: EngineConfig) -> Answer {
     told(&answer)
 }
 
-/// All blocks of the prompt.
-fn ends(engine: &Engine, within: Duration) -> (Export, Import) {
+fn chain(engine: &Engine) -> BlockChain {
     let hasher = engine.hasher().expect("a prefix cache");
     let mut chain = hasher.chain(0);
     hasher.extend(&mut chain, &request().prompt);
-    block_move(Arc::new(request()), &chain, 0..NUM_BLOCKS, within)
+    chain
+}
+
+/// All blocks of the prompt.
+fn ends(engine: &Engine, within: Duration) -> (Export, Import) {
+    block_move(Arc::new(request()), &chain(engine), 0..NUM_BLOCKS, within)
 }
 
 /// What becomes of an engine that is asked for blocks.
@@ -276,6 +280,39 @@ fn blocks_of_another_layout_or_without_room_are_refused() {
         assert!(other.is_none_or(|other| told(&other).tokens.len() == 30));
         assert_eq!(to.stats().num_fetched_blocks, num_blocks, "{name}");
     }
+}
+
+/// Two blocks at a time: what was handed over is not there before it is passed on, and all of it comes.
+#[test]
+fn what_is_relayed_comes_when_it_is_passed_on() {
+    let expected = alone(sim(), CONFIG);
+    let (mut from, mut to) = (engine_on(sim(), CONFIG), engine_on(sim(), CONFIG));
+    ask(&mut from, request());
+    run(&mut [&mut from]);
+    let relayed = |engine: &Engine| relayed_move(Arc::new(request()), &chain(engine), 0..NUM_BLOCKS, LONG);
+    let (export, mut relay, import) = relayed(&from);
+    to.import(import);
+    let answer = ask(&mut to, request());
+    from.export(export);
+    assert!(from.step().expect("the device is there"));
+    assert_eq!(relay.pass(false), Passed::Nothing);
+    assert!(!to.step().expect("the device is there"), "it does not wait");
+    let passed: Vec<Passed> = (0..4)
+        .map(|_| {
+            let passed = relay.pass(true);
+            for engine in [&mut to, &mut from] {
+                engine.step().expect("the device is there");
+            }
+            passed
+        })
+        .collect();
+    assert_eq!(passed, [Passed::Some, Passed::Some, Passed::Some, Passed::All]);
+    run(&mut [&mut from, &mut to]);
+    assert_eq!(told(&answer), expected);
+    assert_eq!((to.stats().num_fetched_blocks, to.stats().prefill_tokens), (6, 4));
+    let (_export, mut relay, import) = relayed(&from);
+    drop(import);
+    assert_eq!(relay.pass(false), Passed::All);
 }
 
 /// A prompt that runs has two blocks of the seven that it was admitted for: with what comes they are not there.
