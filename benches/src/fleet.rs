@@ -55,6 +55,9 @@ enum Note {
     Failed(String),
 }
 
+/// How often a device that has nothing to do looks for what waits on others: as on a server.
+const IDLE_TICK: Duration = Duration::from_millis(500);
+
 type Notes = Arc<Mutex<Vec<(usize, Note)>>>;
 
 struct Client {
@@ -100,6 +103,8 @@ struct Device {
     /// While it does nothing: how much time had been waited in when that began.
     idle_since: Option<Duration>,
     idle: Duration,
+    /// Whether it is to look again for what waits elsewhere.
+    looks_again: bool,
 }
 
 impl Device {
@@ -215,6 +220,7 @@ impl<'a> Fleet<'a> {
                 busy: Duration::ZERO,
                 idle_since: spec.life.joins.is_zero().then_some(Duration::ZERO),
                 idle: Duration::ZERO,
+                looks_again: false,
             })
         };
         let devices = specs.iter().map(device).collect::<Result<Vec<Device>, SimulateError>>()?;
@@ -318,12 +324,15 @@ impl<'a> Fleet<'a> {
         }
         self.hear(id)?;
         self.pass_on(id);
-        if self.rules.moves() && self.num_waiting > 0 && self.devices[id].engine.is_idle() {
+        if self.rules.moves() && self.num_waiting > 0 && self.devices[id].waiting.is_empty() {
             self.relieve(id);
         }
         let device = &mut self.devices[id];
         if device.engine.is_idle() {
             device.idle_since = Some(self.waited);
+            if self.rules.moves() && !std::mem::replace(&mut device.looks_again, true) {
+                self.changes.push(Reverse((self.now + IDLE_TICK, id, Change::Looks)));
+            }
             return Ok(());
         }
         let begun = device.clock.now();
@@ -379,7 +388,7 @@ impl<'a> Fleet<'a> {
         self.devices[id].output_tokens += 1;
     }
 
-    /// Device `id`, which has nothing to do, takes what waits on the one that is most behind.
+    /// Device `id`, where nothing waits, takes what waits on the one that is most behind.
     fn relieve(&mut self, id: usize) {
         let replica = ReplicaId(id as u16);
         while self.router.num_placed(replica) < self.devices[id].engine.config().max_num_seqs {

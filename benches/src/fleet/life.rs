@@ -32,6 +32,8 @@ pub(super) enum Change {
     IsLost,
     /// What it waits for from another device does not come in time.
     HasWaited,
+    /// For what waits on others, if it has nothing to do.
+    Looks,
 }
 
 impl Life {
@@ -59,6 +61,10 @@ impl Fleet<'_> {
             Change::Comes => self.open(id),
             Change::IsLost => self.lose(id, &specs[id])?,
             Change::HasWaited => self.wake(id),
+            Change::Looks => {
+                self.devices[id].looks_again = false;
+                self.wake(id);
+            }
         }
         Ok(())
     }
