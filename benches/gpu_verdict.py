@@ -60,9 +60,14 @@ class Results:
         """A result of `bench offline`: its one target and its one measurement."""
         try:
             result = json.loads(self.text(name))
-            return result["targets"][0], result["measurements"][0]
+            target, measurement, doubts = result["targets"][0], result["measurements"][0], result["invalid"]
         except (OSError, IndexError, KeyError, ValueError) as error:
             raise NotThere(f"{name}.json: {error!r}")
+        # There is no time for three runs of everything.
+        doubts = [doubt for doubt in doubts if "whole runs" not in doubt]
+        if doubts:
+            raise NotThere(f"{name} is not valid: {'; '.join(doubts)}")
+        return target, measurement
 
     def median(self, name, metric):
         return self.offline(name)[1]["summary"][metric]["median"]

@@ -79,7 +79,26 @@ fn a_small_batch_limit_is_found_and_raised() {
 
 #[test]
 fn a_starved_cache_is_found_and_given_more() {
-    check("--max-model-len 256 --kv-blocks 24", "kv_memory", "--kv-blocks ");
+    let result = check("--max-model-len 256 --kv-blocks 24", "kv_memory", "--kv-blocks ");
+    // Each run counts what is its own, and nothing of the warm-up.
+    let runs = &result.measurements[0].runs;
+    let preempted: Vec<u64> = runs.iter().map(|run| run.counts["preemptions"]).collect();
+    assert!(preempted[0] > 0 && preempted.iter().all(|&count| count == preempted[0]), "{preempted:?}");
+    for run in runs {
+        let charged: f64 = run.metrics.iter().filter(|(name, _)| name.starts_with("device_")).map(|(_, s)| s).sum();
+        let duration = run.metrics["duration_s"];
+        assert!((charged / duration - 1.0).abs() < 0.05, "{charged} s of {duration} s are charged");
+    }
+}
+
+#[test]
+fn requests_that_get_no_answer_make_it_not_valid() {
+    let result =
+        ask("--max-queue-ms 40 --lengths uniform:16-512:8-8 --limit 16 --runs 1 --no-check").expect("a result");
+    let run = &result.measurements[0].runs[0];
+    let num_missing = run.counts["requests"] - run.counts["completed"];
+    let sentence = format!("{num_missing} of 16 requests got no answer");
+    assert!(num_missing > 0 && result.invalid.iter().any(|doubt| doubt.contains(&sentence)), "{:?}", result.invalid);
 }
 
 #[test]

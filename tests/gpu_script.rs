@@ -33,7 +33,7 @@ case "$1 ${2:-}" in
     # Over several lines, as results are.
     echo '{"targets":[{"device":{"tier":"sm_90","arithmetic":"f32"}}],'
     echo '"measurements":[{"runs":[{"counts":{"prompt_tokens":8192,"output_tokens":128}}],'
-    echo "\"summary\":{$summary}}]}" ;;
+    echo "\"summary\":{$summary}}],\"invalid\":[\"2 whole runs; 3 are the fewest\"${DOUBT:-}]}" ;;
   verify*)
     case $all in *" --golden "*) ;; *) exit 0 ;; esac
     while [ "$1" != --model ]; do shift; done
@@ -127,6 +127,14 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
     }
     let files = fs::read_dir(&out).expect("it was made").count();
     assert!(files <= 8, "{files} files have to travel back");
+}
+
+#[test]
+fn what_is_not_valid_on_a_gpu_passes_nothing() {
+    let out = run("gpu-script-doubtful", &[("DOUBT", r#","40.0 % of prompt tokens came from a cache, unasked""#)]);
+    let (_, verdict, reason) = &verdicts(&out)["batch 32: tokens a second over those of batch 1"];
+    assert_eq!(verdict, "not there");
+    assert!(reason.contains("is not valid: 40.0 % of prompt tokens"), "{reason}");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -
     run.count("requests", reports.len() as u64);
     run.count("prompt_tokens", prompt_tokens);
     run.count("output_tokens", sum(|report| report.output_tokens));
-    run.invalid = reports.iter().filter_map(OfflineReport::unasked_cache).collect();
+    run.doubt_cache(planned.iter().any(PlannedRequest::shares_prefix));
     run.output_hash = Some(TokenHash::of_answers(reports.iter().map(|report| report.output_hash)).to_string());
     Ok(run)
 }

@@ -69,9 +69,8 @@ pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -
     let (sender, receiver) = mpsc::channel();
     let start = Instant::now();
     let mut traces: Vec<Trace> = vec![Trace::new(start); planned.len()];
-    let with_sink = |index: usize, sender| -> Submission {
-        (requests[index].clone(), Box::new(Timestamps { index, sender }))
-    };
+    let with_sink =
+        |index: usize, sender| -> Submission { (requests[index].clone(), Box::new(Timestamps { index, sender })) };
     let first = followers.remove(&None).unwrap_or_default();
     // All at once, so that all of an empty queue is theirs.
     let Request { tenant, share, .. } = Request::default();
@@ -197,18 +196,12 @@ impl OfflineReport {
         run.count("requests", u64::from(self.num_requests));
         run.count("prompt_tokens", self.prompt_tokens);
         run.count("output_tokens", self.output_tokens);
-        run.invalid.extend(self.unasked_cache());
+        run.doubt_cache(self.shares_prefixes);
         run
     }
 
-    pub fn cached_share(&self) -> f64 {
+    fn cached_share(&self) -> f64 {
         self.cached_tokens as f64 / self.prompt_tokens.max(1) as f64
-    }
-
-    /// Why it is not valid, if what it computed is less than what was asked of it.
-    pub fn unasked_cache(&self) -> Option<String> {
-        (self.cached_tokens > 0 && !self.shares_prefixes)
-            .then(|| format!("{} tokens came from a cache", self.cached_tokens))
     }
 }
 

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use fullbore_engine::backend::DeviceError;
 use fullbore_engine::backend::sim::SimClock;
 use fullbore_engine::backlog::{Backlog, Refusal};
-use fullbore_engine::engine::Engine;
+use fullbore_engine::engine::{Engine, EngineStats};
 use fullbore_engine::forecast::TooLate;
+use fullbore_engine::limits::Snapshot;
 use fullbore_engine::request::{Event, FinishReason, Flow, Sink};
 
 use crate::heard::Heard;
@@ -88,7 +89,8 @@ pub fn play_read(
     let config = engine.config();
     let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
     let (told, backlog) = (Arc::default(), Arc::new(Mutex::new(backlog)));
-    let mut player = Player { engine, clock, options, told, backlog, steps: Steps::default() };
+    let before = Before::of(engine);
+    let mut player = Player { engine, before, clock, options, told, backlog, steps: Steps::default() };
     let (mut too_long, mut refused, mut max_waiting) = (LeftOut::default(), LeftOut::default(), 0);
     let mut next = 0;
     loop {
@@ -118,8 +120,23 @@ pub fn play_read(
     Ok(player.report(requests.len() as u32, too_long, refused, max_waiting))
 }
 
+/// What an engine had counted before it played.
+struct Before {
+    limits: Snapshot,
+    num_preemptions: u64,
+    num_swaps: u64,
+}
+
+impl Before {
+    fn of(engine: &Engine) -> Before {
+        let EngineStats { num_preemptions, num_swaps, .. } = *engine.stats();
+        Before { limits: engine.limits_since_start(), num_preemptions, num_swaps }
+    }
+}
+
 struct Player<'a> {
     engine: &'a mut Engine,
+    before: Before,
     clock: &'a Clock,
     options: PlayOptions,
     told: Arc<Mutex<Told>>,
@@ -266,8 +283,8 @@ impl Player<'_> {
             ttft_ms: (&heard.ttft).into(),
             itl_ms: (&heard.itl).into(),
             total_ms: (&heard.total).into(),
-            num_preemptions: self.engine.stats().num_preemptions,
-            num_swaps: self.engine.stats().num_swaps,
+            num_preemptions: self.engine.stats().num_preemptions - self.before.num_preemptions,
+            num_swaps: self.engine.stats().num_swaps - self.before.num_swaps,
             kv: KvUse {
                 num_blocks: config.num_blocks,
                 block_size: config.block_size,
@@ -279,7 +296,7 @@ impl Player<'_> {
             prefix_hit_share: share(heard.cached_tokens as f64, heard.prompt_tokens as f64),
             max_waiting,
             output_hash,
-            limits: LimitsReport::of(self.engine),
+            limits: LimitsReport::of(self.engine, &self.before.limits),
         }
     }
 }

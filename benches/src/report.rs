@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use fullbore_engine::engine::Engine;
-use fullbore_engine::limits::Cause;
+use fullbore_engine::limits::{Cause, Snapshot};
 use fullbore_engine::memory::capacity::human_bytes;
 use serde::Serialize;
 
@@ -53,7 +53,7 @@ pub struct ServingReport {
     pub limits: LimitsReport,
 }
 
-/// What held the device back over the whole run, in the words of a server's `/v1/limits`.
+/// What held the device back over the run, in the words of a server's `/v1/limits`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LimitsReport {
     /// The cause that took the most.
@@ -61,6 +61,7 @@ pub struct LimitsReport {
     pub verdict: String,
     /// Of the device's time, by cause.
     pub shares: BTreeMap<&'static str, f64>,
+    pub seconds: BTreeMap<&'static str, f64>,
 }
 
 /// Requests that did not run, named by their rows.
@@ -97,12 +98,13 @@ pub struct KvUse {
 const MAX_ROWS_NAMED: usize = 8;
 
 impl LimitsReport {
-    /// Of an engine's time since its start.
-    pub fn of(engine: &Engine) -> LimitsReport {
-        let (snapshot, verdict) = engine.limits_since_start();
-        let share = |cause: Cause| (cause.name(), snapshot.window.share(snapshot.window.ns(cause)));
+    /// Of an engine's time since what it said of it `before`.
+    pub fn of(engine: &Engine, before: &Snapshot) -> LimitsReport {
+        let (Snapshot { window, .. }, verdict) = engine.limits_since(before);
+        let share = |cause: Cause| (cause.name(), window.share(window.ns(cause)));
         let shares = Cause::ALL.into_iter().map(share).collect();
-        LimitsReport { limit: verdict.cause.name(), verdict: verdict.sentence, shares }
+        let seconds = Cause::ALL.into_iter().map(|cause| (cause.name(), window.seconds(cause))).collect();
+        LimitsReport { limit: verdict.cause.name(), verdict: verdict.sentence, shares, seconds }
     }
 }
 
@@ -135,6 +137,13 @@ impl ServingReport {
         ] {
             run.count(name, count);
         }
+        self.limits.seconds.iter().for_each(|(cause, seconds)| run.metric(&format!("device_{cause}_s"), *seconds));
+        let num_missing = self.num_requests - self.num_completed;
+        run.invalid.extend(
+            (num_missing > 0).then(|| {
+                format!("{num_missing} of {} requests got no answer: refused, or too long", self.num_requests)
+            }),
+        );
         run
     }
 }

@@ -29,6 +29,8 @@ const INTERRUPTED: &str = "interrupted: only what was whole by then is here";
 
 /// Fewer say nothing of how much a machine wavers.
 pub const MIN_RUNS: usize = 3;
+/// Of prompt tokens that come from a cache unasked.
+const MAX_CACHED_SHARE: f64 = 0.01;
 /// The subject of what a process does once, so that no spread of it can be asked for.
 pub const FIRST_START: &str = "first start";
 
@@ -211,8 +213,13 @@ impl BenchResult {
 
     /// Sums up what was whole when the bench was interrupted.
     pub fn interrupt(&mut self) {
+        self.cut_short(INTERRUPTED.to_owned());
+    }
+
+    /// Sums up what was whole before it could not go on.
+    pub fn cut_short(&mut self, reason: String) {
         self.measurements.retain(|measurement| !measurement.runs.is_empty());
-        self.invalid.push(INTERRUPTED.to_owned());
+        self.invalid.push(reason);
         self.finish();
     }
 
@@ -282,6 +289,14 @@ impl Run {
 
     pub fn count(&mut self, name: &str, count: u64) {
         self.counts.insert(name.to_owned(), count);
+    }
+
+    /// Doubts what computed less than it was asked to, where no prefix is shared on purpose.
+    pub fn doubt_cache(&mut self, shares_prefixes: bool) {
+        let share = self.metrics.get("cached_share").copied().unwrap_or(0.0);
+        if share > MAX_CACHED_SHARE && !shares_prefixes {
+            self.invalid.push(format!("{:.1} % of prompt tokens came from a cache, unasked", share * 100.0));
+        }
     }
 
     /// Where answers are counted at all.

@@ -139,9 +139,14 @@ impl Engine {
         Verdict::new(&self.limits.snapshot(), &self.setting(), &others)
     }
 
-    /// Where the device's time went since the start, as the window of a snapshot, and what held it back most.
-    pub fn limits_since_start(&self) -> (Snapshot, Verdict) {
-        let snapshot = self.limits.snapshot_since_start();
+    /// Where the device's time went since the start, as the window of a snapshot.
+    pub fn limits_since_start(&self) -> Snapshot {
+        self.limits.snapshot_since_start()
+    }
+
+    /// The same since another such snapshot, and what held it back most from then on.
+    pub fn limits_since(&self, before: &Snapshot) -> (Snapshot, Verdict) {
+        let snapshot = self.limits_since_start().since(before);
         let verdict = Verdict::new(&snapshot, &self.setting(), &[]);
         (snapshot, verdict)
     }

@@ -1,6 +1,7 @@
-//! Where the time of several devices went. Invariant: a sum of partitions is one of the sum of their times.
+//! Where the time of several devices went, or the time between two moments. Invariant: a sum of partitions is one of
+//! the sum of their times, and so is a difference.
 
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Sub};
 
 use super::{FactSums, Snapshot, Tally};
 
@@ -19,6 +20,41 @@ impl AddAssign<&Tally> for Tally {
         self.ns.iter_mut().zip(other.ns).for_each(|(sum, more)| *sum += more);
         self.idle_ns += other.idle_ns;
         self.num_tokens += other.num_tokens;
+    }
+}
+
+impl Snapshot {
+    /// What came since `before`, for its window; both are of all the time since the start.
+    pub(crate) fn since(&self, before: &Snapshot) -> Snapshot {
+        let facts = std::array::from_fn(|cause| self.facts[cause] - before.facts[cause]);
+        Snapshot { window: self.window - before.window, facts, ..*self }
+    }
+}
+
+impl Sub for Tally {
+    type Output = Tally;
+
+    fn sub(self, before: Tally) -> Tally {
+        Tally {
+            ns: std::array::from_fn(|cause| self.ns[cause] - before.ns[cause]),
+            idle_ns: self.idle_ns - before.idle_ns,
+            num_tokens: self.num_tokens - before.num_tokens,
+        }
+    }
+}
+
+impl Sub for FactSums {
+    type Output = FactSums;
+
+    fn sub(self, before: FactSums) -> FactSums {
+        FactSums {
+            us: self.us - before.us,
+            num_waiting: self.num_waiting - before.num_waiting,
+            waiting_tokens: self.waiting_tokens - before.waiting_tokens,
+            num_running: self.num_running - before.num_running,
+            referenced_blocks: self.referenced_blocks - before.referenced_blocks,
+            num_rows: self.num_rows - before.num_rows,
+        }
     }
 }
 

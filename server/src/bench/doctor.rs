@@ -21,7 +21,6 @@ use fullbore_engine::backend::sim::{Fidelity, SimBackend, SimClock, SimOptions};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::cost::DeviceProfile;
 use fullbore_engine::engine::Engine;
-use fullbore_engine::limits::Cause;
 use fullbore_engine::model::ModelConfig;
 use fullbore_engine::request::TokenId;
 use fullbore_engine::text::{Special, Tokenizer};
@@ -256,15 +255,10 @@ impl Rig<'_> {
                 None => Clock::Real(Instant::now()),
             };
             let reading = self.reading(requests, text, tokenizer, seed, &clock)?;
-            let before = engine.stats().limits.total;
             let options = PlayOptions { seed, ..PlayOptions::default() };
             let report = play_read(&mut engine, requests, &clock, options, &reading)?;
-            let total = engine.stats().limits.total;
             let mut run = report.to_run();
-            for cause in Cause::ALL {
-                let seconds = total.seconds(cause) - before.seconds(cause);
-                run.metric(&format!("device_{}_s", cause.name()), seconds);
-            }
+            run.doubt_cache(requests.iter().any(PlannedRequest::shares_prefix));
             Ok::<_, BenchCommandError>((report, run))
         };
         play(&before, None, self.args.seed ^ WARM_UP_SEED)?;
