@@ -14,7 +14,7 @@ use fullbore_engine::memory::kv_events::KvEventSender;
 use fullbore_engine::request::Share;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use vllm_proto::KvEventSource;
@@ -25,6 +25,7 @@ use crate::fetch::{self, FetchError};
 use crate::grpc::{self, Grpc, Identity, ModelFolderError, kv_event_source};
 use crate::http::accept::{self, Door, Limits, Protocol};
 use crate::http::access::Access;
+use crate::http::connections::Connections;
 use crate::http::keys::{KeyError, Keys};
 use crate::http::proxies::Proxies;
 use crate::http::routes::{self, Routes};
@@ -72,6 +73,8 @@ pub enum ServeError {
 pub struct Server {
     address: SocketAddr,
     app: Arc<App>,
+    /// Of all ports together.
+    connections: Arc<Connections>,
     /// Of HTTP first.
     ports: Vec<Port>,
     stop: watch::Sender<bool>,
@@ -82,7 +85,6 @@ pub struct Server {
 /// Where connections come in.
 struct Port {
     tls: Option<Arc<Tls>>,
-    connections: Arc<Semaphore>,
     acceptor: JoinHandle<()>,
 }
 
@@ -105,7 +107,8 @@ impl Server {
         tokio::spawn(live::keep_history(app.clone(), stopped));
         let routes = Routes(warp::service(routes::routes(app.clone())));
         let address = SocketAddr::new(host, port);
-        let mut server = Server { address, app, ports: Vec::new(), stop, identity: Arc::default() };
+        let connections = Connections::new(&app.limits);
+        let mut server = Server { address, app, connections, ports: Vec::new(), stop, identity: Arc::default() };
         server.address = server.listen(address, "", entrance.tls, routes).await?;
         Ok(server)
     }
@@ -126,12 +129,11 @@ impl Server {
         let failed = |source| ServeError::Listen { address, prefix, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        let connections = Arc::new(Semaphore::new(self.app.limits.max_connections));
         let tls = tls.map(Arc::new);
-        let (app, stop) = (self.app.clone(), self.stop.subscribe());
-        let door = Door { app, connections: connections.clone(), tls: tls.clone(), stop };
+        let (app, connections) = (self.app.clone(), self.connections.clone());
+        let door = Door { app, connections, tls: tls.clone(), stop: self.stop.subscribe() };
         let acceptor = tokio::spawn(accept::accept(listener, door, protocol));
-        self.ports.push(Port { tls, connections, acceptor });
+        self.ports.push(Port { tls, acceptor });
         Ok(address)
     }
 
@@ -206,18 +208,10 @@ impl Server {
         self.app.drain();
         // The acceptor may be gone already.
         let _ = self.stop.send(true);
-        let all = self.app.limits.max_connections as u32;
-        let (acceptors, connections): (Vec<_>, Vec<_>) =
-            self.ports.into_iter().map(|port| (port.acceptor, port.connections)).unzip();
-        for acceptor in acceptors {
-            let _ = acceptor.await;
+        for port in self.ports {
+            let _ = port.acceptor.await;
         }
-        let all_closed = async || {
-            for connections in &connections {
-                let _ = connections.acquire_many(all).await;
-            }
-        };
-        let done = timeout(grace, all_closed()).await.is_ok();
+        let done = timeout(grace, self.connections.all_closed()).await.is_ok();
         let end = |model: Arc<ServedModel>| tokio::task::spawn_blocking(move || model.end());
         let ends: Vec<_> = self.app.models().iter().cloned().map(end).collect();
         let ended = async {
@@ -233,7 +227,7 @@ impl Server {
         }
         if !done {
             // Streams that were told of the end above still have to send it.
-            let _ = timeout(LAST_WORDS, all_closed()).await;
+            let _ = timeout(LAST_WORDS, self.connections.all_closed()).await;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The accept loop: connections in, each with its limits, a port's protocol on every one.
 //!
-//! Invariant: a connection holds one permit, and no client holds one without moving bytes: handshakes, heads, bodies
+//! Invariant: a connection holds one place, and no client holds one without moving bytes: handshakes, heads, bodies
 //! and writes all have a time limit. A request is admitted before what answers sees it, and is open until its answer's
 //! last byte. A panic below ends one request with a sentence. Knows no route.
 
@@ -21,13 +21,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use warp::http::{Method, Request, Response, header};
 
 use super::access::{self, Access, Client};
+use super::connections::{Connections, Place};
 use super::error::ApiError;
-use super::peers::{PeerPlace, Peers};
 use super::tls::Tls;
 use super::write_limit::WriteLimited;
 use super::{App, OpenRequest, orca, request_id};
@@ -69,8 +69,7 @@ impl Default for Limits {
     }
 }
 
-/// Connections beyond the cap that are being told so, at most; more are closed unheard.
-const MAX_REFUSALS: usize = 64;
+/// For a connection beyond the cap to hear so.
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
 
 /// Of a connection, HTTP/2 alone: whether the client is still there is asked this often, and waited for as long.
@@ -104,20 +103,14 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// Where connections come from, and what each may have.
 pub struct Door {
     pub app: Arc<App>,
-    /// A permit for each connection that may be open.
-    pub connections: Arc<Semaphore>,
+    pub connections: Arc<Connections>,
     pub tls: Option<Arc<Tls>>,
     /// Told when no more connections are wanted.
     pub stop: watch::Receiver<bool>,
 }
 
-/// What a connection holds while it is open.
-type Places = (OwnedSemaphorePermit, PeerPlace);
-
 /// Accepts until `stop` says so.
 pub async fn accept<P: Protocol>(listener: TcpListener, mut door: Door, protocol: P) {
-    let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
-    let peers = Arc::new(Peers::default());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -132,15 +125,15 @@ pub async fn accept<P: Protocol>(listener: TcpListener, mut door: Door, protocol
                 continue;
             }
         };
-        let refusal = match places(&door, &peers, address.ip()) {
-            Ok(places) => {
+        let refusal = match door.connections.place(&door.app.access, address.ip()) {
+            Ok(place) => {
                 tokio::spawn(serve(
                     stream,
                     address.ip(),
                     door.app.clone(),
                     protocol.clone(),
                     door.tls.clone(),
-                    places,
+                    place,
                     door.stop.clone(),
                 ));
                 continue;
@@ -150,7 +143,7 @@ pub async fn accept<P: Protocol>(listener: TcpListener, mut door: Door, protocol
         door.app.metrics.count_refused_connection();
         // Whoever expects TLS or HTTP/2 could not read the reason.
         let is_readable = door.tls.is_none() && !P::IS_HTTP2;
-        let permit = if is_readable { refusals.clone().try_acquire_owned().ok() } else { None };
+        let permit = if is_readable { door.connections.refusal() } else { None };
         if let Some(permit) = permit {
             tokio::spawn(async move {
                 // A client that does not listen misses the reason.
@@ -159,15 +152,6 @@ pub async fn accept<P: Protocol>(listener: TcpListener, mut door: Door, protocol
             });
         }
     }
-}
-
-fn places(door: &Door, peers: &Arc<Peers>, address: IpAddr) -> Result<Places, ApiError> {
-    let permit = door.connections.clone().try_acquire_owned();
-    let permit = permit.map_err(|_| ApiError::not_yet("too many connections are open; try again later"))?;
-    let most = if door.app.access.is_proxy(address) { usize::MAX } else { door.app.limits.max_connections_per_ip };
-    let place = peers.place(address, most);
-    let too_many = || ApiError::not_yet(&format!("too many connections are open from {address}; reuse or close some"));
-    Ok((permit, place.ok_or_else(too_many)?))
 }
 
 /// Until `stop` says so, or nobody can say it any more.
@@ -181,7 +165,7 @@ async fn serve<P: Protocol>(
     app: Arc<App>,
     protocol: P,
     tls: Option<Arc<Tls>>,
-    _places: Places,
+    _place: Place,
     stop: watch::Receiver<bool>,
 ) {
     // Tokens are small and wanted at once. Without the option they only come later.
@@ -216,7 +200,7 @@ async fn converse_http1<P, T>(
     address: IpAddr,
     app: Arc<App>,
     protocol: P,
-    mut stop: watch::Receiver<bool>,
+    stop: watch::Receiver<bool>,
 ) -> Result<(), hyper::Error>
 where
     P: Protocol,
@@ -231,14 +215,7 @@ where
         // Pieces are small: one copy is less than a list of them.
         .writev(false)
         .serve_connection(TokioIo::new(stream), answer);
-    tokio::pin!(connection);
-    tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stopped(&mut stop) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    }
+    last(connection, http1::Connection::graceful_shutdown, stop).await
 }
 
 /// Many requests at a time, and none for as long as the client is there.
@@ -247,7 +224,7 @@ async fn converse_http2<P, T>(
     address: IpAddr,
     app: Arc<App>,
     protocol: P,
-    mut stop: watch::Receiver<bool>,
+    stop: watch::Receiver<bool>,
 ) -> Result<(), hyper::Error>
 where
     P: Protocol,
@@ -274,11 +251,16 @@ where
         .max_header_list_size(MAX_HEAD_BYTES)
         .max_concurrent_streams(MAX_CALLS)
         .serve_connection(TokioIo::new(stream), answer);
+    last(connection, http2::Connection::graceful_shutdown, stop).await
+}
+
+/// Until a connection ends: by itself, or told to by `leave`, with the answers that it is at, when `stop` says so.
+async fn last<C: Future>(connection: C, leave: impl FnOnce(Pin<&mut C>), mut stop: watch::Receiver<bool>) -> C::Output {
     tokio::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => ended,
         () = stopped(&mut stop) => {
-            connection.as_mut().graceful_shutdown();
+            leave(connection.as_mut());
             connection.await
         }
     }
@@ -446,7 +428,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         let (stop, stopped) = watch::channel(false);
-        let door = Door { app: app.clone(), connections: Arc::new(Semaphore::new(4)), tls: None, stop: stopped };
+        let connections = Connections::new(&app.limits);
+        let door = Door { app: app.clone(), connections, tls: None, stop: stopped };
         let accepting = tokio::spawn(accept(listener, door, Routes(Buggy(app.clone()))));
         for num_bugs in 1..4 {
             let reply = post(address, "/v1/completions").await;

@@ -22,6 +22,7 @@ use work::RequestWork;
 pub mod accept;
 pub mod access;
 pub mod bodies;
+pub mod connections;
 pub mod descriptors;
 pub mod error;
 pub mod health;
