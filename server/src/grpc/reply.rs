@@ -8,7 +8,6 @@ use std::sync::Arc;
 use fullbore_engine::request::{TokenId, TokenLogprobs};
 use futures_util::{FutureExt, Stream, stream};
 use tokio::sync::mpsc::{Sender, channel};
-use tokio::time::timeout;
 use tonic::Status;
 use vllm_proto::candidate_token_info::TokenInfo;
 use vllm_proto::finish_info::{FinishReason, StopReason};
@@ -51,7 +50,7 @@ impl Reply {
     }
 
     pub fn more(&mut self, delta: Delta, usage: Usage) -> GenerateResponse {
-        let prompt_info = (!std::mem::replace(&mut self.is_begun, true)).then(|| self.prompt_info(&delta));
+        let prompt_info = self.first_info(&delta.prompt, &delta.prompt_logprobs);
         let choice = &mut self.choices[delta.index];
         choice.num_tokens += delta.token_ids.len() as u32;
         choice.last = delta.token_ids.last().copied().or(choice.last);
@@ -74,30 +73,35 @@ impl Reply {
         GenerateResponse { prompt_info, outputs: Some(outputs) }
     }
 
-    /// Ends all choices that go on.
-    fn abort(&mut self, usage: Usage) -> Vec<GenerateResponse> {
+    /// Ends all choices that go on; `prompt` is theirs, where nothing has come yet.
+    fn abort(&mut self, prompt: &[TokenId], usage: Usage) -> Vec<GenerateResponse> {
         let going_on = (0..self.choices.len()).filter(|index| !self.choices[*index].is_ended).collect::<Vec<_>>();
         let mut ended = |index| {
+            let prompt_info = self.first_info(prompt, &[]);
             let finish_info = Some(self.finish_info(index, FinishReason::Aborted, None, usage));
             let outputs = SequenceOutput { index: index as u32, finish_info, ..SequenceOutput::default() };
-            GenerateResponse { prompt_info: None, outputs: Some(outputs) }
+            GenerateResponse { prompt_info, outputs: Some(outputs) }
         };
         going_on.into_iter().map(&mut ended).collect()
     }
 
-    fn prompt_info(&self, delta: &Delta) -> PromptInfo {
-        let logprobs = &delta.prompt_logprobs;
+    /// What the first message says of the prompt.
+    fn first_info(&mut self, prompt: &[TokenId], logprobs: &[TokenLogprobs]) -> Option<PromptInfo> {
+        if std::mem::replace(&mut self.is_begun, true) {
+            return None;
+        }
         // Clients count one for each token, and pass over the first, which has none.
-        let first = usize::from(self.told.prompt_logprobs);
-        PromptInfo {
-            num_prompt_tokens: delta.prompt.len() as u32,
-            token_ids: if self.told.prompt_token_ids { ids(&delta.prompt) } else { Vec::new() },
+        let is_computed = logprobs.len() + 1 == prompt.len();
+        let first = usize::from(self.told.prompt_logprobs && is_computed);
+        Some(PromptInfo {
+            num_prompt_tokens: prompt.len() as u32,
+            token_ids: if self.told.prompt_token_ids { ids(prompt) } else { Vec::new() },
             logprobs: std::iter::repeat_n(0.0, first).chain(logprobs.iter().map(|token| token.logprob)).collect(),
             ranks: std::iter::repeat_n(0, first).chain(logprobs.iter().map(|token| token.rank)).collect(),
             candidate_tokens: std::iter::repeat_n(CandidateTokenInfo::default(), first)
                 .chain(logprobs.iter().map(candidates))
                 .collect(),
-        }
+        })
     }
 
     fn stop_reason(&self, delta: &Delta) -> Option<StopReason> {
@@ -130,11 +134,11 @@ impl Reply {
     }
 }
 
-/// Has a task tell what comes, until the client leaves or takes nothing for too long.
+/// Has a task tell what comes, until the client leaves, or its call is ended because it takes nothing.
 pub fn replies(app: Arc<App>, mut generation: Generation, reply: Reply, run: Run) -> Replies {
     let (sender, mut receiver) = channel(MAX_WAITING);
     tokio::spawn(async move {
-        let telling = AssertUnwindSafe(tell(&app, &mut generation, reply, run, &sender)).catch_unwind();
+        let telling = AssertUnwindSafe(tell(&mut generation, reply, run, &sender)).catch_unwind();
         let told = telling.await.unwrap_or_else(|_| {
             app.metrics.count_panic();
             generation.fail();
@@ -142,32 +146,26 @@ pub fn replies(app: Arc<App>, mut generation: Generation, reply: Reply, run: Run
         });
         if let Err(error) = told {
             app.metrics.count_late_error(&error);
-            send(&app, &sender, Err(status(&error))).await;
+            send(&sender, Err(status(&error))).await;
         }
     });
     Box::pin(stream::poll_fn(move |context| receiver.poll_recv(context)))
 }
 
-async fn tell(
-    app: &App,
-    generation: &mut Generation,
-    mut reply: Reply,
-    mut run: Run,
-    sender: &Waiting,
-) -> Result<(), ApiError> {
+async fn tell(generation: &mut Generation, mut reply: Reply, mut run: Run, sender: &Waiting) -> Result<(), ApiError> {
     loop {
         let next = tokio::select! {
             next = generation.next() => next.transpose()?,
             () = sender.closed() => return Ok(()),
             _ = &mut run.aborted => {
-                for reply in reply.abort(generation.usage()) {
-                    send(app, sender, Ok(reply)).await;
+                for reply in reply.abort(generation.prompt(), generation.usage()) {
+                    send(sender, Ok(reply)).await;
                 }
                 return Ok(());
             }
         };
         let Some(delta) = next else { return Ok(()) };
-        if !send(app, sender, Ok(reply.more(delta, generation.usage()))).await {
+        if !send(sender, Ok(reply.more(delta, generation.usage()))).await {
             return Ok(());
         }
     }
@@ -175,9 +173,9 @@ async fn tell(
 
 type Waiting = Sender<Result<GenerateResponse, Status>>;
 
-/// Whether the client is there and takes what it is sent.
-async fn send(app: &App, sender: &Waiting, reply: Result<GenerateResponse, Status>) -> bool {
-    timeout(app.limits.write_timeout, sender.send(reply)).await.is_ok_and(|sent| sent.is_ok())
+/// Whether the client is there to be told.
+async fn send(sender: &Waiting, reply: Result<GenerateResponse, Status>) -> bool {
+    sender.send(reply).await.is_ok()
 }
 
 fn ids(tokens: &[TokenId]) -> Vec<u32> {

@@ -14,11 +14,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
+use futures_util::{FutureExt, TryFutureExt};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -26,6 +26,7 @@ use tokio::time::{sleep, timeout};
 use warp::http::{Method, Request, Response, header};
 
 use super::access::{self, Access, Client};
+use super::calls::{Calls, Pieces};
 use super::connections::{Connections, Place};
 use super::error::ApiError;
 use super::tls::Tls;
@@ -243,8 +244,12 @@ where
     }
     let (reader, writer) = tokio::io::split(stream);
     let stream = tokio::io::join(PREFACE.chain(reader), writer);
-    let answer = service_fn(move |request| answer(app.clone(), protocol.clone(), address, request));
-    let connection = http2::Builder::new(TokioExecutor::new())
+    let calls = Calls { limit: app.limits.write_timeout };
+    let answer = service_fn(move |request| {
+        let answer = answer(app.clone(), protocol.clone(), address, request);
+        answer.map_ok(|response| response.map(Pieces::of))
+    });
+    let connection = http2::Builder::new(calls)
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_INTERVAL)

@@ -22,6 +22,7 @@ use work::RequestWork;
 pub mod accept;
 pub mod access;
 pub mod bodies;
+mod calls;
 pub mod connections;
 pub mod descriptors;
 pub mod error;
