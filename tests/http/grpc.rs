@@ -197,7 +197,7 @@ fn choices_logprobs_and_ends_are_told() {
 fn what_is_not_there_is_refused_by_name() {
     let server = Server::start(Setup::default());
     type Change = fn(&mut GenerateRequest);
-    let wrong: [(&str, Change); 14] = [
+    let wrong: [(&str, Change); 20] = [
         ("truncate_prompt_tokens", |asked| asked.truncate_prompt_tokens = 8),
         ("media", |asked| asked.media = vec![MediaItem::default()]),
         ("lora_name", |asked| asked.lora_name = "x".to_owned()),
@@ -220,6 +220,23 @@ fn what_is_not_there_is_refused_by_name() {
         }),
         ("temperature is -1", |asked| asked.temperature = Some(-1.0)),
         ("top_p", |asked| asked.sampling = Some(RandomSampling { top_p: Some(2.0), ..Default::default() })),
+        ("temperature has NaN", |asked| asked.temperature = Some(f32::NAN)),
+        ("top_p has inf", |asked| {
+            asked.sampling = Some(RandomSampling { top_p: Some(f32::INFINITY), ..Default::default() });
+        }),
+        ("min_p has NaN", |asked| {
+            asked.sampling = Some(RandomSampling { min_p: Some(f32::NAN), ..Default::default() });
+        }),
+        ("presence_penalty has -inf", |asked| {
+            asked.decoding = Some(DecodingParameters { presence_penalty: f32::NEG_INFINITY, ..Default::default() });
+        }),
+        ("repetition_penalty has NaN", |asked| {
+            asked.decoding = Some(DecodingParameters { repetition_penalty: f32::NAN, ..Default::default() });
+        }),
+        ("logit_bias has NaN", |asked| {
+            let logit_bias = [(7, 1.0), (8, f32::NAN)].into();
+            asked.decoding = Some(DecodingParameters { logit_bias, ..Default::default() });
+        }),
         ("prompt is missing", |asked| asked.prompt = None),
         ("4000000000", |asked| asked.prompt = Some(Prompt::TokenIds(TokenIds { ids: vec![4_000_000_000] }))),
         ("context is 1024", |asked| asked.prompt = Some(Prompt::TokenIds(TokenIds { ids: vec![50; 2000] }))),
@@ -266,6 +283,67 @@ fn a_request_ends_when_it_is_aborted_or_its_client_leaves() {
     server.next(&mut stream).expect("a token");
     drop(stream);
     free(&server);
+}
+
+#[test]
+fn what_is_aborted_before_its_first_token_tells_of_its_prompt() {
+    let server = Server::start(Setup { pace: Pace::Stalled, ..Setup::default() });
+    let response = ResponseOptions { prompt_token_ids: true, prompt_logprobs: true, ..ResponseOptions::default() };
+    let asked = GenerateRequest { request_id: "mine".to_owned(), response: Some(response), ..asking(9) };
+    let stream = server.stream(asked).expect("taken");
+    server.ask(server.control().abort(AbortRequest { request_ids: vec!["mine".to_owned()] })).expect("done");
+    let replies = server.rest(stream).expect("an end that is told");
+    let end = finish(&replies);
+    assert_eq!((replies.len(), end.finish_reason(), end.num_output_tokens), (1, FinishReason::Aborted, 0));
+    let prompt = replies[0].prompt_info.as_ref().expect("first");
+    assert_eq!((prompt.num_prompt_tokens, &prompt.token_ids), (40, &vec![50; 40]));
+    // Of which nothing has been computed.
+    assert!(prompt.logprobs.is_empty() && prompt.candidate_tokens.is_empty());
+}
+
+#[test]
+fn a_client_that_takes_nothing_loses_its_call_and_no_other() {
+    let limits = Limits { write_timeout: Duration::from_millis(300), ..Limits::default() };
+    let server = Server::start(Setup { limits, ..Setup::default() });
+    // The client's own half answers pings all the time, and has room for a small part of the answer.
+    let endpoint = channel(server.address).initial_stream_window_size(4 << 10);
+    let channel = server.http.runtime.block_on(async { endpoint.connect_lazy() });
+    let inference = || InferenceClient::new(channel.clone());
+    let candidates = Some(CandidateTokens { select: Some(Select::TopN(20)) });
+    let response = ResponseOptions { output_logprobs: true, output_candidates: candidates, ..Default::default() };
+    let asked = GenerateRequest { response: Some(response), ..asking(900) };
+    let mut deaf = server.ask(inference().generate_stream(asked)).expect("taken");
+    let sent = "http_request_duration_seconds_count{handler=\"/vllm.Inference/GenerateStream\"";
+    server.http.wait_for("the end of its call", |http| http.get("/metrics").text().contains(sent));
+    assert_eq!(server.http.metric("fullbore_kv_blocks{state=\"used\"}"), 0.0);
+    // On the same connection another is served.
+    let whole = server.ask(inference().generate(asking(3))).expect("whole");
+    assert_eq!(whole.outputs.expect("outputs").num_tokens, 3);
+    // What it was sent, and then a word that this is not all.
+    let end = loop {
+        match server.next(&mut deaf) {
+            Ok(Some(reply)) => assert!(reply.outputs.expect("outputs").finish_info.is_none()),
+            Ok(None) => panic!("an end as if it were whole"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(end.code(), Code::Cancelled, "{end:?}");
+}
+
+#[test]
+fn ports_share_the_places_for_connections() {
+    let limits = Limits { max_connections: 2, ..Limits::default() };
+    let server = Server::start(Setup { limits, ..Setup::default() });
+    assert_eq!(server.health("").expect("a place"), ServingStatus::Serving);
+    let mut open = server.http.connect();
+    open.write_all(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n").expect("the server reads");
+    open.read_exact(&mut [0; 16]).expect("it is served");
+    assert!(server.http.get("/health/live").error(503)["message"].as_str().expect("text").contains("connections"));
+    let other = server.http.runtime.block_on(async { channel(server.address).connect_lazy() });
+    let request = HealthCheckRequest { service: String::new() };
+    assert!(server.ask(HealthClient::new(other).check(request)).is_err(), "a third place of two");
+    drop(open);
+    server.http.wait_for("a free place", |http| http.get("/health/live").status == 200);
 }
 
 #[test]

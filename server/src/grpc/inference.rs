@@ -4,26 +4,41 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use http_body_util::Full;
+use prost::Message;
+use tonic::body::Body;
 use tonic::metadata::MetadataMap;
+use tonic::server::{ServerStreamingService, UnaryService};
 use tonic::{Request, Response, Status};
-use vllm_proto::inference_server;
 use vllm_proto::{GenerateRequest, GenerateResponse};
+use warp::http;
 
 use super::Held;
+use super::raw::{Raw, fields};
 use super::reply::{Replies, Reply, replies};
 use super::request::{Told, body};
 use super::running::{Run, Running};
 use super::status::status;
-use crate::api::{self, Generation, ServedModel};
+use crate::api::{self, Generation, Jobs, ServedModel, unsupported};
 use crate::http::App;
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 use crate::start::random;
 
+#[derive(Clone)]
 pub struct Inference {
     pub app: Arc<App>,
     pub running: Arc<Running>,
 }
+
+/// `Generate`: the answer in one piece, of one choice.
+struct Whole(Inference);
+
+/// `GenerateStream`.
+struct Streamed(Inference);
 
 /// A request whose answer is about to come.
 struct Begun {
@@ -33,25 +48,40 @@ struct Begun {
 }
 
 impl Inference {
-    async fn begin(&self, request: Request<GenerateRequest>) -> Result<Begun, Status> {
-        let begun = self.try_begin(request).await;
+    /// The answer to what `path` names.
+    pub async fn call(
+        &self,
+        path: &str,
+        request: http::Request<Full<Bytes>>,
+    ) -> Result<http::Response<Body>, ApiError> {
+        let max_bytes = Some(self.app.limits.max_body_bytes as usize);
+        let mut grpc = tonic::server::Grpc::new(Raw).apply_max_message_size_config(max_bytes, None);
+        match path {
+            "/vllm.Inference/Generate" => Ok(grpc.unary(Whole(self.clone()), request).await),
+            "/vllm.Inference/GenerateStream" => Ok(grpc.server_streaming(Streamed(self.clone()), request).await),
+            _ => Err(ApiError::no_service(path)),
+        }
+    }
+
+    async fn begin(&self, request: Request<Bytes>, is_whole: bool) -> Result<Begun, Status> {
+        let begun = self.try_begin(request, is_whole).await;
         begun.map_err(|error| {
             self.app.metrics.count_late_error(&error);
             status(&error)
         })
     }
 
-    async fn try_begin(&self, request: Request<GenerateRequest>) -> Result<Begun, ApiError> {
+    async fn try_begin(&self, request: Request<Bytes>, is_whole: bool) -> Result<Begun, ApiError> {
         let arrived = Instant::now();
         let client = request.extensions().get::<Client>().cloned().unwrap_or_default();
         let held = request.extensions().get::<Held>().cloned();
-        let (metadata, _, mut message) = request.into_parts();
+        let (metadata, _, message) = request.into_parts();
         self.app.open_models()?;
-        if message.request_id.is_empty() {
-            message.request_id = format!("grpc-{:016x}", random());
-        }
-        let mut run = self.running.enter(client.name.clone(), &message.request_id);
-        let begin = self.generate(message, held, &client, arrived, metadata);
+        let id = request_id(&message);
+        // It can be aborted from now on, also while it waits to be read.
+        let mut run = self.running.enter(client.name.clone(), &id);
+        let asked = Asked { message, id, is_whole, held };
+        let begin = self.generate(asked, &client, arrived, metadata);
         let (generation, reply) = tokio::select! {
             begun = begin => begun?,
             _ = &mut run.aborted => return Err(ApiError::aborted()),
@@ -61,25 +91,15 @@ impl Inference {
 
     async fn generate(
         &self,
-        message: GenerateRequest,
-        held: Option<Held>,
+        asked: Asked,
         client: &Client,
         arrived: Instant,
         metadata: MetadataMap,
     ) -> Result<(Generation, Reply), ApiError> {
-        let told = Told::of(&message);
         let (of_app, of_client) = (self.app.clone(), client.clone());
-        let num_bytes = held.as_ref().map_or(0, |held| held.as_ref().len());
-        let prepare = move || {
-            let _held = held;
-            let asked = Some(message.model.as_str()).filter(|model| !model.is_empty());
-            let model: Arc<ServedModel> = of_app.serving(asked)?.clone();
-            let id = message.request_id.clone();
-            let body = body(&model, message)?;
-            let jobs = api::prepare_tokens(&model, &id, &of_client, &body)?;
-            Ok((model, jobs))
-        };
-        let (model, jobs) = self.app.work.read(&client.origin, num_bytes, prepare).await?;
+        let num_bytes = asked.message.len();
+        let prepare = move || asked.read(&of_app, &of_client);
+        let (model, told, jobs) = self.app.work.read(&client.origin, num_bytes, prepare).await?;
         let headers = self.app.tracer.is_some().then(|| metadata.into_headers());
         let num_choices = jobs.jobs.len();
         let generation = self.app.generate(&model, jobs, client, arrived, headers).await?;
@@ -87,32 +107,138 @@ impl Inference {
     }
 }
 
-#[tonic::async_trait]
-impl inference_server::Inference for Inference {
-    /// The same in one piece, of one choice.
-    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<GenerateResponse>, Status> {
-        let n = request.get_ref().sampling.as_ref().map_or(1, |sampling| sampling.num_sequences);
-        if n > 1 {
-            let sentence = "Generate has room for one sequence; ask GenerateStream for num_sequences above 1";
-            return Err(Status::invalid_argument(sentence));
+/// A message that is not read yet.
+struct Asked {
+    message: Bytes,
+    id: String,
+    is_whole: bool,
+    /// Counts its bytes, until it is read.
+    held: Option<Held>,
+}
+
+impl Asked {
+    fn read(self, app: &App, client: &Client) -> Result<(Arc<ServedModel>, Told, Jobs), ApiError> {
+        let Asked { message, id, is_whole, held: _held } = self;
+        // Not decoded: a few bytes of an empty part become some hundred.
+        if fields(&message).any(|(number, _)| number == MEDIA) {
+            return Err(unsupported("media"));
         }
-        let Begun { generation, mut reply, mut run } = self.begin(request).await?;
-        let collect = api::collect_choices(generation);
-        let (choices, usage) = tokio::select! {
-            collected = collect => collected.map_err(|error| {
-                self.app.metrics.count_late_error(&error);
-                status(&error)
-            })?,
-            _ = &mut run.aborted => return Err(status(&ApiError::aborted())),
-        };
-        let choice = choices.into_iter().next().expect("one was asked for");
-        Ok(Response::new(reply.more(choice, usage)))
+        let message = GenerateRequest::decode(message)
+            .map_err(|error| ApiError::not_json(format!("the message is no GenerateRequest: {error}")))?;
+        if is_whole && message.sampling.as_ref().is_some_and(|sampling| sampling.num_sequences > 1) {
+            let sentence = "Generate has room for one sequence; ask GenerateStream for num_sequences above 1";
+            return Err(ApiError::invalid("num_sequences", sentence));
+        }
+        let told = Told::of(&message);
+        let asked = Some(message.model.as_str()).filter(|model| !model.is_empty());
+        let model = app.serving(asked)?.clone();
+        let body = body(&model, message)?;
+        let jobs = api::prepare_tokens(&model, &id, client, &body)?;
+        Ok((model, told, jobs))
     }
+}
 
-    type GenerateStreamStream = Replies;
+/// As the message has it, the last if it has several, or one of ours.
+fn request_id(message: &[u8]) -> String {
+    let given = fields(message).filter(|(number, _)| *number == REQUEST_ID).last();
+    let given = given.and_then(|(_, id)| std::str::from_utf8(id).ok()).filter(|id| !id.is_empty());
+    given.map_or_else(|| format!("grpc-{:016x}", random()), str::to_owned)
+}
 
-    async fn generate_stream(&self, request: Request<GenerateRequest>) -> Result<Response<Replies>, Status> {
-        let Begun { generation, reply, run } = self.begin(request).await?;
-        Ok(Response::new(replies(self.app.clone(), generation, reply, run)))
+/// Fields of `GenerateRequest`.
+const REQUEST_ID: u64 = 1;
+const MEDIA: u64 = 14;
+
+impl UnaryService<Bytes> for Whole {
+    type Response = GenerateResponse;
+    type Future = BoxFuture<'static, Result<Response<GenerateResponse>, Status>>;
+
+    fn call(&mut self, request: Request<Bytes>) -> Self::Future {
+        let Whole(inference) = self;
+        let inference = inference.clone();
+        async move {
+            let Begun { generation, mut reply, mut run } = inference.begin(request, true).await?;
+            let collect = api::collect_choices(generation);
+            let (choices, usage) = tokio::select! {
+                collected = collect => collected.map_err(|error| {
+                    inference.app.metrics.count_late_error(&error);
+                    status(&error)
+                })?,
+                _ = &mut run.aborted => return Err(status(&ApiError::aborted())),
+            };
+            let choice = choices.into_iter().next().expect("one was asked for");
+            Ok(Response::new(reply.more(choice, usage)))
+        }
+        .boxed()
+    }
+}
+
+impl ServerStreamingService<Bytes> for Streamed {
+    type Response = GenerateResponse;
+    type ResponseStream = Replies;
+    type Future = BoxFuture<'static, Result<Response<Replies>, Status>>;
+
+    fn call(&mut self, request: Request<Bytes>) -> Self::Future {
+        let Streamed(inference) = self;
+        let inference = inference.clone();
+        async move {
+            let Begun { generation, reply, run } = inference.begin(request, false).await?;
+            Ok(Response::new(replies(inference.app, generation, reply, run)))
+        }
+        .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread::available_parallelism;
+
+    use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::bundle::Bundle;
+    use fullbore_engine::config::EngineConfig;
+
+    use super::*;
+    use crate::http::accept::Limits;
+    use crate::http::access::{Access, Origin};
+    use crate::start::Plan;
+
+    #[tokio::test]
+    async fn a_long_message_waits_for_its_turn_to_be_decoded_and_can_be_aborted_before() {
+        let app = Arc::new(App::new(Limits::default(), Access::default(), None, None));
+        let backend = Box::new(SimBackend::new(SimOptions::default()));
+        let plan = Plan::of("sim", Bundle::simulated(), backend, EngineConfig::default(), 0);
+        app.set_models(vec![plan.load().expect("the simulator loads")]);
+        // No message at all, behind a name.
+        let mut bytes = vec![0xff; 20 << 10];
+        bytes[..3].copy_from_slice(b"\x0a\x01x");
+        let inference = Inference { app: app.clone(), running: Arc::default() };
+        let ask = || inference.try_begin(Request::new(bytes.clone().into()), false);
+        // Others have all turns for long texts there can be.
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (0..available_parallelism().map_or(1, usize::from)).map(|_| channel::<()>()).unzip();
+        let origin = Origin::default();
+        let hold = |receiver: std::sync::mpsc::Receiver<()>| {
+            let hold = move || {
+                // Until there is nobody to send.
+                let _ = receiver.recv();
+                Ok(())
+            };
+            Box::pin(app.work.read(&origin, bytes.len(), hold))
+        };
+        let mut held: Vec<_> = receivers.into_iter().map(hold).collect();
+        for held in &mut held {
+            assert!(held.now_or_never().is_none());
+        }
+        let (mut aborted, mut waiting) = (Box::pin(ask()), Box::pin(ask()));
+        assert!((&mut aborted).now_or_never().is_none());
+        inference.running.abort(None, "x".to_owned());
+        assert_eq!(aborted.await.err().and_then(|error| error.code), Some("aborted"));
+        assert!((&mut waiting).now_or_never().is_none());
+        drop(senders);
+        futures_util::future::join_all(held).await;
+        let error = waiting.await.err().expect("it is no message");
+        assert!(error.message.contains("no GenerateRequest"), "{error:?}");
+        app.models()[0].end();
     }
 }

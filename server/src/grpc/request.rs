@@ -61,21 +61,25 @@ pub fn body(model: &ServedModel, message: GenerateRequest) -> Result<Value, ApiE
         None => 0,
     };
     // Without one a draw is only what was asked for.
-    put("temperature", message.temperature.or(model.defaults.temperature).unwrap_or(0.0).into());
+    let temperature = message.temperature.or(model.defaults.temperature).unwrap_or(0.0);
+    put("temperature", number("temperature", temperature)?);
     put("priority", message.priority.into());
     let sampling = message.sampling.unwrap_or_default();
     put("n", sampling.num_sequences.max(1).into());
     put("top_k", json!(sampling.top_k));
-    put("top_p", json!(sampling.top_p));
-    put("min_p", json!(sampling.min_p));
+    put("top_p", sampling.top_p.map_or(Ok(Value::Null), |top_p| number("top_p", top_p))?);
+    put("min_p", sampling.min_p.map_or(Ok(Value::Null), |min_p| number("min_p", min_p))?);
     put("seed", json!(sampling.seed));
     let decoding = message.decoding.unwrap_or_default();
-    put("presence_penalty", decoding.presence_penalty.into());
-    put("frequency_penalty", decoding.frequency_penalty.into());
+    put("presence_penalty", number("presence_penalty", decoding.presence_penalty)?);
+    put("frequency_penalty", number("frequency_penalty", decoding.frequency_penalty)?);
     let repetition_penalty = decoding.repetition_penalty;
-    put("repetition_penalty", if repetition_penalty == 0.0 { 1.0 } else { repetition_penalty }.into());
+    let repetition_penalty = if repetition_penalty == 0.0 { 1.0 } else { repetition_penalty };
+    put("repetition_penalty", number("repetition_penalty", repetition_penalty)?);
     if !decoding.logit_bias.is_empty() {
-        put("logit_bias", decoding.logit_bias.iter().map(|(id, bias)| (id.to_string(), json!(bias))).collect());
+        let biases = decoding.logit_bias.iter();
+        let biases = biases.map(|(id, bias)| Ok((id.to_string(), number("logit_bias", *bias)?)));
+        put("logit_bias", biases.collect::<Result<Map<_, _>, ApiError>>()?.into());
     }
     if !decoding.allowed_token_ids.is_empty() {
         put("allowed_token_ids", decoding.allowed_token_ids.into());
@@ -95,6 +99,16 @@ pub fn body(model: &ServedModel, message: GenerateRequest) -> Result<Value, ApiE
     let salt = message.kv.unwrap_or_default().cache_salt;
     put("cache_salt", if salt.is_empty() { Value::Null } else { salt.into() });
     Ok(body.into())
+}
+
+/// JSON has no others than finite ones.
+fn number(name: &str, value: f32) -> Result<Value, ApiError> {
+    match value.is_finite() {
+        true => Ok(value.into()),
+        false => {
+            Err(ApiError::invalid(name, format!("{name} has {value}, which is no number; send one, or leave it out")))
+        }
+    }
 }
 
 /// How many of the most likely tokens are told of each.
