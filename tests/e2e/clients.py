@@ -32,6 +32,18 @@ def responses_are_as_openai_has_them(server):
     text = "".join(event.delta for event in server.client.responses.create(**ask, stream=True)
                    if event.type == "response.output_text.delta")
     assert text == whole.output_text, (text, whole)
+    ask_logprobs = {**ask, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    told = server.client.responses.create(**ask_logprobs)
+    [content] = told.output[0].content
+    assert told.top_logprobs == 2 and "".join(token.token for token in content.logprobs) == whole.output_text, told
+    assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob >= token.logprob for token in content.logprobs), told
+    events = list(server.client.responses.create(**ask_logprobs, stream=True))
+    deltas = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+    [done] = [event.logprobs for event in events if event.type == "response.output_text.done"]
+    assert [token.token for token in deltas] == [token.token for token in content.logprobs], deltas
+    assert [token.logprob for token in deltas] == [token.logprob for token in done], done
+    for model in [told, *events]:
+        pydantic.TypeAdapter(type(model)).validate_python(model.model_dump(mode="json", exclude_unset=True, by_alias=True))
     parsed = server.client.responses.parse(**{**ask, "max_output_tokens": 60}, text_format=Colour)
     assert isinstance(parsed.output_parsed, Colour), parsed
     tool = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}

@@ -40,6 +40,7 @@ fn last_response(events: &[Value]) -> Value {
     let (last, body) = events[2..].split_last().expect("events");
     let mut items: Vec<Value> = Vec::new();
     let mut said = String::new();
+    let mut logprobs: Vec<Value> = Vec::new();
     let mut is_open = false;
     for event in body {
         let kind = event["type"].as_str().expect("a type").strip_prefix("response.").expect("a prefix");
@@ -53,14 +54,19 @@ fn last_response(events: &[Value]) -> Value {
             "output_item.added" => {
                 assert!(!is_open && event["output_index"] == items.len(), "{event}");
                 assert_eq!(event["item"]["status"], "in_progress");
-                (is_open, said) = (true, String::new());
+                (is_open, said, logprobs) = (true, String::new(), Vec::new());
                 items.push(event["item"].clone());
             }
             "content_part.added" => assert_eq!(event["part"]["text"], ""),
-            "output_text.delta" | "reasoning_text.delta" | "function_call_arguments.delta" => {
+            "output_text.delta" => {
+                said += event["delta"].as_str().expect("text");
+                logprobs.extend(event["logprobs"].as_array().expect("a list").iter().cloned());
+            }
+            "reasoning_text.delta" | "function_call_arguments.delta" => {
                 said += event["delta"].as_str().expect("text");
             }
-            "output_text.done" | "reasoning_text.done" => assert_eq!(event["text"], said),
+            "output_text.done" => assert_eq!((&event["text"], &event["logprobs"]), (&json!(said), &json!(logprobs))),
+            "reasoning_text.done" => assert_eq!(event["text"], said),
             "function_call_arguments.done" => assert_eq!(event["arguments"], said),
             "content_part.done" => assert_eq!(event["part"]["text"], said),
             "output_item.done" => {
@@ -77,6 +83,24 @@ fn last_response(events: &[Value]) -> Value {
     last["response"].clone()
 }
 
+/// Where they are wanted, of each token of a text, with so many alternatives; the tokens' bytes are the text.
+fn check_logprobs(content: &Value, num_top: u64, wanted: bool) {
+    let logprobs = content["logprobs"].as_array().expect("a list");
+    if !wanted {
+        assert!(logprobs.is_empty(), "{content}");
+        return;
+    }
+    let bytes = logprobs.iter().flat_map(|token| ids(&token["bytes"])).map(|byte| byte as u8).collect::<Vec<_>>();
+    // A letter that was cut off is a mark in the text.
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    assert_eq!(content["text"], text);
+    assert!(!logprobs.is_empty());
+    for token in logprobs {
+        assert!(token["logprob"].as_f64().is_some_and(|logprob| logprob <= 0.0), "{token}");
+        assert_eq!(token["top_logprobs"].as_array().map(|top| top.len() as u64), Some(num_top), "{token}");
+    }
+}
+
 #[test]
 fn a_streamed_response_is_the_whole_one() {
     let server = Setup::default().start();
@@ -84,6 +108,8 @@ fn a_streamed_response_is_the_whole_one() {
     let named = json!({"type": "function", "name": "weather"});
     let cases = [
         (json!({}), "incomplete", "message"),
+        (json!({"include": ["message.output_text.logprobs"], "top_logprobs": 3}), "incomplete", "message"),
+        (json!({"include": ["message.output_text.logprobs"], "text": {"format": schema}}), "completed", "message"),
         (json!({"text": {"format": schema}}), "completed", "message"),
         (json!({"tools": tools(), "tool_choice": named, "max_output_tokens": 300}), "completed", "function_call"),
         (
@@ -107,7 +133,16 @@ fn a_streamed_response_is_the_whole_one() {
         let count = |field: &str| usage[field].as_u64().expect("a number");
         assert_eq!(count("total_tokens"), count("input_tokens") + count("output_tokens"), "{usage}");
         match kind {
-            "message" => assert_eq!(whole["output"][0]["content"][0]["type"], "output_text"),
+            "message" => {
+                let content = &whole["output"][0]["content"][0];
+                assert_eq!(content["type"], "output_text");
+                assert_eq!(whole["top_logprobs"], change.get("top_logprobs").cloned().unwrap_or(json!(0)));
+                check_logprobs(
+                    content,
+                    whole["top_logprobs"].as_u64().expect("a number"),
+                    !change["include"].is_null(),
+                );
+            }
             _ => {
                 let arguments = whole["output"][0]["arguments"].as_str().expect("text");
                 assert!(serde_json::from_str::<Value>(arguments).is_ok_and(|value| value.is_object()), "{arguments}");
@@ -159,6 +194,8 @@ fn what_is_not_stateless_or_not_text_is_refused_by_name() {
         (json!({"truncation": "auto"}), "truncation"),
         (json!({"prompt": {"id": "x"}}), "prompt"),
         (json!({"include": ["file_search_call.results"]}), "include"),
+        (json!({"top_logprobs": 3}), "top_logprobs"),
+        (json!({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}), "top_logprobs"),
         (json!({"input": null}), "input"),
         (json!({"input": []}), "input"),
         (json!({"input": image}), "input[0].content[0]"),

@@ -104,6 +104,8 @@ struct Choice {
     marks: Vec<TokenId>,
     /// Characters detokenized so far.
     offset: usize,
+    /// Of the entries that are pending, those of no text.
+    num_unsaid: usize,
     is_told_at_once: bool,
     /// Taken by the first token or the end.
     start: Option<Box<Start>>,
@@ -274,6 +276,7 @@ impl Choice {
             reply,
             marks: marks.filter(|id| model.tokenizer.is_special(*id)).collect(),
             offset: 0,
+            num_unsaid: 0,
             is_told_at_once: job.is_told_at_once,
             start: Some(Box::new(Start {
                 prompt: job.request.prompt.clone(),
@@ -352,7 +355,7 @@ impl Choice {
             let mut logprobs = start.logprobs.iter().map(|logprobs| with_top(logprobs, num_top));
             for (index, &id) in start.prompt.iter().enumerate() {
                 let logprobs = if index == 0 { None } else { logprobs.next() };
-                self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
+                self.pending.entries.push(Entry { id, offset: self.offset, is_said: false, logprobs });
                 self.offset += start.detokenizer.push(id).chars().count();
             }
         }
@@ -368,7 +371,7 @@ impl Choice {
         self.last_id = Some(id);
         self.pending.token_ids.push(id);
         if logprobs.is_some() {
-            self.pending.entries.push(Entry { id, offset: self.offset, logprobs });
+            self.pending.entries.push(Entry { id, offset: self.offset, is_said: false, logprobs });
         }
         let text = self.text_of(id);
         self.offset += text.chars().count();
@@ -376,6 +379,9 @@ impl Choice {
         let has_thought = self.is_thinking();
         self.say(&scan.text);
         self.num_thought_tokens += u32::from(has_thought || self.is_thinking());
+        if self.pending.text.is_empty() && self.reply.as_ref().is_some_and(Reply::is_layout) {
+            self.num_unsaid = self.pending.entries.len();
+        }
         if scan.stopped {
             return Some(self.end("stop"));
         }
@@ -434,6 +440,9 @@ impl Choice {
     }
 
     fn flush(&mut self) -> Delta {
+        let is_said = !self.pending.text.is_empty();
+        let num_unsaid = std::mem::take(&mut self.num_unsaid);
+        self.pending.entries.iter_mut().skip(num_unsaid).for_each(|entry| entry.is_said = is_said);
         let empty = Delta { index: self.pending.index, ..Delta::default() };
         std::mem::replace(&mut self.pending, empty)
     }

@@ -1,4 +1,4 @@
-//! Log-probabilities as JSON, in the two shapes that the API has. Invariant: a token's bytes are exact in both: chats
+//! Log-probabilities as JSON, in the shapes that the API has. Invariant: a token's bytes are exact in both: chats
 //! give them as numbers, completions as `bytes:\xe2\x80` where they are no text of their own.
 
 use fullbore_engine::request::{TokenId, TokenLogprobs};
@@ -9,6 +9,16 @@ use super::generation::Entry;
 
 /// `{"content": [...]}` of a chat.
 pub fn chat(tokenizer: &Tokenizer, entries: &[Entry]) -> Value {
+    json!({"content": tokens(tokenizer, entries), "refusal": null})
+}
+
+/// The list of a response's text: of the tokens that said it.
+pub fn response(tokenizer: &Tokenizer, mut entries: Vec<Entry>) -> Vec<Value> {
+    entries.retain(|entry| entry.is_said);
+    tokens(tokenizer, &entries)
+}
+
+fn tokens(tokenizer: &Tokenizer, entries: &[Entry]) -> Vec<Value> {
     let token = |id: TokenId, logprob: f32| {
         let bytes = tokenizer.token_bytes(id);
         let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -19,8 +29,7 @@ pub fn chat(tokenizer: &Tokenizer, entries: &[Entry]) -> Value {
         value["top_logprobs"] = logprobs.top.iter().map(|&(id, logprob)| token(id, logprob)).collect();
         value
     };
-    let content: Vec<Value> = entries.iter().filter_map(|entry| entry.logprobs.as_ref()).map(entry).collect();
-    json!({"content": content, "refusal": null})
+    entries.iter().filter_map(|entry| entry.logprobs.as_ref()).map(entry).collect()
 }
 
 /// The four lists of a completion.

@@ -93,6 +93,15 @@ impl Reply {
         matches!(self.state, State::Thought)
     }
 
+    /// Whether what has come since the last piece is none of the text: a thought, or what is around one.
+    pub fn is_layout(&self) -> bool {
+        match self.state {
+            State::Thought => true,
+            State::Start | State::Answer => self.format.thought != Thought::Never && self.held.trim().is_empty(),
+            State::Content | State::Calls { .. } | State::Call(_) => false,
+        }
+    }
+
     /// The calls' format, if there may be any.
     pub fn calls(&self) -> Option<CallFormat> {
         self.format.calls

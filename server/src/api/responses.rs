@@ -10,8 +10,8 @@ use super::constraint::Constraint;
 use super::fields::{Fields, wrong};
 use super::generation::{Delta, Generation, Jobs, Usage};
 use super::parts::{Change, Part, PartKind, Parts};
-use super::sampling::{self, Own, Sampling};
-use super::{ServedModel, chat_completions, unix_seconds};
+use super::sampling::{self, MAX_LOGPROBS, Own, Sampling};
+use super::{ServedModel, chat_completions, logprobs, unix_seconds};
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 use crate::start::random;
@@ -19,7 +19,7 @@ use crate::start::random;
 mod input;
 
 /// Fields that change the answer, or need a memory, and that we do not have.
-const UNSUPPORTED: [&str; 12] = [
+const UNSUPPORTED: [&str; 11] = [
     "background",
     "context_management",
     "conversation",
@@ -30,13 +30,11 @@ const UNSUPPORTED: [&str; 12] = [
     "skip_special_tokens",
     "store",
     "stop",
-    "top_logprobs",
     "truncation",
 ];
 
 pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> Result<Jobs, ApiError> {
     fields.refuse(&UNSUPPORTED)?;
-    refuse_includes(fields)?;
     let own = Own {
         max_tokens: sampling::max_tokens(fields, "max_output_tokens", 1)?,
         n: 1,
@@ -44,8 +42,8 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         user: fields.string("user")?.or(fields.string("safety_identifier")?),
     };
     let sampling = Sampling::read(model, client, fields, own)?;
-    let constraint = constraint(fields)?;
-    chat(fields)?.jobs(model, id, &sampling, ChatOptions { constraint, ..ChatOptions::default() })
+    let options = ChatOptions { constraint: constraint(fields)?, logprobs: logprobs(fields)?, prompt_logprobs: None };
+    chat(fields)?.jobs(model, id, &sampling, options)
 }
 
 fn chat(fields: &Fields) -> Result<Chat, ApiError> {
@@ -60,18 +58,35 @@ fn chat(fields: &Fields) -> Result<Chat, ApiError> {
     Ok(Chat { param: "input", messages, tools: input::tools(fields)?, variables, add_generation_prompt: true })
 }
 
-/// A thought comes as it is, and goes back so.
-fn refuse_includes(fields: &Fields) -> Result<(), ApiError> {
-    let Some(value) = fields.get("include") else { return Ok(()) };
-    let items = value.as_array().ok_or_else(|| wrong("include", value, "a list of names"))?;
-    match items.iter().find(|item| *item != "reasoning.encrypted_content") {
-        Some(item) => {
-            let message = format!("include of {:.60} is not supported by this server; leave it out", item.to_string());
-            Err(ApiError::invalid("include", message))
+/// Alternatives of each token of the text, where its log-probabilities are to be included.
+fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    let includes = includes(fields)?;
+    let num_top = fields.integer("top_logprobs", 0..=MAX_LOGPROBS)?.unwrap_or(0) as u32;
+    match includes.contains(&LOGPROBS) {
+        true => Ok(Some(num_top)),
+        false if num_top == 0 => Ok(None),
+        false => {
+            let message = format!("top_logprobs needs include to have {LOGPROBS}");
+            Err(ApiError::invalid("top_logprobs", message))
         }
-        None => Ok(()),
     }
 }
+
+/// What is to be in the response beside the usual.
+fn includes<'a>(fields: &Fields<'a>) -> Result<Vec<&'a str>, ApiError> {
+    let Some(value) = fields.get("include") else { return Ok(Vec::new()) };
+    let items = value.as_array().ok_or_else(|| wrong("include", value, "a list of names"))?;
+    let known = |item: &'a Value| {
+        let name = item.as_str().filter(|name| [THOUGHTS, LOGPROBS].contains(name));
+        let message = || format!("include of {:.60} is not supported by this server; leave it out", item.to_string());
+        name.ok_or_else(|| ApiError::invalid("include", message()))
+    };
+    items.iter().map(known).collect()
+}
+
+const LOGPROBS: &str = "message.output_text.logprobs";
+/// One comes as it is, and goes back so.
+const THOUGHTS: &str = "reasoning.encrypted_content";
 
 /// A text within an object.
 fn option<'a>(fields: &Fields<'a>, object: &str, name: &str) -> Result<Option<&'a str>, ApiError> {
@@ -100,6 +115,8 @@ pub struct ResponseAnswer {
     /// Items that have ended, and the id of the one that has not.
     items: Vec<Value>,
     item_id: String,
+    /// Of the text that has not ended, each token's.
+    logprobs: Vec<Value>,
     finish_reason: Option<&'static str>,
     sequence_number: u64,
 }
@@ -145,6 +162,7 @@ impl ResponseAnswer {
             "text": {"format": format},
             "tool_choice": or("tool_choice", json!("auto")),
             "tools": or("tools", json!([])),
+            "top_logprobs": or("top_logprobs", json!(0)),
             "top_p": or("top_p", json!(model.defaults.top_p.unwrap_or(1.0))),
             "truncation": "disabled",
             "user": or_null("user"),
@@ -155,6 +173,7 @@ impl ResponseAnswer {
             parts: Parts::default(),
             items: Vec::new(),
             item_id: String::new(),
+            logprobs: Vec::new(),
             finish_reason: None,
             sequence_number: 0,
         })
@@ -187,24 +206,30 @@ impl ResponseAnswer {
         Event::named(kind, data)
     }
 
-    fn take(&mut self, delta: Delta) -> Vec<Event> {
+    fn take(&mut self, model: &ServedModel, mut delta: Delta) -> Vec<Event> {
         self.finish_reason = delta.finish_reason;
+        let mut said = logprobs::response(&model.tokenizer, std::mem::take(&mut delta.entries));
         let changes = self.parts.take(delta);
-        changes.into_iter().flat_map(|change| self.change(change)).collect()
+        changes.into_iter().flat_map(|change| self.change(change, &mut said)).collect()
     }
 
     fn finish(&mut self) -> Vec<Event> {
         let changes = self.parts.finish();
-        changes.into_iter().flat_map(|change| self.change(change)).collect()
+        changes.into_iter().flat_map(|change| self.change(change, &mut Vec::new())).collect()
     }
 
-    fn change(&mut self, change: Change) -> Vec<Event> {
+    /// `said` are log-probabilities of a piece's text.
+    fn change(&mut self, change: Change, said: &mut Vec<Value>) -> Vec<Event> {
         match change {
             Change::Begin(index, part) => self.begin_item(index, &part),
             Change::More(index, kind, text) => {
                 let (name, mut data) = match kind {
                     PartKind::Thought => ("response.reasoning_text.delta", json!({"content_index": 0})),
-                    PartKind::Text => ("response.output_text.delta", json!({"content_index": 0, "logprobs": []})),
+                    PartKind::Text => {
+                        let data = json!({"content_index": 0, "logprobs": said});
+                        self.logprobs.append(said);
+                        ("response.output_text.delta", data)
+                    }
                     PartKind::Call => ("response.function_call_arguments.delta", json!({})),
                 };
                 self.place(index, &mut data);
@@ -227,12 +252,12 @@ impl ResponseAnswer {
             PartKind::Call => "fc",
         };
         self.item_id = format!("{prefix}_{:016x}", random());
-        let mut item = item(&self.item_id, part, Status::InProgress);
+        let mut item = item(&self.item_id, part, &[], Status::InProgress);
         if part.kind() != PartKind::Call {
             item["content"] = json!([]);
         }
         let mut events = vec![self.event("response.output_item.added", json!({"output_index": index, "item": item}))];
-        if let Some(content) = content(part) {
+        if let Some(content) = content(part, &[]) {
             let mut data = json!({"content_index": 0, "part": content});
             self.place(index, &mut data);
             events.push(self.event("response.content_part.added", data));
@@ -241,10 +266,14 @@ impl ResponseAnswer {
     }
 
     fn end_item(&mut self, index: usize, part: &Part) -> Vec<Event> {
+        let logprobs = match part {
+            Part::Text(_) => std::mem::take(&mut self.logprobs),
+            Part::Thought(_) | Part::Call { .. } => Vec::new(),
+        };
         let (name, mut data) = match part {
             Part::Thought(text) => ("response.reasoning_text.done", json!({"content_index": 0, "text": text})),
             Part::Text(text) => {
-                ("response.output_text.done", json!({"content_index": 0, "text": text, "logprobs": []}))
+                ("response.output_text.done", json!({"content_index": 0, "text": text, "logprobs": logprobs}))
             }
             Part::Call { name, arguments, .. } => {
                 ("response.function_call_arguments.done", json!({"name": name, "arguments": arguments}))
@@ -252,14 +281,14 @@ impl ResponseAnswer {
         };
         self.place(index, &mut data);
         let mut events = vec![self.event(name, data)];
-        if let Some(content) = content(part) {
+        if let Some(content) = content(part, &logprobs) {
             let mut data = json!({"content_index": 0, "part": content});
             self.place(index, &mut data);
             events.push(self.event("response.content_part.done", data));
         }
         // An item ends for the next one's sake, or with the answer.
         let status = if self.status() == Status::InProgress { Status::Completed } else { self.status() };
-        let item = item(&self.item_id, part, status);
+        let item = item(&self.item_id, part, &logprobs, status);
         self.items.push(item.clone());
         events.push(self.event("response.output_item.done", json!({"output_index": index, "item": item})));
         events
@@ -276,8 +305,8 @@ impl Answer for ResponseAnswer {
         vec![self.event("response.created", data.clone()), self.event("response.in_progress", data)]
     }
 
-    fn more(&mut self, _: &ServedModel, delta: Delta, _: Usage) -> Vec<Event> {
-        self.take(delta)
+    fn more(&mut self, model: &ServedModel, delta: Delta, _: Usage) -> Vec<Event> {
+        self.take(model, delta)
     }
 
     fn end(&mut self, usage: Usage) -> Vec<Event> {
@@ -298,16 +327,16 @@ impl Answer for ResponseAnswer {
         vec![told, self.event("response.failed", json!({"response": response}))]
     }
 
-    fn whole(&mut self, _: &ServedModel, choices: Vec<Delta>, usage: Usage) -> Value {
-        choices.into_iter().take(1).for_each(|choice| drop(self.take(choice)));
+    fn whole(&mut self, model: &ServedModel, choices: Vec<Delta>, usage: Usage) -> Value {
+        choices.into_iter().take(1).for_each(|choice| drop(self.take(model, choice)));
         self.finish();
         self.response(Some(usage))
     }
 }
 
-fn item(id: &str, part: &Part, status: Status) -> Value {
+fn item(id: &str, part: &Part, logprobs: &[Value], status: Status) -> Value {
     let status = status.name();
-    let content: Vec<Value> = content(part).into_iter().collect();
+    let content: Vec<Value> = content(part, logprobs).into_iter().collect();
     match part {
         Part::Thought(_) => json!({"id": id, "type": "reasoning", "summary": [], "content": content,
             "encrypted_content": null, "status": status}),
@@ -320,10 +349,10 @@ fn item(id: &str, part: &Part, status: Status) -> Value {
 }
 
 /// Of a part that is not a call.
-fn content(part: &Part) -> Option<Value> {
+fn content(part: &Part, logprobs: &[Value]) -> Option<Value> {
     match part {
         Part::Thought(text) => Some(json!({"type": "reasoning_text", "text": text})),
-        Part::Text(text) => Some(json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})),
+        Part::Text(text) => Some(json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs})),
         Part::Call { .. } => None,
     }
 }
@@ -336,4 +365,56 @@ fn usage(usage: Usage) -> Value {
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::bundle::Bundle;
+    use fullbore_engine::config::EngineConfig;
+    use fullbore_engine::request::{self, FinishReason, TokenId, TokenLogprobs};
+
+    use super::super::reply::ReplyFormat;
+    use super::super::tools::format::{CallFormat, Thought};
+    use super::*;
+    use crate::start::Plan;
+
+    #[tokio::test]
+    async fn log_probabilities_are_of_what_is_said_and_of_no_thought_or_call() {
+        let backend = Box::new(SimBackend::new(SimOptions::default()));
+        let plan = Plan::of("sim", Bundle::simulated(), backend, EngineConfig::default(), 0);
+        let model = plan.load().expect("the simulator loads");
+        let body = json!({"input": "x", "include": [LOGPROBS], "stream": true});
+        let fields = Fields(body.as_object().expect("an object"));
+        let mut jobs = jobs(&model, "resp_1", &Client::default(), &fields).expect("a request").jobs;
+        assert_eq!(jobs[0].request.logprobs, Some(0));
+        jobs[0].reply = Some(ReplyFormat {
+            thought: Thought::Begun,
+            calls: Some(CallFormat::Hermes),
+            functions: vec!["f".to_owned()],
+            ..ReplyFormat::default()
+        });
+        let (mut generation, mut handed) = Generation::open(&model, jobs, Instant::now(), None, None).expect("it fits");
+        let said = "Hm.\n</think>\n\nYes <b>.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+        for byte in said.bytes() {
+            let id = TokenId(4 + u32::from(byte));
+            let logprobs = Some(TokenLogprobs { id, logprob: -1.0, rank: 1, top: Vec::new() });
+            handed[0].1.event(request::Event::Token { id, logprobs });
+        }
+        handed[0].1.event(request::Event::Finished { reason: FinishReason::Stop, usage: request::Usage::default() });
+        let mut answer = ResponseAnswer::read("resp_1", &model, &fields).expect("a request");
+        while let Some(delta) = generation.next().await {
+            answer.more(&model, delta.expect("a piece"), generation.usage());
+        }
+        answer.end(generation.usage());
+        let kinds: Vec<&Value> = answer.items.iter().map(|item| &item["type"]).collect();
+        assert_eq!(kinds, ["reasoning", "message", "function_call"]);
+        let content = &answer.items[1]["content"][0];
+        let tokens = content["logprobs"].as_array().expect("a list");
+        let tokens: String = tokens.iter().filter_map(|token| token["token"].as_str()).collect();
+        assert_eq!((&content["text"], tokens.as_str()), (&json!("Yes <b>."), "Yes <b>."));
+        model.end();
+    }
 }

@@ -46,6 +46,8 @@ pub struct Entry {
     pub id: TokenId,
     /// Characters of the choice's text before it.
     pub offset: usize,
+    /// Whether what was said came with it, not a thought or a call alone.
+    pub is_said: bool,
     pub logprobs: Option<TokenLogprobs>,
 }
 
