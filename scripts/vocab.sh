@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Puts llama.cpp's tokenizer vectors (vocabularies, texts and their ids) into the cache folder, each checked by sha256.
+# Puts llama.cpp's tokenizer vectors (vocabularies, texts and their ids) and its collection of published chat templates
+# into the cache folder, each file checked by sha256.
 #
 # They come out of llama-cpp-python's source package on PyPI, which carries llama.cpp's tree. pip insists on asking a
 # source package's build backend for its name, so it is given one that answers just that: nothing is built or run.
@@ -36,8 +37,9 @@ PYTHONPATH=$work/backend python3 -m pip download --quiet --no-deps --no-binary :
   exit 1
 }
 models=llama_cpp_python-$version/vendor/llama.cpp/models
-tar -xzf "$work/llama_cpp_python-$version.tar.gz" -C "$work" --wildcards "$models/ggml-vocab-*"
+tar -xzf "$work/llama_cpp_python-$version.tar.gz" -C "$work" --wildcards "$models/ggml-vocab-*" "$models/templates/*"
 (cd "$work/$models" && sha256sum --check --quiet "$sums")
+mkdir -p "$vocab/templates"
 # Renamed into place, so that a cut-off copy is never found.
 while read -r _ file; do
   cp "$work/$models/$file" "$vocab/$file.part"

@@ -193,8 +193,26 @@ fn compile(source: String) -> Result<Environment<'static>, TextError> {
         let error = Error::new(ErrorKind::InvalidOperation, "raise_exception was called");
         Err(error.with_source(Refusal(message)))
     });
-    env.add_template_owned(NAME, source).map_err(|error| TextError::Template(error.to_string()))?;
+    env.add_template_owned(NAME, without_generation(&source))
+        .map_err(|error| TextError::Template(error.to_string()))?;
     Ok(env)
+}
+
+/// Those who train models mark what the assistant said by a tag of their own, within which nothing else is meant.
+fn without_generation(source: &str) -> String {
+    let (mut plain, mut rest) = (String::with_capacity(source.len()), source);
+    while let Some(at) = rest.find("{%") {
+        let end = rest[at..].find("%}").map_or(rest.len(), |end| at + end);
+        let (before, tag) = (&rest[..at], &rest[at..end]);
+        plain += before;
+        match tag.trim_matches(|c: char| c.is_whitespace() || "{%-+".contains(c)) {
+            word @ "generation" => plain += &tag.replacen(word, "if true", 1),
+            word @ "endgeneration" => plain += &tag.replacen(word, "endif", 1),
+            _ => plain += tag,
+        }
+        rest = &rest[end..];
+    }
+    plain + rest
 }
 
 fn sentence<T>(lost: &Lost<T>, deadline: Duration) -> TextError {

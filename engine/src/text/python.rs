@@ -15,6 +15,8 @@ pub fn install(env: &mut Environment<'static>) {
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     });
     env.add_filter("tojson", to_json);
+    // Templates ask so before they count what is there.
+    env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     // A list may hold itself many times over, so that writing one needs fuel for every item.
     env.set_formatter(|output, state, value| {
         if matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable) {

@@ -10,6 +10,8 @@ use crate::http::error::ApiError;
 
 pub mod calls;
 pub mod format;
+#[cfg(test)]
+mod published;
 
 pub const MAX_TOOLS: usize = 128;
 const MAX_NAME_BYTES: usize = 64;

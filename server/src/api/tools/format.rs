@@ -25,6 +25,9 @@ pub enum CallFormat {
     Generic,
 }
 
+/// In templates that write calls as no JSON, or as a list, some between the same marks.
+const OTHERS: [&str; 4] = ["<function=", "<arg_key>", "<invoke ", "<tool_calls>"];
+
 /// What is written around calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
@@ -41,8 +44,8 @@ impl CallFormat {
         let has = |text: &str| source.contains(text);
         match () {
             _ if has("[TOOL_CALLS]") && !has("[ARGS]") => CallFormat::Mistral,
-            // Others write XML between the same marks.
-            _ if has("<tool_call>") && !has("<function=") => CallFormat::Hermes,
+            _ if OTHERS.iter().any(|other| has(other)) => CallFormat::Generic,
+            _ if has("<tool_call>") => CallFormat::Hermes,
             _ if has("<|python_tag|>") || (has("ipython") && has("parameters")) => CallFormat::Llama3,
             _ if has("<start_of_turn>") => CallFormat::Gemma,
             _ => CallFormat::Generic,
@@ -102,13 +105,20 @@ impl CallFormat {
             CallFormat::Mistral => format!("{} \"[\" marked{more} \"]\"", mark("[TOOL_CALLS]", tokenizer)),
             _ => format!("marked{more}"),
         };
+        let close = match self {
+            // Its templates write an id at the end of a call; whether or not it does, the call has one of ours.
+            CallFormat::Mistral => {
+                format!("({} /[a-zA-Z0-9]{{9}}/ {})? \"}}\"", quoted(", \"id\": \""), quoted("\""))
+            }
+            _ => "\"}\"".to_owned(),
+        };
         let functions = tools.callable();
         let names: Vec<String> = (0..functions.len()).map(|index| format!("call_{index}")).collect();
         let mut rules = format!("calls: {list}\nmarked: {begin} call {end}\ncall: {}\n", names.join(" | "));
         for (index, Function { name, parameters, .. }) in functions.iter().enumerate() {
             let open = quoted(&format!("{{\"name\": \"{name}\", \"{arguments}\": "));
             let schema = GrammarSource::JsonSchema(parameters.clone()).expression();
-            rules += &format!("call_{index}: {open} arguments_{index} \"}}\"\narguments_{index}: {schema}\n");
+            rules += &format!("call_{index}: {open} arguments_{index} {close}\narguments_{index}: {schema}\n");
         }
         rules
     }
@@ -263,7 +273,7 @@ fn written(format: CallFormat, call: &Value) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use fullbore_engine::bundle::Bundle;
     use fullbore_engine::grammar::GrammarCompiler;
     use fullbore_engine::request::TokenId;
@@ -283,14 +293,14 @@ mod tests {
         Function { name: name.to_owned(), parameters, strict, tool }
     }
 
-    struct Rig {
+    pub struct Rig {
         compiler: GrammarCompiler,
-        tokenizer: std::sync::Arc<Tokenizer>,
+        pub tokenizer: std::sync::Arc<Tokenizer>,
         vocab_size: u32,
     }
 
     impl Rig {
-        fn new() -> Rig {
+        pub fn new() -> Rig {
             let tokenizer = Bundle::simulated().tokenizer;
             let vocab_size = tokenizer.vocab_size() as u32;
             let compiler = GrammarCompiler::new(tokenizer.clone(), vec![TokenId(2)], vocab_size);
@@ -298,7 +308,7 @@ mod tests {
         }
 
         /// Whether the grammar takes all of a text, its bytes being tokens.
-        fn takes(&self, source: &GrammarSource, text: &str) -> bool {
+        pub fn takes(&self, source: &GrammarSource, text: &str) -> bool {
             let grammar = self.compiler.compile(source).unwrap_or_else(|error| panic!("{error}\n{source:?}"));
             let mut matcher = grammar.matcher();
             let mut mask = vec![0; self.vocab_size.div_ceil(32) as usize];
