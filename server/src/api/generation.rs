@@ -1,12 +1,14 @@
 //! The choices of one HTTP request while they grow: events in, text out.
 //!
 //! Invariant: dropping a `Generation` ends its sequences. A choice's channel holds all its events, so the engine never
-//! waits for a client: `max_tokens` tokens, and one event each for the start, the prompt and the end. Detokenizing and
-//! stop strings happen where a `Generation` is polled, never on the engine thread.
+//! waits for a client: `max_tokens` tokens, and one event each for the start, the prompt and the end. Text is made
+//! where a `Generation` is polled; where stop strings may end it on the engine thread too, so that nothing is computed,
+//! nor charged, behind one that a slow client has yet to read.
 
 mod delta;
 mod later;
 mod sink;
+mod text;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -16,13 +18,12 @@ use std::time::Instant;
 use fullbore_engine::fleet::{Fleet, Place};
 use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{Event, FinishReason, Request, Sink, TokenId, TokenLogprobs};
-use fullbore_engine::text::{Detokenizer, Scan, StopStrings};
+use fullbore_engine::text::Detokenizer;
 use tokio::sync::mpsc::{Receiver, channel};
 
 use super::ServedModel;
 use super::constraint::Form;
 use super::reply::{Reply, ReplyFormat};
-use super::tools::format::CallFormat;
 use crate::http::error::ApiError;
 use crate::http::metrics::{Choices, End, Observer, ToldEnd};
 use crate::http::rates::Meter;
@@ -30,6 +31,7 @@ use crate::traces::Trace;
 pub use delta::{Delta, Entry, Usage};
 use later::Later;
 use sink::{ChannelSink, Told};
+use text::Text;
 
 /// One choice to be made.
 pub struct Job {
@@ -88,22 +90,15 @@ struct Choice {
     num_prompt_tokens: u32,
     /// Of those, what the prefix cache had.
     cached_tokens: u32,
-    num_tokens: u32,
+    text: Text,
     last_id: Option<TokenId>,
     num_thought_tokens: u32,
-    stop_ids: Vec<TokenId>,
-    /// Of those, what the client named.
+    /// Of those that end it, what the client named.
     named_stop_ids: Vec<TokenId>,
-    /// Up to so many tokens no stop string ends it.
-    min_tokens: u32,
-    detokenizer: Detokenizer,
-    stops: StopStrings,
     /// What finds the parts of a text.
     reply: Option<Reply>,
-    /// Control tokens that a reply's parts are found by.
-    marks: Vec<TokenId>,
-    /// Characters detokenized so far.
-    offset: usize,
+    /// Characters of the prompt, where it is repeated.
+    num_echoed: usize,
     /// Of the entries that are pending, those of no text.
     num_unsaid: usize,
     is_told_at_once: bool,
@@ -170,8 +165,10 @@ impl Generation {
                 of_prompt = Arc::new(Choices::new(model.metrics.clone()));
             }
             let observer = Observer::new(of_prompt.clone(), &job.request, arrived, trace.clone());
-            choices.push(Choice::new(model, index, &job, receiver, observer.told_end()));
-            let sink = ChannelSink::new(sender, observer, meter.clone(), job.request.prompt.len() as u32);
+            let choice = Choice::new(model, index, &job, receiver, observer.told_end());
+            let ahead = (!job.stops.is_empty()).then(|| choice.text.clone());
+            let sink = ChannelSink::new(sender, observer, meter.clone(), job.request.prompt.len() as u32, ahead);
+            choices.push(choice);
             requests.push((job.request, Box::new(sink) as Box<dyn Sink>));
         }
         let later = Later::default();
@@ -201,7 +198,7 @@ impl Generation {
         let first_choices = || self.choices.iter().filter(|choice| choice.nth == 0);
         Usage {
             prompt_tokens: first_choices().map(|choice| choice.num_prompt_tokens).sum(),
-            completion_tokens: self.choices.iter().map(|choice| choice.num_tokens).sum(),
+            completion_tokens: self.choices.iter().map(|choice| choice.text.num_tokens()).sum(),
             cached_tokens: first_choices().map(|choice| choice.cached_tokens).sum(),
             reasoning_tokens: self.choices.iter().map(|choice| choice.num_thought_tokens).sum(),
         }
@@ -240,7 +237,7 @@ impl Generation {
     pub fn fail(&mut self) {
         for choice in &self.choices {
             // One that has ended well stays so.
-            let _ = choice.told_end.set((End::Error, choice.num_tokens));
+            let _ = choice.told_end.set((End::Error, choice.text.num_tokens()));
         }
     }
 
@@ -254,11 +251,8 @@ impl Generation {
 
 impl Choice {
     fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Told>, told_end: ToldEnd) -> Choice {
-        let detokenizer = Detokenizer::new(model.tokenizer.clone());
         let reply = job.reply.clone().map(Reply::new);
-        let calls = reply.as_ref().and_then(Reply::calls);
-        let spellings = calls.map_or(&[][..], CallFormat::control_marks);
-        let marks = spellings.iter().filter_map(|spelling| model.tokenizer.special_id(spelling));
+        let text = Text::new(model, job, reply.as_ref().and_then(Reply::calls));
         let named_stop_ids = job.request.stop_ids.iter().filter(|id| !model.stop_ids.contains(id));
         Choice {
             nth: job.nth,
@@ -266,26 +260,21 @@ impl Choice {
             told_end,
             num_prompt_tokens: job.request.prompt.len() as u32,
             cached_tokens: 0,
-            num_tokens: 0,
+            text,
             last_id: None,
             num_thought_tokens: 0,
-            stop_ids: job.request.stop_ids.clone(),
             named_stop_ids: named_stop_ids.copied().collect(),
-            min_tokens: job.request.sampling.min_tokens,
-            stops: StopStrings::new(job.stops.clone()),
             reply,
-            marks: marks.filter(|id| model.tokenizer.is_special(*id)).collect(),
-            offset: 0,
+            num_echoed: 0,
             num_unsaid: 0,
             is_told_at_once: job.is_told_at_once,
             start: Some(Box::new(Start {
                 prompt: job.request.prompt.clone(),
-                detokenizer: detokenizer.clone().with_special(true),
+                detokenizer: Detokenizer::new(model.tokenizer.clone()).with_special(true),
                 echo: job.echo.clone(),
                 prompt_logprobs: job.prompt_logprobs,
                 logprobs: Vec::new(),
             })),
-            detokenizer,
             pending: Delta { index, ..Delta::default() },
         }
     }
@@ -332,13 +321,8 @@ impl Choice {
             Event::Finished { reason: FinishReason::DeviceLost(sentence), .. } => Err(ApiError::not_yet(&sentence)),
             Event::Finished { reason, .. } => {
                 self.begin();
-                let rest = self.detokenizer.finish();
-                let scan = self.scan(&rest);
+                let scan = self.text.finish();
                 self.say(&scan.text);
-                if !scan.stopped {
-                    let held = self.stops.finish();
-                    self.say(&held);
-                }
                 let stopped = scan.stopped || reason == FinishReason::Stop;
                 Ok(Some(self.end(if stopped { "stop" } else { "length" })))
             }
@@ -355,27 +339,25 @@ impl Choice {
             let mut logprobs = start.logprobs.iter().map(|logprobs| with_top(logprobs, num_top));
             for (index, &id) in start.prompt.iter().enumerate() {
                 let logprobs = if index == 0 { None } else { logprobs.next() };
-                self.pending.entries.push(Entry { id, offset: self.offset, is_said: false, logprobs });
-                self.offset += start.detokenizer.push(id).chars().count();
+                self.pending.entries.push(Entry { id, offset: self.num_echoed, is_said: false, logprobs });
+                self.num_echoed += start.detokenizer.push(id).chars().count();
             }
         }
         if let Some(echo) = start.echo {
-            self.offset = echo.text.chars().count();
+            self.num_echoed = echo.text.chars().count();
             self.pending.text = echo.text;
         }
         self.pending.prompt = start.prompt;
     }
 
     fn take_token(&mut self, id: TokenId, logprobs: Option<TokenLogprobs>) -> Option<Delta> {
-        self.num_tokens += 1;
         self.last_id = Some(id);
         self.pending.token_ids.push(id);
         if logprobs.is_some() {
-            self.pending.entries.push(Entry { id, offset: self.offset, is_said: false, logprobs });
+            let offset = self.num_echoed + self.text.num_chars();
+            self.pending.entries.push(Entry { id, offset, is_said: false, logprobs });
         }
-        let text = self.text_of(id);
-        self.offset += text.chars().count();
-        let scan = self.scan(&text);
+        let scan = self.text.push(id);
         let has_thought = self.is_thinking();
         self.say(&scan.text);
         self.num_thought_tokens += u32::from(has_thought || self.is_thinking());
@@ -390,25 +372,8 @@ impl Choice {
         (has_text || self.is_told_at_once).then(|| self.flush())
     }
 
-    /// Looks for stop strings, from the first token on that may end the text.
-    fn scan(&mut self, text: &str) -> Scan {
-        match self.num_tokens > self.min_tokens {
-            true => self.stops.push(text),
-            false => Scan { text: self.stops.pass(text), stopped: false },
-        }
-    }
-
     fn is_thinking(&self) -> bool {
         self.reply.as_ref().is_some_and(Reply::is_thinking)
-    }
-
-    /// What ends a text is no part of it, even where it is an ordinary token.
-    fn text_of(&mut self, id: TokenId) -> String {
-        match id {
-            id if self.stop_ids.contains(&id) => String::new(),
-            id if self.marks.contains(&id) => self.detokenizer.finish() + &self.detokenizer.spelling(id),
-            id => self.detokenizer.push(id),
-        }
     }
 
     /// Takes text that is safe to send.
@@ -425,7 +390,7 @@ impl Choice {
     /// The last piece; the engine hears of it by the closed channel, if it does not know.
     fn end(&mut self, mut finish_reason: &'static str) -> Delta {
         let told = if finish_reason == "length" { End::Length } else { End::Stop };
-        let _ = self.told_end.set((told, self.num_tokens));
+        let _ = self.told_end.set((told, self.text.num_tokens()));
         self.receiver = None;
         if let Some(reply) = &mut self.reply {
             let pieces = reply.finish();
@@ -434,7 +399,7 @@ impl Choice {
                 finish_reason = reply.finish_reason();
             }
         }
-        let stop = self.stops.found().map(str::to_owned);
+        let stop = self.text.stop().map(str::to_owned);
         let stop_id = self.last_id.filter(|id| stop.is_none() && self.named_stop_ids.contains(id));
         Delta { finish_reason: Some(finish_reason), stop, stop_id, ..self.flush() }
     }

@@ -1,6 +1,6 @@
 //! Where an engine's events of a choice go: to its client's channel, past what watches and charges. Invariant: nothing
 //! here waits; the channel holds all events, and with the last goes the [`Observer`], so that how a sequence ended is
-//! told by whoever is last.
+//! told by whoever is last. A stop string ends it here, however late its client reads it.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,7 +8,8 @@ use std::time::Instant;
 use fullbore_engine::request::{Event, Flow, Sink};
 use tokio::sync::mpsc::Sender;
 
-use crate::http::metrics::Observer;
+use super::text::Text;
+use crate::http::metrics::{End, Observer, ToldEnd};
 use crate::http::rates::Meter;
 
 pub struct ChannelSink {
@@ -18,6 +19,9 @@ pub struct ChannelSink {
     /// Of the client's rate: what the prefix cache has is not computed, and costs nothing.
     meter: Option<Arc<Meter>>,
     num_prompt_tokens: u32,
+    /// Where stop strings may end it, what its client will read.
+    ahead: Option<Box<Text>>,
+    told_end: ToldEnd,
 }
 
 /// What a client's side gets.
@@ -33,8 +37,22 @@ impl ChannelSink {
         observer: Observer,
         meter: Option<Arc<Meter>>,
         num_prompt_tokens: u32,
+        ahead: Option<Text>,
     ) -> ChannelSink {
-        ChannelSink { sender, observer: Some(Box::new(observer)), meter, num_prompt_tokens }
+        let told_end = observer.told_end();
+        let (observer, ahead) = (Some(Box::new(observer)), ahead.map(Box::new));
+        ChannelSink { sender, observer, meter, num_prompt_tokens, ahead, told_end }
+    }
+
+    /// Whether its client will find a stop string once it has read so far.
+    fn stops(&mut self, event: &Event) -> bool {
+        let (Some(text), Event::Token { id, .. }) = (&mut self.ahead, event) else { return false };
+        let stopped = text.push(*id).stopped;
+        if stopped {
+            // The client finds the same, or has left by then.
+            let _ = self.told_end.set((End::Stop, text.num_tokens()));
+        }
+        stopped
     }
 }
 
@@ -52,11 +70,12 @@ impl Sink for ChannelSink {
                 Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
             }
         }
+        let stops = self.stops(&event);
         let is_last = matches!(event, Event::Finished { .. });
         let observer = if is_last { self.observer.take() } else { None };
         match self.sender.try_send(Told { event, observer }) {
-            Ok(()) => Flow::Continue,
-            Err(_) => Flow::Stop,
+            Ok(()) if !stops => Flow::Continue,
+            Ok(()) | Err(_) => Flow::Stop,
         }
     }
 
@@ -119,12 +138,15 @@ mod tests {
         assert_eq!((reason, num_tokens), (Some("length"), 50));
         let stop: String = whole.chars().skip(5).take(2).collect();
         let slow = generate(&app, &json!(stop));
-        while app.models()[0].engine.stats().num_length < 2 {
+        // It has ended before anything of it is read.
+        while app.models()[0].engine.stats().num_aborted < 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let (text, reason, num_tokens) = read(slow).await;
         assert_eq!((text.as_str(), reason), (&whole[..whole.find(&stop).expect("it is there")], Some("stop")));
         assert!(num_tokens < 50);
+        let computed = app.models()[0].engine.stats().generated_tokens;
+        assert_eq!(computed, 50 + u64::from(num_tokens), "tokens were made that nobody is shown");
         let counted = metrics::metrics(&app).into_body().collect().await.expect("an end").to_bytes();
         let counted = String::from_utf8(counted.to_vec()).expect("text");
         let value = |name: &str, label: &str| {
