@@ -33,6 +33,7 @@ mod kv_events;
 mod life;
 mod limits;
 mod live;
+mod loads;
 mod metrics;
 mod openapi;
 mod overload;

@@ -10,6 +10,7 @@ use std::{fmt, fs, io};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::serve::endpoint::without_password;
 use crate::serve::knee;
 use crate::statistics::median;
 pub use clocks::Clocks;
@@ -314,7 +315,7 @@ fn without_secrets(words: impl Iterator<Item = String>) -> impl Iterator<Item = 
         match word.split_once('=') {
             _ if was_asked => "...".to_owned(),
             Some((SECRET, _)) => format!("{SECRET}=..."),
-            _ => word,
+            _ => without_password(&word),
         }
     })
 }
@@ -444,9 +445,9 @@ mod tests {
 
     #[test]
     fn a_command_is_kept_without_its_secrets() {
-        let words = ["fullbore", "--api-key", "secret", "--api-key=secret", "--runs", "3"].map(str::to_owned);
-        let kept: Vec<String> = without_secrets(words.into_iter()).collect();
-        assert_eq!(kept, ["fullbore", "--api-key", "...", "--api-key=...", "--runs", "3"]);
+        let words = ["fullbore", "--api-key", "secret", "--api-key=secret", "--url=a=http://me:secret@b/v1", "a@b"];
+        let kept: Vec<String> = without_secrets(words.into_iter().map(str::to_owned)).collect();
+        assert_eq!(kept, ["fullbore", "--api-key", "...", "--api-key=...", "--url=a=http://b/v1", "a@b"]);
     }
 
     #[test]

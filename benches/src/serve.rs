@@ -21,6 +21,7 @@ use load::{Ask, Manners, Pace, drive};
 use tally::{Facts, Slo, tally};
 
 pub mod card;
+mod constrained;
 pub mod endpoint;
 pub mod events;
 pub mod load;
@@ -55,8 +56,8 @@ pub struct Prompts {
     pub vocab_size: u32,
     pub seed: u64,
     pub form: Form,
-    /// Answers follow it, and end where it ends.
-    pub json_schema: Option<Value>,
+    /// Answers follow a schema of JSON, and end where it ends.
+    pub is_constrained: bool,
     /// Token ids as a text, and tokens of a text, where a tokenizer is there.
     pub text: Option<Arc<dyn TextOf>>,
 }
@@ -84,7 +85,7 @@ pub struct ServeOptions {
     pub slo: Slo,
     /// Between an answer and the next turn of its conversation.
     pub think: Duration,
-    /// For the next byte of an answer.
+    /// For the next event of an answer.
     pub patience: Duration,
 }
 
@@ -257,12 +258,13 @@ impl Prompts {
         put("stream", json!(true));
         put("stream_options", json!({"include_usage": true}));
         put("return_token_ids", json!(true));
-        match &self.json_schema {
-            Some(schema) => {
+        match self.is_constrained {
+            true => {
+                let schema: Value = serde_json::from_str(constrained::SCHEMA).expect("it is ours");
                 let schema = json!({"name": "answer", "schema": schema, "strict": true});
                 put("response_format", json!({"type": "json_schema", "json_schema": schema}));
             }
-            None => put("ignore_eos", json!(true)),
+            false => put("ignore_eos", json!(true)),
         }
         side.extra.iter().for_each(|(name, value)| put(name, value.clone()));
         // Some servers refuse what they do not know, and `null` too.
@@ -275,7 +277,7 @@ impl Prompts {
             body: Bytes::from(body.to_string()),
             prompt_tokens: request.prompt_tokens,
             max_tokens: request.output_tokens,
-            is_exact: self.json_schema.is_none(),
+            is_constrained: self.is_constrained,
         }
     }
 }
@@ -290,7 +292,7 @@ pub fn knee<'a>(target: &str, metric: &str, measurements: &'a [Measurement]) -> 
     let of: Vec<&Measurement> = measurements.iter().filter(|m| m.target == target && rate(m).is_some()).collect();
     let best = of.iter().filter_map(|m| rate(m)).fold(0.0, f64::max);
     let [.., before, last] = of.as_slice() else { return None };
-    let is_rising = rate(last) > rate(before).map(|rate| rate * (1.0 + KNEE_GAIN));
+    let is_rising = rate(last) > rate(before).map(|rate| rate * (1.0 + KNEE_GAIN)) && rate(last) >= Some(best);
     if best == 0.0 || is_rising {
         return None;
     }
@@ -326,7 +328,7 @@ mod tests {
             extra: extra.as_object().expect("it is one").clone(),
             is_fullbore: false,
         };
-        let prompts = Prompts { vocab_size: 9, seed: 1, form: Form::Ids, json_schema: None, text: None };
+        let prompts = Prompts { vocab_size: 9, seed: 1, form: Form::Ids, is_constrained: false, text: None };
         let request = PlannedRequest { prompt_tokens: 2, output_tokens: 3, ..PlannedRequest::default() };
         let body = |side: &Side| -> Value {
             serde_json::from_slice(&prompts.ask(side, &request, 1).body).expect("a body is JSON")
@@ -358,6 +360,9 @@ mod tests {
         let measurements = sweep(&[10.0, 19.0, 30.0, 31.0, 30.5]);
         let knee = knee("a", "output_tokens_per_s", &measurements).expect("a knee");
         assert_eq!(knee.at["concurrency"], 4.0);
+        let dip = sweep(&[10.0, 30.0, 20.0, 22.0]);
+        let knee = super::knee("a", "output_tokens_per_s", &dip).expect("the last rises, and is not the best");
+        assert_eq!(knee.at["concurrency"], 2.0);
         let goes_on = |num| before_knee(1, "output_tokens_per_s", &measurements[..num]);
         assert_eq!([1, 2, 3, 4].map(goes_on), [true, true, true, false]);
         for (target, measurements) in

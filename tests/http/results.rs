@@ -29,7 +29,7 @@ fn command(words: &str) -> BenchCommand {
 }
 
 /// The result of a bench on the simulator, after a check that it is what the schema says.
-fn result(words: &str) -> Result<BenchResult, String> {
+pub fn result(words: &str) -> Result<BenchResult, String> {
     let words = format!("{words} --device sim");
     let measured = match command(&words) {
         BenchCommand::Serve(args) => measure_serve(&args),
@@ -151,7 +151,7 @@ fn a_sweep_goes_up_and_a_page_is_made_of_it() {
 
 /// A server that gives answer n of a list to its nth request; what it is asked for models it always tells. An empty
 /// answer closes the connection, and after the last answer nobody listens.
-fn fake(answers: Vec<String>) -> SocketAddr {
+pub fn fake(answers: Vec<String>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("bound");
     let next = Arc::new(AtomicUsize::new(0));
@@ -196,12 +196,12 @@ fn fake(answers: Vec<String>) -> SocketAddr {
 /// As llama.cpp tells of itself.
 const PROPS: &str = r#"{"build_info":"b7-abc","total_slots":3,"default_generation_settings":{"n_ctx":64}}"#;
 
-fn events(texts: &[&str], ending: &str) -> String {
+pub fn events(texts: &[&str], ending: &str) -> String {
     let event = |text: &&str| format!("data: {}\n\n", json!({"choices": [{"text": text}]}));
     texts.iter().map(event).collect::<String>() + ending
 }
 
-const USAGE: &str =
+pub const USAGE: &str =
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"completion_tokens\":3}}\n\ndata: [DONE]\n\n";
 
 /// The one run of a bench against a server that gives these answers, one client after the other.
@@ -288,7 +288,7 @@ fn forgetful(num_connections: usize) -> SocketAddr {
 }
 
 /// The path of a request that was read to its end; `None` where none came.
-fn read_request(reader: &mut impl BufRead) -> Option<String> {
+pub fn read_request(reader: &mut impl BufRead) -> Option<String> {
     let (mut line, mut length, mut path) = (String::new(), 0, None);
     while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
         path = path.or_else(|| line.split(' ').nth(1).map(str::to_owned));
@@ -368,7 +368,7 @@ fn interrupted_after(num_whole: u32) -> Result<BenchResult, ServeBenchError> {
     let record = Target { name: "sim".to_owned(), ..Target::default() };
     let (endpoint, model, extra) = (Arc::new(endpoint), "sim-model".to_owned(), Map::new());
     let sides = [Side { endpoint, model, record, extra, is_fullbore: true }];
-    let prompts = Prompts { vocab_size: 256, seed: 1, form: Form::Ids, json_schema: None, text: None };
+    let prompts = Prompts { vocab_size: 256, seed: 1, form: Form::Ids, is_constrained: false, text: None };
     let patience = Duration::from_secs(30);
     let options = ServeOptions { num_runs: 3, num_warm_up: 0, slo: Slo::default(), think: Duration::ZERO, patience };
     let requests = generate(Arrivals::AtOnce, Lengths::Fixed { prompt: 8, output: 4 }, 4, 1);
@@ -412,7 +412,7 @@ fn a_turn_waits_for_the_answer_before_it_and_for_a_thought() {
         body: json!({"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": true, "stream": true}).to_string().into(),
         prompt_tokens: 3,
         max_tokens: 4,
-        is_exact: true,
+        is_constrained: false,
     };
     let asks = Arc::new(vec![ask(None), ask(None), ask(Some(0)), ask(Some(1)), ask(Some(2))]);
     let manners = Manners { think: Duration::from_millis(5), patience: Duration::from_secs(30) };

@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
@@ -28,7 +28,7 @@ use super::tls::{self, TrustError};
 
 /// Where requests go.
 pub struct Endpoint {
-    /// As it was given.
+    /// As it was given, but for a name and a password before its host.
     pub url: String,
     /// `host:port`.
     authority: String,
@@ -51,6 +51,8 @@ pub struct Answer {
     pub gaps: Vec<Duration>,
     pub ids: Vec<u32>,
     pub text: String,
+    /// Of `text`, so much was thought before anything was said.
+    pub num_thought_bytes: usize,
     pub usage: Option<Usage>,
 }
 
@@ -69,8 +71,11 @@ pub enum Failure {
     Unreadable(String),
     #[error("it went on after max_tokens")]
     BeyondMaxTokens,
-    #[error("it was silent for {} s", .0.as_secs())]
+    #[error("it was silent for {} s", .0.as_secs_f64())]
     Silent(Duration),
+    /// Not even the head of a response came.
+    #[error("it did not answer within {} s", .0.as_secs_f64())]
+    Unanswered(Duration),
     #[error("it gave neither token ids nor usage, and there is no tokenizer to count with")]
     Uncounted,
 }
@@ -91,6 +96,8 @@ pub enum EndpointError {
 const MAX_BODY_BYTES: usize = 16 << 20;
 /// Of a refusal, so much is repeated.
 const MAX_MESSAGE_CHARS: usize = 300;
+/// For the end of a stream whose answer is over, so that its connection can be used again.
+const PARTING: Duration = Duration::from_millis(10);
 
 impl Endpoint {
     /// Behind `https` it must be vouched for by an authority of `ca_cert`, else by a public one.
@@ -110,7 +117,7 @@ impl Endpoint {
         let authority = format!("{host}:{}", uri.port_u16().unwrap_or(port));
         let prefix = uri.path().trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let (idle, num_resent) = (Mutex::default(), AtomicU64::new(0));
-        Ok(Endpoint { url: url.to_owned(), authority, prefix, api_key, tls, idle, num_resent })
+        Ok(Endpoint { url: without_password(url), authority, prefix, api_key, tls, idle, num_resent })
     }
 
     /// How often a request was sent again so far, because the kept connection that it went over had been closed.
@@ -146,8 +153,8 @@ impl Endpoint {
         timeout(patience, asked).await.unwrap_or(Err(Failure::Silent(patience)))
     }
 
-    /// Posts `body` and takes the stream to its end; gives up once more than `max_tokens` came, or nothing came for as
-    /// long as `patience` lasts.
+    /// Posts `body` and takes the stream to `[DONE]`, else to its end; gives up once more than `max_tokens` came, or no
+    /// data came for as long as `patience` lasts. What is sent to keep a connection alive is no data.
     pub async fn stream(
         &self,
         path: &str,
@@ -156,22 +163,33 @@ impl Endpoint {
         patience: Duration,
     ) -> Result<Answer, Failure> {
         let sent = Instant::now();
+        let mut deadline = sent + patience;
+        let asked = timeout_at(deadline.into(), self.send(self.request("POST", path, body))).await;
+        let (response, sender) = asked.map_err(|_| Failure::Unanswered(patience))??;
         let silent = |_| Failure::Silent(patience);
-        let (response, sender) =
-            timeout(patience, self.send(self.request("POST", path, body))).await.map_err(silent)??;
-        let mut body = timeout(patience, refused_unless_ok(response)).await.map_err(silent)??.into_body();
+        let mut body = timeout_at(deadline.into(), refused_unless_ok(response)).await.map_err(silent)??.into_body();
         let (mut events, mut reader) = (Events::default(), Reader::new(sent, max_tokens));
-        while let Some(frame) = timeout(patience, body.frame()).await.map_err(silent)? {
+        while let Some(frame) = timeout_at(deadline.into(), body.frame()).await.map_err(silent)? {
             let frame = frame.map_err(|_| Failure::Truncated)?;
             let Some(bytes) = frame.data_ref() else { continue };
             let received = Instant::now();
-            let pushed = events.push(bytes, |data| reader.take(data, received));
+            let pushed = events.push(bytes, |data| {
+                deadline = received + patience;
+                reader.take(data, received);
+            });
             pushed.map_err(|error| Failure::Unreadable(error.to_string()))?;
             if let Some(failure) = reader.failure.take() {
                 return Err(failure);
             }
+            if reader.is_done {
+                break;
+            }
         }
-        self.keep(sender);
+        // What follows is nothing but the end; who holds it back loses the connection.
+        let rest = async { while body.frame().await.is_some_and(|frame| frame.is_ok()) {} };
+        if timeout(PARTING, rest).await.is_ok() {
+            self.keep(sender);
+        }
         reader.end()
     }
 
@@ -233,6 +251,14 @@ impl Endpoint {
     }
 }
 
+/// `http://user:password@host` as `http://host`, whatever stands before; what is no URL stays as it is.
+pub fn without_password(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}{path}")
+}
+
 async fn spoken_to(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
 ) -> Result<SendRequest<Full<Bytes>>, Failure> {
@@ -262,19 +288,28 @@ struct Reader {
     /// Events that brought tokens.
     num_events: usize,
     has_ended: bool,
+    /// Nothing follows.
+    is_done: bool,
     failure: Option<Failure>,
 }
 
 impl Reader {
     fn new(sent: Instant, max_tokens: u32) -> Reader {
         let (gaps, ids, text) = (Vec::new(), Vec::new(), String::new());
-        let answer = Answer { sent, first: None, last: None, gaps, ids, text, usage: None };
-        Reader { answer, max_tokens: max_tokens as usize, num_events: 0, has_ended: false, failure: None }
+        let answer = Answer { sent, first: None, last: None, gaps, ids, text, num_thought_bytes: 0, usage: None };
+        Reader {
+            answer,
+            max_tokens: max_tokens as usize,
+            num_events: 0,
+            has_ended: false,
+            is_done: false,
+            failure: None,
+        }
     }
 
     fn take(&mut self, data: &[u8], received: Instant) {
         if data == DONE {
-            self.has_ended = true;
+            (self.has_ended, self.is_done) = (true, true);
             return;
         }
         let chunk: Chunk = match serde_json::from_slice(data) {
@@ -301,6 +336,7 @@ impl Reader {
             }
             answer.ids.extend_from_slice(ids);
             text.iter().for_each(|text| answer.text.push_str(text));
+            answer.num_thought_bytes += text[0].len();
             self.has_ended |= choice.finish_reason.is_some();
         }
         // Each event has a token at least.
@@ -320,6 +356,11 @@ impl Reader {
 }
 
 impl Answer {
+    /// What is no thought.
+    pub fn said(&self) -> &str {
+        self.text.get(self.num_thought_bytes..).unwrap_or(&self.text)
+    }
+
     /// How many tokens, by the best that there is, and what that was.
     pub fn num_tokens(&self, tokenizer: Option<&dyn Fn(&str) -> usize>) -> Option<(u64, Counted)> {
         match (self.ids.len(), self.usage, tokenizer) {
@@ -359,7 +400,7 @@ impl Failure {
             Failure::Truncated => "truncated",
             Failure::Unreadable(_) => "unreadable",
             Failure::BeyondMaxTokens => "beyond_max_tokens",
-            Failure::Silent(_) => "silent",
+            Failure::Silent(_) | Failure::Unanswered(_) => "silent",
             Failure::Uncounted => "uncounted",
         }
     }
@@ -382,6 +423,8 @@ mod tests {
             let endpoint = Endpoint::new(url, None, None).unwrap_or_else(|error| panic!("{url}: {error}"));
             assert_eq!((endpoint.authority.as_str(), endpoint.prefix.as_str()), (authority, prefix));
         }
+        let secret = Endpoint::new("http://me:pass@a.example:9/v1", None, None).expect("a URL");
+        assert_eq!((secret.url.as_str(), secret.authority.as_str()), ("http://a.example:9/v1", "a.example:9"));
         for wrong in ["localhost:8080", "ftp://a", "/v1", ""] {
             let sentence = Endpoint::new(wrong, None, None).err().expect("no URL").to_string();
             assert!(sentence.contains("http://127.0.0.1:8080"), "{sentence}");

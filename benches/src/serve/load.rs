@@ -24,8 +24,8 @@ pub struct Ask {
     pub body: Bytes,
     pub prompt_tokens: u32,
     pub max_tokens: u32,
-    /// Its answer has `max_tokens`, unless something is wrong.
-    pub is_exact: bool,
+    /// Its answer is JSON of a schema; any other has `max_tokens`, unless something is wrong.
+    pub is_constrained: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub enum Pace {
 pub struct Manners {
     /// Between an answer and the next turn.
     pub think: Duration,
-    /// For the next byte of an answer.
+    /// For the next event of an answer.
     pub patience: Duration,
 }
 
@@ -53,7 +53,7 @@ pub struct Outcome {
     pub result: Result<Answer, Failure>,
 }
 
-/// So many that cannot be sent, one after the other, and the target is gone.
+/// So many that nobody answers, one after the other, and the target is gone.
 const GONE: u32 = 10;
 
 /// Sends `asks`, and gives what became of each, in their order.
@@ -107,7 +107,7 @@ struct Shared {
     manners: Manners,
     /// Of a closed loop: which opening its next free client takes.
     next: AtomicUsize,
-    /// Requests that did not reach the target since the last that did.
+    /// Requests that the target did not answer since the last that it did.
     missed: AtomicU32,
 }
 
@@ -142,7 +142,7 @@ impl Shared {
         let Ask { path, body, max_tokens, .. } = &self.asks[index];
         let result = self.endpoint.stream(path, body.clone(), *max_tokens, self.manners.patience).await;
         match &result {
-            Err(Failure::Unreachable(_)) => drop(self.missed.fetch_add(1, Ordering::Relaxed)),
+            Err(Failure::Unreachable(_) | Failure::Unanswered(_)) => drop(self.missed.fetch_add(1, Ordering::Relaxed)),
             _ => self.missed.store(0, Ordering::Relaxed),
         }
         Outcome { due, ended: Instant::now(), result }

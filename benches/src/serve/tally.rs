@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::constrained;
 use super::endpoint::{Answer, Failure};
 use super::load::{Ask, Outcome};
 use crate::result::{Run, TokenHash};
@@ -114,8 +115,11 @@ impl Tally<'_> {
                     };
                     add("completed");
                     add(by.name());
-                    if ask.is_exact && num_tokens < u64::from(ask.max_tokens) {
-                        add("short");
+                    let is_cut = num_tokens >= u64::from(ask.max_tokens);
+                    match ask.is_constrained {
+                        true if !constrained::follows(answer.said(), is_cut) => add("not_json"),
+                        false if !is_cut => add("short"),
+                        _ => {}
                     }
                     if answer.usage.is_some_and(|usage| usage.completion_tokens != num_tokens) {
                         add("usage_differs");
@@ -192,6 +196,7 @@ impl Tally<'_> {
         }
         for (name, what) in [
             ("not_sent", "were not sent, for the target was gone"),
+            ("not_json", "are no JSON of the schema that was asked for"),
             ("short", "ended before the length that was asked for"),
             ("usage_differs", "have a usage that differs from the tokens that were streamed"),
         ] {
@@ -289,7 +294,15 @@ mod tests {
 
     fn ask() -> Ask {
         let (due, body) = (Duration::ZERO, Bytes::new());
-        Ask { due, follows: None, path: "/v1/completions", body, prompt_tokens: 10, max_tokens: 3, is_exact: true }
+        Ask {
+            due,
+            follows: None,
+            path: "/v1/completions",
+            body,
+            prompt_tokens: 10,
+            max_tokens: 3,
+            is_constrained: false,
+        }
     }
 
     /// Three tokens, the first 100 ms after it was due, the others 10 and 30 ms later.
@@ -303,6 +316,7 @@ mod tests {
             gaps: vec![Duration::from_millis(10), Duration::from_millis(30)],
             ids: vec![1, 2, 3],
             text: "abc".to_owned(),
+            num_thought_bytes: 0,
             usage: Some(Usage { prompt_tokens: 10, completion_tokens: 3, prompt_tokens_details }),
         };
         Some(Outcome { due, ended: at(140), result: Ok(answer) })

@@ -63,7 +63,7 @@ pub struct TargetArgs {
     /// Milliseconds between an answer and the next turn of its conversation, where there are any (chat, agent, turns).
     #[arg(long, default_value_t = 0)]
     pub think: u64,
-    /// Give a request up that has been silent for so many seconds.
+    /// Give a request up that has brought no data for so many seconds; comments that keep a stream alive are none.
     #[arg(long, default_value_t = 120)]
     pub patience: u64,
 }
@@ -96,7 +96,7 @@ pub struct ServeBenchArgs {
 pub struct SweepArgs {
     #[command(flatten)]
     pub targets: TargetArgs,
-    /// Clients at once, ascending, such as 1,2,4,8 [default: 1,2,4,8,16,32,64].
+    /// Clients at once, ascending, such as 1,2,4,8 [default: 1, 2, 4 and so on, up to 1024; with --all to 64].
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     pub concurrency: Vec<u32>,
     /// Or requests a second, ascending, of a Poisson process.

@@ -32,7 +32,8 @@ fn told_below(max_hashed_bytes: u64, paths: &[PathBuf]) -> Vec<ModelFile> {
     told.collect()
 }
 
-fn sha256(path: &Path) -> io::Result<String> {
+/// In hexadecimal.
+pub fn sha256(path: &Path) -> io::Result<String> {
     let mut hash = Sha256::new();
     io::copy(&mut File::open(path)?, &mut hash)?;
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())

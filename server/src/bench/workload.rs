@@ -2,12 +2,15 @@
 //! and warm up.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use fullbore_bench::workload::PlannedRequest;
 use serde_json::{Value, json};
 
 use super::BenchCommandError;
+use super::model_files::sha256;
 use crate::args::WorkloadArgs;
 
 /// Leaves out what no slot could ever hold; says how many.
@@ -35,9 +38,12 @@ pub fn described(of: &WorkloadArgs, requests: &[&PlannedRequest], left_out: Left
         requests.iter().map(|request| f64::from(length(request))).sum::<f64>() / requests.len().max(1) as f64
     };
     let trace = of.trace.as_deref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy().into_owned());
+    let warn = |path: &Path, error: io::Error| tracing::warn!("the result lacks {}: {error}", path.display());
+    let trace_sha256 = of.trace.as_deref().and_then(|path| sha256(path).map_err(|error| warn(path, error)).ok());
     let fields = [
         ("lengths", json!(trace.clone().unwrap_or_else(|| of.lengths.to_string()))),
         ("trace", json!(trace)),
+        ("trace_sha256", json!(trace_sha256)),
         ("left_out_too_long", json!(left_out.too_long)),
         ("left_out_without_output", json!(left_out.without_output)),
         ("prompt_tokens_mean", json!(mean(|request| request.prompt_tokens))),
