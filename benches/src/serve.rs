@@ -16,11 +16,13 @@ use crate::http::client::on_client_thread;
 use crate::http::process::CpuTimes;
 use crate::result::{BenchResult, Measurement, Run, Target};
 use crate::workload::PlannedRequest;
+use chat::Chat;
 use endpoint::{Endpoint, EndpointError, Failure};
 use load::{Ask, Manners, Pace, drive};
 use tally::{Facts, Slo, tally};
 
 pub mod card;
+pub mod chat;
 mod constrained;
 pub mod endpoint;
 pub mod events;
@@ -74,7 +76,7 @@ pub enum Form {
     /// The same with text.
     Text,
     /// `/v1/chat/completions`.
-    Chat,
+    Chat(Chat),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -245,11 +247,11 @@ impl Prompts {
 
     fn ask(&self, side: &Side, request: &PlannedRequest, seed: u64) -> Ask {
         let ids: Vec<u32> = request.request(self.vocab_size, seed).prompt.iter().map(|id| id.0).collect();
-        let text = || self.text.as_ref().expect("texts are made by a tokenizer").text(&ids);
-        let mut body = match self.form {
-            Form::Ids => json!({"prompt": ids}),
-            Form::Text => json!({"prompt": text()}),
-            Form::Chat => json!({"messages": [{"role": "user", "content": text()}]}),
+        let text = |ids: &[u32]| self.text.as_ref().expect("texts are made by a tokenizer").text(ids);
+        let (path, mut body) = match self.form {
+            Form::Ids => ("/v1/completions", json!({"prompt": ids})),
+            Form::Text => ("/v1/completions", json!({"prompt": text(&ids)})),
+            Form::Chat(chat) => ("/v1/chat/completions", chat.fields(request, &ids, &text)),
         };
         let mut put = |name: &str, value: Value| body[name] = value;
         put("model", json!(side.model));
@@ -273,7 +275,7 @@ impl Prompts {
         Ask {
             due: request.arrival,
             follows: None,
-            path: if self.form == Form::Chat { "/v1/chat/completions" } else { "/v1/completions" },
+            path,
             body: Bytes::from(body.to_string()),
             prompt_tokens: request.prompt_tokens,
             max_tokens: request.output_tokens,

@@ -39,8 +39,6 @@ pub struct Facts<'a> {
     pub device_seconds: BTreeMap<String, f64>,
 }
 
-/// Of prompt tokens that come from a cache unasked.
-const MAX_CACHED_SHARE: f64 = 0.01;
 /// Of a core, above which the client may have been what was measured.
 const MAX_CLIENT_SHARE: f64 = 0.8;
 /// Of requests that leave later than they are due.
@@ -204,10 +202,6 @@ impl Tally<'_> {
                 doubts.push(format!("{} of {} requests {what}", count(name), asks.len()));
             }
         }
-        let cached_share = metrics.get("cached_share").copied().unwrap_or(0.0);
-        if !self.facts.shares_prefixes && cached_share > MAX_CACHED_SHARE {
-            doubts.push(format!("{:.1} % of prompt tokens came from a cache, unasked", cached_share * 100.0));
-        }
         if let Some(client) = metrics.get("client_core_share").filter(|share| **share > MAX_CLIENT_SHARE) {
             let percent = client * 100.0;
             doubts.push(format!("the client's thread was busy for {percent:.0} % of the time: it may be the limit"));
@@ -218,6 +212,7 @@ impl Tally<'_> {
             doubts.push(format!("the client sent {of} {late:.0} ms late or more"));
         }
         self.run.invalid = doubts;
+        self.run.doubt_cache(self.facts.shares_prefixes);
     }
 }
 

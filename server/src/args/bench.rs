@@ -74,7 +74,7 @@ pub enum PromptForm {
     Ids,
     /// Text to /v1/completions.
     Text,
-    /// A message to /v1/chat/completions.
+    /// Messages to /v1/chat/completions: of turns one each, with calls of a tool where --lengths is agent, else one.
     Chat,
 }
 

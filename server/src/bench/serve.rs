@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use fullbore_bench::result::{BenchResult, Measurement, Run, Target, table};
 use fullbore_bench::serve::card::Card;
+use fullbore_bench::serve::chat::Chat;
 use fullbore_bench::serve::endpoint::{Endpoint, without_password};
 use fullbore_bench::serve::load::Pace;
 use fullbore_bench::serve::{
@@ -158,7 +159,8 @@ fn measure(
 ) -> Result<BenchResult, BenchCommandError> {
     let mut result = BenchResult::begin(bench, workload.seed, COMMIT);
     tell_without_output(loads.iter().map(|load| load.without_output).max().unwrap_or(0));
-    let setup = Setup::start(args, workload.seed, AtOnce::most(&loads))?;
+    let chat = Chat::of(workload.trace.is_none().then_some(workload.lengths));
+    let setup = Setup::start(args, workload.seed, chat, AtOnce::most(&loads))?;
     let settled: Result<Vec<_>, _> = loads.into_iter().map(|load| load.settle(setup.max_model_len)).collect();
     let (levels, left_out): (Vec<_>, Vec<_>) = settled?.into_iter().unzip();
     let options = ServeOptions {
@@ -242,7 +244,7 @@ struct Setup {
 }
 
 impl Setup {
-    fn start(args: &TargetArgs, seed: u64, at_once: AtOnce) -> Result<Setup, BenchCommandError> {
+    fn start(args: &TargetArgs, seed: u64, chat: Chat, at_once: AtOnce) -> Result<Setup, BenchCommandError> {
         let (mut sides, mut own, mut max_model_len) = (Vec::new(), None, u64::MAX);
         // Connections are kept: to each server as many as requests were ever open at once.
         let num_elsewhere = args.url.iter().chain(&args.against).count() * at_once.requests as usize;
@@ -271,7 +273,7 @@ impl Setup {
         let form = match args.prompts {
             PromptForm::Ids => Form::Ids,
             PromptForm::Text => Form::Text,
-            PromptForm::Chat => Form::Chat,
+            PromptForm::Chat => Form::Chat(chat),
         };
         let text: Option<Arc<dyn TextOf>> = Some(Arc::new(Texts(tokenizer)));
         let prompts = Prompts { vocab_size, seed, form, is_constrained: args.constrained, text };
