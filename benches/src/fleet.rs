@@ -225,6 +225,9 @@ impl<'a> Fleet<'a> {
         };
         let devices = specs.iter().map(device).collect::<Result<Vec<Device>, SimulateError>>()?;
         let mut router = Router::new(specs[0].config.block_size, &traits);
+        if rule == Rule::Omniscient {
+            router.expect_max_tokens();
+        }
         router.set_moves(devices.iter().map(|device| device.engine.move_prices()).collect());
         let late = (0..).map(ReplicaId).zip(specs).filter(|(_, spec)| !spec.life.joins.is_zero());
         late.for_each(|(replica, _)| router.set_open(replica, false));

@@ -82,6 +82,8 @@ pub struct Router {
 struct AnswerLength {
     mean: f64,
     num_ended: u32,
+    /// Whether an answer is as long as it may be.
+    is_known: bool,
 }
 
 /// The weight of one answer is 1 in this many.
@@ -106,7 +108,7 @@ impl Router {
             cached_tokens: vec![0; traits.len()],
             finish_ns: Vec::with_capacity(traits.len()),
             turn: 0,
-            answers: AnswerLength { mean: FIRST_GUESS, num_ended: 0 },
+            answers: AnswerLength { mean: FIRST_GUESS, num_ended: 0, is_known: false },
         }
     }
 
@@ -114,6 +116,11 @@ impl Router {
     pub fn set_moves(&mut self, moves: Vec<Option<MovePrices>>) {
         assert_eq!(moves.len(), self.replicas.len(), "prices of each replica");
         self.moves = moves;
+    }
+
+    /// From now on it is known of each answer that it will have its `max_tokens`, as it is of a trace's.
+    pub fn expect_max_tokens(&mut self) {
+        self.answers.is_known = true;
     }
 
     /// Counts a request where it is predicted to end first; `None` where no replica takes any.
@@ -268,6 +275,9 @@ impl Router {
 
 impl AnswerLength {
     fn expected(&self, max_tokens: u32) -> u32 {
+        if self.is_known {
+            return max_tokens.max(1);
+        }
         (self.mean.round() as u32).clamp(1, max_tokens.max(1))
     }
 
@@ -387,6 +397,23 @@ mod tests {
         }
         assert_eq!(router.place(Ask { max_tokens: 10_000, ..ask(&[]) }).expect("open").owed_tokens, 300);
         assert_eq!(router.place(Ask { max_tokens: 20, ..ask(&[]) }).expect("open").owed_tokens, 20);
+    }
+
+    /// The fast one has a prompt before them that takes 0.24 s: who has little to say goes to the slow one.
+    #[test]
+    fn where_answers_are_known_the_long_and_the_short_part() {
+        let mut router = router(&[1.0, 4.0]);
+        let before = router.place_on(ReplicaId(1), Ask { prompt_tokens: 8000, max_tokens: 1, ..ask(&[]) });
+        let with = |router: &mut Router, max_tokens: u32| {
+            let placement = router.place(Ask { max_tokens, ..ask(&[]) }).expect("open");
+            let found = (placement.replica.0, placement.owed_tokens);
+            router.withdraw(placement);
+            found
+        };
+        assert_eq!([1000, 10_000].map(|most| with(&mut router, most)), [(1, 128); 2], "the mean, whatever it may be");
+        router.expect_max_tokens();
+        assert_eq!([5, 1000].map(|length| with(&mut router, length)), [(0, 5), (1, 1000)]);
+        router.withdraw(before);
     }
 
     #[test]
