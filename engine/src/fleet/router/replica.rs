@@ -53,6 +53,11 @@ impl Replica {
         (all - cached) * self.ns_per_prompt_token + (all * all - cached * cached) / 2.0 * self.ns_per_seen_token
     }
 
+    /// What it has cached of a prompt saves.
+    pub fn saved_ns(&self, prompt_tokens: u32, cached_tokens: u32) -> f64 {
+        self.prompt_ns(prompt_tokens, 0) - self.prompt_ns(prompt_tokens, cached_tokens)
+    }
+
     /// A step in which as many decode as can, of `num_placed`, with `prompt_tokens` between them.
     pub fn step_ns(&self, num_placed: u32, prompt_tokens: u64) -> f64 {
         let rows = num_placed.clamp(1, self.traits.max_num_seqs);
