@@ -1,28 +1,50 @@
 //! What the router takes to say where a request goes, by how many replicas there are: each has requests already, and
-//! the prompt's beginning is cached on some of them.
+//! the prompt's beginning is cached on some of them. Alone; where blocks can come from other replicas; and as a server
+//! asks it, told before each decision who has been at a step for how long.
 //!
 //! `cargo bench -p fullbore-bench --bench route` prints one line of JSON a size; `cargo test` runs it small.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fullbore_bench::statistics::median;
 use fullbore_bench::workload::SplitMix64;
 use fullbore_engine::cost::{CostModel, Prices};
+use fullbore_engine::engine::moves::MovePrices;
 use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::fleet::router::{Ask, Placement, Router, Traits};
 use fullbore_engine::memory::{BlockEvent, BlockHash};
+use fullbore_engine::model::KvLayout;
+use fullbore_engine::tensor::KvType;
 
 const BLOCK_SIZE: u32 = 32;
 /// Blocks of a prompt.
 const CHAIN_LEN: u128 = 32;
 /// Prefixes that are around: one of the whole fleet, and others of a few replicas each.
 const NUM_PREFIXES: u128 = 64;
+/// A block takes less to come from another replica than to be computed on any of them.
+const MOVES: MovePrices = MovePrices {
+    layout: KvLayout { kv_type: KvType::F16, block_size: BLOCK_SIZE, num_layers: 32, num_kv_heads: 8, head_dim: 128 },
+    out_ns: 50_000,
+    in_ns: 50_000,
+};
+/// Of so many replicas one has been at a step for a second.
+const STALLED: u16 = 10;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Alone,
+    Moves,
+    /// With moves too.
+    Told,
+}
 
 fn main() {
     let large = std::env::args().any(|argument| argument == "--bench");
     let (sizes, num_decisions): (&[u16], usize) = if large { (&[8, 100, 1000], 20_000) } else { (&[8, 100], 50) };
     for &num_replicas in sizes {
-        let us = measure(num_replicas, num_decisions);
+        let [alone, moves, told] =
+            [Form::Alone, Form::Moves, Form::Told].map(|form| measure(form, num_replicas, num_decisions));
+        let us = serde_json::json!({ "alone": alone, "with_moves": moves, "with_moves_and_stalls": told });
         println!("{}", serde_json::json!({ "num_replicas": num_replicas, "us_per_decision": us }));
     }
 }
@@ -32,7 +54,7 @@ fn chain(prefix: u128) -> Vec<BlockHash> {
 }
 
 /// The median of decisions, each with what follows from it: a first token, and the end of an earlier request.
-fn measure(num_replicas: u16, num_decisions: usize) -> f64 {
+fn measure(form: Form, num_replicas: u16, num_decisions: usize) -> f64 {
     let mut random = SplitMix64(7);
     let traits = |speed: f64| Traits {
         cost: CostModel::line(10e6 / speed, 0.1e6 / speed, Prices { ns_per_attended_token: 1.0, ..Prices::default() }),
@@ -41,6 +63,9 @@ fn measure(num_replicas: u16, num_decisions: usize) -> f64 {
     };
     let speeds: Vec<Traits> = (0..num_replicas).map(|index| traits(f64::from(1 << (index % 4)))).collect();
     let mut router = Router::new(BLOCK_SIZE, &speeds);
+    if form != Form::Alone {
+        router.set_moves(vec![Some(MOVES); speeds.len()]);
+    }
     for prefix in 0..NUM_PREFIXES {
         let is_held = |replica: u16| prefix == 0 || u128::from(replica) % NUM_PREFIXES == prefix;
         for replica in (0..num_replicas).filter(|&replica| is_held(replica)).map(ReplicaId) {
@@ -55,13 +80,20 @@ fn measure(num_replicas: u16, num_decisions: usize) -> f64 {
     };
     let mut placed: Vec<Placement> = (0..16 * usize::from(num_replicas)).map(|_| place(&mut router)).collect();
     let mut times = Vec::with_capacity(num_decisions);
+    let mut num_fetches = 0;
     for index in 0..num_decisions {
         let begun = Instant::now();
+        if form == Form::Told {
+            let stalled = |id: u16| if id.is_multiple_of(STALLED) { Duration::from_secs(1) } else { Duration::ZERO };
+            (0..num_replicas).for_each(|id| router.set_stalled(ReplicaId(id), stalled(id)));
+        }
         let mut placement = place(&mut router);
+        num_fetches += usize::from(placement.fetch.is_some());
         router.token(&mut placement);
         let len = placed.len();
         router.end(std::mem::replace(&mut placed[index % len], placement), 200);
         times.push(begun.elapsed().as_secs_f64() * 1e6);
     }
+    assert_eq!(num_fetches > 0, form != Form::Alone, "{num_fetches} of {num_decisions}");
     median(&mut times).expect("some decisions")
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::{ReplicaId, Router};
+use crate::engine::moves::MovePrices;
 
 /// Blocks of a prompt that are to come from another replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,16 @@ pub struct Fetch {
     pub saves: Duration,
 }
 
+/// The replica that has the most of a prompt, of those that could hand it on now.
+#[derive(Clone, Copy)]
+pub(super) struct Source {
+    index: usize,
+    prices: MovePrices,
+    num_blocks: u32,
+    /// Until it is between two steps.
+    turn_ns: f64,
+}
+
 /// The rest of a prompt on one replica.
 pub(super) struct Rest {
     pub ns: f64,
@@ -22,41 +33,39 @@ pub(super) struct Rest {
 }
 
 impl Router {
-    /// Of the request that is being placed: the replica that has the most of its prompt and could hand it on now.
-    pub(super) fn source(&self) -> Option<usize> {
+    /// Of the request that is being placed. O(replicas), once a request.
+    pub(super) fn source(&self) -> Option<Source> {
         let all = self.moves.iter().zip(&self.cached_tokens).enumerate();
         let sources = all.filter_map(|(index, (prices, &cached_tokens))| {
             let prices = prices.filter(|_| cached_tokens >= self.block_size)?;
             let is_there = self.replicas[index].is_open && self.replicas[index].late_ns == 0;
             is_there.then_some((cached_tokens, Reverse(prices.out_ns), index))
         });
-        sources.max().map(|(_, _, index)| index)
+        let (cached_tokens, _, index) = sources.max()?;
+        let num_blocks = cached_tokens / self.block_size;
+        Some(Source { index, prices: self.moves[index]?, num_blocks, turn_ns: self.replicas[index].turn_ns() })
     }
 
     /// What replica `index` takes for the rest of a prompt, with what it had better fetch from `source`.
-    pub(super) fn rest(&self, index: usize, prompt_tokens: u32, source: Option<usize>) -> Rest {
-        let fetched = source.and_then(|source| self.fetched(index, prompt_tokens, source));
-        fetched.unwrap_or_else(|| {
-            let ns = self.replicas[index].prompt_ns(prompt_tokens, self.cached_tokens[index]);
-            Rest { ns, fetch: None }
-        })
+    pub(super) fn rest(&self, index: usize, prompt_tokens: u32, source: Option<Source>) -> Rest {
+        let computed_ns = self.replicas[index].prompt_ns(prompt_tokens, self.cached_tokens[index]);
+        let fetched = source.and_then(|source| self.fetched(index, prompt_tokens, computed_ns, source));
+        fetched.unwrap_or(Rest { ns: computed_ns, fetch: None })
     }
 
-    /// The same with what `source` has beyond its own, where that is sooner than without.
-    fn fetched(&self, index: usize, prompt_tokens: u32, source: usize) -> Option<Rest> {
-        let (replica, from) = (&self.replicas[index], &self.replicas[source]);
-        let (here, there) = (self.moves[index]?, self.moves[source]?);
-        let [start, end] = [index, source].map(|index| self.cached_tokens[index] / self.block_size);
-        if start >= end || here.layout != there.layout {
+    /// The same with what `source` has beyond its own, where that is sooner than to compute it.
+    fn fetched(&self, index: usize, prompt_tokens: u32, computed_ns: f64, source: Source) -> Option<Rest> {
+        let (start, end) = (self.cached_tokens[index] / self.block_size, source.num_blocks);
+        if start >= end {
             return None;
         }
-        let computed_ns = replica.prompt_ns(prompt_tokens, self.cached_tokens[index]);
-        let left_ns = replica.prompt_ns(prompt_tokens, end * self.block_size);
-        let copies_ns = u64::from(end - start) * (there.out_ns + here.in_ns);
-        let ns = from.turn_ns() + copies_ns as f64 + left_ns;
+        let here = self.moves[index].filter(|here| here.layout == source.prices.layout)?;
+        let left_ns = self.replicas[index].prompt_ns(prompt_tokens, end * self.block_size);
+        let copies_ns = u64::from(end - start) * (source.prices.out_ns + here.in_ns);
+        let ns = source.turn_ns + copies_ns as f64 + left_ns;
         let fetch = || {
             let saves = Duration::from_nanos((computed_ns - left_ns) as u64);
-            Fetch { from: ReplicaId(source as u16), blocks: start..end, saves }
+            Fetch { from: ReplicaId(source.index as u16), blocks: start..end, saves }
         };
         (ns < computed_ns).then(|| Rest { ns, fetch: Some(fetch()) })
     }
@@ -66,7 +75,6 @@ impl Router {
 mod tests {
     use super::*;
     use crate::cost::{CostModel, Prices};
-    use crate::engine::moves::MovePrices;
     use crate::fleet::router::{Ask, Traits};
     use crate::memory::{BlockEvent, BlockHash};
     use crate::model::KvLayout;
