@@ -17,7 +17,7 @@ use crate::cost::{CostModel, Prices};
 use crate::engine::Engine;
 use crate::memory::{BlockChain, BlockHasher};
 use crate::queue::Ledger;
-use crate::request::{Request, Sink};
+use crate::request::{FinishReason, Request, Sink};
 use crate::worker::{ENDED, EngineHandle};
 
 pub(super) struct Dispatch {
@@ -151,11 +151,16 @@ impl Dispatch {
         }
     }
 
-    pub fn end(&self, routed: &Routed, now: &mut Now) {
+    /// It has ended. How long answers are is learnt from those that are whole: not from what failed or was pooled.
+    pub fn end(&self, routed: &Routed, now: &mut Now, reason: &FinishReason) {
         let mut board = lock(&self.board);
         board.unlist(routed, now);
-        if let Some(placement) = now.placement.take() {
-            board.router.end(placement, now.num_generated());
+        let Some(placement) = now.placement.take() else { return };
+        match reason {
+            FinishReason::Stop | FinishReason::Length if !routed.is_pooled() => {
+                board.router.end(placement, now.num_generated());
+            }
+            _ => board.router.withdraw(placement),
         }
     }
 
@@ -397,3 +402,71 @@ fn guess(engine: &EngineHandle) -> CostModel {
 
 /// For a device that was not asked to try: requests are spread by their number and size.
 const STAND_IN: Duration = Duration::from_millis(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::sim::{SimBackend, SimOptions};
+    use crate::config::EngineConfig;
+    use crate::model::{Checkpoint, Model, ModelConfig};
+    use crate::request::{Event, Flow, Pooling, TokenId};
+    use crate::tensor::WeightFormat;
+    use crate::worker::Worker;
+
+    struct Nobody;
+
+    impl Sink for Nobody {
+        fn event(&mut self, _event: Event) -> Flow {
+            Flow::Continue
+        }
+
+        fn is_closed(&self) -> bool {
+            false
+        }
+    }
+
+    /// A replica whose thread does not run: what becomes of a request is what the test says.
+    fn replica() -> (EngineHandle, Worker) {
+        let config = EngineConfig { num_blocks: 8, max_model_len: 64, ..EngineConfig::default() };
+        let mut backend = Box::new(SimBackend::new(SimOptions::default()));
+        let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+        let model = ModelConfig::tiny(64, 1);
+        let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
+        EngineHandle::new(Engine::new(config, model.expect("a small model"), backend, (1, 2)), "sim".to_owned())
+    }
+
+    /// What is predicted of the next request goes down by an answer that had no token, and by nothing else that ends.
+    #[test]
+    fn what_failed_or_was_pooled_teaches_nothing_of_answers() {
+        let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
+        let dispatch = Arc::new(Dispatch::new(engines, None));
+        let handed_in = |pooling: Option<Pooling>| {
+            let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
+            let routed =
+                Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
+            dispatch.place(&routed);
+            routed
+        };
+        let predicted = || {
+            let routed = handed_in(None);
+            let predicted = lock(&routed.now).placement.as_ref().expect("it is placed").predicted_ns;
+            routed.recall(&mut lock(&routed.now));
+            predicted
+        };
+        let end = |pooling: Option<Pooling>, reason: FinishReason| {
+            let routed = handed_in(pooling);
+            dispatch.end(&routed, &mut lock(&routed.now), &reason);
+        };
+        let before = predicted();
+        let sentence = || "its row is not finite".to_owned();
+        end(None, FinishReason::Error(sentence()));
+        end(None, FinishReason::Contradiction(sentence()));
+        end(None, FinishReason::DeviceLost(sentence()));
+        end(Some(Pooling::Last), FinishReason::Length);
+        end(Some(Pooling::Mean), FinishReason::Stop);
+        assert_eq!(predicted(), before);
+        end(None, FinishReason::Stop);
+        assert!(predicted() < before / 10, "{} {before}", predicted());
+        assert_eq!([0, 1].map(|id| lock(&dispatch.board).router.num_placed(ReplicaId(id))), [0, 0]);
+    }
+}

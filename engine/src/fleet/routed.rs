@@ -59,6 +59,10 @@ impl Routed {
         self.request.tenant
     }
 
+    pub fn is_pooled(&self) -> bool {
+        self.request.pooling.is_some()
+    }
+
     /// Lower is served first, of one tenant.
     pub fn priority(&self) -> i32 {
         self.request.priority
@@ -131,8 +135,8 @@ impl Routed {
                 self.dispatch.place(self);
                 return Flow::Stop;
             }
-            Event::Finished { usage, .. } => {
-                self.dispatch.end(self, &mut now);
+            Event::Finished { reason, usage } => {
+                self.dispatch.end(self, &mut now, reason);
                 usage.cached_tokens = now.cached_tokens.unwrap_or(0);
             }
             Event::Prompt(_) | Event::Pooled(_) => {}
