@@ -83,6 +83,14 @@ pub enum Lengths {
         output: f64,
         sigma: f64,
     },
+    /// The same, of each prompt a `share` being the beginning of one of `groups` prefixes, as often as Zipf's law says.
+    SharedLogNormal {
+        groups: u32,
+        share: f64,
+        prompt: f64,
+        output: f64,
+        sigma: f64,
+    },
     /// One of `groups` beginnings of `prefix` tokens, in turn, then `prompt` tokens of their own.
     Shared {
         groups: u32,
@@ -150,12 +158,13 @@ impl Lengths {
             Lengths::Fixed { prompt, output } => (prompt, output),
             Lengths::Uniform { prompt, output } => (random.between(prompt), random.between(output)),
             Lengths::LogNormal { prompt, output, sigma } => {
-                let mut draw = |mean: f64| {
-                    // A log-normal variable with this mean.
-                    let median = mean * (-sigma * sigma / 2.0).exp();
-                    (median * (sigma * random.normal()).exp()).round().clamp(1.0, f64::from(u32::MAX)) as u32
-                };
-                (draw(prompt), draw(output))
+                (random.log_normal(prompt, sigma), random.log_normal(output, sigma))
+            }
+            Lengths::SharedLogNormal { groups, share, prompt, output, sigma } => {
+                let lengths = (random.log_normal(prompt, sigma), random.log_normal(output, sigma));
+                let num_tokens = (share * f64::from(lengths.0)).round() as u32;
+                segments.push(Segment { id: u64::from(random.rank(groups)), num_tokens });
+                lengths
             }
             Lengths::Shared { groups, prefix, prompt, output } => {
                 segments.push(Segment { id: u64::from(index % groups), num_tokens: prefix });
@@ -198,6 +207,9 @@ impl fmt::Display for Lengths {
             Lengths::Fixed { prompt, output } => write!(f, "fixed:{prompt}:{output}"),
             Lengths::Uniform { prompt: (a, b), output: (c, d) } => write!(f, "uniform:{a}-{b}:{c}-{d}"),
             Lengths::LogNormal { prompt, output, sigma } => write!(f, "lognormal:{prompt}:{output}:{sigma}"),
+            Lengths::SharedLogNormal { groups, share, prompt, output, sigma } => {
+                write!(f, "shared-lognormal:{groups}:{share}:{prompt}:{output}:{sigma}")
+            }
             Lengths::Shared { groups, prefix, prompt, output } => {
                 write!(f, "shared:{groups}:{prefix}:{prompt}:{output}")
             }
@@ -252,6 +264,17 @@ impl FromStr for Lengths {
                 let means = number(prompt).zip(number(output));
                 means.zip(number(sigma)).map(|((prompt, output), sigma)| Lengths::LogNormal { prompt, output, sigma })
             }
+            ["shared-lognormal", groups, share, prompt, output, sigma] => {
+                let shares = count(groups).zip(number(share).filter(|share| *share <= 1.0));
+                let means = number(prompt).zip(number(output)).zip(number(sigma));
+                shares.zip(means).map(|((groups, share), ((prompt, output), sigma))| Lengths::SharedLogNormal {
+                    groups,
+                    share,
+                    prompt,
+                    output,
+                    sigma,
+                })
+            }
             ["shared", a, b, c, d] => four([a, b, c, d]).map(|[groups, prefix, prompt, output]| Lengths::Shared {
                 groups,
                 prefix,
@@ -268,7 +291,8 @@ impl FromStr for Lengths {
 }
 
 const LENGTHS: &str = "sharegpt, code, long, chat, agent, fixed:PROMPT:OUTPUT, uniform:A-B:C-D, \
-    lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, shared:GROUPS:PREFIX:PROMPT:OUTPUT, turns:TURNS:SYSTEM:ADDED:OUTPUT";
+    lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, shared-lognormal:GROUPS:SHARE:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, \
+    shared:GROUPS:PREFIX:PROMPT:OUTPUT, turns:TURNS:SYSTEM:ADDED:OUTPUT";
 
 /// SplitMix64 (Steele, Lea and Flood 2014): enough for token ids, and the same on every machine.
 pub struct SplitMix64(pub u64);
@@ -306,6 +330,17 @@ impl SplitMix64 {
     /// With mean 0 and variance 1 (Box and Muller 1958).
     fn normal(&mut self) -> f64 {
         (-2.0 * self.unit().ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
+    }
+
+    /// A log-normal length with this mean, one token at least.
+    fn log_normal(&mut self, mean: f64, sigma: f64) -> u32 {
+        let median = mean * (-sigma * sigma / 2.0).exp();
+        (median * (sigma * self.normal()).exp()).round().clamp(1.0, f64::from(u32::MAX)) as u32
+    }
+
+    /// From 1 to `most`, each the less often the larger it is: Zipf's law, which ln(1 + 1 / rank) is nearly.
+    fn rank(&mut self, most: u32) -> u32 {
+        ((f64::from(most) + 1.0).powf(self.unit()) as u32).clamp(1, most)
     }
 }
 
@@ -363,6 +398,22 @@ mod tests {
     }
 
     #[test]
+    fn prompts_of_unlike_length_share_what_they_are_to() {
+        let lengths = Lengths::SharedLogNormal { groups: 4, share: 0.3, prompt: 200.0, output: 50.0, sigma: 1.0 };
+        let requests = generate(Arrivals::AtOnce, lengths, 4000, 1);
+        let sum = |tokens: fn(&PlannedRequest) -> u32| requests.iter().map(tokens).map(f64::from).sum::<f64>();
+        let [prompts, shared] = [sum(|request| request.prompt_tokens), sum(|request| request.segments[0].num_tokens)];
+        assert!((prompts / 4e3 - 200.0).abs() < 12.0 && (shared / prompts - 0.3).abs() < 0.002, "{prompts} {shared}");
+        let [often, seldom] = [1, 4].map(|id| requests.iter().filter(|request| request.segments[0].id == id).count());
+        // ln 2 / ln 5 and ln 1.25 / ln 5 of them.
+        assert!(often.abs_diff(1723) < 90 && seldom.abs_diff(555) < 60, "{often} {seldom}");
+        let mut first = requests.iter().filter(|request| request.segments[0].id == 1 && request.prompt_tokens > 100);
+        let [a, b] = [first.next(), first.next()].map(|of| of.expect("many").request(1000, 1).prompt);
+        assert_eq!(a[..30], b[..30]);
+        assert_ne!(a[a.len() / 2..][..20], b[b.len() / 2..][..20]);
+    }
+
+    #[test]
     fn arrivals_come_as_often_as_asked() {
         let times = |arrivals| -> Vec<f64> {
             let requests = generate(arrivals, Lengths::Fixed { prompt: 1, output: 1 }, 4001, 5);
@@ -401,16 +452,26 @@ mod tests {
         assert_eq!("uniform:1-9:2-3".parse(), Ok(Lengths::Uniform { prompt: (1, 9), output: (2, 3) }));
         assert_eq!("lognormal:161:338:1".parse(), Ok(SHAREGPT));
         assert_eq!("turns:12:2000:400:60".parse(), Ok(AGENT));
-        for lengths in ["sharegpt", "code", "long", "chat", "agent", "fixed:1:2", "uniform:1-2:3-4", "shared:1:2:3:4"] {
+        let own = ["fixed:1:2", "uniform:1-2:3-4", "shared:1:2:3:4", "shared-lognormal:8:0.3:200:50:1"];
+        for lengths in NAMED.map(|(name, _)| name).into_iter().chain(own) {
             assert_eq!(lengths.parse::<Lengths>().map(|read| read.to_string()), Ok(lengths.to_owned()));
         }
         for wrong in ["poisson", "poisson:0", "poisson:-1", "poisson:inf", "burst:0:1", "burst:4", "often"] {
             let sentence = wrong.parse::<Arrivals>().expect_err("it is wrong");
             assert!(sentence.contains(wrong) && sentence.contains("poisson:PER-SECOND"), "{sentence}");
         }
-        for wrong in
-            ["fixed:0:1", "uniform:9-1:1-2", "uniform:1:2", "lognormal:1:2", "lognormal:1:2:-1", "short", "turns:1:2:3"]
-        {
+        for wrong in [
+            "fixed:0:1",
+            "uniform:9-1:1-2",
+            "uniform:1:2",
+            "lognormal:1:2",
+            "lognormal:1:2:-1",
+            "short",
+            "turns:1:2:3",
+            "shared-lognormal:8:1.5:200:50:1",
+            "shared-lognormal:0:0.3:200:50:1",
+            "shared-lognormal:8:0.3:200:50",
+        ] {
             let sentence = wrong.parse::<Lengths>().expect_err("it is wrong");
             assert!(sentence.contains(wrong), "{sentence}");
         }

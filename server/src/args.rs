@@ -335,7 +335,8 @@ pub struct WorkloadArgs {
     #[arg(long)]
     pub arrivals: Option<Arrivals>,
     /// sharegpt, code, long, chat (turns), agent (turns of tools), fixed:PROMPT:OUTPUT, uniform:A-B:C-D,
-    /// lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, shared:GROUPS:PREFIX:PROMPT:OUTPUT, turns:TURNS:SYSTEM:ADDED:OUTPUT.
+    /// lognormal:MEAN-PROMPT:MEAN-OUTPUT:SIGMA, shared-lognormal:GROUPS:SHARE:MEAN-PROMPT:MEAN-OUTPUT:SIGMA (with a
+    /// share of each prompt in common), shared:GROUPS:PREFIX:PROMPT:OUTPUT, turns:TURNS:SYSTEM:ADDED:OUTPUT.
     #[arg(long, default_value = "sharegpt", conflicts_with = "trace")]
     pub lengths: Lengths,
     /// Requests, at most [default: all rows of the trace, or 1000].
