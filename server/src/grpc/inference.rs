@@ -17,7 +17,7 @@ use vllm_proto::{GenerateRequest, GenerateResponse};
 use warp::http;
 
 use super::Held;
-use super::raw::{Raw, fields};
+use super::raw::{Raw, Unread, fields};
 use super::reply::{Replies, Reply, replies};
 use super::request::{Told, body};
 use super::running::{Run, Running};
@@ -119,12 +119,16 @@ struct Asked {
 impl Asked {
     fn read(self, app: &App, client: &Client) -> Result<(Arc<ServedModel>, Told, Jobs), ApiError> {
         let Asked { message, id, is_whole, held: _held } = self;
+        let refuse = |why: &str| ApiError::not_json(format!("the message is no GenerateRequest: {why}"));
         // Not decoded: a few bytes of an empty part become some hundred.
-        if fields(&message).any(|(number, _)| number == MEDIA) {
-            return Err(unsupported("media"));
+        for field in fields(&message) {
+            match field {
+                Ok((MEDIA, _)) => return Err(unsupported("media")),
+                Ok(_) => {}
+                Err(Unread) => return Err(refuse("it has a group, or a field that is cut off")),
+            }
         }
-        let message = GenerateRequest::decode(message)
-            .map_err(|error| ApiError::not_json(format!("the message is no GenerateRequest: {error}")))?;
+        let message = GenerateRequest::decode(message).map_err(|error| refuse(&error.to_string()))?;
         if is_whole && message.sampling.as_ref().is_some_and(|sampling| sampling.num_sequences > 1) {
             let sentence = "Generate has room for one sequence; ask GenerateStream for num_sequences above 1";
             return Err(ApiError::invalid("num_sequences", sentence));
@@ -140,7 +144,7 @@ impl Asked {
 
 /// As the message has it, the last if it has several, or one of ours.
 fn request_id(message: &[u8]) -> String {
-    let given = fields(message).filter(|(number, _)| *number == REQUEST_ID).last();
+    let given = fields(message).map_while(Result::ok).filter(|(number, _)| *number == REQUEST_ID).last();
     let given = given.and_then(|(_, id)| std::str::from_utf8(id).ok()).filter(|id| !id.is_empty());
     given.map_or_else(|| format!("grpc-{:016x}", random()), str::to_owned)
 }

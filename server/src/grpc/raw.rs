@@ -44,8 +44,13 @@ impl Decoder for Raw {
     }
 }
 
-/// The fields at the top level of a message, as far as it can be read: their numbers and, but for numbers, bytes.
-pub fn fields(mut message: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+/// The rest of a message is none that is read here; who decodes it may read on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unread;
+
+/// The fields at the top level of a message: their numbers and, but for numbers, bytes. Ends with the first that cannot
+/// be read; groups, of which the contract has none, are among those.
+pub fn fields(mut message: &[u8]) -> impl Iterator<Item = Result<(u64, &[u8]), Unread>> {
     fn varint(bytes: &mut &[u8]) -> Option<u64> {
         let mut value = 0;
         for nth in 0..10 {
@@ -58,37 +63,60 @@ pub fn fields(mut message: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
         }
         None
     }
-    std::iter::from_fn(move || {
-        let key = varint(&mut message)?;
+    fn field<'a>(message: &mut &'a [u8]) -> Option<(u64, &'a [u8])> {
+        let key = varint(message)?;
         let length = match key & 7 {
-            0 => varint(&mut message).map(|_| 0)?,
+            0 => varint(message).map(|_| 0)?,
             1 => 8,
-            2 => usize::try_from(varint(&mut message)?).ok()?,
+            2 => usize::try_from(varint(message)?).ok()?,
             5 => 4,
             _ => return None,
         };
         let (field, rest) = message.split_at_checked(length)?;
-        message = rest;
+        *message = rest;
         Some((key >> 3, field))
+    }
+    std::iter::from_fn(move || {
+        let read = (!message.is_empty()).then(|| field(&mut message).ok_or(Unread))?;
+        if read.is_err() {
+            message = &[];
+        }
+        Some(read)
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use vllm_proto::GenerateRequest;
+
     use super::*;
 
     #[test]
     fn fields_are_found_without_decoding_them() {
-        let found = |message| fields(message).map(|(number, _)| number).collect::<Vec<_>>();
+        let found = |message| fields(message).map_while(Result::ok).map(|(number, _)| number).collect::<Vec<_>>();
+        let is_read = |message| fields(message).all(|field| field.is_ok());
         // A text (1), a fixed number of 4 bytes (7) and of 8 (8), a number (20), and three empty items.
         let plain = b"\x0a\x03abc\x3d\0\0\0\x3f\x41\0\0\0\0\0\0\0\0\xa0\x01\xac\x02";
         let with = [plain.as_slice(), b"\x72\0\x72\0\x72\0"].concat();
         assert_eq!(found(plain), [1, 7, 8, 20]);
         assert_eq!(found(&with), [1, 7, 8, 20, 14, 14, 14]);
-        assert_eq!(fields(plain).next(), Some((1, b"abc".as_slice())));
-        // Cut off wherever, it is what it is so far.
+        assert_eq!(fields(plain).next(), Some(Ok((1, b"abc".as_slice()))));
+        assert!(is_read(&with) && is_read(b""));
+        // Cut off wherever, it is what it is so far, and read to its end only between fields.
         assert!((0..plain.len()).all(|end| found(plain).starts_with(&found(&plain[..end]))));
-        // No field has another kind, or a length beyond the end.
-        assert!(found(b"\x0b\x72\0").is_empty() && found(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f").is_empty());
+        let ends = [5, 10, 19];
+        assert!((1..plain.len()).all(|end| is_read(&plain[..end]) == ends.contains(&end)));
+    }
+
+    /// What is hidden from this, and not from who decodes it, must not look like the end.
+    #[test]
+    fn what_is_not_read_to_its_end_is_said_to_be_so() {
+        let unknown_group = b"\xfb\x01\xfc\x01";
+        let hidden = [unknown_group.as_slice(), b"\x72\0"].concat();
+        assert_eq!(GenerateRequest::decode(hidden.as_slice()).map(|message| message.media.len()), Ok(1));
+        let beyond = b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f";
+        for message in [&hidden[..], &hidden[2..], b"\x0b\x72\0", b"\x0e", b"\x0f", beyond, &[0xff; 11]] {
+            assert_eq!(fields(message).collect::<Vec<_>>(), [Err(Unread)], "{message:x?}");
+        }
     }
 }
