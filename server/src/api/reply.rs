@@ -6,10 +6,10 @@
 use super::tools::calls::{CallEvent, CallScanner};
 use super::tools::format::{CallFormat, Marks, Thought};
 
-const OPEN_THOUGHT: &str = "<think>";
+pub const OPEN_THOUGHT: &str = "<think>";
 const CLOSE_THOUGHT: &str = "</think>";
 /// What may stand before a call that is all of a text.
-const FENCES: [&str; 4] = ["<|python_tag|>", "```json", "```tool_code", "```tool_call"];
+pub const FENCES: [&str; 4] = ["<|python_tag|>", "```json", "```tool_code", "```tool_call"];
 
 /// What to look for in a text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

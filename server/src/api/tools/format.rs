@@ -8,6 +8,7 @@ use fullbore_engine::text::{ChatMessage, Tokenizer};
 use serde_json::{Map, Value};
 
 use super::super::constraint::quoted;
+use super::super::reply::{FENCES, OPEN_THOUGHT};
 use super::{Function, ToolChoice, Tools};
 use crate::start::random;
 
@@ -101,9 +102,12 @@ impl CallFormat {
         } else {
             String::new()
         };
-        let list = match self {
-            CallFormat::Mistral => format!("{} \"[\" marked{more} \"]\"", mark("[TOOL_CALLS]", tokenizer)),
-            _ => format!("marked{more}"),
+        let (calls, list) = match self {
+            CallFormat::Mistral => {
+                let open = mark("[TOOL_CALLS]", tokenizer);
+                (format!("{open} list"), format!("list: \"[\" marked{more} \"]\"\n"))
+            }
+            _ => (format!("marked{more}"), String::new()),
         };
         let close = match self {
             // Its templates write an id at the end of a call; whether or not it does, the call has one of ours.
@@ -114,7 +118,7 @@ impl CallFormat {
         };
         let functions = tools.callable();
         let names: Vec<String> = (0..functions.len()).map(|index| format!("call_{index}")).collect();
-        let mut rules = format!("calls: {list}\nmarked: {begin} call {end}\ncall: {}\n", names.join(" | "));
+        let mut rules = format!("calls: {calls}\n{list}marked: {begin} call {end}\ncall: {}\n", names.join(" | "));
         for (index, Function { name, parameters, .. }) in functions.iter().enumerate() {
             let open = quoted(&format!("{{\"name\": \"{name}\", \"{arguments}\": "));
             let schema = GrammarSource::JsonSchema(parameters.clone()).expression();
@@ -162,7 +166,7 @@ pub fn grammar(
         (Some(body), false) => format!("answer: body\nbody: {}\n", body.expression()),
         (_, true) if tools.are_forced() => "answer: calls\n".to_owned(),
         (Some(body), true) => format!("answer: body | calls\nbody: {}\n", body.expression()),
-        (None, _) => free_text(format, tools),
+        (None, _) => free_text(format, tools, thought, tokenizer),
     };
     if offered {
         lark += &format.rules(tools, tokenizer);
@@ -172,28 +176,45 @@ pub fn grammar(
 
 const THOUGHT: &str = "thought: inside SPACE?\ninside[suffix=\"</think>\"]: /(?s:.*)/\nSPACE: /[ \\n]{1,4}/\n";
 
-/// `answer` as text, with calls in it or instead of it.
-fn free_text(format: CallFormat, tools: &Tools) -> String {
+/// `answer` as text, with calls in it or instead of it. Nothing that would be read as a call is text.
+fn free_text(format: CallFormat, tools: &Tools, thought: Thought, tokenizer: &Tokenizer) -> String {
+    let marked = |open: &str| {
+        let text = format!("TEXT: /(?s:.+)/ & ~/(?s:.*){}(?s:.*)/\n", escaped(open));
+        match control_token(open, tokenizer) {
+            Some(token) => format!("lead: TEXT? {token}\n{text}"),
+            None => format!("lead[suffix={}]: /(?s:.*)/\n{text}", quoted(open)),
+        }
+    };
     match format {
         CallFormat::Hermes | CallFormat::Generic => {
+            let (lead, close) = (marked("<tool_call>"), mark("</tool_call>", tokenizer));
             let repeat = if tools.parallel { "*" } else { "?" };
-            format!(
-                "answer: (lead GAP? call GAP? \"</tool_call>\"){repeat} REST?\n\
-                 lead[suffix=\"<tool_call>\"]: /(?s:.*)/\nGAP: /[ \\n]{{1,4}}/\n\
-                 REST: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/\n"
-            )
+            format!("answer: (lead GAP? call GAP? {close}){repeat} TEXT?\n{lead}GAP: /[ \\n]{{1,4}}/\n")
         }
-        CallFormat::Mistral => "answer: TEXT? calls | TEXT?\nTEXT: /(?s:.+)/\n".to_owned(),
-        CallFormat::Llama3 | CallFormat::Gemma => "answer: calls | TEXT?\nTEXT: /[^{](?s:.*)/\n".to_owned(),
+        CallFormat::Mistral => format!("answer: lead list | TEXT?\n{}", marked("[TOOL_CALLS]")),
+        CallFormat::Llama3 | CallFormat::Gemma => {
+            // Where a thought may come it is read before anything else.
+            let thought = if thought == Thought::Possible { format!("|{OPEN_THOUGHT}") } else { String::new() };
+            let fences = FENCES.map(escaped).join("|");
+            let call = format!(r"\s*((({fences})\s*)?\{{{thought})(?s:.*)");
+            format!("answer: calls | TEXT?\nTEXT: /(?s:.+)/ & ~/{call}/\n")
+        }
     }
 }
 
 /// A mark as the model writes it: its control token, where it has one.
 fn mark(spelling: &str, tokenizer: &Tokenizer) -> String {
-    match tokenizer.special_id(spelling).filter(|id| tokenizer.is_special(*id)) {
-        Some(id) => format!("<[{id}]>"),
-        None => quoted(spelling),
-    }
+    control_token(spelling, tokenizer).unwrap_or_else(|| quoted(spelling))
+}
+
+fn control_token(spelling: &str, tokenizer: &Tokenizer) -> Option<String> {
+    let id = tokenizer.special_id(spelling).filter(|id| tokenizer.is_special(*id))?;
+    Some(format!("<[{id}]>"))
+}
+
+/// A mark within a regular expression.
+fn escaped(mark: &str) -> String {
+    mark.replace('|', r"\|").replace('[', r"\[").replace(']', r"\]")
 }
 
 /// What a model whose template knows no tools is told.
@@ -273,178 +294,4 @@ fn written(format: CallFormat, call: &Value) -> String {
 }
 
 #[cfg(test)]
-pub mod tests {
-    use fullbore_engine::bundle::Bundle;
-    use fullbore_engine::grammar::GrammarCompiler;
-    use fullbore_engine::request::TokenId;
-    use serde_json::json;
-
-    use super::*;
-
-    fn function(name: &str, strict: bool) -> Function {
-        let parameters = json!({
-            "type": "object",
-            "properties": {"city": {"$ref": "#/$defs/city"}},
-            "required": ["city"],
-            "additionalProperties": false,
-            "$defs": {"city": {"enum": ["Rome", "Oslo"]}},
-        });
-        let tool = json!({"type": "function", "function": {"name": name, "parameters": parameters}});
-        Function { name: name.to_owned(), parameters, strict, tool }
-    }
-
-    pub struct Rig {
-        compiler: GrammarCompiler,
-        pub tokenizer: std::sync::Arc<Tokenizer>,
-        vocab_size: u32,
-    }
-
-    impl Rig {
-        pub fn new() -> Rig {
-            let tokenizer = Bundle::simulated().tokenizer;
-            let vocab_size = tokenizer.vocab_size() as u32;
-            let compiler = GrammarCompiler::new(tokenizer.clone(), vec![TokenId(2)], vocab_size);
-            Rig { compiler, tokenizer, vocab_size }
-        }
-
-        /// Whether the grammar takes all of a text, its bytes being tokens.
-        pub fn takes(&self, source: &GrammarSource, text: &str) -> bool {
-            let grammar = self.compiler.compile(source).unwrap_or_else(|error| panic!("{error}\n{source:?}"));
-            let mut matcher = grammar.matcher();
-            let mut mask = vec![0; self.vocab_size.div_ceil(32) as usize];
-            for byte in text.bytes() {
-                let token = 4 + u32::from(byte);
-                let allowed = !matcher.is_ended() && matcher.mask(&mut mask).is_ok();
-                if !allowed || mask[token as usize / 32] >> (token % 32) & 1 == 0 {
-                    return false;
-                }
-                matcher.advance(TokenId(token)).expect("a token of the mask");
-            }
-            matcher.is_ended() || matcher.mask(&mut mask).is_ok() && mask[0] >> 2 & 1 == 1
-        }
-    }
-
-    const FORMATS: [CallFormat; 5] =
-        [CallFormat::Hermes, CallFormat::Mistral, CallFormat::Llama3, CallFormat::Gemma, CallFormat::Generic];
-
-    fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
-        let Marks { arguments, .. } = format.marks();
-        let one = |(name, city): &(&str, &str)| {
-            format!("{{\"name\": \"{name}\", \"{arguments}\": {{\"city\": \"{city}\"}}}}")
-        };
-        let all: Vec<String> = calls.iter().map(one).collect();
-        match format {
-            CallFormat::Hermes | CallFormat::Generic => {
-                all.iter().map(|call| format!("<tool_call>\n{call}\n</tool_call>")).collect::<Vec<_>>().join("\n")
-            }
-            CallFormat::Mistral => format!("[TOOL_CALLS][{}]", all.join(", ")),
-            CallFormat::Llama3 | CallFormat::Gemma => all.join("; "),
-        }
-    }
-
-    #[test]
-    fn forced_calls_are_calls_and_nothing_else() {
-        let rig = Rig::new();
-        let functions = vec![function("f", false), function("g", false)];
-        let grammar = |format, choice, parallel| {
-            let tools = Tools { functions: functions.clone(), choice, parallel };
-            grammar(format, &tools, None, Thought::Never, &rig.tokenizer).expect("something is forced")
-        };
-        for format in FORMATS {
-            let (one, two) = (calls(format, &[("g", "Rome")]), calls(format, &[("f", "Rome"), ("g", "Oslo")]));
-            let required = grammar(format, ToolChoice::Required, true);
-            assert!(rig.takes(&required, &one) && rig.takes(&required, &two), "{format:?}: {required:?}");
-            assert!(!rig.takes(&required, &calls(format, &[("g", "Paris")])), "{format:?}");
-            assert!(!rig.takes(&required, &calls(format, &[("h", "Rome")])), "{format:?}");
-            assert!(!rig.takes(&required, "Rome") && !rig.takes(&required, ""), "{format:?}");
-            let single = grammar(format, ToolChoice::Required, false);
-            assert!(rig.takes(&single, &one) && !rig.takes(&single, &two), "{format:?}");
-            let named = grammar(format, ToolChoice::Named(0), true);
-            assert!(rig.takes(&named, &calls(format, &[("f", "Oslo")])), "{format:?}");
-            assert!(!rig.takes(&named, &one) && !rig.takes(&named, &two), "{format:?}");
-        }
-    }
-
-    #[test]
-    fn strict_functions_are_called_by_their_schema_or_not_at_all() {
-        let rig = Rig::new();
-        for format in FORMATS {
-            let tools =
-                |strict, parallel| Tools { functions: vec![function("f", strict)], choice: ToolChoice::Auto, parallel };
-            let free = grammar(format, &tools(false, true), None, Thought::Never, &rig.tokenizer);
-            assert_eq!(free, None, "{format:?}: who is free is not bound");
-            let strict = grammar(format, &tools(true, true), None, Thought::Never, &rig.tokenizer).expect("a grammar");
-            assert!(rig.takes(&strict, "Hello, Rome."), "{format:?}: {strict:?}");
-            assert!(rig.takes(&strict, &calls(format, &[("f", "Rome"), ("f", "Oslo")])), "{format:?}: {strict:?}");
-            if format.marks().open.is_some() && format != CallFormat::Mistral {
-                let wrong = calls(format, &[("f", "Paris")]);
-                assert!(!rig.takes(&strict, &wrong) && !rig.takes(&strict, &format!("So: {wrong}")), "{format:?}");
-                let said = format!("So: {}", calls(format, &[("f", "Rome")]));
-                assert!(rig.takes(&strict, &said), "{format:?}");
-            }
-            let single =
-                grammar(format, &tools(false, false), None, Thought::Never, &rig.tokenizer).expect("a grammar");
-            assert!(rig.takes(&single, &calls(format, &[("f", "Rome")])), "{format:?}");
-        }
-    }
-
-    #[test]
-    fn a_thought_may_come_before_what_is_bound() {
-        let rig = Rig::new();
-        let none = Tools::default();
-        let bodies = [
-            GrammarSource::Regex("[0-9]+/x".to_owned()),
-            GrammarSource::Lark("start: DIGITS \"/x\"\nDIGITS: /[0-9]+/".to_owned()),
-            GrammarSource::JsonSchema(json!({"enum": ["12/x"]})),
-        ];
-        for body in bodies {
-            let text = if matches!(body, GrammarSource::JsonSchema(_)) { "\"12/x\"" } else { "12/x" };
-            let with =
-                |thought| grammar(CallFormat::Hermes, &none, Some(&body), thought, &rig.tokenizer).expect("a body");
-            assert_eq!(with(Thought::Never), body);
-            let (possible, begun) = (with(Thought::Possible), with(Thought::Begun));
-            let thinking = format!("Hm.\n</think>\n\n{text}");
-            assert!(rig.takes(&possible, text) && rig.takes(&possible, &format!("<think>{thinking}")), "{possible:?}");
-            assert!(rig.takes(&begun, &thinking) && !rig.takes(&begun, text), "{begun:?}");
-            assert!(!rig.takes(&possible, "<think>Hm.</think>\n\nno") && !rig.takes(&begun, "Hm.</think>no"));
-        }
-    }
-
-    #[test]
-    fn templates_tell_their_format() {
-        let cases = [
-            ("{{ '[TOOL_CALLS][' }}", CallFormat::Mistral),
-            ("<tool_call>\\n{\"name\": <function-name>", CallFormat::Hermes),
-            ("<tool_call>\\n<function=example", CallFormat::Generic),
-            ("Environment: ipython ... {\"name\": function name, \"parameters\": ...}", CallFormat::Llama3),
-            ("{{ '<start_of_turn>' + role }}", CallFormat::Gemma),
-            ("<|im_start|>", CallFormat::Generic),
-        ];
-        for (source, format) in cases {
-            assert_eq!(CallFormat::of_template(source), format, "{source}");
-        }
-    }
-
-    #[test]
-    fn templates_without_tools_get_them_as_text() {
-        let tools = Tools { functions: vec![function("f", false)], choice: ToolChoice::Auto, parallel: true };
-        let arguments = json!({"city": "Rome"});
-        let call = json!({"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}});
-        let mut assistant = ChatMessage::new("assistant", "");
-        assistant.extra.insert("tool_calls".to_owned(), json!([call]));
-        let messages = vec![
-            ChatMessage::new("user", "Weather?"),
-            assistant,
-            ChatMessage::new("tool", "sunny"),
-            ChatMessage::new("tool", "warm"),
-        ];
-        let plain = plain_messages(CallFormat::Generic, &tools, messages);
-        let roles: Vec<&str> = plain.iter().map(|message| message.role.as_str()).collect();
-        assert_eq!(roles, ["system", "user", "assistant", "user"]);
-        assert!(plain[0].content.contains("\"name\":\"f\"") && plain[0].content.contains("<tool_call>"));
-        let written = "<tool_call>\n{\"name\":\"f\",\"arguments\":{\"city\":\"Rome\"}}\n</tool_call>";
-        assert_eq!(plain[2].content, written);
-        assert_eq!(plain[2].extra, Map::new());
-        assert!(plain[3].content.contains("sunny") && plain[3].content.contains("warm"));
-    }
-}
+pub mod tests;
