@@ -123,6 +123,8 @@ struct Seen {
     swaps: u64,
     cached_tokens: u64,
     aborts: u64,
+    /// Requests whose clients said when.
+    ends: u64,
     failures: u64,
     /// Requests that failed of a step that brought nothing finite.
     breaks: u64,
@@ -138,7 +140,7 @@ impl Seen {
         assert!(self.preemptions > 500, "{self:?}");
         assert!(self.swaps > 150 && self.swaps + 150 < self.preemptions, "{self:?}");
         assert!(self.cached_tokens > 1000, "{self:?}");
-        assert!(self.aborts > 500, "{self:?}");
+        assert!(self.aborts > 500 && self.ends > 100, "{self:?}");
         assert!(self.failures > 50, "{self:?}");
         assert!(self.breaks > 50, "{self:?}");
     }
@@ -303,7 +305,7 @@ struct PlannedRequest {
     arrival: u32,
     /// Step at which its client leaves, seen by the engine when it asks.
     leaves_at: Option<u32>,
-    /// Events after which its client answers `Stop`.
+    /// Events after which its client answers `Stop`, or `End`.
     max_events: usize,
 }
 
@@ -442,6 +444,8 @@ impl Workload {
         seen.cached_tokens += stats.cached_tokens;
         seen.aborts += stats.num_aborted;
         seen.failures += stats.num_failed;
+        let has_ended = |client: &&Client| client.has_ended(&client.events());
+        seen.ends += clients.iter().flatten().filter(has_ended).count() as u64;
         let pairs = self.requests.iter().zip(clients.iter().flatten());
         pairs.enumerate().find_map(|(index, (planned, client))| {
             let alone = alone(&planned.request);
@@ -667,6 +671,17 @@ impl Client {
         has_failed(&self.events())
     }
 
+    /// Whether it has heard that it had all that it wanted.
+    fn has_ended(&self, events: &[Event]) -> bool {
+        let Some([.., Event::Token { .. }, Event::Finished { reason: FinishReason::Stop, usage }]) =
+            (events.len() == self.max_events.saturating_add(2)).then_some(events)
+        else {
+            return false;
+        };
+        let num_tokens = events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
+        usage.completion_tokens == num_tokens as u32
+    }
+
     fn is_lost(&self) -> bool {
         self.events().last().is_some_and(is_loss)
     }
@@ -675,7 +690,7 @@ impl Client {
     /// an end of its own.
     fn difference(&self, expected: &[Event], broke: bool) -> Option<String> {
         let mut events = self.events();
-        if broke {
+        if broke || self.has_ended(&events) {
             events.pop();
         }
         let left = broke || self.left.load(Ordering::Relaxed) || events.len() > self.max_events;
@@ -717,9 +732,18 @@ impl Sink for Client {
         let is_lost = is_loss(&event);
         assert!(starts == events.is_empty() || is_lost, "it starts once, before all else");
         assert!(!ended, "an event after the last");
-        assert!(events.len() <= self.max_events, "an event after Stop");
+        let is_token = matches!(event, Event::Token { .. });
+        let num_before = events.len();
         events.push(event);
-        if events.len() <= self.max_events { Flow::Continue } else { Flow::Stop }
+        if num_before > self.max_events {
+            assert!(self.has_ended(&events), "{:?} after Stop or End", events.last());
+        }
+        match events.len() > self.max_events {
+            // Some that have enough stay to hear so.
+            true if is_token && self.max_events % 2 == 1 => Flow::End,
+            true => Flow::Stop,
+            false => Flow::Continue,
+        }
     }
 
     fn is_closed(&self) -> bool {

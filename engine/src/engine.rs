@@ -472,6 +472,9 @@ impl Engine {
             // A client that has left is told nothing more.
             (_, Flow::Stop) => self.abort(outcome.sequence),
             (Some((reason, usage)), Flow::Continue) => self.finish(outcome.sequence, reason, usage),
+            // Where its length ends it too.
+            (Some((_, usage)), Flow::End) => self.finish(outcome.sequence, FinishReason::Stop, usage),
+            (None, Flow::End) => self.stop(outcome.sequence),
             (None, Flow::Continue) => {}
         }
     }

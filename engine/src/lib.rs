@@ -19,7 +19,8 @@
 //! - [`verify`] holds a backend against the plain cpu, op by op: from the command line, before a model is loaded, and
 //!   in the tests.
 //! - Beside both: [`format`](mod@format) reads model files, [`text`] is between strings and token ids, and [`bundle`]
-//!   opens a model with all that comes with it. The engine thread never touches text.
+//!   opens a model with all that comes with it. The engine thread never touches text, but for stop strings: a sink may
+//!   look for them.
 //!
 //! A step: `Scheduler::schedule` fills a `Batch`; `PackedBatch` and [`sampling`] write it as integers; `Model::record`
 //! appends ops, of which the last chooses tokens; `Backend::submit` starts them; `Backend::wait` brings the choices, 16

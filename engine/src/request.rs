@@ -1,7 +1,8 @@
 //! What a client asks and what it is told: `Request` in, `Event`s out through a `Sink`.
 //!
 //! Invariant: a `Request` that exists is valid in itself; whether it fits is `EngineConfig`'s and the scheduler's to
-//! say. Token ids only: text does not enter the engine thread.
+//! say. Token ids only: text does not enter the engine thread, but for stop strings, which a
+//! sink may look for.
 
 use std::fmt;
 use std::sync::Arc;
@@ -203,12 +204,15 @@ pub struct Usage {
     pub completion_tokens: u32,
 }
 
-/// Whether a client still listens.
+/// Whether a client wants more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
     Continue,
     /// The client left: the sequence is aborted and its blocks are free by the end of the running step.
     Stop,
+    /// Said to a token alone: the client has all that it wanted. The sequence ends as by a stop id, with
+    /// [`Event::Finished`] and counted so.
+    End,
 }
 
 /// Where a request's events go. Called on the engine thread: it must not block.

@@ -1,8 +1,9 @@
 //! The server: HTTP, JSON, server-sent events, a chat page and the command line around engines,
 //! one for each model.
 //!
-//! Invariant: the only crate with an async runtime. Text is made and read here, never on the engine thread; the engine
-//! sees token ids, and what it says comes back through a bounded channel that never blocks it. It knows no kernels.
+//! Invariant: the only crate with an async runtime. Text is made and read here, never on the engine thread but for
+//! stop strings; the engine sees token ids, and what it says comes back through a bounded channel that never blocks it.
+//! It knows no kernels.
 
 pub mod api;
 pub mod args;

@@ -24,6 +24,12 @@ impl Engine {
         log_end(&client, word, usage, self.backend.now());
     }
 
+    /// Ends a running sequence as a stop id does; its blocks are free at once.
+    pub(super) fn stop(&mut self, id: SequenceId) {
+        let usage = self.scheduler.abort(&mut self.cache, id).expect("what has just sampled a token is there");
+        self.finish(id, FinishReason::Stop, usage);
+    }
+
     /// Tells every client that the engine has ended, and why.
     pub fn fail_all(&mut self, sentence: &str) {
         self.drop_moves();

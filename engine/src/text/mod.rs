@@ -2,7 +2,7 @@
 //!
 //! Invariant: text from outside yields a control token only where the caller asked for it ([`Special::Parse`]), and no
 //! piece of half a character leaves a [`Detokenizer`]. Knows no model, no batch and no JSON API; the engine thread
-//! never calls it.
+//! never calls it, but for stop strings.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -5,7 +5,7 @@
 //! read becomes the same [`chat`], [`sampling`] and [`constraint`].
 //!
 //! Invariant: a whole answer is the sum of the chunks of the same answer streamed; both come from [`Delta`]s. Text is
-//! made and read here, outside the engine thread. Knows no socket.
+//! made and read here, outside the engine thread but for stop strings. Knows no socket.
 
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -137,6 +137,17 @@ pub fn metrics(app: &App) -> Response {
     response
 }
 
+/// What is told of `name`, where the labels have `label`.
+#[cfg(test)]
+pub async fn value(app: &App, name: &str, label: &str) -> Option<f64> {
+    use http_body_util::BodyExt;
+
+    let told = metrics(app).into_body().collect().await.ok()?.to_bytes();
+    let mut lines = std::str::from_utf8(&told).ok()?.lines();
+    let line = lines.find(|line| line.starts_with(name) && line.contains(label))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
 /// Of the server, whatever its models.
 fn server_families(app: &App) -> Vec<MetricFamily> {
     let registry = Registry::new();

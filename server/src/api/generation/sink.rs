@@ -2,10 +2,12 @@
 //! here waits; the channel holds all events, and with the last goes the [`Observer`], so that how a sequence ended is
 //! told by whoever is last. A stop string ends it here, however late its client reads it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
 use fullbore_engine::request::{Event, Flow, Sink};
+use fullbore_engine::text::Scan;
 use tokio::sync::mpsc::Sender;
 
 use super::text::Text;
@@ -44,15 +46,18 @@ impl ChannelSink {
         ChannelSink { sender, observer, meter, num_prompt_tokens, ahead, told_end }
     }
 
-    /// Whether its client will find a stop string once it has read so far.
-    fn stops(&mut self, event: &Event) -> bool {
-        let (Some(text), Event::Token { id, .. }) = (&mut self.ahead, event) else { return false };
-        let stopped = text.push(*id).stopped;
-        if stopped {
-            // The client finds the same, or has left by then.
-            let _ = self.told_end.set((End::Stop, text.num_tokens()));
-        }
-        stopped
+    /// What its client will find once it has read so far: a stop string, or a bug, which is to end no engine.
+    fn look_ahead(&mut self, event: &Event) -> Flow {
+        let (Some(text), Event::Token { id, .. }) = (&mut self.ahead, event) else { return Flow::Continue };
+        let scan = catch_unwind(AssertUnwindSafe(|| text.push(*id)));
+        let (end, flow) = match scan {
+            Ok(Scan { stopped: false, .. }) => return Flow::Continue,
+            Ok(_) => (End::Stop, Flow::End),
+            Err(_) => (End::Error, Flow::Stop),
+        };
+        // The client finds the same, or has left by then.
+        let _ = self.told_end.set((end, text.num_tokens()));
+        flow
     }
 }
 
@@ -70,12 +75,12 @@ impl Sink for ChannelSink {
                 Event::Prompt(_) | Event::Pooled(_) | Event::Finished { .. } => {}
             }
         }
-        let stops = self.stops(&event);
+        let flow = self.look_ahead(&event);
         let is_last = matches!(event, Event::Finished { .. });
         let observer = if is_last { self.observer.take() } else { None };
         match self.sender.try_send(Told { event, observer }) {
-            Ok(()) if !stops => Flow::Continue,
-            Ok(()) | Err(_) => Flow::Stop,
+            Ok(()) => flow,
+            Err(_) => Flow::Stop,
         }
     }
 
@@ -91,10 +96,12 @@ mod tests {
     use fullbore_engine::backend::sim::{SimBackend, SimOptions};
     use fullbore_engine::bundle::Bundle;
     use fullbore_engine::config::EngineConfig;
-    use http_body_util::BodyExt;
+    use fullbore_engine::request::TokenId;
+    use futures_util::FutureExt;
     use serde_json::{Value, json};
 
     use super::super::Generation;
+    use super::super::text::BUG;
     use super::*;
     use crate::api::{Endpoint, prepare};
     use crate::http::accept::Limits;
@@ -134,29 +141,52 @@ mod tests {
     #[tokio::test]
     async fn what_the_client_was_told_is_what_is_counted() {
         let app = served();
-        let (whole, reason, num_tokens) = read(generate(&app, &Value::Null)).await;
+        let first = generate(&app, &Value::Null);
+        let num_prompt_tokens = first.prompt().len() as u64;
+        let (whole, reason, num_tokens) = read(first).await;
         assert_eq!((reason, num_tokens), (Some("length"), 50));
         let stop: String = whole.chars().skip(5).take(2).collect();
         let slow = generate(&app, &json!(stop));
         // It has ended before anything of it is read.
-        while app.models()[0].engine.stats().num_aborted < 1 {
+        while app.models()[0].engine.stats().num_stopped < 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let (text, reason, num_tokens) = read(slow).await;
         assert_eq!((text.as_str(), reason), (&whole[..whole.find(&stop).expect("it is there")], Some("stop")));
         assert!(num_tokens < 50);
-        let computed = app.models()[0].engine.stats().generated_tokens;
-        assert_eq!(computed, 50 + u64::from(num_tokens), "tokens were made that nobody is shown");
-        let counted = metrics::metrics(&app).into_body().collect().await.expect("an end").to_bytes();
-        let counted = String::from_utf8(counted.to_vec()).expect("text");
-        let value = |name: &str, label: &str| {
-            let line = counted.lines().find(|line| line.starts_with(name) && line.contains(label));
-            line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-        };
-        let ended = |reason: &str| value("vllm:request_success_total{", &format!("finished_reason=\"{reason}\""));
-        assert_eq!(["length", "stop", "abort"].map(ended), [Some(1.0), Some(1.0), Some(0.0)]);
-        assert_eq!(value("vllm:request_generation_tokens_sum", ""), Some(f64::from(50 + num_tokens)));
+        let stats = app.models()[0].engine.stats();
+        assert_eq!(stats.generated_tokens, 50 + u64::from(num_tokens), "tokens were made that nobody is shown");
+        // To the engine too it is an answer that has ended, and no client that left.
+        assert_eq!((stats.num_length, stats.num_stopped, stats.num_aborted), (1, 1, 0));
+        assert_eq!(stats.prompt_tokens, 2 * num_prompt_tokens);
+        for (reason, count) in [("length", 1.0), ("stop", 1.0), ("abort", 0.0)] {
+            let label = format!("finished_reason=\"{reason}\"");
+            assert_eq!(metrics::value(&app, "vllm:request_success_total", &label).await, Some(count), "{reason}");
+        }
+        let num_counted = metrics::value(&app, "vllm:request_generation_tokens_sum", "").await;
+        assert_eq!(num_counted, Some(f64::from(50 + num_tokens)));
         app.models()[0].end();
+    }
+
+    /// The engine goes on with others; the client's side is where it is told, as any panic there.
+    #[tokio::test]
+    async fn a_panic_where_stop_strings_are_looked_for_ends_one_sequence() {
+        let app = served();
+        let model = &app.models()[0];
+        let body = json!({"prompt": "x", "max_tokens": 50, "stop": "never"});
+        let (_, jobs) = prepare(Endpoint::Completions, model, &Client::default(), &body).expect("a request");
+        let opened = Generation::open(model, jobs.jobs, Instant::now(), None, None);
+        let (mut generation, mut handed) = opened.expect("it fits");
+        let mut tell = |id| handed[0].1.event(Event::Token { id, logprobs: None });
+        assert_eq!(tell(TokenId(70)), Flow::Continue);
+        assert_eq!(tell(BUG), Flow::Stop);
+        drop(handed);
+        assert!(generation.next().await.expect("a piece").is_ok());
+        assert!(AssertUnwindSafe(generation.next()).catch_unwind().await.is_err());
+        drop(generation);
+        let ended = metrics::value(&app, "vllm:request_success_total", "finished_reason=\"error\"").await;
+        assert_eq!(ended, Some(1.0));
+        model.end();
     }
 
     /// Of a prompt that may not wait so often there are no copies.

@@ -40,8 +40,10 @@ impl Text {
     /// Takes the next token.
     pub fn push(&mut self, id: TokenId) -> Scan {
         self.num_tokens += 1;
+        #[cfg(test)]
+        assert_ne!(id, BUG, "a bug that a test planted");
         let text = match id {
-            id if self.stop_ids.contains(&id) => String::new(),
+            id if self.is_end(id) => String::new(),
             id if self.marks.contains(&id) => self.detokenizer.finish() + &self.detokenizer.spelling(id),
             id => self.detokenizer.push(id),
         };
@@ -67,6 +69,11 @@ impl Text {
         }
     }
 
+    /// Whether the token ends it, and says nothing.
+    pub fn is_end(&self, id: TokenId) -> bool {
+        self.stop_ids.contains(&id)
+    }
+
     pub fn num_tokens(&self) -> u32 {
         self.num_tokens
     }
@@ -81,3 +88,7 @@ impl Text {
         self.stops.found()
     }
 }
+
+/// A token that no vocabulary has, and no text survives.
+#[cfg(test)]
+pub const BUG: TokenId = TokenId(u32::MAX);

@@ -58,7 +58,7 @@ impl Observer {
         }
     }
 
-    /// To be set by who tells the client: of a stop string or an error the engine sees only that the sequence is left.
+    /// To be set by who tells the client: of an error there the engine sees only that the sequence is left.
     pub fn told_end(&self) -> ToldEnd {
         self.told_end.clone()
     }
