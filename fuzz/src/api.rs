@@ -123,7 +123,12 @@ pub fn stream(data: &[u8]) {
     feed(model, said, &mut requests, || {});
     let mut choices = vec![Delta::default(); requests.len()];
     choices.iter_mut().enumerate().for_each(|(index, choice)| choice.index = index);
-    let error = drain(&mut generation, &mut |delta| choices[delta.index].append(delta)).err();
+    let mut gathered = choices.clone();
+    let mut take = |delta: Delta| {
+        choices[delta.index].append(delta.clone());
+        answer.gather(model, delta, &mut gathered);
+    };
+    let error = drain(&mut generation, &mut take).err();
     assert_eq!(error.is_some(), in_pieces.is_none(), "{error:?}");
     let Some((frames, choices_in_pieces)) = in_pieces else { return };
     for (choice, in_pieces) in choices.iter().zip(&choices_in_pieces) {
@@ -137,7 +142,7 @@ pub fn stream(data: &[u8]) {
         assert_eq!(calls(choice), calls(in_pieces));
     }
     let usage = generation.usage();
-    let value = answer.whole(model, choices, usage);
+    let value = answer.whole(model, gathered, usage);
     if body.get("best_of").is_none() {
         assert_eq!(text_of_stream(endpoint, &frames), text_of_whole(endpoint, &value), "{value}");
     }
@@ -254,6 +259,10 @@ fn feed(model: &ServedModel, said: &[u8], requests: &mut Vec<Handed>, mut after_
                 let logprobs = request.logprobs.map(|num_top| logprobs(TokenId(id), num_top));
                 let flow = sink.event(Event::Token { id: TokenId(id), logprobs });
                 ended[current] = flow == Flow::Stop;
+                if flow == Flow::End {
+                    ended[current] = true;
+                    finish(sink.as_mut(), FinishReason::Stop);
+                }
             }
         }
         after_each();

@@ -47,7 +47,12 @@ pub trait Answer: Send + Sync {
         Event::KEEP_ALIVE
     }
 
-    /// Not streamed: one piece for each choice.
+    /// Not streamed: takes the next piece; what it does not keep itself goes to its choice.
+    fn gather(&mut self, _model: &ServedModel, delta: Delta, choices: &mut [Delta]) {
+        choices[delta.index].append(delta);
+    }
+
+    /// Not streamed: all of it, from what was gathered of each choice.
     fn whole(&mut self, model: &ServedModel, choices: Vec<Delta>, usage: Usage) -> Value;
 }
 
@@ -85,17 +90,24 @@ impl Event {
 
 /// Waits for all choices.
 pub async fn collect(answer: &mut dyn Answer, model: &ServedModel, generation: Generation) -> Result<Value, ApiError> {
-    let (choices, usage) = collect_choices(generation).await?;
+    let gather = |delta, choices: &mut [Delta]| answer.gather(model, delta, choices);
+    let (choices, usage) = gathered(generation, gather).await?;
     Ok(answer.whole(model, choices, usage))
 }
 
 /// Each choice in one piece.
-pub async fn collect_choices(mut generation: Generation) -> Result<(Vec<Delta>, Usage), ApiError> {
+pub async fn collect_choices(generation: Generation) -> Result<(Vec<Delta>, Usage), ApiError> {
+    gathered(generation, |delta, choices| choices[delta.index].append(delta)).await
+}
+
+async fn gathered(
+    mut generation: Generation,
+    mut gather: impl FnMut(Delta, &mut [Delta]),
+) -> Result<(Vec<Delta>, Usage), ApiError> {
     let empty = |index| Delta { index, ..Delta::default() };
     let mut choices: Vec<Delta> = (0..generation.num_choices()).map(empty).collect();
     while let Some(delta) = generation.next().await {
-        let delta = delta?;
-        choices[delta.index].append(delta);
+        gather(delta?, &mut choices);
     }
     Ok((choices, generation.usage()))
 }

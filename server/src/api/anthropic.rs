@@ -174,8 +174,11 @@ impl Answer for MessageAnswer {
         ping()
     }
 
-    fn whole(&mut self, _: &ServedModel, choices: Vec<Delta>, usage: Usage) -> Value {
-        choices.into_iter().take(1).for_each(|choice| drop(self.take(choice)));
+    fn gather(&mut self, _: &ServedModel, delta: Delta, _: &mut [Delta]) {
+        self.take(delta);
+    }
+
+    fn whole(&mut self, _: &ServedModel, _: Vec<Delta>, usage: Usage) -> Value {
         self.parts.finish();
         self.message(self.parts.ended.iter().map(block).collect(), usage)
     }

@@ -405,9 +405,12 @@ impl Choice {
     }
 
     fn flush(&mut self) -> Delta {
-        let is_said = !self.pending.text.is_empty();
+        let has_text = !self.pending.text.is_empty();
         let num_unsaid = std::mem::take(&mut self.num_unsaid);
-        self.pending.entries.iter_mut().skip(num_unsaid).for_each(|entry| entry.is_said = is_said);
+        for entry in self.pending.entries.iter_mut().skip(num_unsaid) {
+            // With what ends a text may come what was held back, which it did not say.
+            entry.is_said = has_text && !self.text.is_end(entry.id);
+        }
         let empty = Delta { index: self.pending.index, ..Delta::default() };
         std::mem::replace(&mut self.pending, empty)
     }

@@ -327,8 +327,11 @@ impl Answer for ResponseAnswer {
         vec![told, self.event("response.failed", json!({"response": response}))]
     }
 
-    fn whole(&mut self, model: &ServedModel, choices: Vec<Delta>, usage: Usage) -> Value {
-        choices.into_iter().take(1).for_each(|choice| drop(self.take(model, choice)));
+    fn gather(&mut self, model: &ServedModel, delta: Delta, _: &mut [Delta]) {
+        self.take(model, delta);
+    }
+
+    fn whole(&mut self, _: &ServedModel, _: Vec<Delta>, usage: Usage) -> Value {
         self.finish();
         self.response(Some(usage))
     }
@@ -376,45 +379,85 @@ mod tests {
     use fullbore_engine::config::EngineConfig;
     use fullbore_engine::request::{self, FinishReason, TokenId, TokenLogprobs};
 
+    use super::super::answer::collect;
     use super::super::reply::ReplyFormat;
     use super::super::tools::format::{CallFormat, Thought};
     use super::*;
     use crate::start::Plan;
 
-    #[tokio::test]
-    async fn log_probabilities_are_of_what_is_said_and_of_no_thought_or_call() {
+    const CALL: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+
+    /// The items of an answer of these tokens, and the same of a whole one.
+    async fn items(model: &ServedModel, said: &str, end: Option<TokenId>) -> [Vec<Value>; 2] {
+        let body = json!({"input": "x", "include": [LOGPROBS]});
+        let fields = Fields(body.as_object().expect("an object"));
+        let open = || {
+            let mut jobs = jobs(model, "resp_1", &Client::default(), &fields).expect("a request").jobs;
+            assert_eq!(jobs[0].request.logprobs, Some(0));
+            jobs[0].reply = Some(ReplyFormat {
+                thought: Thought::Begun,
+                calls: Some(CallFormat::Hermes),
+                functions: vec!["f".to_owned()],
+                ..ReplyFormat::default()
+            });
+            let opened = Generation::open(model, jobs, Instant::now(), None, None);
+            let (generation, mut handed) = opened.expect("it fits");
+            let bytes = said.bytes().map(|byte| TokenId(4 + u32::from(byte)));
+            for id in bytes.chain(end) {
+                let logprobs = Some(TokenLogprobs { id, logprob: -1.0, rank: 1, top: Vec::new() });
+                handed[0].1.event(request::Event::Token { id, logprobs });
+            }
+            handed[0]
+                .1
+                .event(request::Event::Finished { reason: FinishReason::Stop, usage: request::Usage::default() });
+            (generation, ResponseAnswer::read("resp_1", model, &fields).expect("a request"))
+        };
+        let (mut generation, mut streamed) = open();
+        while let Some(delta) = generation.next().await {
+            streamed.more(model, delta.expect("a piece"), generation.usage());
+        }
+        streamed.end(generation.usage());
+        let (generation, mut whole) = open();
+        collect(&mut whole, model, generation).await.expect("an answer");
+        [streamed.items, whole.items]
+    }
+
+    fn served() -> ServedModel {
         let backend = Box::new(SimBackend::new(SimOptions::default()));
         let plan = Plan::of("sim", Bundle::simulated(), backend, EngineConfig::default(), 0);
-        let model = plan.load().expect("the simulator loads");
-        let body = json!({"input": "x", "include": [LOGPROBS], "stream": true});
-        let fields = Fields(body.as_object().expect("an object"));
-        let mut jobs = jobs(&model, "resp_1", &Client::default(), &fields).expect("a request").jobs;
-        assert_eq!(jobs[0].request.logprobs, Some(0));
-        jobs[0].reply = Some(ReplyFormat {
-            thought: Thought::Begun,
-            calls: Some(CallFormat::Hermes),
-            functions: vec!["f".to_owned()],
-            ..ReplyFormat::default()
-        });
-        let (mut generation, mut handed) = Generation::open(&model, jobs, Instant::now(), None, None).expect("it fits");
-        let said = "Hm.\n</think>\n\nYes <b>.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
-        for byte in said.bytes() {
-            let id = TokenId(4 + u32::from(byte));
-            let logprobs = Some(TokenLogprobs { id, logprob: -1.0, rank: 1, top: Vec::new() });
-            handed[0].1.event(request::Event::Token { id, logprobs });
+        plan.load().expect("the simulator loads")
+    }
+
+    fn kinds(items: &[Value]) -> Vec<&str> {
+        items.iter().filter_map(|item| item["type"].as_str()).collect()
+    }
+
+    #[tokio::test]
+    async fn log_probabilities_are_of_what_is_said_and_of_no_thought_call_or_end() {
+        let model = served();
+        let end = model.stop_ids.first().copied();
+        let with_call = format!("Yes <b>.\n{CALL}");
+        // What may come before a mark is held back until the end.
+        for (said, text) in [(with_call.as_str(), "Yes <b>."), ("Yes.\n \n", "Yes.\n \n"), ("Yes <tool", "Yes <tool")] {
+            for items in items(&model, &format!("Hm.\n</think>\n\n{said}"), end).await {
+                assert_eq!(kinds(&items)[..2], ["reasoning", "message"]);
+                let content = &items[1]["content"][0];
+                let tokens = content["logprobs"].as_array().expect("a list");
+                let tokens: String = tokens.iter().filter_map(|token| token["token"].as_str()).collect();
+                assert_eq!((&content["text"], tokens.as_str()), (&json!(text), text));
+            }
         }
-        handed[0].1.event(request::Event::Finished { reason: FinishReason::Stop, usage: request::Usage::default() });
-        let mut answer = ResponseAnswer::read("resp_1", &model, &fields).expect("a request");
-        while let Some(delta) = generation.next().await {
-            answer.more(&model, delta.expect("a piece"), generation.usage());
-        }
-        answer.end(generation.usage());
-        let kinds: Vec<&Value> = answer.items.iter().map(|item| &item["type"]).collect();
-        assert_eq!(kinds, ["reasoning", "message", "function_call"]);
-        let content = &answer.items[1]["content"][0];
-        let tokens = content["logprobs"].as_array().expect("a list");
-        let tokens: String = tokens.iter().filter_map(|token| token["token"].as_str()).collect();
-        assert_eq!((&content["text"], tokens.as_str()), (&json!("Yes <b>."), "Yes <b>."));
+        model.end();
+    }
+
+    #[tokio::test]
+    async fn a_whole_answer_has_the_items_of_a_streamed_one() {
+        let model = served();
+        let [streamed, whole] = items(&model, &format!("</think>One {CALL} two {CALL}"), None).await;
+        assert_eq!(kinds(&streamed), ["message", "function_call", "message", "function_call"]);
+        assert_eq!(kinds(&whole), kinds(&streamed));
+        let texts = |items: &[Value]| items.iter().map(|item| item["content"][0]["text"].clone()).collect::<Vec<_>>();
+        assert_eq!(texts(&whole), texts(&streamed));
         model.end();
     }
 }
