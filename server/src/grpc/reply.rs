@@ -144,38 +144,45 @@ pub fn replies(app: Arc<App>, mut generation: Generation, reply: Reply, run: Run
             generation.fail();
             Err(ApiError::bug())
         });
-        if let Err(error) = told {
-            app.metrics.count_late_error(&error);
-            send(&sender, Err(status(&error))).await;
+        // It ends now, whenever its client takes what is left to tell.
+        drop(generation);
+        let last: Vec<Result<_, Status>> = match told {
+            Ok(ends) => ends.into_iter().map(Ok).collect(),
+            Err(error) => {
+                app.metrics.count_late_error(&error);
+                vec![Err(status(&error))]
+            }
+        };
+        for told in last {
+            // One who has left is not told.
+            let _ = sender.send(told).await;
         }
     });
     Box::pin(stream::poll_fn(move |context| receiver.poll_recv(context)))
 }
 
-async fn tell(generation: &mut Generation, mut reply: Reply, mut run: Run, sender: &Waiting) -> Result<(), ApiError> {
+/// Tells until the end, or until the client has left; of one that is aborted what is left to tell is the ends.
+async fn tell(
+    generation: &mut Generation,
+    mut reply: Reply,
+    mut run: Run,
+    sender: &Sender<Result<GenerateResponse, Status>>,
+) -> Result<Vec<GenerateResponse>, ApiError> {
     loop {
-        let next = tokio::select! {
-            next = generation.next() => next.transpose()?,
-            () = sender.closed() => return Ok(()),
-            _ = &mut run.aborted => {
-                for reply in reply.abort(generation.prompt(), generation.usage()) {
-                    send(sender, Ok(reply)).await;
-                }
-                return Ok(());
-            }
+        // Nothing is taken before there is room for it, so that nothing is lost where it is aborted meanwhile.
+        let next = async {
+            let room = sender.reserve().await.ok()?;
+            let delta = generation.next().await?;
+            Some(delta.map(|delta| (room, delta)))
         };
-        let Some(delta) = next else { return Ok(()) };
-        if !send(sender, Ok(reply.more(delta, generation.usage()))).await {
-            return Ok(());
-        }
+        let next = tokio::select! {
+            next = next => next.transpose()?,
+            () = sender.closed() => None,
+            _ = &mut run.aborted => return Ok(reply.abort(generation.prompt(), generation.usage())),
+        };
+        let Some((room, delta)) = next else { return Ok(Vec::new()) };
+        room.send(Ok(reply.more(delta, generation.usage())));
     }
-}
-
-type Waiting = Sender<Result<GenerateResponse, Status>>;
-
-/// Whether the client is there to be told.
-async fn send(sender: &Waiting, reply: Result<GenerateResponse, Status>) -> bool {
-    sender.send(reply).await.is_ok()
 }
 
 fn ids(tokens: &[TokenId]) -> Vec<u32> {
@@ -187,4 +194,61 @@ fn candidates(token: &TokenLogprobs) -> CandidateTokenInfo {
     let ranked = (1..).zip(&token.top).filter(|(_, (id, _))| *id != token.id);
     let tokens = ranked.map(|(rank, &(id, logprob))| TokenInfo { id: id.0, logprob, rank });
     CandidateTokenInfo { tokens: tokens.collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use fullbore_engine::backend::sim::{SimBackend, SimOptions};
+    use fullbore_engine::bundle::Bundle;
+    use fullbore_engine::config::EngineConfig;
+    use futures_util::StreamExt;
+    use serde_json::json;
+    use tokio::task::yield_now;
+    use tokio::time::sleep;
+    use vllm_proto::GenerateRequest;
+
+    use super::super::running::Running;
+    use super::*;
+    use crate::api;
+    use crate::http::accept::Limits;
+    use crate::http::access::{Access, Client};
+    use crate::http::metrics;
+    use crate::start::Plan;
+
+    #[tokio::test]
+    async fn an_abort_is_heard_while_the_client_takes_nothing() {
+        let backend = Box::new(SimBackend::new(SimOptions::default()));
+        let plan = Plan::of("sim", Bundle::simulated(), backend, EngineConfig::default(), 0);
+        let app = Arc::new(App::new(Limits::default(), Access::default(), None, None));
+        app.set_models(vec![plan.load().expect("the simulator loads")]);
+        let model = &app.models()[0];
+        let body = json!({"prompt": "x", "max_tokens": 50, "ignore_eos": true});
+        let jobs = api::prepare_tokens(model, "x", &Client::default(), &body).expect("a request");
+        let generation = Generation::submit(model, jobs, Instant::now(), None, None).expect("a place");
+        let running = Arc::new(Running::default());
+        let reply = Reply::new(Told::of(&GenerateRequest::default()), &model.stop_ids, 1);
+        let replies = replies(app.clone(), generation, reply, running.enter(None, "x"));
+        // All is made, and as much of it as may waits for the client.
+        while model.engine.stats().num_length < 1 {
+            sleep(Duration::from_millis(1)).await;
+        }
+        for _ in 0..1000 {
+            yield_now().await;
+        }
+        running.abort(None, "x".to_owned());
+        // Its end is counted when what it held is let go.
+        let mut num_looks = 0;
+        while metrics::value(&app, "vllm:request_success_total", "finished_reason=\"length\"").await != Some(1.0) {
+            num_looks += 1;
+            assert!(num_looks < 10_000, "it goes on");
+            sleep(Duration::from_millis(1)).await;
+        }
+        let told: Vec<GenerateResponse> = replies.map(|reply| reply.expect("no error")).collect().await;
+        let ends = told.iter().filter_map(|reply| reply.outputs.as_ref()?.finish_info.as_ref());
+        let ends: Vec<_> = ends.map(|end| (end.finish_reason(), end.num_output_tokens)).collect();
+        assert_eq!((told.len(), ends), (MAX_WAITING + 1, vec![(FinishReason::Aborted, MAX_WAITING as u32)]));
+        model.end();
+    }
 }
