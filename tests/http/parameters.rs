@@ -132,12 +132,19 @@ fn what_is_known_and_not_there_is_refused_by_name() {
             body[name] = value;
             server.post(path, &body)
         };
+        let is_chat = path == "/v1/chat/completions";
         for (name, value, harmless) in [
             ("include_stop_str_in_output", json!(true), json!(false)),
             ("skip_special_tokens", json!(false), json!(true)),
             ("truncate_prompt_tokens", json!(5), Value::Null),
             ("use_beam_search", json!(true), json!(false)),
             ("bad_words", json!(["x"]), json!([])),
+            ("add_special_tokens", json!(is_chat), json!(!is_chat)),
+            ("include_reasoning", json!(false), json!(true)),
+            ("kv_transfer_params", json!({"do_remote_decode": true}), json!({})),
+            ("logprob_token_ids", json!([1]), json!([])),
+            ("return_tokens_as_token_ids", json!(true), json!(false)),
+            ("thinking_token_budget", json!(8), json!(-1)),
             ("grammar", json!("root ::= \"x\""), json!("")),
             ("json_schema", json!({"type": "object"}), json!({})),
             ("regex", json!("x"), Value::Null),

@@ -24,6 +24,8 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
 pub fn read(model: &ServedModel, client: &Client, fields: &Fields) -> Result<(Chat, Sampling, ChatOptions), ApiError> {
     fields.refuse(&openai::UNSUPPORTED)?;
     fields.refuse(&["best_of", "echo"])?;
+    // A template writes its own.
+    fields.refuse_unless("add_special_tokens", false)?;
     let sampling = Sampling::read(model, client, fields, openai::own(fields, 1)?)?;
     let options = ChatOptions {
         logprobs: logprobs(fields)?,

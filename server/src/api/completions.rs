@@ -18,6 +18,7 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 
 pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> Result<Jobs, ApiError> {
     fields.refuse(&openai::UNSUPPORTED)?;
+    fields.refuse_unless("add_special_tokens", true)?;
     let echo = fields.bool("echo")?.unwrap_or(false);
     let logprobs = fields.integer("logprobs", 0..=MAX_LOGPROBS)?.map(|logprobs| logprobs as u32);
     let prompt_logprobs = openai::prompt_logprobs(fields)?;

@@ -51,6 +51,14 @@ impl<'a> Fields<'a> {
         convert(value).map(Some).ok_or_else(|| wrong(name, value, expected))
     }
 
+    /// Refuses `name` where it is not what is done anyway.
+    pub fn refuse_unless(&self, name: &str, done: bool) -> Result<(), ApiError> {
+        match self.0.get(name) {
+            Some(value) if !value.is_null() && *value != done => Err(unsupported(name)),
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses those of `names` that are there: they would change the answer, and we do not have them. What changes
     /// nothing is taken.
     pub fn refuse(&self, names: &[&str]) -> Result<(), ApiError> {
@@ -93,9 +101,9 @@ fn changes_nothing(name: &str, value: &Value) -> bool {
         "dry_multiplier" | "dynatemp_range" | "mirostat" | "top_logprobs" | "xtc_probability" => {
             value.as_f64() == Some(0.0)
         }
-        // Below 0 it is llama.cpp's way to say no limit.
-        "n_predict" | "top_n_sigma" => value.as_f64() == Some(-1.0),
-        "skip_special_tokens" => *value == true,
+        // Below 0 it is llama.cpp's way to say no limit, and vLLM's.
+        "n_predict" | "thinking_token_budget" | "top_n_sigma" => value.as_f64() == Some(-1.0),
+        "include_reasoning" | "skip_special_tokens" => *value == true,
         // Routers add it, and clients leave it out who expect it; the answer says that nothing was stored.
         "store" => value.is_boolean(),
         "modalities" => *value == json!(["text"]),

@@ -17,7 +17,7 @@ use crate::http::error::ApiError;
 
 /// Fields that change the answer and that we do not have: OpenAI's, vLLM's, and what other servers take a length or a
 /// grammar by.
-pub const UNSUPPORTED: [&str; 24] = [
+pub const UNSUPPORTED: [&str; 29] = [
     "audio",
     "bad_words",
     "chat_template",
@@ -28,16 +28,21 @@ pub const UNSUPPORTED: [&str; 24] = [
     "functions",
     "grammar",
     "guided_whitespace_pattern",
+    "include_reasoning",
     "include_stop_str_in_output",
     "json_schema",
+    "kv_transfer_params",
+    "logprob_token_ids",
     "modalities",
     "n_predict",
     "prediction",
     "prompt_embeds",
     "regex",
+    "return_tokens_as_token_ids",
     "skip_special_tokens",
     "structural_tag",
     "suffix",
+    "thinking_token_budget",
     "truncate_prompt_tokens",
     "use_beam_search",
     "verbosity",
