@@ -64,19 +64,20 @@ pub enum BenchError {
 pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -> Result<OfflineReport, BenchError> {
     let mut followers: HashMap<Option<u32>, Vec<usize>> = HashMap::new();
     planned.iter().enumerate().for_each(|(index, of)| followers.entry(of.follows).or_default().push(index));
-    let requests: Vec<Request> = planned.iter().map(|of| of.request(engine.vocab_size(), seed)).collect();
-    let (before, charged) = (dial.read(), engine.stats().limits.total);
+    let vocab_size = engine.vocab_size();
+    let with_sink = |index: usize, sender| -> Submission {
+        (planned[index].request(vocab_size, seed), Box::new(Timestamps { index, sender }))
+    };
     let (sender, receiver) = mpsc::channel();
+    let first = followers.remove(&None).unwrap_or_default();
+    let first: Vec<Submission> = first.into_iter().map(|index| with_sink(index, sender.clone())).collect();
+    drop(sender);
+    let (before, charged) = (dial.read(), engine.stats().limits.total);
     let start = Instant::now();
     let mut traces: Vec<Trace> = vec![Trace::new(start); planned.len()];
-    let with_sink =
-        |index: usize, sender| -> Submission { (requests[index].clone(), Box::new(Timestamps { index, sender })) };
-    let first = followers.remove(&None).unwrap_or_default();
     // All at once, so that all of an empty queue is theirs.
     let Request { tenant, share, .. } = Request::default();
-    let place = engine.reserve(tenant, share, first.len() as u32)?;
-    engine.submit(place, first.into_iter().map(|index| with_sink(index, sender.clone())).collect())?;
-    drop(sender);
+    engine.submit(engine.reserve(tenant, share, first.len() as u32)?, first)?;
     let mut num_left = planned.len();
     while num_left > 0 {
         let Told { index, at, event, sender } = receiver.recv().map_err(|_| BenchError::EngineGone)?;
@@ -94,8 +95,8 @@ pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -
                 trace.cached_tokens = u64::from(usage.cached_tokens);
                 num_left -= 1;
                 for follower in followers.remove(&Some(planned[index].row)).unwrap_or_default() {
-                    traces[follower].begun = Instant::now();
                     let (request, sink) = with_sink(follower, sender.clone().expect("it comes with the last event"));
+                    traces[follower].begun = Instant::now();
                     engine.submit_one(request, sink)?;
                 }
             }

@@ -1,8 +1,7 @@
 //! What a client asks and what it is told: `Request` in, `Event`s out through a `Sink`.
 //!
 //! Invariant: a `Request` that exists is valid in itself; whether it fits is `EngineConfig`'s and the scheduler's to
-//! say. Token ids only: text does not enter the engine thread, but for stop strings, which a
-//! sink may look for.
+//! say. Token ids only: text does not enter the engine thread, but for stop strings, which a sink may look for.
 
 use std::fmt;
 use std::sync::Arc;

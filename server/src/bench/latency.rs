@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use fullbore_bench::latency as batch_1;
 use fullbore_bench::offline::{self, BenchError};
-use fullbore_bench::result::{BenchResult, FIRST_START, Measurement, Run, Target};
+use fullbore_bench::result::{BenchResult, FIRST_START, Measurement, Run};
 use fullbore_bench::stopwatch::{Dial, Stopwatch};
 use fullbore_bench::trace::Trace;
 use fullbore_bench::workload::{Arrivals, Lengths, PlannedRequest};
@@ -142,33 +142,33 @@ pub fn startup(args: &StartupArgs) -> Result<(), BenchCommandError> {
 pub fn measure_startup(args: &StartupArgs, keep: Keep) -> Result<BenchResult, BenchCommandError> {
     let mut result = BenchResult::begin("startup", STARTUP_SEED, COMMIT);
     result.workload = BTreeMap::from([("prompt_tokens".to_owned(), json!(STARTUP_PROMPT_TOKENS))]);
-    let (target, first) = started(args)?;
-    let name = target.name.clone();
-    result.targets = vec![target];
+    let first = started(args, |model| result.targets = vec![target_of(model)])?;
+    let name = result.targets[0].name.clone();
     let first_start =
         Measurement { subject: Some(FIRST_START.to_owned()), runs: vec![first], ..Measurement::default() };
     let later = Measurement { target: name.clone(), ..Measurement::default() };
     result.measurements = vec![later, Measurement { target: name, ..first_start }];
     for _ in 0..args.result.runs {
-        let (_, run) = started(args)?;
+        let run = started(args, |_| {})?;
         is_whole(&mut result, run, args.result.runs, keep);
     }
     result.finish();
     Ok(result)
 }
 
-/// One start, until a short prompt has its first token.
-fn started(args: &StartupArgs) -> Result<(Target, Run), BenchCommandError> {
+/// One start, until a short prompt has its first token; `look` is shown what is there then.
+fn started(args: &StartupArgs, look: impl FnOnce(&ServedModel)) -> Result<Run, BenchCommandError> {
     let begun = Instant::now();
     let model = start::plan(&args.engine, None)?.load()?;
     let ready = begun.elapsed();
     let first = first_token(&model);
-    let (target, mut run) = (target_of(&model), Run::default());
+    look(&model);
+    let mut run = Run::default();
     model.times.phases().for_each(|(phase, took)| run.metric(&format!("start_{phase}_s"), took.as_secs_f64()));
     model.end();
     run.metric("ready_s", ready.as_secs_f64());
     run.metric("first_token_s", (ready + first?).as_secs_f64());
-    Ok((target, run))
+    Ok(run)
 }
 
 const STARTUP_SEED: u64 = 1;
