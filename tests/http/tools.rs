@@ -14,12 +14,26 @@ const HERMES: &str = "{% if tools %}<|im_start|>system {% for tool in tools %}{{
     {% if add_generation_prompt %}<|im_start|>assistant {% if enable_thinking is defined and not enable_thinking %}\
     <think></think>{% endif %}{% endif %}";
 
+/// As Mistral's do since 2025.
+const MISTRAL: &str = "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}\
+    {% for message in messages %}[INST]{{ message.content }}[/INST]{% for call in message.tool_calls or [] %}\
+    [TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}";
+
 fn hermes() -> Harness {
-    let bundle = |bundle: &mut Bundle| {
-        let template = ChatTemplate::new(HERMES, "<s>", "<|im_end|>").expect("a template");
-        bundle.chat_template = Some(std::sync::Arc::new(template));
-    };
+    with_template(|bundle| set_template(bundle, HERMES))
+}
+
+fn mistral() -> Harness {
+    with_template(|bundle| set_template(bundle, MISTRAL))
+}
+
+fn with_template(bundle: fn(&mut Bundle)) -> Harness {
     Setup { bundle, ..Setup::default() }.start()
+}
+
+fn set_template(bundle: &mut Bundle, source: &str) {
+    let template = ChatTemplate::new(source, "<s>", "<|im_end|>").expect("a template");
+    bundle.chat_template = Some(std::sync::Arc::new(template));
 }
 
 fn tools() -> Value {
@@ -43,7 +57,9 @@ fn ask(change: Value) -> Value {
 fn calls_of(message: &Value) -> Vec<(String, Value)> {
     let calls = message["tool_calls"].as_array().cloned().unwrap_or_default();
     let call = |call: &Value| {
-        assert!(call["id"].as_str().is_some_and(|id| id.starts_with("call_")) && call["type"] == "function", "{call}");
+        // Mistral's templates take no others.
+        let is_id = |id: &str| id.starts_with("call_") || id.len() == 9;
+        assert!(call["id"].as_str().is_some_and(is_id) && call["type"] == "function", "{call}");
         let arguments = call["function"]["arguments"].as_str().expect("text");
         let arguments = serde_json::from_str(arguments).unwrap_or_else(|error| panic!("{error}: {arguments}"));
         (call["function"]["name"].as_str().expect("a name").to_owned(), arguments)
@@ -83,7 +99,7 @@ fn added_up(events: &[Value]) -> (Value, Value) {
 
 #[test]
 fn forced_calls_come_whole_and_in_pieces() {
-    for server in [Setup::default().start(), hermes()] {
+    for server in [Setup::default().start(), hermes(), mistral()] {
         let named = json!({"type": "function", "function": {"name": "weather"}});
         let cases = [
             (json!({"tool_choice": "required", "parallel_tool_calls": false}), "tool_calls"),
@@ -110,7 +126,8 @@ fn forced_calls_come_whole_and_in_pieces() {
                 assert_eq!((calls_of(&message), &streamed_reason), (calls.clone(), &json!(reason)));
                 assert_eq!(message["content"], "");
                 let pieces = events.iter().filter(|event| event["choices"][0]["delta"]["tool_calls"].is_array());
-                assert!(pieces.count() > 3, "arguments come as they are written");
+                let least = if calls[0].1 == json!({}) { 2 } else { 4 };
+                assert!(pieces.count() >= least, "arguments come as they are written");
                 seen.push(calls);
             }
             seen.dedup();

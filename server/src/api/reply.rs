@@ -5,6 +5,7 @@
 
 use super::tools::calls::{CallEvent, CallScanner};
 use super::tools::format::{CallFormat, Marks, Thought};
+use super::tools::is_name_letter;
 
 pub const OPEN_THOUGHT: &str = "<think>";
 const CLOSE_THOUGHT: &str = "</think>";
@@ -234,11 +235,17 @@ impl Reply {
         let Some(format) = self.format.calls else { return false };
         let Marks { open, close, .. } = format.marks();
         let State::Calls { opened } = &mut self.state else { return false };
-        let is_layout = |c: char| c.is_whitespace() || matches!(c, ',' | ';' | '[' | ']' | '`');
+        let is_named = format == CallFormat::MistralNamed;
+        let is_layout = |c: char| c.is_whitespace() || !is_named && matches!(c, ',' | ';' | '[' | ']' | '`');
         let text = self.held.trim_start_matches(is_layout);
-        if text.starts_with('{') && (*opened || open.is_none() || format == CallFormat::Mistral) {
+        let is_list = open.is_none() || format == CallFormat::Mistral;
+        let scanner = match is_named {
+            true => (*opened && text.starts_with(is_name_letter)).then(CallScanner::named),
+            false => (text.starts_with('{') && (*opened || is_list)).then(CallScanner::default),
+        };
+        if let Some(scanner) = scanner {
             self.held = text.to_owned();
-            self.state = State::Call(CallScanner::default());
+            self.state = State::Call(scanner);
             return true;
         }
         let marks = [open.unwrap_or_default(), close];
@@ -418,6 +425,27 @@ mod tests {
         let mistral = format(Thought::Never, Some(CallFormat::Mistral));
         let two = "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": [1]}}, {\"name\": \"g\", \"arguments\": {}}]";
         assert_eq!(parse(&mistral, two), expect("", "", &[("f", "{\"a\": [1]}"), ("g", "{}")]));
+    }
+
+    #[test]
+    fn calls_whose_names_come_first_are_told_from_what_is_said() {
+        let mistral = format(Thought::Never, Some(CallFormat::MistralNamed));
+        let two = "[TOOL_CALLS]f[ARGS]{\"a\": \"[TOOL_CALLS]g[ARGS]{}\"}[TOOL_CALLS]g[CALL_ID]abcdef012[ARGS]{}";
+        let both = [("f", "{\"a\": \"[TOOL_CALLS]g[ARGS]{}\"}"), ("g", "{}")];
+        assert_eq!(parse(&mistral, two), expect("", "", &both));
+        assert_eq!(parse(&mistral, &format!("So.\n{two} Done.")), expect("", "So.Done.", &both));
+        for text in
+            ["f[ARGS]{}", "[TOOL_CALLS]h[ARGS]{}", "[TOOL_CALLS]f is", "[TOOL_CALLS][{\"name\": \"f\"}]", "[1] b"]
+        {
+            assert_eq!(parse(&mistral, text), expect("", text, &[]), "{text}");
+        }
+        for cut_off in
+            ["[TOOL_CA", "[TOOL_CALLS]", "[TOOL_CALLS]f[AR", "[TOOL_CALLS]f[CALL_ID]ab", "[TOOL_CALLS]f[ARGS]"]
+        {
+            let said = if cut_off == "[TOOL_CA" { cut_off } else { "" };
+            assert_eq!(parse(&mistral, cut_off), expect("", said, &[]), "{cut_off}");
+        }
+        assert_eq!(parse(&mistral, "[TOOL_CALLS]f[ARGS]{\"a\": \"["), expect("", "", &[("f", "{\"a\": \"[")]));
     }
 
     #[test]

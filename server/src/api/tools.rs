@@ -136,8 +136,11 @@ impl Function {
 }
 
 pub fn is_name(name: &str) -> bool {
-    let is_letter = |letter: u8| letter.is_ascii_alphanumeric() || matches!(letter, b'_' | b'-' | b'.');
-    (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(is_letter)
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && name.chars().all(is_name_letter)
+}
+
+pub fn is_name_letter(letter: char) -> bool {
+    letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-' | '.')
 }
 
 impl ToolChoice {

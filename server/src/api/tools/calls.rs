@@ -1,10 +1,13 @@
 //! A call of a function read from the model's text while it comes: `{"name": ..., "arguments": {...}}`, in any order of
-//! its fields.
+//! its fields, or Mistral's `name[ARGS]{...}`.
 //!
 //! Invariant: what the arguments are is handed on as it is written, however the text is cut into pieces, and what turns
 //! out to be no call is handed back whole. Knows JSON, not the marks around it.
 
 use serde_json::Value;
+
+use super::format::{ARGS, CALL_ID};
+use super::{MAX_NAME_BYTES, is_name};
 
 /// What more of the text says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,13 +39,27 @@ pub struct CallScanner {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
+    /// Before the arguments of a call that is no object.
+    Named,
+    /// Such arguments begin.
+    Bare,
     Open,
     NextKey,
-    Key { escaped: bool },
+    Key {
+        escaped: bool,
+    },
     Colon,
     ValueStart,
-    Text { escaped: bool },
-    Nested { depth: u32, in_text: bool, escaped: bool },
+    Text {
+        escaped: bool,
+    },
+    /// Where `is_last`, all of a call ends with it.
+    Nested {
+        depth: u32,
+        in_text: bool,
+        escaped: bool,
+        is_last: bool,
+    },
     Scalar,
     Closed,
 }
@@ -62,7 +79,15 @@ impl Default for CallScanner {
     }
 }
 
+/// Of the marks and what is around a name before its arguments.
+const MAX_HEAD_BYTES: usize = MAX_NAME_BYTES + 64;
+
 impl CallScanner {
+    /// Of a call whose name comes first, outside of any object.
+    pub fn named() -> CallScanner {
+        CallScanner { state: State::Named, ..CallScanner::default() }
+    }
+
     /// Takes one more character; `is_function` says whether there is a function of a name. After an end or an error
     /// nothing more is taken.
     pub fn push(
@@ -73,6 +98,18 @@ impl CallScanner {
     ) -> Result<(), NoCall> {
         self.raw.push(c);
         match self.state {
+            State::Named => self.more_head(c)?,
+            State::Bare => match c {
+                '{' => {
+                    let name = std::mem::take(&mut self.value);
+                    self.begin(name, is_function, events)?;
+                    self.key = "arguments".to_owned();
+                    self.begin_value(c, events)?;
+                    self.state = State::Nested { depth: 1, in_text: false, escaped: false, is_last: true };
+                }
+                c if c.is_whitespace() => {}
+                _ => return Err(NoCall),
+            },
             State::Open => match c {
                 '{' => self.state = State::NextKey,
                 _ => return Err(NoCall),
@@ -120,6 +157,24 @@ impl CallScanner {
         self.raw
     }
 
+    /// A name, perhaps an id, and what says that the arguments follow.
+    fn more_head(&mut self, c: char) -> Result<(), NoCall> {
+        self.value.push(c);
+        if let Some(head) = self.value.strip_suffix(ARGS) {
+            // The call has an id of ours.
+            let name = head.split_once(CALL_ID).map_or(head, |(name, _)| name).trim_end();
+            self.value = name.to_owned();
+            self.state = State::Bare;
+            return Ok(());
+        }
+        // What is neither a name nor what may follow one is told at once.
+        let name = self.value.split('[').next().unwrap_or_default();
+        let mark = &self.value[name.len()..];
+        let is_mark = |whole: &str| mark.starts_with(whole) || whole.starts_with(mark);
+        let may_be = is_name(name.trim_end()) && (is_mark(CALL_ID) || is_mark(ARGS));
+        if may_be && self.value.len() <= MAX_HEAD_BYTES { Ok(()) } else { Err(NoCall) }
+    }
+
     fn is_arguments(&self) -> bool {
         matches!(self.key.as_str(), "arguments" | "parameters")
     }
@@ -135,7 +190,7 @@ impl CallScanner {
         self.value.push(c);
         self.state = match c {
             '"' => State::Text { escaped: false },
-            '{' | '[' => State::Nested { depth: 1, in_text: false, escaped: false },
+            '{' | '[' => State::Nested { depth: 1, in_text: false, escaped: false, is_last: false },
             '}' | ']' | ',' | ':' => return Err(NoCall),
             _ => State::Scalar,
         };
@@ -167,7 +222,7 @@ impl CallScanner {
                     self.end_text(is_function, events)?;
                 }
             }
-            State::Nested { depth, in_text, escaped } => {
+            State::Nested { depth, in_text, escaped, is_last } => {
                 match c {
                     '"' if !*escaped => *in_text = !*in_text,
                     '{' | '[' if !*in_text => *depth += 1,
@@ -175,11 +230,14 @@ impl CallScanner {
                     _ => {}
                 }
                 *escaped = *in_text && c == '\\' && !*escaped;
-                if *depth == 0 {
-                    self.state = State::NextKey;
-                }
+                let (is_end, is_last) = (*depth == 0, *is_last);
                 if self.is_arguments() {
                     self.hand_on(c.encode_utf8(&mut [0; 4]), events);
+                }
+                if is_end && is_last {
+                    return self.close(events);
+                } else if is_end {
+                    self.state = State::NextKey;
                 }
             }
             _ => match c {
@@ -194,19 +252,28 @@ impl CallScanner {
     fn end_text(&mut self, is_function: impl Fn(&str) -> bool, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
         let text = || serde_json::from_str::<String>(&self.value).map_err(|_| NoCall);
         if self.key == "name" {
-            let name = text()?;
-            if !is_function(&name) {
-                return Err(NoCall);
-            }
-            self.name = Some(name.clone());
-            events.push(CallEvent::Begin(name));
-            let early = std::mem::take(&mut self.early);
-            self.hand_on(&early, events);
+            self.begin(text()?, is_function, events)?;
         } else if self.is_arguments() {
             let object = text()?;
             serde_json::from_str::<Value>(&object).ok().filter(Value::is_object).ok_or(NoCall)?;
             self.hand_on(&object, events);
         }
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        name: String,
+        is_function: impl Fn(&str) -> bool,
+        events: &mut Vec<CallEvent>,
+    ) -> Result<(), NoCall> {
+        if !is_function(&name) {
+            return Err(NoCall);
+        }
+        self.name = Some(name.clone());
+        events.push(CallEvent::Begin(name));
+        let early = std::mem::take(&mut self.early);
+        self.hand_on(&early, events);
         Ok(())
     }
 
@@ -241,7 +308,10 @@ mod tests {
 
     /// Name and arguments, or what is handed back.
     fn scan(text: &str) -> Result<(String, String), String> {
-        let mut scanner = CallScanner::default();
+        scan_by(CallScanner::default(), text)
+    }
+
+    fn scan_by(mut scanner: CallScanner, text: &str) -> Result<(String, String), String> {
         let mut events = Vec::new();
         for c in text.chars() {
             if scanner.push(c, |name| name == "f", &mut events).is_err() {
@@ -290,5 +360,23 @@ mod tests {
         for text in cases {
             assert_eq!(scan(text), Err(text.to_owned()));
         }
+    }
+
+    #[test]
+    fn a_name_may_come_before_its_arguments() {
+        let scan = |text: &str| scan_by(CallScanner::named(), text);
+        for head in ["f[ARGS]", "f[CALL_ID]abcdef012[ARGS]", "f [ARGS] ", "f[CALL_ID][ARGS]\n"] {
+            for arguments in ["{}", r#"{"a": [{"b": "}\"]"}]}"#, r#"{"a":"[ARGS]"}"#] {
+                let text = format!("{head}{arguments}");
+                assert_eq!(scan(&text), Ok(("f".to_owned(), arguments.to_owned())), "{text}");
+            }
+        }
+        let long = "f".repeat(MAX_NAME_BYTES + 1);
+        for text in ["f[ARGS]{}x", "g[ARGS]{", "f[ARGS][", "f[TOOL", "f\"", "f g", "[ARGS]", " ", &long] {
+            let raw = scan(text).expect_err("no call");
+            assert!(text.starts_with(&raw) && !raw.is_empty(), "{text}: {raw}");
+        }
+        let endless = format!("f[CALL_ID]{}", "0".repeat(MAX_HEAD_BYTES));
+        assert!(scan(&endless).is_err(), "{endless}");
     }
 }

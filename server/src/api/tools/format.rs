@@ -18,6 +18,8 @@ pub enum CallFormat {
     Hermes,
     /// `[TOOL_CALLS][{"name": ..., "arguments": ...}, ...]`, where the opening is a token of its own.
     Mistral,
+    /// `[TOOL_CALLS]name[ARGS]{...}`, with `[CALL_ID]` and an id before the arguments or without: Mistral's since 2025.
+    MistralNamed,
     /// `{"name": ..., "parameters": ...}` instead of a text.
     Llama3,
     /// The same; the template knows nothing of it.
@@ -28,6 +30,11 @@ pub enum CallFormat {
 
 /// In templates that write calls as no JSON, or as a list, some between the same marks.
 const OTHERS: [&str; 4] = ["<function=", "<arg_key>", "<invoke ", "<tool_calls>"];
+
+/// Mistral's tokens.
+const TOOL_CALLS: &str = "[TOOL_CALLS]";
+pub const CALL_ID: &str = "[CALL_ID]";
+pub const ARGS: &str = "[ARGS]";
 
 /// What is written around calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +51,8 @@ impl CallFormat {
     pub fn of_template(source: &str) -> CallFormat {
         let has = |text: &str| source.contains(text);
         match () {
-            _ if has("[TOOL_CALLS]") && !has("[ARGS]") => CallFormat::Mistral,
+            _ if has(TOOL_CALLS) && has(ARGS) => CallFormat::MistralNamed,
+            _ if has(TOOL_CALLS) => CallFormat::Mistral,
             _ if OTHERS.iter().any(|other| has(other)) => CallFormat::Generic,
             _ if has("<tool_call>") => CallFormat::Hermes,
             _ if has("<|python_tag|>") || (has("ipython") && has("parameters")) => CallFormat::Llama3,
@@ -55,7 +63,7 @@ impl CallFormat {
 
     /// Whether the model's template writes tools and calls by itself.
     pub fn is_of_template(self) -> bool {
-        matches!(self, CallFormat::Hermes | CallFormat::Mistral | CallFormat::Llama3)
+        !matches!(self, CallFormat::Gemma | CallFormat::Generic)
     }
 
     pub fn marks(self) -> Marks {
@@ -63,7 +71,9 @@ impl CallFormat {
             CallFormat::Hermes | CallFormat::Generic => {
                 Marks { open: Some("<tool_call>"), close: "</tool_call>", arguments: "arguments" }
             }
-            CallFormat::Mistral => Marks { open: Some("[TOOL_CALLS]"), close: "", arguments: "arguments" },
+            CallFormat::Mistral | CallFormat::MistralNamed => {
+                Marks { open: Some(TOOL_CALLS), close: "", arguments: "arguments" }
+            }
             CallFormat::Llama3 | CallFormat::Gemma => Marks { open: None, close: "", arguments: "parameters" },
         }
     }
@@ -71,30 +81,32 @@ impl CallFormat {
     /// Spellings of control tokens that tell of a call.
     pub fn control_marks(self) -> &'static [&'static str] {
         match self {
-            CallFormat::Mistral => &["[TOOL_CALLS]"],
+            CallFormat::Mistral => &[TOOL_CALLS],
+            CallFormat::MistralNamed => &[TOOL_CALLS, CALL_ID, ARGS],
             CallFormat::Llama3 => &["<|python_tag|>"],
-            CallFormat::Hermes => &["<tool_call>", "</tool_call>"],
-            CallFormat::Gemma | CallFormat::Generic => &[],
+            CallFormat::Hermes | CallFormat::Generic => &["<tool_call>", "</tool_call>"],
+            CallFormat::Gemma => &[],
         }
     }
 
     pub fn new_id(self) -> String {
         match self {
             // Its templates take no others.
-            CallFormat::Mistral => format!("{:09x}", random() % (1 << 36)),
+            CallFormat::Mistral | CallFormat::MistralNamed => format!("{:09x}", random() % (1 << 36)),
             _ => format!("call_{:016x}{:08x}", random(), random() as u32),
         }
     }
 
     /// Rules of Lark: `calls` for one call of a function, or more where that may be; nothing else of a text.
     fn rules(self, tools: &Tools, tokenizer: &Tokenizer) -> String {
-        let Marks { arguments, .. } = self.marks();
+        let mark = |spelling| mark(spelling, tokenizer);
         let (begin, end, between) = match self {
             CallFormat::Hermes | CallFormat::Generic => {
-                let [begin, end] = ["<tool_call>", "</tool_call>"].map(|spelling| mark(spelling, tokenizer));
+                let [begin, end] = ["<tool_call>", "</tool_call>"].map(mark);
                 (format!("{begin} \"\\n\""), format!("\"\\n\" {end}"), quoted("\n"))
             }
             CallFormat::Mistral => (String::new(), String::new(), quoted(", ")),
+            CallFormat::MistralNamed => (mark(TOOL_CALLS), String::new(), String::new()),
             CallFormat::Llama3 | CallFormat::Gemma => (String::new(), String::new(), quoted("; ")),
         };
         let more = if tools.parallel && !matches!(tools.choice, ToolChoice::Named(_)) {
@@ -104,27 +116,36 @@ impl CallFormat {
         };
         let (calls, list) = match self {
             CallFormat::Mistral => {
-                let open = mark("[TOOL_CALLS]", tokenizer);
+                let open = mark(TOOL_CALLS);
                 (format!("{open} list"), format!("list: \"[\" marked{more} \"]\"\n"))
             }
             _ => (format!("marked{more}"), String::new()),
-        };
-        let close = match self {
-            // Its templates write an id at the end of a call; whether or not it does, the call has one of ours.
-            CallFormat::Mistral => {
-                format!("({} /[a-zA-Z0-9]{{9}}/ {})? \"}}\"", quoted(", \"id\": \""), quoted("\""))
-            }
-            _ => "\"}\"".to_owned(),
         };
         let functions = tools.callable();
         let names: Vec<String> = (0..functions.len()).map(|index| format!("call_{index}")).collect();
         let mut rules = format!("calls: {calls}\n{list}marked: {begin} call {end}\ncall: {}\n", names.join(" | "));
         for (index, Function { name, parameters, .. }) in functions.iter().enumerate() {
-            let open = quoted(&format!("{{\"name\": \"{name}\", \"{arguments}\": "));
+            let (open, close) = self.around_arguments(name, tokenizer);
             let schema = GrammarSource::JsonSchema(parameters.clone()).expression();
             rules += &format!("call_{index}: {open} arguments_{index} {close}\narguments_{index}: {schema}\n");
         }
         rules
+    }
+
+    /// What a call of `name` has before its arguments and behind them, for Lark. Mistral's templates write an id;
+    /// whether or not the model does, the call has one of ours.
+    fn around_arguments(self, name: &str, tokenizer: &Tokenizer) -> (String, String) {
+        const ID: &str = "/[a-zA-Z0-9]{9}/";
+        let Marks { arguments, .. } = self.marks();
+        let object = quoted(&format!("{{\"name\": \"{name}\", \"{arguments}\": "));
+        match self {
+            CallFormat::Mistral => (object, format!("({} {ID} {})? \"}}\"", quoted(", \"id\": \""), quoted("\""))),
+            CallFormat::MistralNamed => {
+                let [call_id, args] = [CALL_ID, ARGS].map(|spelling| mark(spelling, tokenizer));
+                (format!("{} ({call_id} {ID})? {args}", quoted(name)), String::new())
+            }
+            _ => (object, "\"}\"".to_owned()),
+        }
     }
 }
 
@@ -191,7 +212,11 @@ fn free_text(format: CallFormat, tools: &Tools, thought: Thought, tokenizer: &To
             let repeat = if tools.parallel { "*" } else { "?" };
             format!("answer: (lead GAP? call GAP? {close}){repeat} TEXT?\n{lead}GAP: /[ \\n]{{1,4}}/\n")
         }
-        CallFormat::Mistral => format!("answer: lead list | TEXT?\n{}", marked("[TOOL_CALLS]")),
+        CallFormat::Mistral => format!("answer: lead list | TEXT?\n{}", marked(TOOL_CALLS)),
+        CallFormat::MistralNamed => {
+            let repeat = if tools.parallel { "*" } else { "?" };
+            format!("answer: (lead call){repeat} TEXT?\n{}", marked(TOOL_CALLS))
+        }
         CallFormat::Llama3 | CallFormat::Gemma => {
             // Where a thought may come it is read before anything else.
             let thought = if thought == Thought::Possible { format!("|{OPEN_THOUGHT}") } else { String::new() };

@@ -153,7 +153,7 @@ fn what_a_template_writes_of_a_call_is_read_and_let_come() {
             (result, _) => failures.push(format!("{format:?} {name}: {result:?}")),
         }
     }
-    assert!(num_of_template >= 14, "{num_of_template} of templates say how they write calls");
+    assert!(num_of_template >= 17, "{num_of_template} of templates say how they write calls");
     assert!(failures.is_empty(), "{} of templates:\n{}", failures.len(), failures.join("\n"));
 }
 
@@ -169,10 +169,12 @@ fn families_are_known_by_their_templates() {
         ("meta-llama-Llama-3.2-3B-Instruct", CallFormat::Llama3),
         ("meta-llama-Llama-3.3-70B-Instruct", CallFormat::Llama3),
         ("mistralai-Mistral-Nemo-Instruct-2407", CallFormat::Mistral),
+        ("Mistral-Small-3.2-24B-Instruct-2506", CallFormat::MistralNamed),
+        ("mistralai-Ministral-3-14B-Reasoning-2512", CallFormat::MistralNamed),
+        ("unsloth-mistral-Devstral-Small-2507", CallFormat::MistralNamed),
         ("google-gemma-2-2b-it", CallFormat::Gemma),
         // What it writes is no JSON.
         ("Qwen3-Coder", CallFormat::Generic),
-        ("Mistral-Small-3.2-24B-Instruct-2506", CallFormat::Generic),
     ];
     let templates = templates();
     for (name, format) in known {

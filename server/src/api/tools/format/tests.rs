@@ -89,14 +89,20 @@ impl Rig {
     }
 }
 
-const MARKS: [&str; 3] = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]"];
+const MARKS: [&str; 5] = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"];
 
 fn of_byte(byte: u8) -> TokenId {
     TokenId(4 + u32::from(byte))
 }
 
-const FORMATS: [CallFormat; 5] =
-    [CallFormat::Hermes, CallFormat::Mistral, CallFormat::Llama3, CallFormat::Gemma, CallFormat::Generic];
+const FORMATS: [CallFormat; 6] = [
+    CallFormat::Hermes,
+    CallFormat::Mistral,
+    CallFormat::MistralNamed,
+    CallFormat::Llama3,
+    CallFormat::Gemma,
+    CallFormat::Generic,
+];
 
 fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
     let Marks { arguments, .. } = format.marks();
@@ -108,6 +114,9 @@ fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
             all.iter().map(|call| format!("<tool_call>\n{call}\n</tool_call>")).collect::<Vec<_>>().join("\n")
         }
         CallFormat::Mistral => format!("[TOOL_CALLS][{}]", all.join(", ")),
+        CallFormat::MistralNamed => {
+            calls.iter().map(|(name, city)| format!("[TOOL_CALLS]{name}[ARGS]{{\"city\": \"{city}\"}}")).collect()
+        }
         CallFormat::Llama3 | CallFormat::Gemma => all.join("; "),
     }
 }
@@ -198,7 +207,7 @@ fn assert_held(rig: &Rig, format: CallFormat, thought: Thought, source: &Grammar
 fn a_call_may_come_by_the_tokens_that_the_model_has_for_it() {
     let rig = Rig::with_control_tokens(&MARKS);
     let tools = Tools { functions: vec![function("f", true)], choice: ToolChoice::Auto, parallel: true };
-    for format in [CallFormat::Hermes, CallFormat::Mistral] {
+    for format in [CallFormat::Hermes, CallFormat::Mistral, CallFormat::MistralNamed] {
         let strict = grammar(format, &tools, None, Thought::Never, &rig.tokenizer).expect("a grammar");
         let call = |city: &str| calls(format, &[("f", city)]);
         for before in ["", "So: ", "So: \n\n"] {
@@ -208,6 +217,40 @@ fn a_call_may_come_by_the_tokens_that_the_model_has_for_it() {
         // Spelled out it is read as a call too.
         assert!(!rig.takes_bytes(&strict, &call("Paris")), "{format:?}");
         assert!(rig.takes(&strict, "Hello, Rome."), "{format:?}");
+    }
+}
+
+/// A control token is no text, but for those that a reply is told of.
+#[test]
+fn control_tokens_that_a_grammar_makes_come_are_read() {
+    let rig = Rig::with_control_tokens(&MARKS);
+    for format in FORMATS {
+        let known: Vec<_> = format.control_marks().iter().filter_map(|mark| rig.tokenizer.special_id(mark)).collect();
+        for choice in [ToolChoice::Auto, ToolChoice::Required] {
+            let tools = Tools { functions: vec![function("f", true)], choice, parallel: true };
+            let made = grammar(format, &tools, None, Thought::Never, &rig.tokenizer);
+            let Some(GrammarSource::Lark(lark)) = made else { panic!("no grammar of {format:?}") };
+            let ids = lark.split("<[").skip(1).filter_map(|rest| rest.split_once("]>")?.0.parse().ok());
+            let unread: Vec<TokenId> = ids.map(TokenId).filter(|id| !known.contains(id)).collect();
+            assert!(unread.is_empty(), "{format:?}: {unread:?} in {lark}");
+            assert_eq!(lark.contains("<["), format.marks().open.is_some(), "{format:?}: {lark}");
+        }
+    }
+}
+
+/// With them or without the model says the same.
+#[test]
+fn mistrals_ids_may_come_before_arguments() {
+    for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
+        let tools = Tools { functions: vec![function("f", true)], choice: ToolChoice::Required, parallel: true };
+        let forced =
+            grammar(CallFormat::MistralNamed, &tools, None, Thought::Never, &rig.tokenizer).expect("a grammar");
+        let call = |id: &str, city: &str| format!("[TOOL_CALLS]f{id}[ARGS]{{\"city\": \"{city}\"}}");
+        let with_id = call("[CALL_ID]abcdef012", "Rome");
+        assert!(rig.takes(&forced, &with_id) && rig.takes(&forced, &format!("{with_id}{}", call("", "Oslo"))));
+        for wrong in [call("[CALL_ID]abc", "Rome"), call("[CALL_ID]abcdef012", "Paris"), call("abcdef012", "Rome")] {
+            assert!(!rig.takes(&forced, &wrong), "{wrong}");
+        }
     }
 }
 
@@ -236,6 +279,7 @@ fn a_thought_may_come_before_what_is_bound() {
 fn templates_tell_their_format() {
     let cases = [
         ("{{ '[TOOL_CALLS][' }}", CallFormat::Mistral),
+        ("{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", CallFormat::MistralNamed),
         ("<tool_call>\\n{\"name\": <function-name>", CallFormat::Hermes),
         ("<tool_call>\\n<function=example", CallFormat::Generic),
         ("Environment: ipython ... {\"name\": function name, \"parameters\": ...}", CallFormat::Llama3),
