@@ -181,7 +181,7 @@ pub fn grammar(
     let mut lark = match thought {
         Thought::Never => "start: answer\n".to_owned(),
         Thought::Begun => format!("start: thought answer\n{THOUGHT}"),
-        Thought::Possible => format!("start: (\"<think>\" thought)? answer\n{THOUGHT}"),
+        Thought::Possible => format!("start: (OPEN thought)? answer\nOPEN: /[ \\n]{{0,4}}{OPEN_THOUGHT}/\n{THOUGHT}"),
     };
     lark += &match (body, offered) {
         (Some(body), false) => format!("answer: body\nbody: {}\n", body.expression()),
@@ -197,13 +197,22 @@ pub fn grammar(
 
 const THOUGHT: &str = "thought: inside SPACE?\ninside[suffix=\"</think>\"]: /(?s:.*)/\nSPACE: /[ \\n]{1,4}/\n";
 
+/// What begins like a thought is read as one and is no text, whatever marks of calls it mentions: a part of a terminal.
+fn no_thought(thought: Thought) -> &'static str {
+    match thought {
+        Thought::Possible => r" & ~/\s*<think>(?s:.*)/",
+        Thought::Never | Thought::Begun => "",
+    }
+}
+
 /// `answer` as text, with calls in it or instead of it. Nothing that would be read as a call is text.
 fn free_text(format: CallFormat, tools: &Tools, thought: Thought, tokenizer: &Tokenizer) -> String {
+    let not = no_thought(thought);
     let marked = |open: &str| {
-        let text = format!("TEXT: /(?s:.+)/ & ~/(?s:.*){}(?s:.*)/\n", escaped(open));
+        let text = format!("TEXT: /(?s:.+)/ & ~/(?s:.*){}(?s:.*)/{not}\n", escaped(open));
         match control_token(open, tokenizer) {
             Some(token) => format!("lead: TEXT? {token}\n{text}"),
-            None => format!("lead[suffix={}]: /(?s:.*)/\n{text}", quoted(open)),
+            None => format!("lead[suffix={}]: /(?s:.*)/{not}\n{text}", quoted(open)),
         }
     };
     match format {
@@ -218,11 +227,9 @@ fn free_text(format: CallFormat, tools: &Tools, thought: Thought, tokenizer: &To
             format!("answer: (lead call){repeat} TEXT?\n{}", marked(TOOL_CALLS))
         }
         CallFormat::Llama3 | CallFormat::Gemma => {
-            // Where a thought may come it is read before anything else.
-            let thought = if thought == Thought::Possible { format!("|{OPEN_THOUGHT}") } else { String::new() };
             let fences = FENCES.map(escaped).join("|");
-            let call = format!(r"\s*((({fences})\s*)?\{{{thought})(?s:.*)");
-            format!("answer: calls | TEXT?\nTEXT: /(?s:.+)/ & ~/{call}/\n")
+            let call = format!(r"\s*(({fences})\s*)?\{{(?s:.*)");
+            format!("answer: calls | TEXT?\nTEXT: /(?s:.+)/ & ~/{call}/{not}\n")
         }
     }
 }

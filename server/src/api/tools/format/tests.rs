@@ -54,6 +54,10 @@ impl Rig {
 
     /// Whether the grammar takes all of a text, its bytes being tokens but for control tokens.
     pub fn takes(&self, source: &GrammarSource, text: &str) -> bool {
+        self.takes_tokens(source, self.tokens(text))
+    }
+
+    fn tokens(&self, text: &str) -> Vec<TokenId> {
         let mut tokens = Vec::new();
         let mut rest = text;
         while let Some(next) = rest.chars().next() {
@@ -66,12 +70,12 @@ impl Rig {
             }
             rest = &rest[length..];
         }
-        self.takes_tokens(source, tokens)
+        tokens
     }
 
     /// Whether it takes a text that is nothing but bytes.
     fn takes_bytes(&self, source: &GrammarSource, text: &str) -> bool {
-        self.takes_tokens(source, text.bytes().map(of_byte).collect())
+        self.takes_tokens(source, bytes(text))
     }
 
     fn takes_tokens(&self, source: &GrammarSource, tokens: Vec<TokenId>) -> bool {
@@ -90,6 +94,10 @@ impl Rig {
 }
 
 const MARKS: [&str; 5] = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"];
+
+fn bytes(text: &str) -> Vec<TokenId> {
+    text.bytes().map(of_byte).collect()
+}
 
 fn of_byte(byte: u8) -> TokenId {
     TokenId(4 + u32::from(byte))
@@ -250,6 +258,31 @@ fn mistrals_ids_may_come_before_arguments() {
         assert!(rig.takes(&forced, &with_id) && rig.takes(&forced, &format!("{with_id}{}", call("", "Oslo"))));
         for wrong in [call("[CALL_ID]abc", "Rome"), call("[CALL_ID]abcdef012", "Paris"), call("abcdef012", "Rome")] {
             assert!(!rig.takes(&forced, &wrong), "{wrong}");
+        }
+    }
+}
+
+/// Nothing in a thought begins a call or is bound; what comes behind it is bound as ever.
+#[test]
+fn a_thought_may_mention_calls() {
+    for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
+        for (format, open) in FORMATS.into_iter().flat_map(|format| [(format, "<think>"), (format, "")]) {
+            let thought = if open.is_empty() { Thought::Begun } else { Thought::Possible };
+            let (right, wrong) = (calls(format, &[("f", "Rome")]), calls(format, &[("f", "Paris")]));
+            let mentions = ["<tool_call>", "<tool_call>\n{\"name\": \"f\", ", "[TOOL_CALLS]f", "{", &right, &wrong];
+            let after = |mention: &str, text: &str| {
+                [bytes(&format!("{open}It takes {mention} here.\n</think>\n\n")), rig.tokens(text)].concat()
+            };
+            for choice in [ToolChoice::Auto, ToolChoice::Required] {
+                let tools = Tools { functions: vec![function("f", true)], choice, parallel: true };
+                let source = grammar(format, &tools, None, thought, &rig.tokenizer).expect("a grammar");
+                for mention in mentions {
+                    assert!(rig.takes_tokens(&source, after(mention, &right)), "{format:?} {mention:?}: {source:?}");
+                    assert!(!rig.takes_tokens(&source, after(mention, &wrong)), "{format:?} {mention:?}: {source:?}");
+                    let may_say = rig.takes_tokens(&source, after(mention, "Hello, Rome."));
+                    assert_eq!(may_say, choice == ToolChoice::Auto, "{format:?} {mention:?}: {source:?}");
+                }
+            }
         }
     }
 }
