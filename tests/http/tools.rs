@@ -148,25 +148,71 @@ fn forced_calls_come_whole_and_in_pieces() {
     }
 }
 
+/// As Llama 3's and Gemma's do, whose calls have no marks.
+const LLAMA: &str = "{% if tools %}Environment: ipython {\"name\": function name, \"parameters\": ...} \
+    {{ tools | tojson }}{% endif %}{% for message in messages %}{{ message.role }} {{ message.content }}{% endfor %}";
+const GEMMA: &str = "{% for message in messages %}<start_of_turn>{{ message.role }} {{ message.content }}{% endfor %}";
+
+/// Beside a form a call is all of an answer and has marks, and all else is text, whatever it looks like.
 #[test]
-fn calls_that_nobody_forced_are_found_in_the_text() {
-    let server = hermes();
+fn a_form_s_text_is_no_call() {
+    let llama = with_template(|bundle| set_template(bundle, LLAMA));
+    let gemma = with_template(|bundle| set_template(bundle, GEMMA));
+    let object = |fields: Value| {
+        let names: Vec<&String> = fields.as_object().expect("fields").keys().collect();
+        json!({"type": "object", "required": names, "properties": fields, "additionalProperties": false})
+    };
+    let city = object(json!({"city": {"enum": ["Rome"]}}));
+    let schema = object(json!({"name": {"enum": ["weather"]}, "parameters": city, "arguments": city}));
+    let schema = json!({"type": "json_schema", "json_schema": {"schema": schema}});
     let call = r#"Look: <tool_call>\{"name": "weather", "arguments": \{"city": "[A-Z]{9}"\}\}</tool_call>"#;
-    // Both of the client's making: a text with a call in it, or a call alone.
-    let body = ask(json!({"guided_regex": call, "parallel_tool_calls": false}));
-    let (message, reason) = added_up(&server.stream("/v1/chat/completions", body.clone()));
-    let whole = server.chat(body);
-    let told = &whole["choices"][0];
-    assert_eq!((&told["finish_reason"], &reason), (&json!("tool_calls"), &json!("tool_calls")));
-    assert_eq!(calls_of(&told["message"]), calls_of(&message));
-    let content = told["message"]["content"].as_str().unwrap_or_default();
-    assert!(content.is_empty() || content == "Look:", "{told}");
-    // Nobody looks for calls where there are no functions.
-    let free = server.chat(ask(json!({"guided_regex": call, "tools": null})));
-    assert!(free["choices"][0]["message"]["content"].as_str().expect("text").ends_with("</tool_call>"), "{free}");
-    assert_eq!(free["choices"][0]["finish_reason"], "stop");
-    let none = server.chat(ask(json!({"guided_regex": call, "tool_choice": "none"})));
-    assert!(none["choices"][0]["message"].get("tool_calls").is_none(), "{none}");
+    let forms = [
+        json!({"response_format": schema}),
+        json!({"guided_regex": call}),
+        json!({"guided_regex": "Look: \\[TOOL_CALLS\\]time\\[ARGS\\]\\{\\}"}),
+    ];
+    for server in [llama, gemma, hermes(), mistral()] {
+        for form in &forms {
+            let mut num_calls = 0;
+            for seed in 0..12 {
+                let mut body = ask(form.clone());
+                body["seed"] = json!(seed);
+                body["parallel_tool_calls"] = json!(false);
+                let choice = server.chat(body.clone())["choices"][0].clone();
+                let calls = calls_of(&choice["message"]);
+                num_calls += calls.len();
+                let content = choice["message"]["content"].as_str();
+                match content {
+                    Some(text) => {
+                        assert!(calls.is_empty() && choice["finish_reason"] == "stop", "{choice}");
+                        let is_whole = match text.strip_prefix("Look: ") {
+                            Some(rest) => rest.ends_with("</tool_call>") || rest == "[TOOL_CALLS]time[ARGS]{}",
+                            None => serde_json::from_str::<Value>(text).is_ok_and(|told| told["name"] == "weather"),
+                        };
+                        assert!(is_whole, "{text}");
+                    }
+                    None => assert!(calls.len() == 1 && choice["finish_reason"] == "tool_calls", "{choice}"),
+                }
+                let (message, reason) = added_up(&server.stream("/v1/chat/completions", body.clone()));
+                assert_eq!(message["content"].as_str(), content.or(Some("")), "{message}");
+                assert_eq!((calls_of(&message), &reason), (calls, &choice["finish_reason"]));
+                for nobody in [json!("none"), Value::Null] {
+                    body["tool_choice"] = nobody.clone();
+                    body["tools"] = if nobody.is_null() { Value::Null } else { tools() };
+                    let said = server.chat(body.clone())["choices"][0].clone();
+                    assert!(said["message"]["content"].is_string() && said["finish_reason"] == "stop", "{said}");
+                    assert!(said["message"].get("tool_calls").is_none(), "{said}");
+                }
+            }
+            assert!((1..12).contains(&num_calls), "{num_calls} calls of twelve");
+        }
+        let told = |change: Value| prompt_of(&server, &ask(change));
+        let has_marks = |prompt: &str| prompt.contains("<tool_call>") || prompt.contains("[AVAILABLE_TOOLS]");
+        assert!(has_marks(&told(forms[0].clone())), "who is to write marks is told of them");
+        // Where a call is forced, nothing else may look like one.
+        let forced = json!({"response_format": forms[0]["response_format"], "tool_choice": "required"});
+        assert_eq!(told(forced), told(json!({"tool_choice": "required"})));
+    }
 }
 
 #[test]

@@ -43,8 +43,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         user,
     };
     let sampling = Sampling::read(model, client, fields, own)?;
-    let constraint = constraint(fields)?;
-    chat(fields)?.jobs(model, id, &sampling, ChatOptions { constraint, ..ChatOptions::default() })
+    chat(fields)?.jobs(model, id, &sampling, ChatOptions::default())
 }
 
 /// What goes through the template.
@@ -61,7 +60,14 @@ pub fn chat(fields: &Fields) -> Result<Chat, ApiError> {
             "the last of messages is the assistant's; this server does not go on with it: end with the user's";
         return Err(ApiError::invalid("messages", message));
     }
-    Ok(Chat { param: "messages", messages, tools: input::tools(fields)?, variables, add_generation_prompt: true })
+    Ok(Chat {
+        param: "messages",
+        messages,
+        tools: input::tools(fields)?,
+        constraint: constraint(fields)?,
+        variables,
+        add_generation_prompt: true,
+    })
 }
 
 /// `/v1/messages/count_tokens`.

@@ -20,6 +20,8 @@ pub struct Chat {
     pub param: &'static str,
     pub messages: Vec<ChatMessage>,
     pub tools: Tools,
+    /// The form of its answer, where that calls nothing.
+    pub constraint: Option<Constraint>,
     /// Variables of the template.
     pub variables: Map<String, Value>,
     pub add_generation_prompt: bool,
@@ -28,7 +30,6 @@ pub struct Chat {
 /// What is asked of its answer beside sampling.
 #[derive(Default)]
 pub struct ChatOptions {
-    pub constraint: Option<Constraint>,
     pub logprobs: Option<u32>,
     pub prompt_logprobs: Option<u32>,
 }
@@ -42,12 +43,12 @@ impl Chat {
         sampling: &Sampling,
         asked: ChatOptions,
     ) -> Result<Jobs, ApiError> {
-        let ChatOptions { constraint, logprobs, prompt_logprobs } = asked;
+        let ChatOptions { logprobs, prompt_logprobs } = asked;
         let template = self.template(model)?;
         let mut places = sampling.reserve(model, 1)?;
         let RenderedChat { ids, text } = self.render(model)?;
         let thought = thought(template, &text);
-        let form = self.form(model, template, constraint.as_ref(), thought)?;
+        let form = self.form(model, template, thought)?;
         let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
         let reply = Some(self.reply(template, thought)).filter(|reply| *reply != ReplyFormat::default());
         let prompt = Prompt { ids, max_tokens, logprobs, prompt_logprobs, echo: None, reply };
@@ -60,9 +61,20 @@ impl Chat {
         model.chat_template.as_deref().ok_or_else(|| ApiError::invalid(self.param, missing()))
     }
 
+    /// How the model writes calls in this chat.
+    fn call_format(&self, template: &ChatTemplate) -> CallFormat {
+        let format = CallFormat::of_template(template.source());
+        if self.may_call_or_say() { format.beside_a_form() } else { format }
+    }
+
+    /// Whether calls or a text of a form may come, as the model likes.
+    fn may_call_or_say(&self) -> bool {
+        self.constraint.is_some() && self.tools.are_offered() && !self.tools.are_forced()
+    }
+
     pub fn render(&self, model: &ServedModel) -> Result<RenderedChat, ApiError> {
         let template = self.template(model)?;
-        let format = CallFormat::of_template(template.source());
+        let format = self.call_format(template);
         let max_model_len = model.max_model_len();
         let told = self.tools.are_offered() && format.is_of_template();
         let tools: Vec<Value> = self.tools.functions.iter().map(|function| function.tool.clone()).collect();
@@ -90,17 +102,11 @@ impl Chat {
     }
 
     /// What the answer follows.
-    fn form(
-        &self,
-        model: &ServedModel,
-        template: &ChatTemplate,
-        constraint: Option<&Constraint>,
-        thought: Thought,
-    ) -> Result<Option<Form>, ApiError> {
-        let format = CallFormat::of_template(template.source());
-        let body: Option<&GrammarSource> = constraint.map(|constraint| &constraint.source);
+    fn form(&self, model: &ServedModel, template: &ChatTemplate, thought: Thought) -> Result<Option<Form>, ApiError> {
+        let format = self.call_format(template);
+        let body: Option<&GrammarSource> = self.constraint.as_ref().map(|constraint| &constraint.source);
         let source = format::grammar(format, &self.tools, body, thought, &model.tokenizer);
-        let param = match constraint {
+        let param = match &self.constraint {
             Some(constraint) if !self.tools.are_forced() => constraint.param.clone(),
             _ => "tools".to_owned(),
         };
@@ -112,9 +118,10 @@ impl Chat {
         match self.tools.are_offered() {
             true => ReplyFormat {
                 thought,
-                calls: Some(CallFormat::of_template(template.source())),
+                calls: Some(self.call_format(template)),
                 functions: functions.collect(),
                 calls_alone: self.tools.are_forced(),
+                calls_or_text: self.may_call_or_say(),
                 // As OpenAI has it.
                 ends_as_text: matches!(self.tools.choice, ToolChoice::Named(_)),
             },

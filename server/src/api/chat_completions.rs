@@ -27,11 +27,7 @@ pub fn read(model: &ServedModel, client: &Client, fields: &Fields) -> Result<(Ch
     // A template writes its own.
     fields.refuse_unless("add_special_tokens", false)?;
     let sampling = Sampling::read(model, client, fields, openai::own(fields, 1)?)?;
-    let options = ChatOptions {
-        logprobs: logprobs(fields)?,
-        prompt_logprobs: openai::prompt_logprobs(fields)?,
-        constraint: Constraint::read(fields)?,
-    };
+    let options = ChatOptions { logprobs: logprobs(fields)?, prompt_logprobs: openai::prompt_logprobs(fields)? };
     Ok((chat(fields)?, sampling, options))
 }
 
@@ -42,6 +38,7 @@ pub fn chat(fields: &Fields) -> Result<Chat, ApiError> {
         add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
         messages: messages::read(fields.get("messages"))?,
         tools: Tools::read(fields)?,
+        constraint: Constraint::read(fields)?,
         variables: variables(fields)?,
     })
 }

@@ -27,8 +27,8 @@ pub fn completions(model: &ServedModel, fields: &Fields) -> Result<Value, ApiErr
 
 pub fn chat(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
     let answer = OpenAiAnswer::read(Endpoint::Chat, "", model, fields)?;
-    let (chat, sampling, options) = chat_completions::read(model, &Client::default(), fields)?;
-    options.constraint.map(Constraint::check).transpose()?;
+    let (chat, sampling, _) = chat_completions::read(model, &Client::default(), fields)?;
+    chat.constraint.clone().map(Constraint::check).transpose()?;
     let ids = chat.render(model)?.ids;
     let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
     let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();

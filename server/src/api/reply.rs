@@ -22,6 +22,9 @@ pub struct ReplyFormat {
     pub functions: Vec<String>,
     /// Whether nothing but calls may come.
     pub calls_alone: bool,
+    /// Whether calls are all of an answer or none of it: what does not begin with one is text of a form, whatever is in
+    /// it. Needs calls with marks.
+    pub calls_or_text: bool,
     /// Whether a text with calls ends as one without: the client chose the function itself.
     pub ends_as_text: bool,
 }
@@ -204,6 +207,19 @@ impl Reply {
             if may_be_fence && !is_end {
                 return false;
             }
+        }
+        if self.format.calls_or_text
+            && let Some(open) = self.format.calls.and_then(|format| format.marks().open)
+        {
+            if let Some(rest) = text.strip_prefix(open) {
+                self.held = rest.to_owned();
+                self.state = State::Calls { opened: true };
+                return true;
+            }
+            if open.starts_with(text) && !is_end {
+                return false;
+            }
+            self.format.calls = None;
         }
         if self.format.thought != Thought::Never {
             self.held = text.to_owned();
@@ -425,6 +441,27 @@ mod tests {
         let mistral = format(Thought::Never, Some(CallFormat::Mistral));
         let two = "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": [1]}}, {\"name\": \"g\", \"arguments\": {}}]";
         assert_eq!(parse(&mistral, two), expect("", "", &[("f", "{\"a\": [1]}"), ("g", "{}")]));
+    }
+
+    /// What a form lets come is handed on to the letter.
+    #[test]
+    fn a_form_s_text_has_no_calls_in_it() {
+        for (calls, call, arguments) in [
+            (CallFormat::Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>", "{}"),
+            (CallFormat::MistralNamed, "[TOOL_CALLS]f[ARGS]{}", "{}"),
+            (CallFormat::Mistral, "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {}}]", "{}"),
+        ] {
+            let with = |thought| ReplyFormat { calls_or_text: true, ..format(thought, Some(calls)) };
+            let text = format!(" {{\"a\": \" {call}\"}}");
+            assert_eq!(parse(&with(Thought::Never), &text), expect("", &text, &[]));
+            let array = "[1]";
+            assert_eq!(parse(&with(Thought::Never), array), expect("", array, &[]));
+            assert_eq!(parse(&with(Thought::Never), call), expect("", "", &[("f", arguments)]));
+            let thought = format!("<think>{call}</think>\n{call}");
+            assert_eq!(parse(&with(Thought::Possible), &thought), expect(call, "", &[("f", arguments)]));
+            let said = format!("<think>{call}</think>\n\"{call}\"");
+            assert_eq!(parse(&with(Thought::Possible), &said), expect(call, &format!("\"{call}\""), &[]));
+        }
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
         user: fields.string("user")?.or(fields.string("safety_identifier")?),
     };
     let sampling = Sampling::read(model, client, fields, own)?;
-    let options = ChatOptions { constraint: constraint(fields)?, logprobs: logprobs(fields)?, prompt_logprobs: None };
+    let options = ChatOptions { logprobs: logprobs(fields)?, prompt_logprobs: None };
     chat(fields)?.jobs(model, id, &sampling, options)
 }
 
@@ -54,8 +54,14 @@ fn chat(fields: &Fields) -> Result<Chat, ApiError> {
             variables.entry("enable_thinking").or_insert(false.into());
         }
     }
-    let messages = input::messages(fields)?;
-    Ok(Chat { param: "input", messages, tools: input::tools(fields)?, variables, add_generation_prompt: true })
+    Ok(Chat {
+        param: "input",
+        messages: input::messages(fields)?,
+        tools: input::tools(fields)?,
+        constraint: constraint(fields)?,
+        variables,
+        add_generation_prompt: true,
+    })
 }
 
 /// Alternatives of each token of the text, where its log-probabilities are to be included.

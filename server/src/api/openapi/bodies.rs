@@ -143,8 +143,10 @@ fn forms() -> Fields {
     ]
 }
 
-fn chat_template() -> Fields {
-    vec![
+/// What a chat's prompt is made of; a form beside tools says how they are called.
+fn chat_prompt() -> Fields {
+    let mut fields = forms();
+    fields.extend([
         ("messages", json!({"type": "array", "minItems": 1, "items": reference("ChatMessage")})),
         ("tools", json!({"type": ["array", "null"], "maxItems": MAX_TOOLS, "items": reference("ChatTool")})),
         ("tool_choice", reference("ChatToolChoice")),
@@ -152,7 +154,8 @@ fn chat_template() -> Fields {
         ("add_generation_prompt", bool()),
         ("chat_template_kwargs", any_object()),
         ("reasoning_effort", string()),
-    ]
+    ]);
+    fields
 }
 
 fn prompt() -> Value {
@@ -174,7 +177,7 @@ pub fn completions() -> Value {
 
 pub fn chat() -> Value {
     let own = vec![("max_tokens", tokens(1)), ("logprobs", bool()), ("top_logprobs", integer(0, MAX_LOGPROBS))];
-    body(&[chat_template(), own, openai(), sampling(), forms()], &["messages"])
+    body(&[chat_prompt(), own, openai(), sampling()], &["messages"])
 }
 
 fn json_schema(kinds: &[&str]) -> Value {
@@ -221,6 +224,8 @@ fn message_prompt() -> Fields {
         ),
         ("thinking", object(&[("type", one_of(&["enabled", "adaptive", "disabled"]))])),
         ("chat_template_kwargs", any_object()),
+        ("output_config", object(&[("effort", string()), ("format", json_schema(&["json_schema"]))])),
+        ("output_format", json_schema(&["json_schema"])),
     ]
 }
 
@@ -229,15 +234,12 @@ pub fn messages() -> Value {
         ("max_tokens", json!({"type": "integer", "minimum": 1, "maximum": u32::MAX})),
         ("stop_sequences", stops()),
         ("metadata", object(&[("user_id", string())])),
-        ("output_config", object(&[("effort", string()), ("format", json_schema(&["json_schema"]))])),
-        ("output_format", json_schema(&["json_schema"])),
     ];
     body(&[message_prompt(), own, sampling()], &["messages", "max_tokens"])
 }
 
 pub fn count_tokens() -> Value {
-    let own = vec![("model", string()), ("output_config", object(&[("effort", string())]))];
-    body(&[message_prompt(), own], &["messages"])
+    body(&[message_prompt(), vec![("model", string())]], &["messages"])
 }
 
 pub fn embeddings() -> Value {
@@ -265,7 +267,7 @@ pub fn tokenize() -> Value {
     let own =
         vec![("model", string()), ("prompt", string()), ("add_special_tokens", bool()), ("return_token_strs", bool())];
     let of_llama_server = vec![("content", string()), ("add_special", bool())];
-    let mut body = body(&[own, of_llama_server, chat_template()], &[]);
+    let mut body = body(&[own, of_llama_server, chat_prompt()], &[]);
     body["anyOf"] = json!([{"required": ["prompt"]}, {"required": ["content"]}, {"required": ["messages"]}]);
     body
 }
@@ -275,5 +277,5 @@ pub fn detokenize() -> Value {
 }
 
 pub fn apply_template() -> Value {
-    body(&[vec![("model", string())], chat_template()], &["messages"])
+    body(&[vec![("model", string())], chat_prompt()], &["messages"])
 }

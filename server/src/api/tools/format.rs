@@ -61,6 +61,11 @@ impl CallFormat {
         }
     }
 
+    /// As which calls come where a text of a form may come instead: with marks, for JSON may look like a call without.
+    pub fn beside_a_form(self) -> CallFormat {
+        if self.marks().open.is_some() { self } else { CallFormat::Generic }
+    }
+
     /// Whether the model's template writes tools and calls by itself.
     pub fn is_of_template(self) -> bool {
         !matches!(self, CallFormat::Gemma | CallFormat::Generic)
@@ -184,9 +189,13 @@ pub fn grammar(
         Thought::Possible => format!("start: (OPEN thought)? answer\nOPEN: /[ \\n]{{0,4}}{OPEN_THOUGHT}/\n{THOUGHT}"),
     };
     lark += &match (body, offered) {
-        (Some(body), false) => format!("answer: body\nbody: {}\n", body.expression()),
+        (Some(body), false) => format!("answer: body\n{}", body_rule(body, no_thought(thought))),
         (_, true) if tools.are_forced() => "answer: calls\n".to_owned(),
-        (Some(body), true) => format!("answer: body | calls\nbody: {}\n", body.expression()),
+        (Some(body), true) => {
+            let open = format.marks().open.expect("calls beside a form have marks");
+            let not = format!(r" & ~/\s*{}(?s:.*)/", escaped(open)) + no_thought(thought);
+            format!("answer: body | calls\n{}", body_rule(body, &not))
+        }
         (None, _) => free_text(format, tools, thought, tokenizer),
     };
     if offered {
@@ -202,6 +211,14 @@ fn no_thought(thought: Thought) -> &'static str {
     match thought {
         Thought::Possible => r" & ~/\s*<think>(?s:.*)/",
         Thought::Never | Thought::Begun => "",
+    }
+}
+
+/// A text of a form; a regular expression's begins with nothing that would be read as something else.
+fn body_rule(body: &GrammarSource, not: &str) -> String {
+    match body {
+        GrammarSource::Regex(_) => format!("body: BODY\nBODY: {}{not}\n", body.expression()),
+        _ => format!("body: {}\n", body.expression()),
     }
 }
 

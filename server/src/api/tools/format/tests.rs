@@ -287,6 +287,31 @@ fn a_thought_may_mention_calls() {
     }
 }
 
+/// Or a call, all of it: whatever else begins like one may not come.
+#[test]
+fn a_text_of_a_form_may_come_instead_of_calls() {
+    let tools = Tools { functions: vec![function("f", false)], choice: ToolChoice::Auto, parallel: true };
+    let bodies = [GrammarSource::JsonSchema(json!({"type": "object"})), GrammarSource::Regex("(?s:.+)".to_owned())];
+    for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
+        for (family, body) in FORMATS.into_iter().flat_map(|format| bodies.each_ref().map(|body| (format, body))) {
+            let format = family.beside_a_form();
+            let source = grammar(format, &tools, Some(body), Thought::Possible, &rig.tokenizer).expect("a grammar");
+            let like_a_call = "{\"name\": \"f\", \"parameters\": {\"city\": \"Paris\"}}";
+            let quoted = "{\"a\": \"<tool_call>[TOOL_CALLS]f[ARGS]{}\"}";
+            for text in [like_a_call, quoted] {
+                assert!(rig.takes_bytes(&source, text), "{format:?} {text}: {source:?}");
+            }
+            assert!(rig.takes(&source, &calls(format, &[("f", "Rome"), ("f", "Oslo")])), "{format:?}: {source:?}");
+            let wrong = calls(format, &[("f", "Paris")]);
+            for before in ["", " ", "<think>Hm.</think>\n\n", "\u{2003}"] {
+                let text = format!("{before}{wrong}");
+                assert!(!rig.takes(&source, &text) && !rig.takes_bytes(&source, &text), "{format:?} {text:?}");
+            }
+            assert!(!rig.takes_bytes(&source, "<think>Hm."), "{format:?}: a thought is no text");
+        }
+    }
+}
+
 #[test]
 fn a_thought_may_come_before_what_is_bound() {
     let rig = Rig::new();
