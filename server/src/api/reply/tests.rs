@@ -1,0 +1,148 @@
+//! Replies however they are cut.
+
+use super::*;
+
+/// What a text says: reasoning, content, and (name, arguments) of its calls.
+type Said = (String, String, Vec<(String, String)>);
+
+fn said(reply: &mut Reply, parts: &[&str]) -> Said {
+    let mut all: Vec<Pieces> = parts.iter().map(|part| reply.push(part)).collect();
+    all.push(reply.finish());
+    let mut said = Said::default();
+    for Pieces { reasoning, content, calls } in all {
+        said.0 += &reasoning;
+        said.1 += &content;
+        for CallPiece { index, begin, arguments } in calls {
+            if let Some((id, name)) = begin {
+                assert!(index == said.2.len() && id.len() >= 9, "{index} {id}");
+                said.2.push((name, String::new()));
+            }
+            said.2[index].1 += &arguments;
+        }
+    }
+    said
+}
+
+/// The same however it is cut.
+fn parse(format: &ReplyFormat, text: &str) -> Said {
+    let whole = said(&mut Reply::new(format.clone()), &[text]);
+    let ends: Vec<usize> = text.char_indices().map(|(at, c)| at + c.len_utf8()).collect();
+    for &cut in &ends {
+        let (first, second) = text.split_at(cut);
+        assert_eq!(said(&mut Reply::new(format.clone()), &[first, second]), whole, "{first:?} {second:?}");
+    }
+    let letters: Vec<String> = text.chars().map(String::from).collect();
+    let letters: Vec<&str> = letters.iter().map(String::as_str).collect();
+    assert_eq!(said(&mut Reply::new(format.clone()), &letters), whole, "letter by letter: {text:?}");
+    whole
+}
+
+fn format(thought: Thought, calls: Option<CallFormat>) -> ReplyFormat {
+    ReplyFormat { thought, calls, functions: vec!["f".to_owned(), "g".to_owned()], ..ReplyFormat::default() }
+}
+
+fn expect(reasoning: &str, content: &str, calls: &[(&str, &str)]) -> Said {
+    let calls = calls.iter().map(|(name, arguments)| ((*name).to_owned(), (*arguments).to_owned()));
+    (reasoning.to_owned(), content.to_owned(), calls.collect())
+}
+
+#[test]
+fn thoughts_are_told_from_what_is_said() {
+    let possible = format(Thought::Possible, None);
+    assert_eq!(parse(&possible, "<think>\nHm, é.\n\nSo.\n</think>\n\nYes."), expect("Hm, é.\n\nSo.", "Yes.", &[]));
+    assert_eq!(parse(&possible, "No <think>."), expect("", "No <think>.", &[]));
+    assert_eq!(parse(&possible, "<thi"), expect("", "<thi", &[]));
+    assert_eq!(parse(&possible, "<think>cut o"), expect("cut o", "", &[]));
+    let begun = format(Thought::Begun, None);
+    assert_eq!(parse(&begun, "Hm</thin</think>Yes </think>"), expect("Hm</thin", "Yes </think>", &[]));
+    let calls = format(Thought::Possible, Some(CallFormat::Hermes));
+    let text = "<think>a</think>\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+    assert_eq!(parse(&calls, text), expect("a", "", &[("f", "{}")]));
+}
+
+#[test]
+fn marked_calls_are_told_from_what_is_said() {
+    let hermes = format(Thought::Never, Some(CallFormat::Hermes));
+    let two = "Let me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"<tool_call>\"}}\n</tool_call>\n\
+               <tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>";
+    let both = [("f", "{\"a\": \"<tool_call>\"}"), ("g", "{}")];
+    assert_eq!(parse(&hermes, two), expect("", "Let me see.", &both));
+    let plain = "a <tool_cal l> b\n";
+    assert_eq!(parse(&hermes, plain), expect("", plain, &[]));
+    let unknown = "<tool_call>{\"name\": \"h\"}</tool_call>";
+    assert_eq!(parse(&hermes, unknown), expect("", unknown, &[]));
+    let not_json = "x<tool_call>yes</tool_call>";
+    assert_eq!(parse(&hermes, not_json), expect("", not_json, &[]));
+    let cut_off = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1";
+    assert_eq!(parse(&hermes, cut_off), expect("", "", &[("f", "{\"a\": 1")]));
+    let reason = |text: &str| {
+        let mut reply = Reply::new(hermes.clone());
+        said(&mut reply, &[text]);
+        reply.finish_reason()
+    };
+    assert_eq!([plain, two, cut_off].map(reason), ["stop", "tool_calls", "stop"]);
+    // Cut off before its name.
+    for rest in ["{", "{\"na", "{\"name\": \"", "{\"arguments\": {\"a\": 1"] {
+        assert_eq!(parse(&hermes, &format!("So.\n<tool_call>\n{rest}")), expect("", "So.", &[]), "{rest}");
+    }
+    for rest in ["</tool_ca", "</tool_call>", "</tool_call>\n<tool"] {
+        let cut_off = format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{}}}}\n{rest}");
+        assert_eq!(parse(&hermes, &cut_off), expect("", "", &[("f", "{}")]), "{rest}");
+    }
+    let mistral = format(Thought::Never, Some(CallFormat::Mistral));
+    let two = "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": [1]}}, {\"name\": \"g\", \"arguments\": {}}]";
+    assert_eq!(parse(&mistral, two), expect("", "", &[("f", "{\"a\": [1]}"), ("g", "{}")]));
+}
+
+/// What a form lets come is handed on to the letter.
+#[test]
+fn a_form_s_text_has_no_calls_in_it() {
+    for (calls, call, arguments) in [
+        (CallFormat::Hermes, "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>", "{}"),
+        (CallFormat::MistralNamed, "[TOOL_CALLS]f[ARGS]{}", "{}"),
+        (CallFormat::Mistral, "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {}}]", "{}"),
+    ] {
+        let with = |thought| ReplyFormat { calls_or_text: true, ..format(thought, Some(calls)) };
+        let text = format!(" {{\"a\": \" {call}\"}}");
+        assert_eq!(parse(&with(Thought::Never), &text), expect("", &text, &[]));
+        let array = "[1]";
+        assert_eq!(parse(&with(Thought::Never), array), expect("", array, &[]));
+        assert_eq!(parse(&with(Thought::Never), call), expect("", "", &[("f", arguments)]));
+        let thought = format!("<think>{call}</think>\n{call}");
+        assert_eq!(parse(&with(Thought::Possible), &thought), expect(call, "", &[("f", arguments)]));
+        let said = format!("<think>{call}</think>\n\"{call}\"");
+        assert_eq!(parse(&with(Thought::Possible), &said), expect(call, &format!("\"{call}\""), &[]));
+    }
+}
+
+#[test]
+fn calls_whose_names_come_first_are_told_from_what_is_said() {
+    let mistral = format(Thought::Never, Some(CallFormat::MistralNamed));
+    let two = "[TOOL_CALLS]f[ARGS]{\"a\": \"[TOOL_CALLS]g[ARGS]{}\"}[TOOL_CALLS]g[CALL_ID]abcdef012[ARGS]{}";
+    let both = [("f", "{\"a\": \"[TOOL_CALLS]g[ARGS]{}\"}"), ("g", "{}")];
+    assert_eq!(parse(&mistral, two), expect("", "", &both));
+    assert_eq!(parse(&mistral, &format!("So.\n{two} Done.")), expect("", "So.Done.", &both));
+    for text in ["f[ARGS]{}", "[TOOL_CALLS]h[ARGS]{}", "[TOOL_CALLS]f is", "[TOOL_CALLS][{\"name\": \"f\"}]", "[1] b"] {
+        assert_eq!(parse(&mistral, text), expect("", text, &[]), "{text}");
+    }
+    for cut_off in ["[TOOL_CA", "[TOOL_CALLS]", "[TOOL_CALLS]f[AR", "[TOOL_CALLS]f[CALL_ID]ab", "[TOOL_CALLS]f[ARGS]"] {
+        let said = if cut_off == "[TOOL_CA" { cut_off } else { "" };
+        assert_eq!(parse(&mistral, cut_off), expect("", said, &[]), "{cut_off}");
+    }
+    assert_eq!(parse(&mistral, "[TOOL_CALLS]f[ARGS]{\"a\": \"["), expect("", "", &[("f", "{\"a\": \"[")]));
+}
+
+#[test]
+fn calls_that_are_all_of_a_text_are_told_from_text() {
+    let llama = format(Thought::Never, Some(CallFormat::Llama3));
+    let call = "{\"name\": \"f\", \"parameters\": {\"a\": 1}}";
+    assert_eq!(parse(&llama, call), expect("", "", &[("f", "{\"a\": 1}")]));
+    assert_eq!(parse(&llama, &format!("<|python_tag|>{call}")), expect("", "", &[("f", "{\"a\": 1}")]));
+    let both = [("f", "{\"a\": 1}"), ("f", "{\"a\": 1}")];
+    assert_eq!(parse(&llama, &format!("{call}; {call}")), expect("", "", &both));
+    let gemma = format(Thought::Never, Some(CallFormat::Gemma));
+    assert_eq!(parse(&gemma, &format!("```json\n{call}\n```")), expect("", "", &[("f", "{\"a\": 1}")]));
+    for text in ["{\"age\": 3}", "{\"name\": \"Ada\"}", "It is {\"name\": \"f\"}", "```rust\nfn", "``", " "] {
+        assert_eq!(parse(&gemma, text), expect("", text, &[]), "{text}");
+    }
+}
