@@ -238,6 +238,21 @@ fn text_becomes_tokens_and_text_again() {
     // As llama-server's clients ask.
     assert_eq!(tokens(json!({"content": "Héllo"}))["tokens"], bare["tokens"]);
     assert_eq!(tokens(json!({"content": "Héllo", "add_special": true}))["tokens"], reply["tokens"]);
+    let told = tokens(json!({"content": "hé<|im_end|>", "with_pieces": true}));
+    let pieces: Vec<Value> =
+        told["tokens"].as_array().expect("tokens").iter().map(|told| told["piece"].clone()).collect();
+    assert_eq!(pieces, [json!("h"), json!([0xC3]), json!([0xA9]), json!("<|im_end|>")]);
+    let of_pieces: Value = told["tokens"].as_array().expect("tokens").iter().map(|told| told["id"].clone()).collect();
+    assert_eq!(of_pieces, tokens(json!({"content": "hé<|im_end|>"}))["tokens"]);
+    let whole = server.post("/detokenize", &json!({"tokens": of_pieces})).ok();
+    assert_eq!(whole["content"], "hé<|im_end|>");
+    let as_text = tokens(json!({"content": "<|im_end|>", "parse_special": false}))["tokens"].clone();
+    assert_eq!(ids(&as_text).len(), "<|im_end|>".len());
+    let end = tokens(json!({"content": "<|im_end|>"}))["tokens"].clone();
+    let mixed = tokens(json!({"content": ["Hé", 70, "llo"], "add_special": true}))["tokens"].clone();
+    let [before, after] = ["Hé", "llo"].map(|text| ids(&tokens(json!({"content": text}))["tokens"]));
+    assert_eq!(ids(&mixed)[1..], [before, vec![70], after].concat());
+    assert_eq!((ids(&mixed)[0], ids(&end).len()), (ids(&reply["tokens"])[0], 1));
     let chat = json!({"messages": message("Hi <|im_end|>"), "max_tokens": 1, "return_token_ids": true});
     assert_eq!(tokens(chat.clone())["tokens"], server.chat(chat.clone())["prompt_token_ids"]);
     let prompt = server.post("/apply-template", &chat).ok()["prompt"].clone();
@@ -246,6 +261,10 @@ fn text_becomes_tokens_and_text_again() {
         ("/tokenize", json!({}), "prompt"),
         ("/tokenize", json!({"prompt": 5}), "prompt"),
         ("/tokenize", json!({"prompt": "word ".repeat(50_000)}), "prompt"),
+        ("/tokenize", json!({"content": vec!["word ".repeat(250); 200]}), "content"),
+        ("/tokenize", json!({"content": [true]}), "content"),
+        ("/tokenize", json!({"content": [1u64 << 40]}), "content"),
+        ("/tokenize", json!({"content": 70}), "content"),
         ("/detokenize", json!({"tokens": "x"}), "tokens"),
         ("/detokenize", json!({"tokens": [1u64 << 40]}), "tokens"),
         ("/detokenize", json!({"tokens": vec![70; 5000]}), "tokens"),

@@ -91,15 +91,21 @@ pub fn inputs<'a>(fields: &Fields<'a>, param: &str, max_inputs: usize) -> Result
 pub fn ids(model: &ServedModel, param: &str, input: &Input) -> Result<Vec<TokenId>, ApiError> {
     match input {
         Input::Ids(ids) => ids.iter().map(|id| token_id(model, param, id)).collect(),
-        Input::Text(text) => text_ids(model, param, text, true),
+        Input::Text(text) => text_ids(model, param, text, Special::Parse, true),
     }
 }
 
 /// A prompt's text in field `param` as ids, after a BOS token where the model wants one.
-pub fn text_ids(model: &ServedModel, param: &str, text: &str, with_bos: bool) -> Result<Vec<TokenId>, ApiError> {
-    model.check_text(param, text)?;
+pub fn text_ids(
+    model: &ServedModel,
+    param: &str,
+    text: &str,
+    special: Special,
+    with_bos: bool,
+) -> Result<Vec<TokenId>, ApiError> {
+    model.check_text(param, text.len())?;
     let tokenizer = &model.tokenizer;
-    let mut ids = tokenizer.encode(text, Special::Parse);
+    let mut ids = tokenizer.encode(text, special);
     let bos = tokenizer.bos().filter(|bos| with_bos && tokenizer.add_bos() && ids.first() != Some(bos));
     ids.splice(0..0, bos);
     Ok(ids)

@@ -104,9 +104,9 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    /// Refuses text of field `param` that cannot fit into the context, before it is tokenized.
-    fn check_text(&self, param: &str, text: &str) -> Result<(), ApiError> {
-        let (least_tokens, max_model_len) = (self.tokenizer.least_tokens(text.len()), self.max_model_len());
+    /// Refuses text of `num_bytes` in field `param` that cannot fit into the context, before it is tokenized.
+    fn check_text(&self, param: &str, num_bytes: usize) -> Result<(), ApiError> {
+        let (least_tokens, max_model_len) = (self.tokenizer.least_tokens(num_bytes), self.max_model_len());
         match least_tokens > max_model_len as usize {
             true => Err(ApiError::too_long(param, least_tokens, max_model_len)),
             false => Ok(()),

@@ -266,7 +266,10 @@ pub fn render_completions() -> Value {
 pub fn tokenize() -> Value {
     let own =
         vec![("model", string()), ("prompt", string()), ("add_special_tokens", bool()), ("return_token_strs", bool())];
-    let of_llama_server = vec![("content", string()), ("add_special", bool())];
+    let part = json!({"type": ["string", "integer"], "minimum": 0});
+    let content = json!({"oneOf": [string(), {"type": "array", "items": part}]});
+    let of_llama_server =
+        vec![("content", content), ("add_special", bool()), ("parse_special", bool()), ("with_pieces", bool())];
     let mut body = body(&[own, of_llama_server, chat_prompt()], &[]);
     body["anyOf"] = json!([{"required": ["prompt"]}, {"required": ["content"]}, {"required": ["messages"]}]);
     body

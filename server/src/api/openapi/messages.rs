@@ -123,6 +123,7 @@ fn answers() -> Value {
     let (text, number) = (json!({"type": "string"}), json!({"type": "integer"}));
     let objects = json!({"type": "array", "items": {"type": "object"}});
     let ids = json!({"type": "array", "items": {"type": "integer"}});
+    let ids_or_pieces = json!({"type": "array", "items": {"type": ["integer", "object"]}});
     let usage = json!({"type": "object"});
     let completion = answer(&[
         ("id", text.clone()),
@@ -149,7 +150,7 @@ fn answers() -> Value {
         "Rendered": {"type": "array", "items": answer(&[("prompt", text.clone()), ("prompt_token_ids", ids.clone())])},
         "RenderedChat": answer(&[("model", text.clone()), ("token_ids", ids.clone()),
             ("sampling_params", json!({"type": "object"})), ("stream", json!({"type": "boolean"}))]),
-        "Tokens": answer(&[("count", number.clone()), ("max_model_len", number), ("tokens", ids)]),
+        "Tokens": answer(&[("count", number.clone()), ("max_model_len", number), ("tokens", ids_or_pieces)]),
         "Prompt": answer(&[("prompt", text)]),
     })
 }
