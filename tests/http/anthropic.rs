@@ -168,12 +168,28 @@ fn what_a_body_says_reaches_the_template() {
             {"role": "assistant", "content": "Let me see.", "tool_calls": [{"id": "toolu_1", "type": "function",
                 "function": {"name": "weather", "arguments": "{\"city\": \"Rome\"}"}}]},
             {"role": "tool", "tool_call_id": "toolu_1", "content": "sunny"}, {"role": "user", "content": "Well?"}]});
-    let same = server.chat(chat)["usage"]["prompt_tokens"].clone();
+    let same = server.chat(chat.clone())["usage"]["prompt_tokens"].clone();
     let counted = server.post("/v1/messages/count_tokens", &body).ok();
     assert_eq!(counted, json!({"input_tokens": same}));
     let usage = message(&server, &body)["usage"].clone();
     let count = |field: &str| usage[field].as_u64().expect("a number");
     assert_eq!(count("input_tokens") + count("cache_read_input_tokens"), same.as_u64().expect("a number"), "{usage}");
+    // A tool that failed.
+    for (is_error, content, told) in [
+        (json!(true), json!("No such city."), "Error: No such city."),
+        (json!(true), json!([]), "Error:"),
+        (json!(false), json!("sunny"), "sunny"),
+        (Value::Null, json!("sunny"), "sunny"),
+    ] {
+        let mut failed = body.clone();
+        failed["messages"][2]["content"][0] =
+            json!({"type": "tool_result", "tool_use_id": "toolu_1", "content": content, "is_error": is_error});
+        let mut chat = chat.clone();
+        chat["messages"][3]["content"] = json!(told);
+        let rendered = server.post("/v1/chat/completions/render", &chat).ok()["token_ids"].clone();
+        let counted = server.post("/v1/messages/count_tokens", &failed).ok();
+        assert_eq!(counted, json!({"input_tokens": ids(&rendered).len()}), "{told}");
+    }
 }
 
 #[test]
@@ -187,6 +203,13 @@ fn bad_messages_are_named_in_anthropics_shape() {
         (json!({"messages": image}), 400, "invalid_request_error", "messages[0].content[0] is of type image"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), 400, "invalid_request_error", "messages[0].role"),
         (json!({"messages": [{"role": "user", "content": 5}]}), 400, "invalid_request_error", "messages[0].content"),
+        (
+            json!({"messages": [{"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "t", "is_error": "yes"}]}]}),
+            400,
+            "invalid_request_error",
+            "messages[0].content[0].is_error",
+        ),
         (
             json!({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}),
             400,

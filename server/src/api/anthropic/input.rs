@@ -58,8 +58,15 @@ fn user<'a>(
         let content = block.get("content").map(|content| TEXT.text(&format!("{at}.content"), content));
         let id = block["tool_use_id"].as_str();
         let id = id.ok_or_else(|| wrong(&format!("{at}.tool_use_id"), &block["tool_use_id"], "a string"))?;
+        let content = content.transpose()?.unwrap_or_default();
+        let content = match block.get("is_error").unwrap_or(&Value::Null) {
+            Value::Null | Value::Bool(false) => content,
+            // No template has another way to say it.
+            Value::Bool(true) => format!("Error: {content}").trim_end().to_owned(),
+            other => return Err(wrong(&format!("{at}.is_error"), other, "true or false")),
+        };
         speak(&mut said, messages);
-        let mut result = ChatMessage::new("tool", content.transpose()?.unwrap_or_default());
+        let mut result = ChatMessage::new("tool", content);
         result.extra.insert("tool_call_id".to_owned(), id.into());
         messages.push(result);
     }

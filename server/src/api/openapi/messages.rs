@@ -94,7 +94,7 @@ fn inputs() -> Value {
         "ToolUseBlock": needs(object(&[("type", kind(&["tool_use"])), ("id", any_text.clone()),
             ("name", any_text.clone()), ("input", json!({"type": "object"}))]), &["type", "id", "name", "input"]),
         "ToolResultBlock": needs(object(&[("type", kind(&["tool_result"])), ("tool_use_id", any_text.clone()),
-            ("content", text(reference("TextBlock")))]), &["type", "tool_use_id"]),
+            ("content", text(reference("TextBlock"))), ("is_error", bool())]), &["type", "tool_use_id"]),
         "InputMessage": needs(object(&[("role", kind(&["user", "assistant"])), ("content", text(block))]),
             &["role", "content"]),
         "MessageTool": needs(object(&[("name", name()), ("description", string()), ("input_schema", any_object())]),
