@@ -124,6 +124,9 @@ fn integers_may_be_written_as_floats() {
 #[test]
 fn what_is_known_and_not_there_is_refused_by_name() {
     let server = Setup::default().start();
+    // As routers send it to every worker.
+    let no_transfer = json!({"do_remote_decode": false, "do_remote_prefill": false, "remote_engine_id": null,
+        "remote_block_ids": null, "remote_host": "10.0.0.1", "remote_port": 5600});
     let prompt = json!({"prompt": "x", "max_tokens": 1});
     let messages = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1});
     for (path, body) in [("/v1/completions", prompt), ("/v1/chat/completions", messages)] {
@@ -142,6 +145,9 @@ fn what_is_known_and_not_there_is_refused_by_name() {
             ("add_special_tokens", json!(is_chat), json!(!is_chat)),
             ("include_reasoning", json!(false), json!(true)),
             ("kv_transfer_params", json!({"do_remote_decode": true}), json!({})),
+            ("kv_transfer_params", json!({"do_remote_prefill": true, "remote_host": "h"}), Value::Null),
+            ("kv_transfer_params", json!("x"), no_transfer.clone()),
+            ("kv_transfer_params", json!([]), json!({"lmcache.skip_save": true})),
             ("logprob_token_ids", json!([1]), json!([])),
             ("return_tokens_as_token_ids", json!(true), json!(false)),
             ("thinking_token_budget", json!(8), json!(-1)),

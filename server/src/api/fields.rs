@@ -103,6 +103,11 @@ fn changes_nothing(name: &str, value: &Value) -> bool {
         }
         // Below 0 it is llama.cpp's way to say no limit, and vLLM's.
         "n_predict" | "thinking_token_budget" | "top_n_sigma" => value.as_f64() == Some(-1.0),
+        // Routers send it to every worker. Only these ask for blocks of another, or that some be kept for one; what
+        // else is in it is for a connector, and changes no answer.
+        "kv_transfer_params" => {
+            value.is_object() && ["do_remote_prefill", "do_remote_decode"].into_iter().all(|asked| value[asked] != true)
+        }
         "include_reasoning" | "skip_special_tokens" => *value == true,
         // Routers add it, and clients leave it out who expect it; the answer says that nothing was stored.
         "store" => value.is_boolean(),
