@@ -172,6 +172,7 @@ fn gpu(
         max_submit: wanted.max_submit(),
         max_wait: wanted.max_wait(),
         checked: wanted.safe_shaders,
+        any_driver: wanted.any_driver,
         ..adapters::WgpuOptions::default()
     };
     Ok(Box::new(adapters::WgpuBackend::open(&options)?))

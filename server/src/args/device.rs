@@ -29,6 +29,9 @@ pub struct DeviceArgs {
     /// Compile a GPU's kernels with checks of every access and loop: slower, for a driver that is not trusted.
     #[arg(long)]
     pub safe_shaders: bool,
+    /// Use GPUs whose driver is on the deny list too.
+    #[arg(long)]
+    pub any_driver: bool,
 }
 
 /// Half of what Windows allows.
@@ -40,7 +43,8 @@ impl DeviceArgs {
     /// The defaults of the command line for `name`.
     pub fn new(name: &str) -> DeviceArgs {
         let (name, arithmetic) = (name.to_owned(), adapters::ArithmeticChoice::F32);
-        DeviceArgs { name, split: false, max_submit_ms: MAX_SUBMIT_MS, arithmetic, safe_shaders: false }
+        let max_submit_ms = MAX_SUBMIT_MS;
+        DeviceArgs { name, split: false, max_submit_ms, arithmetic, safe_shaders: false, any_driver: false }
     }
 
     /// What is long beside a submission, even a device's first ones; none where submissions are not split.

@@ -36,7 +36,7 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
         return Ok(listed.into_iter().map(|own| Asked { listed: Some(own.clone()), ..one(own.name) }).collect());
     }
     if args.name == "all" {
-        let mut names = every_gpu();
+        let mut names = every_gpu(args.any_driver);
         names.extend(names.is_empty().then(|| "cpu".to_owned()));
         return Ok(names.into_iter().map(|name| Asked { is_optional: true, ..one(name) }).collect());
     }
@@ -44,9 +44,9 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
 }
 
 /// Each once, by CUDA where that gives it.
-fn every_gpu() -> Vec<String> {
+fn every_gpu(any_driver: bool) -> Vec<String> {
     let cuda = cuda::devices().unwrap_or_default();
-    let hardware = adapters::hardware();
+    let hardware: Vec<String> = adapters::hardware(any_driver).into_iter().map(|(id, _)| id).collect();
     let is_known =
         |device: &DeviceInfo| cuda.iter().any(|by_cuda| is_one(by_cuda, device, by_cuda.name == device.name));
     let others = adapters::devices().into_iter().filter(|device| hardware.contains(&device.id) && !is_known(device));

@@ -6,7 +6,8 @@
 
 use wgpu::{BufferUsages, DeviceType, ErrorFilter, MemoryBudgetThresholds};
 
-use super::device::{adapters, host_memory_bytes};
+use super::adapters::adapters;
+use super::device::host_memory_bytes;
 
 /// What is looked for in steps of this size; what may be missed.
 const LEAST_BYTES: u64 = 16 << 20;

@@ -1,6 +1,6 @@
-//! Adapters, the choice among them, and an open device with what can go wrong with it.
+//! What an adapter has and lacks, and an open device with what can go wrong with it.
 //!
-//! Invariant: a device is chosen by the selector alone, never replaced by another one; software Vulkan only by name.
+//! Invariant: a device is the one that was chosen, with kernels that it can run; its loss is noted once.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fullbore_shaders::{Arithmetic, MAX_GROUP_BYTES, MAX_GROUP_LANES, Tier};
-use wgpu::{Features, InstanceFlags, Limits, MemoryBudgetThresholds, PollError, PollType, SubmissionIndex};
+use wgpu::{Features, Limits, MemoryBudgetThresholds, PollError, PollType, SubmissionIndex};
 
 use super::MAX_WORKGROUPS;
+use super::adapters::{adapters, choose};
 use super::arithmetic::{self, Abilities, ArithmeticChoice};
 use super::encode::{MAX_BUFFERS, MAX_PARAMS};
 use super::kill_switch::KillSwitch;
@@ -36,6 +37,8 @@ pub struct WgpuOptions {
     pub max_binding_bytes: Option<u64>,
     /// Whether shaders are compiled with bounds checks.
     pub checked: bool,
+    /// Whether drivers on the deny list are used too.
+    pub any_driver: bool,
     /// Takes away from the limits that the adapter has, so that wgpu refuses what goes beyond; for tests.
     pub mask: Option<fn(&mut Limits)>,
     /// Spoils kernels, for tests of what finds them.
@@ -91,6 +94,11 @@ pub enum OpenError {
          one, or --device cpu"
     )]
     BelowMinimum { device: String, tier: &'static str, what: &'static str, needed: u64, available: u64 },
+    #[error(
+        "device {device} has the driver {driver}, which is on the deny list: {fault} ({reference}); {remedy}, choose \
+         another device, or say --any-driver to use it all the same"
+    )]
+    Denied { device: String, driver: String, fault: &'static str, remedy: &'static str, reference: &'static str },
     #[error("device {device} cannot be opened: {reason}")]
     Refused { device: String, reason: String },
 }
@@ -122,37 +130,6 @@ pub fn devices() -> Vec<DeviceInfo> {
             describe(id, adapter, tier, &adapter.limits())
         })
         .collect()
-}
-
-/// Ids of hardware GPUs, the best first. Each is there once: those of the API that finds the most of them.
-pub fn hardware() -> Vec<String> {
-    let all = adapters(MemoryBudgetThresholds::default());
-    let mut all: Vec<_> = all.into_iter().map(|(id, adapter)| (id, adapter.get_info())).collect();
-    all.retain(|(_, info)| rank(info) < 3);
-    let count = |api: wgpu::Backend| all.iter().filter(|(_, info)| info.backend == api).count();
-    let most = all.iter().map(|(_, info)| info.backend).rev().max_by_key(|&api| count(api));
-    all.retain(|(_, info)| Some(info.backend) == most);
-    all.sort_by_key(|(_, info)| rank(info));
-    all.into_iter().map(|(id, _)| id).collect()
-}
-
-/// Adapters by id, `vulkan:0` and so on, in the driver's order.
-pub(super) fn adapters(budget: MemoryBudgetThresholds) -> Vec<(String, wgpu::Adapter)> {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.memory_budget_thresholds = budget;
-    descriptor.backends = wgpu::Backends::PRIMARY;
-    descriptor.flags = InstanceFlags::empty();
-    let instance = wgpu::Instance::new(descriptor);
-    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
-    let mut counts = std::collections::HashMap::new();
-    let named = found.into_iter().map(|adapter| {
-        let api = adapter.get_info().backend.to_str();
-        let count = counts.entry(api).or_insert(0);
-        let id = format!("{api}:{count}");
-        *count += 1;
-        (id, adapter)
-    });
-    named.collect()
 }
 
 fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> DeviceInfo {
@@ -237,39 +214,6 @@ fn lacking(tier: Tier, limits: &Limits) -> Option<(&'static str, u64, u64)> {
     counts.into_iter().chain(sizes).find(|(_, needed, available)| available < needed)
 }
 
-fn matches(selector: &str, id: &str, info: &wgpu::AdapterInfo) -> bool {
-    let Some((api, rest)) = selector.split_once(':') else { return selector == info.backend.to_str() };
-    let rest = rest.to_lowercase();
-    let within = |text: &str| text.to_lowercase().contains(&rest);
-    selector == id
-        || (api == info.backend.to_str()
-            && rest.parse::<u32>().is_err()
-            && (within(&info.name) || within(&info.driver_info)))
-}
-
-/// Better hardware first.
-fn rank(info: &wgpu::AdapterInfo) -> u32 {
-    match info.device_type {
-        wgpu::DeviceType::DiscreteGpu => 0,
-        wgpu::DeviceType::IntegratedGpu => 1,
-        wgpu::DeviceType::VirtualGpu => 2,
-        _ => 3,
-    }
-}
-
-fn choose(selector: &str) -> Result<(String, wgpu::Adapter), OpenError> {
-    let mut all = adapters(MemoryBudgetThresholds::default());
-    let found = all.iter().map(|(id, adapter)| format!("{id} ({})", adapter.get_info().name)).collect::<Vec<_>>();
-    let found = if found.is_empty() { "none at all".to_owned() } else { found.join(", ") };
-    all.retain(|(id, adapter)| {
-        let info = adapter.get_info();
-        if selector.is_empty() { rank(&info) < 3 } else { matches(selector, id, &info) }
-    });
-    all.sort_by_key(|(_, adapter)| rank(&adapter.get_info()));
-    let not_found = || OpenError::NotFound { selector: selector.to_owned(), found };
-    all.into_iter().next().ok_or_else(not_found)
-}
-
 /// Why a device was lost, once it was; clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Loss(Arc<Mutex<Option<String>>>);
@@ -302,7 +246,7 @@ fn watch(device: &wgpu::Device) -> Loss {
 
 impl Device {
     pub fn open(options: &WgpuOptions) -> Result<Device, OpenError> {
-        let (id, adapter) = choose(&options.selector)?;
+        let (id, adapter) = choose(&options.selector, options.any_driver)?;
         let (features, adapter_info) = (adapter.features() - options.without, adapter.get_info());
         let tier = options.tier.unwrap_or_else(|| natural_tier(features, &adapter_info));
         let mut limits = adapter.limits();

@@ -21,9 +21,11 @@ use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
+mod adapters;
 mod arithmetic;
 mod budget;
 mod buffers;
+mod denied;
 mod device;
 mod encode;
 mod kill_switch;
@@ -34,11 +36,12 @@ mod pipeline_cache;
 pub mod pipelines;
 mod stamps;
 
+pub use adapters::{GpuKind, hardware};
 pub use arithmetic::ArithmeticChoice;
 pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
 use device::Device;
-pub use device::{Fault, OpenError, WgpuOptions, devices, hardware, mask_to_webgpu};
+pub use device::{Fault, OpenError, WgpuOptions, devices, mask_to_webgpu};
 use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Partials, Shard};
 pub use kill_switch::KillSwitch;
 use mat_mul_tables::MatMulTables;
