@@ -29,6 +29,7 @@ use crate::devices::{self, DeviceChoiceError};
 use crate::fetch::{self, FetchError};
 use crate::tuning;
 
+mod auto;
 mod config;
 mod load;
 mod remedy;
@@ -138,6 +139,8 @@ pub struct Plan {
     pub memory: MemoryTable,
     /// Where the model is divided over several devices.
     pub stages: Vec<StagePlan>,
+    /// Of a model's first device: what `auto` made of several, and why.
+    pub choice: Option<String>,
     /// Where prices of steps are kept, if they are.
     pub costs: Option<SavedCosts>,
     /// What is known of steps without those.
@@ -170,6 +173,8 @@ struct Opened {
     tuned: Vec<TunedMatMul>,
     /// Where the model is divided over several devices.
     stages: Vec<StagePlan>,
+    /// See [`Plan::choice`].
+    choice: Option<String>,
     /// Bytes that they will take.
     weights: u64,
     times: StartTimes,
@@ -221,8 +226,8 @@ impl Opened {
         let default_name = if names_itself { &bundle.name } else { &args.model.model };
         let name = served_name.unwrap_or(default_name).to_owned();
         let seat = Seat::new(asked, backend.info());
-        let (has_own_fraction, stages) = (false, Vec::new());
-        Ok(Opened { name, seat, has_own_fraction, args, bundle, backend, tuned, stages, weights, times })
+        let (has_own_fraction, stages, choice) = (false, Vec::new(), None);
+        Ok(Opened { name, seat, has_own_fraction, args, bundle, backend, tuned, stages, choice, weights, times })
     }
 
     /// What the device has, where the size of the cache depends on it and it is known.
@@ -232,7 +237,7 @@ impl Opened {
     }
 
     fn plan(self, room: Room) -> Result<Plan, StartError> {
-        let Opened { name, seat, args, bundle, backend, tuned, stages, weights, times, .. } = self;
+        let Opened { name, seat, args, bundle, backend, tuned, stages, choice, weights, times, .. } = self;
         let device = backend.info();
         let config = config::engine_config(&args, &bundle, weights, room, device.max_buffer_bytes)?;
         check_widths(&bundle.config, &config)?;
@@ -248,7 +253,7 @@ impl Opened {
         let products = Weights::products(&bundle.config, &bundle.checkpoint);
         let tuned_cost = products.and_then(|products| tuning::cost_of(&tuned, &products));
         let kv_events = None;
-        Ok(Plan { name, seat, bundle, backend, config, memory, stages, costs, tuned_cost, kv_events, times })
+        Ok(Plan { name, seat, bundle, backend, config, memory, stages, choice, costs, tuned_cost, kv_events, times })
     }
 }
 
@@ -336,8 +341,8 @@ impl Plan {
         let (name, times) = (name.to_owned(), StartTimes::default());
         let seat = Seat::whole(&backend.info().id);
         let (costs, tuned_cost, kv_events) = (None, None, None);
-        let stages = Vec::new();
-        Plan { name, seat, bundle, backend, config, memory, stages, costs, tuned_cost, kv_events, times }
+        let (stages, choice) = (Vec::new(), None);
+        Plan { name, seat, bundle, backend, config, memory, stages, choice, costs, tuned_cost, kv_events, times }
     }
 
     /// Refuses what the device's memory, where that is known, cannot hold.

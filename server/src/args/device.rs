@@ -10,8 +10,8 @@ use super::parse::parse_arithmetic;
 #[derive(Clone, Debug, ClapArgs)]
 pub struct DeviceArgs {
     /// auto, cpu, sim, cuda:N, cuda:UUID, vulkan:N, vulkan:PART-OF-NAME (also metal:, dx12:). A server has one or
-    /// several, with commas between them or in a .toml file, or every GPU by all; what computes on cores may have its
-    /// own: cpu@0,cpu@1-3.
+    /// several, with commas between them or in a .toml file; every GPU by all, and by auto each that is worth it; what
+    /// computes on cores may have its own: cpu@0,cpu@1-3.
     #[arg(long = "device", value_name = "DEVICE", default_value = "auto")]
     pub name: String,
     /// Divide the model's layers over the devices, each with as many as its memory and its measured speed allow,

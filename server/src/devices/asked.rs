@@ -1,7 +1,8 @@
 //! The devices that `--device` asks for: one, several with commas between them, those of a file, or all.
 //!
-//! Invariant: who is named is there or refused, with the name; `all` takes what there is.
+//! Invariant: who is named is there or refused, with the name; `all` takes what there is, and `auto` the best of it.
 
+use adapters::GpuKind;
 use fullbore_engine::backend::{DeviceInfo, wgpu as adapters};
 
 use super::DeviceChoiceError;
@@ -22,36 +23,76 @@ pub struct Asked {
     pub listed: Option<Listed>,
     /// Whether the others go on without it.
     pub is_optional: bool,
+    /// Another way to the same device, where this one fails.
+    pub otherwise: Option<String>,
 }
 
 /// At least one. `+` is between them where `--model` has its own commas.
 pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
-    let one = |title: String| {
-        let (name, cores) = cores::split(&title);
-        let args = DeviceArgs { name: name.to_owned(), ..args.clone() };
-        Asked { args, cores, listed: None, is_optional: false, title }
-    };
+    let one = |title: String| Asked::named(args, title);
     if file::is_file(&args.name) {
         let listed = file::read(&args.name).map_err(DeviceChoiceError::File)?;
         return Ok(listed.into_iter().map(|own| Asked { listed: Some(own.clone()), ..one(own.name) }).collect());
     }
     if args.name == "all" {
-        let mut names = every_gpu(args.any_driver);
-        names.extend(names.is_empty().then(|| "cpu".to_owned()));
-        return Ok(names.into_iter().map(|name| Asked { is_optional: true, ..one(name) }).collect());
+        let mut all: Vec<Asked> = every_gpu(args).into_iter().map(|gpu| gpu.asked(args)).collect();
+        all.extend(all.is_empty().then(|| Asked { is_optional: true, ..one("cpu".to_owned()) }));
+        return Ok(all);
     }
     Ok(args.name.split([',', '+']).map(|name| one(name.trim().to_owned())).collect())
 }
 
-/// Each once, by CUDA where that gives it.
-fn every_gpu(any_driver: bool) -> Vec<String> {
-    let cuda = cuda::devices().unwrap_or_default();
-    let hardware: Vec<String> = adapters::hardware(any_driver).into_iter().map(|(id, _)| id).collect();
-    let is_known =
-        |device: &DeviceInfo| cuda.iter().any(|by_cuda| is_one(by_cuda, device, by_cuda.name == device.name));
-    let others = adapters::devices().into_iter().filter(|device| hardware.contains(&device.id) && !is_known(device));
-    let ids: Vec<String> = others.map(|device| device.id).collect();
-    cuda.iter().map(|device| device.id.clone()).chain(ids).collect()
+/// What `auto` means to a server: every GPU of the best kind that there is, and where that is no more than one, what it
+/// means to everybody else.
+pub fn asked_by_auto(args: &DeviceArgs) -> Vec<Asked> {
+    let (best, others) = of_best_kind(every_gpu(args));
+    for Gpu { id, kind, .. } in &others {
+        tracing::info!(device = id, ?kind, "auto leaves this GPU to --device all, because there is a better kind");
+    }
+    match best.len() {
+        0 | 1 => vec![Asked::named(args, args.name.clone())],
+        _ => best.into_iter().map(|gpu| gpu.asked(args)).collect(),
+    }
+}
+
+/// A hardware GPU, by the way to it that is tried first.
+#[derive(Clone, Debug, PartialEq)]
+struct Gpu {
+    id: String,
+    kind: GpuKind,
+    otherwise: Option<String>,
+}
+
+impl Gpu {
+    fn asked(self, args: &DeviceArgs) -> Asked {
+        Asked { is_optional: true, otherwise: self.otherwise, ..Asked::named(args, self.id) }
+    }
+}
+
+fn every_gpu(args: &DeviceArgs) -> Vec<Gpu> {
+    let hardware = adapters::hardware(args.any_driver);
+    let kind = |id: &String| hardware.iter().find(|(known, _)| known == id).map(|(_, kind)| *kind);
+    let by_api = adapters::devices().into_iter().filter_map(|device| Some((kind(&device.id)?, device))).collect();
+    every_once(cuda::devices().unwrap_or_default(), by_api)
+}
+
+/// Each once, by CUDA where that gives it. What CUDA gives counts as discrete where no other way to it tells.
+fn every_once(cuda: Vec<DeviceInfo>, mut others: Vec<(GpuKind, DeviceInfo)>) -> Vec<Gpu> {
+    let mut all = Vec::with_capacity(cuda.len() + others.len());
+    for by_cuda in cuda {
+        let same = others.iter().position(|(_, other)| is_one(&by_cuda, other, by_cuda.name == other.name));
+        let same = same.map(|place| others.remove(place));
+        let (kind, otherwise) = same.map_or((GpuKind::Discrete, None), |(kind, other)| (kind, Some(other.id)));
+        all.push(Gpu { id: by_cuda.id, kind, otherwise });
+    }
+    all.extend(others.into_iter().map(|(kind, device)| Gpu { id: device.id, kind, otherwise: None }));
+    all
+}
+
+/// Those of the best kind, and the rest: an integrated GPU beside a discrete one is slow, and takes the host's memory.
+fn of_best_kind(all: Vec<Gpu>) -> (Vec<Gpu>, Vec<Gpu>) {
+    let best = all.iter().map(|gpu| gpu.kind).min();
+    all.into_iter().partition(|gpu| Some(gpu.kind) == best)
 }
 
 /// Whether two are one physical device: what the bus says, else `otherwise`.
@@ -63,6 +104,18 @@ fn is_one(a: &DeviceInfo, b: &DeviceInfo, otherwise: bool) -> bool {
 }
 
 impl Asked {
+    fn named(args: &DeviceArgs, title: String) -> Asked {
+        let (name, cores) = cores::split(&title);
+        let args = DeviceArgs { name: name.to_owned(), ..args.clone() };
+        Asked { args, cores, listed: None, is_optional: false, otherwise: None, title }
+    }
+
+    /// The same device by the other way to it, where there is one.
+    pub fn other_way(&self) -> Option<Asked> {
+        let name = self.otherwise.clone()?;
+        Some(Asked { is_optional: self.is_optional, ..Asked::named(&self.args, name) })
+    }
+
     /// See [`cores::pin`].
     pub fn pin(&self) -> Result<Option<Pinned>, DeviceChoiceError> {
         cores::pin(self.cores.as_ref(), &self.title)
@@ -124,6 +177,44 @@ mod tests {
         assert_eq!(apart("0000:0b:00.0"), Err("cuda:0 and vulkan:0 are one device: leave one out".to_owned()));
         // Cores of the host do not make two of a GPU.
         assert!(sentence("vulkan:0@0,vulkan:0@1", &["vulkan:0", "vulkan:0"], None).is_some());
+    }
+
+    #[test]
+    fn auto_takes_each_gpu_of_the_best_kind_once_and_by_cuda_where_that_has_it() {
+        let device = |id: &str, name: &str, pci: Option<&str>| DeviceInfo {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            pci_bus_id: pci.map(str::to_owned),
+            ..DeviceInfo::default()
+        };
+        let (slots, nvidia) = (["0000:01:00.0", "0000:02:00.0"], "NVIDIA");
+        let cuda = || vec![device("cuda:0", nvidia, Some(slots[0])), device("cuda:1", nvidia, Some(slots[1]))];
+        let others = || {
+            vec![
+                (GpuKind::Discrete, device("vulkan:1", nvidia, Some(slots[0]))),
+                (GpuKind::Discrete, device("vulkan:2", nvidia, Some(slots[1]))),
+                (GpuKind::Discrete, device("vulkan:3", "Arc", Some("0000:03:00.0"))),
+                (GpuKind::Integrated, device("vulkan:0", "UHD", Some("0000:00:02.0"))),
+            ]
+        };
+        let gpu = |id: &str, kind, otherwise: Option<&str>| {
+            let otherwise = otherwise.map(str::to_owned);
+            Gpu { id: id.to_owned(), kind, otherwise }
+        };
+        let discrete = |id, otherwise| gpu(id, GpuKind::Discrete, otherwise);
+        let expected = vec![discrete("cuda:0", Some("vulkan:1")), discrete("cuda:1", Some("vulkan:2"))];
+        let integrated = gpu("vulkan:0", GpuKind::Integrated, None);
+        let (best, rest) = of_best_kind(every_once(cuda(), others()));
+        assert_eq!(best, [expected, vec![discrete("vulkan:3", None)]].concat());
+        assert_eq!(rest.iter().collect::<Vec<_>>(), [&integrated]);
+        let plain = ["vulkan:1", "vulkan:2", "vulkan:3"].map(|id| discrete(id, None));
+        assert_eq!(of_best_kind(every_once(Vec::new(), others())).0, plain);
+        assert_eq!(of_best_kind(vec![integrated.clone()]), (vec![integrated], Vec::new()));
+        let asked = plain[0].clone().asked(&DeviceArgs::new("auto"));
+        assert_eq!((asked.title.as_str(), asked.args.name.as_str()), ("vulkan:1", "vulkan:1"));
+        assert!(asked.is_optional && asked.other_way().is_none());
+        let otherwise = discrete("cuda:0", Some("vulkan:1")).asked(&DeviceArgs::new("auto")).other_way();
+        assert_eq!(otherwise.map(|asked| (asked.args.name, asked.is_optional)), Some(("vulkan:1".to_owned(), true)));
     }
 
     #[test]

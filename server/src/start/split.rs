@@ -146,17 +146,34 @@ fn joined(opened: Vec<Opened>, args: EngineArgs, stages: Vec<StagePlan>, weights
         slowest_stage_ms = slowest.as_secs_f64() * 1e3,
         "the model is divided over its devices"
     );
-    let (tuned, has_own_fraction) = (Vec::new(), false);
-    Opened { name, seat, has_own_fraction, args, bundle, backend, tuned, stages, weights, times }
+    let (tuned, has_own_fraction, choice) = (Vec::new(), false, None);
+    Opened { name, seat, has_own_fraction, args, bundle, backend, tuned, stages, choice, weights, times }
 }
 
 /// Tries each device, on which nothing is afterwards.
 fn measure(opened: &mut [Opened], rooms: &mut [Room]) -> Result<(), StartError> {
     for (stage, room) in opened.iter_mut().zip(rooms) {
-        let format = Weights::main_format(&stage.bundle.config, &stage.bundle.checkpoint);
-        room.per_layer = probe::layer_time(&stage.bundle.config, format, stage.backend.as_mut())?;
+        room.per_layer = layer_time(stage)?;
     }
     Ok(())
+}
+
+fn layer_time(stage: &mut Opened) -> Result<Duration, StartError> {
+    let format = Weights::main_format(&stage.bundle.config, &stage.bundle.checkpoint);
+    Ok(probe::layer_time(&stage.bundle.config, format, stage.backend.as_mut())?)
+}
+
+/// What a step of [`probe::NUM_ROWS`] answers is predicted to take of a device that has all of the model: its layers by
+/// what one was measured to take, and the output layer by its size beside one.
+pub(super) fn whole_step(device: &mut Opened) -> Result<Duration, StartError> {
+    let per_layer = layer_time(device)?;
+    let Opened { bundle, backend, .. } = &*device;
+    let (config, checkpoint) = (&bundle.config, &bundle.checkpoint);
+    let num_layers = config.num_layers;
+    let of_layer = |layer| Weights::layer_bytes(config, checkpoint, layer, backend.as_ref());
+    let layer_bytes = (0..num_layers).map(of_layer).max().unwrap_or(0).max(1);
+    let output_bytes = ends(device, &(num_layers - 1..num_layers), num_layers);
+    Ok(per_layer.mul_f64(f64::from(num_layers) + output_bytes as f64 / layer_bytes as f64))
 }
 
 fn rooms(opened: &[Opened], least: &EngineConfig) -> Vec<Room> {
@@ -273,7 +290,7 @@ fn told_layers(layers: &Range<u32>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use fullbore_engine::backend::around::Around;
     use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
     use fullbore_engine::backend::{Backend, DeviceInfo};
@@ -284,7 +301,7 @@ mod tests {
     use super::*;
     use crate::args::ModelArgs;
 
-    const MIB: u64 = 1 << 20;
+    pub(in crate::start) const MIB: u64 = 1 << 20;
 
     /// The cpu, with so much memory.
     struct Small {
@@ -306,7 +323,7 @@ mod tests {
         }
     }
 
-    fn opened(title: &str, memory_bytes: u64) -> Opened {
+    pub(in crate::start) fn opened(title: &str, memory_bytes: u64) -> Opened {
         let cpu = CpuBackend::new(CpuOptions { num_threads: 1, ..CpuOptions::default() }).expect("threads");
         let info = DeviceInfo { memory_bytes: Some(memory_bytes), ..cpu.info().clone() };
         let bundle = Bundle::random("smollm2-135m", WeightFormat::Q4_0).expect("a known shape");
@@ -321,6 +338,7 @@ mod tests {
             backend,
             tuned: Vec::new(),
             stages: Vec::new(),
+            choice: None,
             times: StartTimes::default(),
         }
     }

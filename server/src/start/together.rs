@@ -12,10 +12,10 @@ use fullbore_engine::backend::DeviceInfo;
 use fullbore_engine::memory::capacity::human_bytes;
 
 use super::config::{Room, least_bytes};
-use super::split;
 use super::{Opened, Plan, Seat, StartError};
-use crate::args::{EngineArgs, ServedArgs};
-use crate::devices::asked::{Asked, asked, check_apart};
+use super::{auto, split};
+use crate::args::{DeviceArgs, EngineArgs, ServedArgs};
+use crate::devices::asked::{Asked, asked, asked_by_auto, check_apart};
 use crate::devices::file::Listed;
 
 /// Memory that devices share: their own, or the host's, which is that of every device that tells how much it has and is
@@ -111,20 +111,61 @@ pub fn by_model(plans: Vec<Plan>) -> Vec<Vec<Plan>> {
 
 /// A model on each of its devices, at least one.
 fn open_replicas(args: &ServedArgs) -> Result<Vec<Opened>, StartError> {
+    let device = &args.engine.model.device;
+    if device.name != "auto" {
+        let opened = open_each(args, asked(device)?)?;
+        return divide_if_wanted(opened, device.split);
+    }
+    let mut opened = open_each(args, asked_by_auto(device))?;
+    if opened.len() > 1 && !device.split {
+        opened = auto::choose(opened)?;
+    }
+    // What `auto` chose may be too small.
+    let fitting: Vec<bool> = opened.iter().map(split::fits).collect::<Result<_, StartError>>()?;
+    if !fitting.contains(&true) {
+        let all = asked(&DeviceArgs { name: "all".to_owned(), ..device.clone() })?;
+        if all.len() > opened.len() {
+            drop(std::mem::take(&mut opened));
+            opened = open_each(args, all)?;
+        }
+    }
+    let why = auto::told_split(&opened);
+    let mut replicas = divide_if_wanted(opened, device.split)?;
+    let first = &mut replicas[0];
+    if !first.stages.is_empty() && !device.split {
+        first.choice = Some(why);
+    }
+    first.choice.iter().for_each(|choice| tracing::info!("{choice}"));
+    Ok(replicas)
+}
+
+fn divide_if_wanted(opened: Vec<Opened>, is_asked: bool) -> Result<Vec<Opened>, StartError> {
+    match split::is_wanted(&opened, is_asked)? {
+        true => Ok(vec![split::join(opened)?]),
+        false => Ok(opened),
+    }
+}
+
+/// A model on each of these devices, at least one; those that can be done without may be missing.
+fn open_each(args: &ServedArgs, devices: Vec<Asked>) -> Result<Vec<Opened>, StartError> {
     let ServedArgs { name, engine, pooling, .. } = args;
-    let devices = asked(&engine.model.device)?;
     let is_one = devices.len() == 1;
-    let mut opened: Vec<(&Asked, Opened)> = Vec::with_capacity(devices.len());
-    for device in &devices {
+    let mut opened: Vec<(Asked, Opened)> = Vec::with_capacity(devices.len());
+    for mut device in devices {
         let bundle = opened.first().map(|(_, first)| &first.bundle);
-        let result = Opened::open(engine, device, bundle, name.as_deref());
+        let mut result = Opened::open(engine, &device, bundle, name.as_deref());
+        if let (Err(error), Some(other_way)) = (&result, device.other_way()) {
+            tracing::warn!(device = device.title, other_way = other_way.title, "trying the other way to it: {error}");
+            device = other_way;
+            result = Opened::open(engine, &device, bundle, name.as_deref());
+        }
         let seat = Seat { title: device.title.clone(), cores: None, is_optional: device.is_optional };
         let Some(mut next) = tolerate(result, &seat, is_one)? else { continue };
         next.bundle.pooling = pooling.or(next.bundle.pooling);
         next.has_own_fraction = device.listed.as_ref().is_some_and(Listed::has_own_fraction);
         opened.push((device, next));
     }
-    let infos = opened.iter().map(|(asked, opened)| (*asked, opened.backend.info()));
+    let infos = opened.iter().map(|(asked, opened)| (asked, opened.backend.info()));
     check_apart(&infos.clone().collect::<Vec<_>>())?;
     let mut simulators = infos.clone().filter(|(_, info)| info.id == "sim");
     if let Some((asked, _)) = simulators.next().filter(|_| infos.clone().any(|(_, info)| info.id != "sim")) {
@@ -134,18 +175,7 @@ fn open_replicas(args: &ServedArgs) -> Result<Vec<Opened>, StartError> {
     if opened.is_empty() {
         return Err(StartError::NoDevice { model: engine.model.model.clone() });
     }
-    // What `auto` chose may be too small alone.
-    if engine.model.device.name == "auto" && !split::fits(&opened[0])? {
-        let mut all = args.clone();
-        all.engine.model.device.name = "all".to_owned();
-        if asked(&all.engine.model.device)?.len() > 1 {
-            return open_replicas(&all);
-        }
-    }
-    match split::is_wanted(&opened, engine.model.device.split)? {
-        true => Ok(vec![split::join(opened)?]),
-        false => Ok(opened),
-    }
+    Ok(opened)
 }
 
 /// A model over all of its devices together.
@@ -231,13 +261,15 @@ fn title(plan: &Plan, plans: &[Plan]) -> String {
 
 /// Where memory will go, model by model, and what those of one device take together.
 pub fn table(plans: &[Plan]) -> String {
+    let chosen: String =
+        plans.iter().filter_map(|plan| plan.choice.as_ref()).map(|choice| choice.clone() + "\n\n").collect();
     if let [plan] = plans {
         return match plan.stages.is_empty() {
-            true => plan.memory.to_string(),
-            false => split::table(&plan.stages),
+            true => chosen + &plan.memory.to_string(),
+            false => chosen + &split::table(&plan.stages),
         };
     }
-    let mut text = String::new();
+    let mut text = chosen;
     for Plan { name, seat, backend, memory, .. } in plans {
         let (title, device) = (&seat.title, &backend.info().name);
         writeln!(text, "{name} on {title}, {device}\n{memory}\n").expect("a string takes everything");
