@@ -233,7 +233,33 @@ fn what_does_not_come_is_computed() {
         assert_eq!(told(&answer), expected, "{name}");
         let stats = to.stats();
         assert_eq!((stats.num_fetched_blocks, stats.prefill_tokens), (num_blocks, 100 - 16 * num_blocks), "{name}");
+        assert_eq!(stats.num_missed_blocks, 6 - num_blocks, "{name}");
     }
+}
+
+/// What is too much at a time is counted, and what comes is not.
+#[test]
+fn what_is_refused_of_many_moves_is_counted() {
+    let mut engine = engine_on(cpu(), EngineConfig { num_blocks: 40, ..CONFIG });
+    let ends_of = |first: u32| {
+        let request = Request { prompt: (0..PROMPT_LEN).map(|i| TokenId((first + i) % 256)).collect(), ..request() };
+        let hasher = engine.hasher().expect("a prefix cache");
+        let mut chain = hasher.chain(0);
+        hasher.extend(&mut chain, &request.prompt);
+        block_move(Arc::new(request), &chain, 0..NUM_BLOCKS, LONG)
+    };
+    let (exports, imports): (Vec<Export>, Vec<Import>) = (0..6).map(ends_of).unzip();
+    for (nth, import) in (1..).zip(imports) {
+        engine.import(import);
+        assert_eq!(engine.stats().num_missed_blocks, u64::from(NUM_BLOCKS * u32::saturating_sub(nth, 4)));
+    }
+    drop(exports);
+    run(&mut [&mut engine]);
+    assert_eq!(engine.stats().num_missed_blocks, 36, "nor has any of the others come");
+    engine.lose_device("it is gone");
+    let (_export, import) = ends(&engine, LONG);
+    engine.import(import);
+    assert_eq!(engine.stats().num_missed_blocks, 42);
 }
 
 /// Nobody takes what it would hand over, and later it holds nothing any more.

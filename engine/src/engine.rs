@@ -148,6 +148,8 @@ pub struct EngineStats {
     pub num_moved: u64,
     /// KV blocks that came from another engine.
     pub num_fetched_blocks: u64,
+    /// KV blocks that were to come from another engine, and did not.
+    pub num_missed_blocks: u64,
     /// Times that the device was lost.
     pub num_device_losses: u64,
     pub last_step_ms: f64,

@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::Engine;
+use super::{Engine, EngineStats};
 use crate::backend::DeviceError;
 use crate::limits::Phase;
 use crate::memory::{BlockChain, BlockTable};
@@ -148,6 +148,8 @@ struct End<Channel> {
     channel: Channel,
     /// Between the device and the channel.
     chunk: Option<PortableBlocks>,
+    /// Blocks that were given up.
+    num_missed: u32,
 }
 
 impl Moves {
@@ -174,12 +176,23 @@ impl Moves {
     }
 }
 
+impl EngineStats {
+    /// Counts blocks that will be computed instead of coming from another engine.
+    fn miss_blocks(&mut self, num_blocks: usize, why: &str) {
+        if num_blocks > 0 {
+            self.num_missed_blocks += num_blocks as u64;
+            tracing::debug!(num_blocks, "KV blocks of another device are computed here: {why}");
+        }
+    }
+}
+
 impl<Channel> End<Channel> {
     fn is_over(&self, now: Instant) -> bool {
         now >= self.until || self.prefix.blocks.is_empty() && self.chunk.is_none()
     }
 
     fn give_up(&mut self) {
+        self.num_missed += self.prefix.blocks.len() as u32;
         self.prefix.blocks.start = self.prefix.blocks.end;
         self.chunk = None;
     }
@@ -240,13 +253,17 @@ impl Engine {
     /// Has whoever begins with the blocks wait for them, if they are to go on from what is here.
     pub fn import(&mut self, Import(prefix, channel): Import) {
         if self.is_device_lost || self.moves.imports.len() == MAX_IMPORTS {
-            return;
+            let why = if self.is_device_lost { "the device is lost" } else { "as many others are on their way" };
+            return self.stats.miss_blocks(prefix.blocks.len(), why);
         }
         let first = prefix.blocks.start;
         let import = self.end_of_move(prefix, channel);
         // Somebody may be about to compute them here.
         let is_known = self.cache.is_known(import.prefix.chain.hashes()[first as usize]);
         if import.table.num_blocks() != first || is_known {
+            if !is_known {
+                self.stats.miss_blocks(import.prefix.blocks.len(), "those before them are not here");
+            }
             return self.cache.free(import.table, &import.prefix.chain, import.id);
         }
         self.cache.promise(&import.table, &import.prefix.chain, import.id);
@@ -258,7 +275,7 @@ impl Engine {
         self.next_id += 1;
         let max_tokens = prefix.blocks.end * self.config.block_size;
         let table = self.cache.open(&prefix.chain, &prefix.request.prompt, max_tokens);
-        End { id, until: self.backend.now() + prefix.within, prefix, table, channel, chunk: None }
+        End { id, until: self.backend.now() + prefix.within, prefix, table, channel, chunk: None, num_missed: 0 }
     }
 
     /// Copies a chunk of what is to leave, and one that has come, if no step is in flight. Says whether there was one.
@@ -310,10 +327,14 @@ impl Engine {
 
     fn end_moves(&mut self) {
         let now = self.backend.now();
-        let Engine { moves, cache, .. } = self;
+        let Engine { moves, cache, stats, .. } = self;
         let mut free = |table, chain: &BlockChain, id| cache.free(table, chain, id);
         moves.exports.extract_if(.., |end| end.is_over(now)).for_each(|end| free(end.table, &end.prefix.chain, end.id));
-        moves.imports.extract_if(.., |end| end.is_over(now)).for_each(|end| free(end.table, &end.prefix.chain, end.id));
+        for mut end in moves.imports.extract_if(.., |end| end.is_over(now)) {
+            end.give_up();
+            stats.miss_blocks(end.num_missed as usize, "they did not come, in time or at all, or had no room");
+            free(end.table, &end.prefix.chain, end.id);
+        }
         self.update_counts();
     }
 

@@ -31,6 +31,7 @@ impl AddAssign<&EngineStats> for EngineStats {
         self.num_not_finite += other.num_not_finite;
         self.num_moved += other.num_moved;
         self.num_fetched_blocks += other.num_fetched_blocks;
+        self.num_missed_blocks += other.num_missed_blocks;
         self.num_device_losses += other.num_device_losses;
         self.last_step_ms = self.last_step_ms.max(other.last_step_ms);
         self.total_step_ms += other.total_step_ms;

@@ -235,7 +235,7 @@ fn step_parts(registry: &Registry, options: Opts, parts: &StepParts) {
     register_histogram(registry, options, counts.into());
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 10] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 11] {
     [
         ("fullbore_steps_total", "Steps done.", stats.num_steps),
         ("fullbore_tokens_generated_total", "Tokens generated.", stats.generated_tokens),
@@ -246,6 +246,7 @@ fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 10] {
         ("fullbore_device_losses_total", "Times that the device was lost and made anew.", stats.num_device_losses),
         ("fullbore_requests_moved_total", "Sequences that went on to another device.", stats.num_moved),
         ("fullbore_kv_blocks_moved_total", "KV blocks that came from another device.", stats.num_fetched_blocks),
+        ("fullbore_kv_blocks_missed_total", "KV blocks that were to come, and did not.", stats.num_missed_blocks),
         ("fullbore_swaps_total", "Those of them whose KV went to the host's memory.", stats.num_swaps),
     ]
 }
