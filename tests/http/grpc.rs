@@ -346,6 +346,20 @@ fn ports_share_the_places_for_connections() {
     server.http.wait_for("a free place", |http| http.get("/health/live").status == 200);
 }
 
+/// One that has a call stays, however long that takes.
+#[test]
+fn an_idle_connection_gives_its_place_back() {
+    let limits = Limits { max_connections: 1, idle_timeout: Duration::from_millis(300), ..Limits::default() };
+    let server = Server::start(Setup { limits, pace: Pace::Each(Duration::from_millis(10)), ..Setup::default() });
+    assert_eq!(server.health("").expect("the only place"), ServingStatus::Serving);
+    server.http.wait_for("its place", |http| http.get("/health/live").status == 200);
+    // Whoever comes back is connected anew, as soon as the other has left.
+    server.http.wait_for("a place again", |_| server.health("").is_ok());
+    // Three times as long as a connection may be idle.
+    let replies = server.all(asking(100));
+    assert_eq!((tokens(&replies).len(), finish(&replies).num_output_tokens), (100, 100));
+}
+
 #[test]
 fn who_finds_it_full_or_lost_is_told_when_to_come_again() {
     let config = EngineConfig { max_num_seqs: 1, max_queued_requests: 1, ..Setup::default().config };

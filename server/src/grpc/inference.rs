@@ -17,7 +17,7 @@ use vllm_proto::{GenerateRequest, GenerateResponse};
 use warp::http;
 
 use super::Held;
-use super::raw::{Raw, Unread, fields};
+use super::raw::{Raw, Unread, fields, without};
 use super::reply::{Replies, Reply, replies};
 use super::request::{Told, body};
 use super::running::{Run, Running};
@@ -119,16 +119,7 @@ struct Asked {
 impl Asked {
     fn read(self, app: &App, client: &Client) -> Result<(Arc<ServedModel>, Told, Jobs), ApiError> {
         let Asked { message, id, is_whole, held: _held } = self;
-        let refuse = |why: &str| ApiError::not_json(format!("the message is no GenerateRequest: {why}"));
-        // Not decoded: a few bytes of an empty part become some hundred.
-        for field in fields(&message) {
-            match field {
-                Ok((MEDIA, _)) => return Err(unsupported("media")),
-                Ok(_) => {}
-                Err(Unread) => return Err(refuse("it has a group, or a field that is cut off")),
-            }
-        }
-        let message = GenerateRequest::decode(message).map_err(|error| refuse(&error.to_string()))?;
+        let message = decode(message)?;
         if is_whole && message.sampling.as_ref().is_some_and(|sampling| sampling.num_sequences > 1) {
             let sentence = "Generate has room for one sequence; ask GenerateStream for num_sequences above 1";
             return Err(ApiError::invalid("num_sequences", sentence));
@@ -142,6 +133,26 @@ impl Asked {
     }
 }
 
+/// What would only be passed over or refused is not decoded: two bytes of an empty part become some hundred.
+fn decode(message: Bytes) -> Result<GenerateRequest, ApiError> {
+    let refuse = |why: &str| ApiError::not_json(format!("the message is no GenerateRequest: {why}"));
+    let unread = |Unread| refuse("it has a group, or a field that is cut off");
+    for field in fields(&message) {
+        let (number, part) = field.map_err(unread)?;
+        if number == MEDIA {
+            return Err(unsupported("media"));
+        }
+        if REFUSED_WITHIN.iter().any(|(within, ..)| *within == number) {
+            for field in fields(part) {
+                let (inner, _) = field.map_err(unread)?;
+                let refused = REFUSED_WITHIN.iter().find(|(within, refused, _)| (*within, *refused) == (number, inner));
+                refused.map_or(Ok(()), |(.., name)| Err(unsupported(name)))?;
+            }
+        }
+    }
+    GenerateRequest::decode(without(message, &PASSED_OVER)).map_err(|error| refuse(&error.to_string()))
+}
+
 /// As the message has it, the last if it has several, or one of ours.
 fn request_id(message: &[u8]) -> String {
     let given = fields(message).map_while(Result::ok).filter(|(number, _)| *number == REQUEST_ID).last();
@@ -152,6 +163,11 @@ fn request_id(message: &[u8]) -> String {
 /// Fields of `GenerateRequest`.
 const REQUEST_ID: u64 = 1;
 const MEDIA: u64 = 14;
+/// `kv_hints` and `engine_reasoning_gate`: what has no word in an answer here, and JSON of any size within.
+const PASSED_OVER: [u64; 2] = [17, 18];
+/// Fields of its parts `decoding` and `kv` that are refused by these names.
+const REFUSED_WITHIN: [(u64, u64, &str); 3] =
+    [(7, 12, "bad_words_token_ids"), (10, 3, "kv_transfer_params"), (10, 4, "ec_transfer_params")];
 
 impl UnaryService<Bytes> for Whole {
     type Response = GenerateResponse;
@@ -206,6 +222,30 @@ mod tests {
     use crate::http::accept::Limits;
     use crate::http::access::{Access, Origin};
     use crate::start::Plan;
+
+    #[test]
+    fn what_is_not_used_is_not_decoded() {
+        let field = |number: u64, part: &[u8]| {
+            let mut bytes = Vec::<u8>::new();
+            prost::encoding::encode_key(number as u32, prost::encoding::WireType::LengthDelimited, &mut bytes);
+            prost::encoding::encode_varint(part.len() as u64, &mut bytes);
+            [bytes.as_slice(), part].concat()
+        };
+        // Half a million actions, each of two bytes.
+        let actions = b"\x1a\0".repeat(500_000);
+        let message = [field(1, b"x"), field(17, &actions), field(18, &field(2, &actions)), field(3, b"text")].concat();
+        let decoded = decode(message.clone().into()).expect("hints are passed over");
+        assert_eq!((decoded.request_id.as_str(), decoded.kv_hints, decoded.engine_reasoning_gate), ("x", None, None));
+        assert!(decoded.prompt.is_some());
+        let seen = GenerateRequest::decode(message.as_slice()).expect("it is one");
+        assert_eq!(seen.kv_hints.map(|hints| hints.actions.len()), Some(500_000), "they would have been");
+        for (within, refused, name) in REFUSED_WITHIN {
+            let error = decode(field(within, &field(refused, &actions)).into()).expect_err("refused");
+            assert!(error.message.contains(name), "{error:?}");
+            decode(field(within, b"\x0b").into()).expect_err("a group within");
+            decode(field(within, b"").into()).expect("nothing is refused of it");
+        }
+    }
 
     #[tokio::test]
     async fn a_long_message_waits_for_its_turn_to_be_decoded_and_can_be_aborted_before() {

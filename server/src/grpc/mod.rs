@@ -83,9 +83,10 @@ impl Grpc {
             limits.max_body_bytes = limits.max_body_bytes.min(MAX_SMALL_BYTES);
         }
         let body = self.app.bodies.read(&limits, &origin, &head.headers, refused, body).await?;
-        let held = Held(Arc::new(body));
-        head.extensions.insert(held.clone());
-        let request = Request::from_parts(head, Full::new(Bytes::from_owner(held)));
+        // tonic makes a copy of its own, and lets go of this one.
+        let (bytes, counted) = body.into_parts();
+        head.extensions.insert(Held { _counted: Arc::new(counted) });
+        let request = Request::from_parts(head, Full::new(Bytes::from(bytes)));
         let Ok(response) = match () {
             () if is_of(INFERENCE) => return self.inference.call(&path, request).await,
             () if is_of(CONTROL) => self.control.call(request).await,
@@ -121,14 +122,10 @@ impl Protocol for Grpc {
     }
 }
 
-/// In the extensions of a request: its body, which is counted until what was decoded of it has been read too.
+/// In the extensions of a request: what counts its body until that has been decoded and read.
 #[derive(Clone)]
-pub struct Held(Arc<bodies::Body>);
-
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        (*self.0).as_ref()
-    }
+pub struct Held {
+    _counted: Arc<bodies::Counted>,
 }
 
 /// Of what asks for no answer of a model: names of services, and of requests that are to end.

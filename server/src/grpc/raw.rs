@@ -51,6 +51,36 @@ pub struct Unread;
 /// The fields at the top level of a message: their numbers and, but for numbers, bytes. Ends with the first that cannot
 /// be read; groups, of which the contract has none, are among those.
 pub fn fields(mut message: &[u8]) -> impl Iterator<Item = Result<(u64, &[u8]), Unread>> {
+    std::iter::from_fn(move || {
+        let read = (!message.is_empty()).then(|| field(&mut message).ok_or(Unread))?;
+        if read.is_err() {
+            message = &[];
+        }
+        Some(read)
+    })
+}
+
+/// The message without the fields of these numbers at its top level, as far as it can be read.
+pub fn without(message: Bytes, numbers: &[u64]) -> Bytes {
+    if !fields(&message).map_while(Result::ok).any(|(number, _)| numbers.contains(&number)) {
+        return message;
+    }
+    let (mut kept, mut rest) = (Vec::with_capacity(message.len()), &message[..]);
+    while !rest.is_empty() {
+        let before = rest;
+        let Some((number, _)) = field(&mut rest) else {
+            kept.extend_from_slice(before);
+            break;
+        };
+        if !numbers.contains(&number) {
+            kept.extend_from_slice(&before[..before.len() - rest.len()]);
+        }
+    }
+    kept.into()
+}
+
+/// Takes the first field off a message.
+fn field<'a>(message: &mut &'a [u8]) -> Option<(u64, &'a [u8])> {
     fn varint(bytes: &mut &[u8]) -> Option<u64> {
         let mut value = 0;
         for nth in 0..10 {
@@ -63,26 +93,17 @@ pub fn fields(mut message: &[u8]) -> impl Iterator<Item = Result<(u64, &[u8]), U
         }
         None
     }
-    fn field<'a>(message: &mut &'a [u8]) -> Option<(u64, &'a [u8])> {
-        let key = varint(message)?;
-        let length = match key & 7 {
-            0 => varint(message).map(|_| 0)?,
-            1 => 8,
-            2 => usize::try_from(varint(message)?).ok()?,
-            5 => 4,
-            _ => return None,
-        };
-        let (field, rest) = message.split_at_checked(length)?;
-        *message = rest;
-        Some((key >> 3, field))
-    }
-    std::iter::from_fn(move || {
-        let read = (!message.is_empty()).then(|| field(&mut message).ok_or(Unread))?;
-        if read.is_err() {
-            message = &[];
-        }
-        Some(read)
-    })
+    let key = varint(message)?;
+    let length = match key & 7 {
+        0 => varint(message).map(|_| 0)?,
+        1 => 8,
+        2 => usize::try_from(varint(message)?).ok()?,
+        5 => 4,
+        _ => return None,
+    };
+    let (field, rest) = message.split_at_checked(length)?;
+    *message = rest;
+    Some((key >> 3, field))
 }
 
 #[cfg(test)]
@@ -106,6 +127,17 @@ mod tests {
         assert!((0..plain.len()).all(|end| found(plain).starts_with(&found(&plain[..end]))));
         let ends = [5, 10, 19];
         assert!((1..plain.len()).all(|end| is_read(&plain[..end]) == ends.contains(&end)));
+    }
+
+    #[test]
+    fn what_is_taken_out_leaves_the_rest_as_it_was() {
+        let plain = b"\x0a\x03abc\x3d\0\0\0\x3f\xa0\x01\xac\x02";
+        let with = [&plain[..5], b"\x8a\x01\x02\x1a\0", &plain[5..], b"\x8a\x01\0"].concat();
+        assert_eq!(without(with.into(), &[17, 18]), &plain[..]);
+        let whole = Bytes::from_static(plain);
+        assert_eq!(without(whole.clone(), &[17]).as_ptr(), whole.as_ptr(), "no copy where there is nothing to take");
+        // What cannot be read stays for who refuses it.
+        assert_eq!(without(Bytes::from_static(b"\x8a\x01\0\x0b\x72"), &[17]), &b"\x0b\x72"[..]);
     }
 
     /// What is hidden from this, and not from who decodes it, must not look like the end.

@@ -8,7 +8,7 @@ use vllm_proto::decoding_parameters::StructuredOutput;
 use vllm_proto::generate_request::Prompt;
 use vllm_proto::{CandidateTokens, GenerateRequest, ResponseOptions};
 
-use crate::api::{ServedModel, unsupported};
+use crate::api::{MAX_STOPS, ServedModel, unsupported};
 use crate::http::error::ApiError;
 
 /// What of an answer is told.
@@ -54,7 +54,12 @@ pub fn body(model: &ServedModel, message: GenerateRequest) -> Result<Value, ApiE
             0
         }
         Some(Prompt::TokenIds(tokens)) => {
-            let num_tokens = tokens.ids.len() as u32;
+            // As JSON each takes some times as much.
+            let (num_tokens, most) = (tokens.ids.len(), model.engine.config().max_model_len);
+            if num_tokens > most as usize {
+                return Err(ApiError::too_long("prompt", num_tokens, most));
+            }
+            let num_tokens = num_tokens as u32;
             put("prompt", tokens.ids.into());
             num_tokens
         }
@@ -82,7 +87,7 @@ pub fn body(model: &ServedModel, message: GenerateRequest) -> Result<Value, ApiE
         put("logit_bias", biases.collect::<Result<Map<_, _>, ApiError>>()?.into());
     }
     if !decoding.allowed_token_ids.is_empty() {
-        put("allowed_token_ids", decoding.allowed_token_ids.into());
+        put("allowed_token_ids", at_most(decoding.allowed_token_ids, model.shape.vocab_size as usize).into());
     }
     put("structured_outputs", decoding.structured_output.map_or(Value::Null, structured_outputs));
     let stopping = message.stopping.unwrap_or_default();
@@ -90,8 +95,8 @@ pub fn body(model: &ServedModel, message: GenerateRequest) -> Result<Value, ApiE
     let max_tokens = if stopping.max_new_tokens == 0 { DEFAULT_MAX_TOKENS.min(rest) } else { stopping.max_new_tokens };
     put("max_tokens", max_tokens.into());
     put("min_tokens", stopping.min_new_tokens.into());
-    put("stop_token_ids", stopping.stop_token_ids.into());
-    put("stop", stopping.stop_strings.into());
+    put("stop_token_ids", at_most(stopping.stop_token_ids, MAX_STOPS).into());
+    put("stop", stopping.stop_strings.into_iter().take(MAX_STOPS + 1).collect::<Vec<_>>().into());
     put("ignore_eos", stopping.ignore_eos.into());
     let response = message.response.unwrap_or_default();
     put("logprobs", logprobs(response.output_logprobs, response.output_candidates.as_ref()));
@@ -99,6 +104,14 @@ pub fn body(model: &ServedModel, message: GenerateRequest) -> Result<Value, ApiE
     let salt = message.kv.unwrap_or_default().cache_salt;
     put("cache_salt", if salt.is_empty() { Value::Null } else { salt.into() });
     Ok(body.into())
+}
+
+/// Each id once, and of those beyond `most`, with which they are refused, the first.
+fn at_most(mut ids: Vec<u32>, most: usize) -> Vec<u32> {
+    ids.sort_unstable();
+    ids.dedup();
+    ids.truncate(most + 1);
+    ids
 }
 
 /// JSON has no others than finite ones.

@@ -41,6 +41,8 @@ pub struct Limits {
     pub max_connections_per_ip: usize,
     /// For a request's head to arrive, from the accept or the last answer on: also how long a connection may idle.
     pub head_timeout: Duration,
+    /// For a connection of HTTP/2 to have no call.
+    pub idle_timeout: Duration,
     /// For a request's body to arrive.
     pub body_timeout: Duration,
     /// For the client to take some of what is being written.
@@ -60,6 +62,7 @@ impl Default for Limits {
             max_connections: 1024,
             max_connections_per_ip: 256,
             head_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(300),
             body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(60),
             max_body_bytes: 8 << 20,
@@ -201,7 +204,7 @@ async fn converse_http1<P, T>(
     address: IpAddr,
     app: Arc<App>,
     protocol: P,
-    stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
 ) -> Result<(), hyper::Error>
 where
     P: Protocol,
@@ -216,16 +219,16 @@ where
         // Pieces are small: one copy is less than a list of them.
         .writev(false)
         .serve_connection(TokioIo::new(stream), answer);
-    last(connection, http1::Connection::graceful_shutdown, stop).await
+    last(connection, http1::Connection::graceful_shutdown, stopped(&mut stop)).await
 }
 
-/// Many requests at a time, and none for as long as the client is there.
+/// Many requests at a time, and none for a while.
 async fn converse_http2<P, T>(
     mut stream: T,
     address: IpAddr,
     app: Arc<App>,
     protocol: P,
-    stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
 ) -> Result<(), hyper::Error>
 where
     P: Protocol,
@@ -244,7 +247,9 @@ where
     }
     let (reader, writer) = tokio::io::split(stream);
     let stream = tokio::io::join(PREFACE.chain(reader), writer);
-    let calls = Calls { limit: app.limits.write_timeout };
+    let Limits { write_timeout, idle_timeout, .. } = app.limits;
+    let calls = Calls::new(write_timeout);
+    let idle = calls.clone();
     let answer = service_fn(move |request| {
         let answer = answer(app.clone(), protocol.clone(), address, request);
         answer.map_ok(|response| response.map(Pieces::of))
@@ -256,15 +261,25 @@ where
         .max_header_list_size(MAX_HEAD_BYTES)
         .max_concurrent_streams(MAX_CALLS)
         .serve_connection(TokioIo::new(stream), answer);
-    last(connection, http2::Connection::graceful_shutdown, stop).await
+    let leaving = async {
+        tokio::select! {
+            () = stopped(&mut stop) => {}
+            () = idle.idle(idle_timeout) => tracing::debug!("a connection ends: no call has come"),
+        }
+    };
+    last(connection, http2::Connection::graceful_shutdown, leaving).await
 }
 
-/// Until a connection ends: by itself, or told to by `leave`, with the answers that it is at, when `stop` says so.
-async fn last<C: Future>(connection: C, leave: impl FnOnce(Pin<&mut C>), mut stop: watch::Receiver<bool>) -> C::Output {
+/// Until a connection ends: by itself, or told to by `leave`, with the answers that it is at, when it is `leaving`.
+async fn last<C: Future>(
+    connection: C,
+    leave: impl FnOnce(Pin<&mut C>),
+    leaving: impl Future<Output = ()>,
+) -> C::Output {
     tokio::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => ended,
-        () = stopped(&mut stop) => {
+        () = leaving => {
             leave(connection.as_mut());
             connection.await
         }

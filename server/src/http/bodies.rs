@@ -33,6 +33,12 @@ struct Kept {
 /// A body, or what has come of it.
 pub struct Body {
     bytes: Vec<u8>,
+    counted: Counted,
+}
+
+/// Counts a body until it is dropped.
+pub struct Counted {
+    num_bytes: u64,
     bodies: Arc<Bodies>,
     origin: Origin,
 }
@@ -98,7 +104,7 @@ impl Bodies {
     }
 
     fn open(self: &Arc<Bodies>, origin: &Origin) -> Body {
-        Body { bytes: Vec::new(), bodies: self.clone(), origin: origin.clone() }
+        Body { bytes: Vec::new(), counted: Counted { num_bytes: 0, bodies: self.clone(), origin: origin.clone() } }
     }
 
     /// Whether `origin` may keep so much more; then it is counted.
@@ -124,11 +130,18 @@ impl Bodies {
 impl Body {
     fn take(&mut self, mut chunk: impl Buf) -> Result<(), ApiError> {
         let num_bytes = chunk.remaining();
-        if !self.bodies.keep(&self.origin, num_bytes as u64) {
-            return Err(ApiError::no_room_for_bodies(self.bodies.max_bytes));
+        let Counted { bodies, origin, .. } = &self.counted;
+        if !bodies.keep(origin, num_bytes as u64) {
+            return Err(ApiError::no_room_for_bodies(bodies.max_bytes));
         }
+        self.counted.num_bytes += num_bytes as u64;
         self.bytes.extend_from_slice(&chunk.copy_to_bytes(num_bytes));
         Ok(())
+    }
+
+    /// For who copies it, and lets go of the one here: what counts it goes with the copy.
+    pub fn into_parts(self) -> (Vec<u8>, Counted) {
+        (self.bytes, self.counted)
     }
 }
 
@@ -146,13 +159,12 @@ impl AsRef<[u8]> for Body {
     }
 }
 
-impl Drop for Body {
+impl Drop for Counted {
     fn drop(&mut self) {
-        let num_bytes = self.bytes.len() as u64;
         let mut kept = self.bodies.lock();
-        kept.num_bytes -= num_bytes;
+        kept.num_bytes -= self.num_bytes;
         if let Some(own) = kept.by_origin.get_mut(&self.origin) {
-            *own -= num_bytes;
+            *own -= self.num_bytes;
             if *own == 0 {
                 kept.by_origin.remove(&self.origin);
             }
@@ -179,7 +191,11 @@ mod tests {
         assert_eq!((bodies.num_bytes(), first.len()), (875, 500));
         drop(first);
         assert!(take(&mut second, 100));
-        drop((second, third));
+        let (bytes, counted) = second.into_parts();
+        assert_eq!((bytes.len(), bodies.num_bytes()), (350, 475));
+        drop(bytes);
+        assert_eq!(bodies.num_bytes(), 475, "it counts until what became of it is dropped");
+        drop((counted, third));
         assert_eq!(bodies.num_bytes(), 0);
         assert!(bodies.lock().by_origin.is_empty());
     }

@@ -11,13 +11,54 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::rt::Executor;
-use tokio::time::{Instant, sleep};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
 
 /// Runs calls.
 #[derive(Clone)]
 pub struct Calls {
     /// For a client to take a piece.
-    pub limit: Duration,
+    limit: Duration,
+    count: watch::Sender<Count>,
+}
+
+/// Of a connection.
+#[derive(Clone, Copy, Default)]
+struct Count {
+    open: u64,
+    begun: u64,
+}
+
+/// A call is open as long as this is there.
+struct Open(watch::Sender<Count>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| count.open -= 1);
+    }
+}
+
+impl Calls {
+    pub fn new(limit: Duration) -> Calls {
+        Calls { limit, count: watch::Sender::default() }
+    }
+
+    /// Until no call has been open for so long.
+    pub async fn idle(&self, most: Duration) {
+        let mut count = self.count.subscribe();
+        loop {
+            // The sender is here.
+            let begun = count.wait_for(|count| count.open == 0).await.map_or(0, |count| count.begun);
+            if timeout(most, count.wait_for(|count| count.begun != begun)).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn open(&self) -> Open {
+        self.count.send_modify(|Count { open, begun }| (*open, *begun) = (*open + 1, *begun + 1));
+        Open(self.count.clone())
+    }
 }
 
 /// A body in pieces, whose call knows when one waits to be taken.
@@ -37,8 +78,9 @@ tokio::task_local! {
 
 impl<F: Future + Send + 'static> Executor<F> for Calls {
     fn execute(&self, call: F) {
-        let limit = self.limit;
+        let (limit, open) = (self.limit, self.open());
         let limited = async move {
+            let _open = open;
             let mut call = pin!(call);
             let mut end = pin!(sleep(limit));
             poll_fn(|context| {
