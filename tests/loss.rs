@@ -5,12 +5,13 @@ use std::io::Read;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use fullbore::start::Plan;
+use fullbore::start::{self, Plan};
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{KillSwitch, WgpuBackend, WgpuOptions};
 use fullbore_engine::backend::{Backend, DeviceError, LoadError};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
+use fullbore_engine::cost::{CostModel, Prices};
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::{MulAdd, Op};
@@ -265,6 +266,68 @@ fn serving(id: &str) -> (Harness, KillSwitch) {
     };
     let plan = Plan::of("tiny", bundle, backend, config, 0);
     (Harness::serving(vec![plan.load().expect("a small model loads")]), kill_switch)
+}
+
+fn plan_on(backend: Box<dyn Backend>, title: &str) -> Plan {
+    let config = EngineConfig {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 64,
+        max_model_len: 1024,
+        block_size: 16,
+        num_blocks: 256,
+        max_logit_rows: 4,
+        ..EngineConfig::default()
+    };
+    let mut plan = Plan::of("tiny", Bundle::simulated(), backend, config, 0);
+    plan.seat.title = title.to_owned();
+    plan
+}
+
+/// Beside a device of another kind: no stream ends or changes, and it takes part again.
+#[test]
+fn what_a_lost_device_was_at_goes_on_on_another_kind_of_device() {
+    let id = device_ids().into_iter().next().expect("a device");
+    let cpu = || -> Box<dyn Backend> {
+        Box::new(CpuBackend::new(CpuOptions { num_threads: 1, ..CpuOptions::default() }).expect("threads"))
+    };
+    let with_ids = |nth: usize| {
+        let mut body = body(&format!("the story of number {nth}, as it"), 300);
+        body["return_token_ids"] = json!(true);
+        body
+    };
+    let tokens = |reply: &Value| reply["choices"][0]["token_ids"].clone();
+    let alone = |backend: Box<dyn Backend>| -> Vec<Value> {
+        let server = Harness::serving(vec![plan_on(backend, "alone").load().expect("a small model loads")]);
+        (0..8).map(|nth| tokens(&server.complete(with_ids(nth)))).collect()
+    };
+    let expected = alone(cpu());
+    assert_eq!(alone(open(&id).0), expected, "{id} and the cpu differ by themselves");
+    let (backend, kill_switch) = open(&id);
+    // All begin where a step is thought to take a thousandth of the other's.
+    let mut plans = [plan_on(backend, "gpu"), plan_on(cpu(), "cpu")];
+    for (plan, step_ns) in plans.iter_mut().zip([1e6, 1e9]) {
+        plan.tuned_cost = Some(CostModel::line(step_ns, 0.0, Prices::default()));
+    }
+    let model = start::load(plans.into()).expect("a small model loads");
+    let server = Harness::serving(vec![model]);
+    let of = |metric: &str, device: &str| server.metric(&format!("{metric}{{device=\"{device}\"}}"));
+    let send = |body: Value| server.send(post("/v1/completions", body.to_string().as_bytes()));
+    let streams: Vec<_> = (0..8).map(|nth| send(with_ids(nth))).collect();
+    server.wait_for("tokens of the device", |_| of("fullbore_tokens_generated_total", "gpu") > 0.0);
+    kill_switch.destroy();
+    for (nth, stream) in streams.into_iter().enumerate() {
+        assert_eq!(tokens(&read_reply(stream).ok()), expected[nth], "request {nth}");
+    }
+    assert!(of("fullbore_requests_moved_total", "gpu") > 0.0, "the device had ended all of them");
+    // It is made anew, and given work again when the other has more than it can do.
+    let steps = of("fullbore_steps_total", "gpu");
+    server.wait_for("the device", |_| {
+        let streams: Vec<_> = (0..64).map(|nth| send(body(&format!("number {nth}"), 20))).collect();
+        streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
+        of("fullbore_steps_total", "gpu") > steps
+    });
+    assert_eq!((of("fullbore_device_losses_total", "gpu"), kill_switch.num_opened()), (1.0, 2));
+    assert_eq!(of("fullbore_device_losses_total", "cpu"), 0.0);
 }
 
 fn body(prompt: &str, max_tokens: u32) -> Value {
