@@ -214,7 +214,9 @@ def stream(server, messages, max_tokens, begun):
 
 
 def run(*tests):
-    """Each, and how that went."""
+    """Each, or those that the command line names after the binary, and how that went."""
+    by_name = {test.__name__: test for test in tests}
+    tests = [by_name[name] for name in sys.argv[2:]] or tests
     num_failed = 0
     for test in tests:
         begun = time.monotonic()

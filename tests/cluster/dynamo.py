@@ -1,7 +1,7 @@
 """Workers behind NVIDIA Dynamo, for real: its stock frontend, and for each worker its stock sidecar, which speaks vLLM's
 gRPC: what its frontend makes of a GGUF file's folder, routing by KV content, and nodes that die, leave and return.
 
-    python3 tests/cluster/dynamo.py BINARY
+    python3 tests/cluster/dynamo.py BINARY [TEST...]
 
 Needs ai-dynamo and what it imports (scripts/cluster.sh sees to them), and the default model in the cache. All sockets
 are on 127.0.0.1. Ends with `N passed, N failed`, and with status 1 if any failed.
@@ -13,9 +13,11 @@ import json
 import os
 import sys
 import tempfile
+import time
 
 from cluster import Process, Worker, chat, exchange, free_port, run, until
-from load import PLACES, Load, hits, long_streams, sessions
+from events import Index, Subscriber
+from load import PLACES, Load, hits, long_streams, session, sessions
 
 BINARY = sys.argv[1]
 NUM_WORKERS = 3
@@ -25,6 +27,10 @@ LOCAL = ["DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HO
 LEAVING = {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "40", "DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT": "70"}
 # A share of what one worker with all sessions finds.
 LEAST_OF_IDEAL = 0.7
+# Prompts that each worker, and nobody else, has.
+NUM_PROMPTS_EACH = 3
+# A share of what their workers have of them.
+LEAST_OF_TOLD = 0.9
 
 
 def environment(folder):
@@ -67,11 +73,17 @@ class Node:
     """A worker with its sidecar."""
 
     def __init__(self, folder, core, tells_events):
-        grpc_port = free_port()
-        endpoints = {name: f"tcp://127.0.0.1:{free_port()}" for name in ["endpoint", "replay_endpoint"]}
+        grpc_port, self.replay_port = free_port(), free_port()
+        endpoints = {"endpoint": f"tcp://127.0.0.1:{free_port()}", "replay_endpoint": f"tcp://127.0.0.1:{self.replay_port}"}
         events = ["--kv-events-config", json.dumps(endpoints)] if tells_events else []
         self.worker = Worker(BINARY, f"cpu@{core}", "--grpc-port", str(grpc_port), *events)
         self.sidecar = Sidecar(folder, grpc_port)
+
+    def told(self):
+        """An index of all that its events have told since it was started."""
+        index = Index()
+        Subscriber.replay(self.replay_port, 0, index)
+        return index
 
     def is_busy(self):
         return self.worker.metric("vllm:num_requests_running") > 0
@@ -128,6 +140,62 @@ def kv_content_decides_where_a_request_goes():
     assert routed > without, f"{routed} tokens were found by KV content, and {without} where nobody tells of it"
 
 
+def own_prompts(nodes, round_number):
+    """Prompts that begin unlike each other, each asked of one worker behind its router's back; how many tokens those have."""
+    prompts, num_tokens = [], 0
+    for number in range(NUM_PROMPTS_EACH * len(nodes)):
+        topic = f"Round {round_number}, number {number}: {PLACES[number % len(PLACES)]}. "
+        messages = [{"role": "system", "content": topic * 12}, {"role": "user", "content": "What is this about?"}]
+        # Not in turns, as a router that knows nothing may go.
+        worker = nodes[number // NUM_PROMPTS_EACH].worker
+        chat(worker, messages, max_tokens=1)
+        num_tokens += chat(worker, messages, max_tokens=1).cached
+        prompts.append(messages)
+    return prompts, num_tokens
+
+
+def share_found(frontend, nodes):
+    """Of tokens that workers have and their router has heard of by events alone, those found: the best of some rounds."""
+    best = 0
+    for round_number in range(5):
+        prompts, num_tokens = own_prompts(nodes, round_number)
+        # Events are on their way meanwhile, for longer each time.
+        time.sleep(0.2 * 2**round_number)
+        before = hits([node.worker for node in nodes])
+        for messages in prompts:
+            chat(frontend, messages, max_tokens=1)
+        best = max(best, (hits([node.worker for node in nodes]) - before) / num_tokens)
+        if best >= LEAST_OF_TOLD:
+            break
+    return best
+
+
+def check_told(share):
+    assert share >= LEAST_OF_TOLD, f"{share:.2f} of the tokens were found that workers have and told of"
+
+
+def events_decide_where_a_request_goes():
+    with cluster("kv") as (frontend, nodes):
+        told = share_found(frontend, nodes)
+        check_told(told)
+        # One after the other no conversation has a reason to leave.
+        for number in range(2):
+            workers = session(frontend, number)
+            assert None not in workers and len(set(workers)) == 1, f"session {number} was with {workers}"
+        for node in nodes:
+            cached = lambda: node.worker.metric('fullbore_kv_blocks{state="cached"}')
+            until("events of all blocks", lambda: not node.is_busy() and len(node.told().blocks) == cached())
+    # Whoever is told nothing finds them by chance.
+    with cluster("kv", tells_events=False) as (frontend, nodes):
+        untold = share_found(frontend, nodes)
+    print(f"  {told:.2f} of what workers have is found by events, and {untold:.2f} without")
+    try:
+        check_told(untold)
+    except AssertionError:
+        return
+    raise AssertionError(f"{untold:.2f} of what nobody told of was found, and nobody minds")
+
+
 def nodes_die_leave_and_return():
     with cluster("kv") as (frontend, nodes), concurrent.futures.ThreadPoolExecutor() as pool:
         undisturbed = [one.result(120) for one in long_streams(frontend, pool)]
@@ -144,6 +212,8 @@ def nodes_die_leave_and_return():
         assert [end.text for end in ends] == [end.text for end in undisturbed], (ends, undisturbed)
         # It returns, with nothing, and is used again.
         victim.restart()
+        index = victim.told()
+        assert index.first_seq == 0 and not index.blocks, f"a worker that was started anew knows {index.blocks}"
         asked = lambda: victim.worker.metric("fullbore_steps_total")
         steps = asked()
         with Load(frontend, 6) as load:
@@ -187,4 +257,5 @@ def texts(reply):
     return [choice["message"]["content"] for choice in reply["choices"]]
 
 
-run(frontends_tokenize_as_the_server_does, kv_content_decides_where_a_request_goes, nodes_die_leave_and_return)
+run(frontends_tokenize_as_the_server_does, kv_content_decides_where_a_request_goes, events_decide_where_a_request_goes,
+    nodes_die_leave_and_return)

@@ -1,7 +1,11 @@
 """A subscriber of KV events on libzmq, which keeps an index of blocks and knows nothing else."""
 
-import msgpack
 import zmq
+
+try:
+    from msgpack import unpackb
+except ImportError:
+    from msgspec.msgpack import decode as unpackb
 
 CONTEXT = zmq.Context()
 
@@ -17,7 +21,7 @@ class Index:
         self.next_seq += 1
         if self.first_seq is None:
             self.first_seq = seq
-        _, events, rank = msgpack.unpackb(payload)
+        _, events, rank = unpackb(payload)
         assert rank == 0
         for event in events:
             kind = event["type"]
