@@ -13,6 +13,8 @@ struct AddNormParams {
     const f32* weight;
     // (num_rows, cols)
     f32* out;
+    // The same, or null
+    u16* halves;
     u32 cols;
     f32 eps;
 };
@@ -37,5 +39,9 @@ KERNEL(256, add_norm, AddNormParams) {
     }
     f32 scale = 1 / sqrtf(sum_block<256>(sum) / (f32)p.cols + p.eps);
     // A thread reads what it wrote.
-    for (u32 i = threadIdx.x; i < p.cols; i += 256) out[i] = x[i] * scale * p.weight[i];
+    for (u32 i = threadIdx.x; i < p.cols; i += 256) {
+        f32 value = x[i] * scale * p.weight[i];
+        out[i] = value;
+        put_half(p.halves, (u64)blockIdx.x * p.cols + i, value);
+    }
 }

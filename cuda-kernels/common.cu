@@ -31,8 +31,41 @@ DEVICE f32 from_f16(u32 bits) {
 #endif
 }
 
+// `into`, with the bits of `word` that `mask` names, in one instruction.
+DEVICE u32 masked_into(u32 into, u32 word, u32 mask) {
+#ifdef FULLBORE_HOST
+    return (word & mask) | into;
+#else
+    u32 both;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(both) : "r"(word), "r"(mask), "r"(into));
+    return both;
+#endif
+}
+
+// Four of the eight bytes of two words, by the nibbles of `which`: below 4 of `low`, else of `high`.
+DEVICE u32 pick_bytes(u32 low, u32 high, u32 which) {
+#ifdef FULLBORE_HOST
+    u64 bytes = low | (u64)high << 32;
+    u32 picked = 0;
+    for (u32 i = 0; i < 4; i++) picked |= (u32)(bytes >> (which >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+    return picked;
+#else
+    u32 picked;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(which));
+    return picked;
+#endif
+}
+
 // An integer below 2^23, without the slow conversion: the low bits of 2^23 + code.
 DEVICE f32 from_code(u32 code) { return __uint_as_float(0x4b000000u | code) - 8388608.0f; }
+
+// The same of the bits of `word` that `mask` names, and of its byte `which`.
+DEVICE f32 from_masked(u32 word, u32 mask) {
+    return __uint_as_float(masked_into(0x4b000000u, word, mask)) - 8388608.0f;
+}
+DEVICE f32 from_byte(u32 word, u32 which) {
+    return __uint_as_float(pick_bytes(word, 0x4b000000u, 0x7440u | which)) - 8388608.0f;
+}
 
 // The sum over a warp, in every lane.
 DEVICE f32 sum_warp(f32 value) {

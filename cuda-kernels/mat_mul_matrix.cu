@@ -1,7 +1,7 @@
-// `out = x @ weight^T + bias` on tensor cores: products of f16, sums in f32. A block computes some rows of 128 columns in
-// one of `splits` runs of K, unit by unit, which take turns in two halves of shared memory. Weights are read some units
-// before they are needed, and decoded when the unit before theirs has been multiplied; activations are read one unit
-// before. Where K is split, `mat_mul_sum` adds the runs in order.
+// `out = x @ weight^T + bias` on tensor cores, for many rows: products of f16, sums in f32. A block computes 128 rows of
+// 128 columns in one of `splits` runs of K, unit by unit, which take turns in two halves of shared memory. What is needed
+// of the next unit is read before this one is multiplied, and decoded after. Where K is split, `mat_mul_sum` adds the runs
+// in order.
 
 static constexpr u32 COLUMNS = 128;
 static constexpr u32 THREADS = 256;
@@ -46,9 +46,6 @@ struct Product {
     static constexpr u32 COLUMN_TILES = COLUMNS * ROW_WARPS / 64;
     // Groups of four values of x that a thread brings.
     static constexpr u32 BROUGHT = (ROWS * 8 + THREADS - 1) / THREADS;
-    // Units whose weights are on their way: few rows wait for memory, and the smaller weights are, the more units it takes
-    // to keep it busy.
-    static constexpr u32 AHEAD = ROWS > 64 || PART_WORDS > 2 ? 1 : 4 / PART_WORDS;
 
     // What a thread has read of activations of a unit, and not yet put into shared memory.
     f32 x[BROUGHT][4];
@@ -120,31 +117,26 @@ struct Product {
             for (u32 n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
                 for (u32 i = 0; i < 4; i++) product.sums[m][n][i] = 0;
-        // Of the units behind the one that is multiplied; behind the last one that is read again.
-        Packed ahead[AHEAD];
+        // Of the unit behind the one that is multiplied; behind the last one that is read again.
+        Packed ahead;
         if (begin < end) {
             product.read_x(p, first_row, begin, aligned);
-            ahead[0].read(p, first_column, begin);
+            ahead.read(p, first_column, begin);
             product.put_x((u32*)x_quads[begin % 2]);
-            ahead[0].put(begin, (u32*)w_quads[begin % 2]);
-#pragma unroll
-            for (u32 i = 0; i < AHEAD; i++) ahead[i].read(p, first_column, least(begin + 1 + i, end - 1));
+            ahead.put(begin, (u32*)w_quads[begin % 2]);
+            ahead.read(p, first_column, least(begin + 1, end - 1));
         }
-        for (u32 first = begin; first < end; first += AHEAD) {
-#pragma unroll
-            for (u32 i = 0; i < AHEAD; i++) {
-                u32 unit = first + i, half = unit % 2, other = 1 - half;
-                if (unit >= end) break;
-                __syncthreads();
-                bool more = unit + 1 < end;
-                if (more) product.read_x(p, first_row, unit + 1, aligned);
-                product.multiply_unit((const u32*)x_quads[half] + row * PITCH, (const u32*)w_quads[half] + column * PITCH);
-                if (!more) break;
-                // The other half was read before the last barrier.
-                product.put_x((u32*)x_quads[other]);
-                ahead[i].put(unit + 1, (u32*)w_quads[other]);
-                ahead[i].read(p, first_column, least(unit + 1 + AHEAD, end - 1));
-            }
+        for (u32 unit = begin; unit < end; unit++) {
+            u32 half = unit % 2, other = 1 - half;
+            __syncthreads();
+            bool more = unit + 1 < end;
+            if (more) product.read_x(p, first_row, unit + 1, aligned);
+            product.multiply_unit((const u32*)x_quads[half] + row * PITCH, (const u32*)w_quads[half] + column * PITCH);
+            if (!more) break;
+            // The other half was read before the last barrier.
+            product.put_x((u32*)x_quads[other]);
+            ahead.put(unit + 1, (u32*)w_quads[other]);
+            ahead.read(p, first_column, least(unit + 2, end - 1));
         }
         u32 g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
         f32* out = p.out + (u64)split * p.num_rows * p.stride;
@@ -164,7 +156,4 @@ struct Product {
     }
 };
 
-KERNEL(256, mat_mul_matrix_16, MatMulParams) { Product<1, 1>::compute(p); }
-KERNEL(256, mat_mul_matrix_32, MatMulParams) { Product<1, 2>::compute(p); }
-KERNEL(256, mat_mul_matrix_64, MatMulParams) { Product<2, 2>::compute(p); }
 KERNEL(256, mat_mul_matrix_128, MatMulParams) { Product<2, 4>::compute(p); }

@@ -3,44 +3,46 @@
 // Fragments are those of `mma.sync.m16n8k16` (PTX ISA 7.0): with g = lane / 4 and t = lane % 4, a lane holds of A the
 // pairs of columns 2t and 2t + 8 of rows g and g + 8, of B those of column g, and of D columns 2t of rows g and g + 8.
 
-struct alignas(16) Quad {
-    u32 at[4];
-};
-
-DEVICE u32 pair_of_f16(f32 low, f32 high) {
+// One of the halves of a word, in both.
+DEVICE u32 twice_low(u32 pair) {
 #ifdef FULLBORE_HOST
-    return host_to_f16(low) | (u32)host_to_f16(high) << 16;
+    return (pair & 0xffffu) | pair << 16;
+#else
+    u32 twice;
+    asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}" : "=r"(twice) : "r"(pair));
+    return twice;
+#endif
+}
+
+DEVICE u32 twice_high(u32 pair) {
+#ifdef FULLBORE_HOST
+    return pair >> 16 | (pair & 0xffff0000u);
+#else
+    u32 twice;
+    asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}" : "=r"(twice) : "r"(pair));
+    return twice;
+#endif
+}
+
+// `a * b`, pairs of f16.
+DEVICE u32 multiply_pairs(u32 a, u32 b) {
+#ifdef FULLBORE_HOST
+    return host_pair_fma(a, b, 0x80008000u);
 #else
     u32 pair;
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(low), "f"(high));
-#else
-    asm("{\n"
-        ".reg .f16 low, high;\n"
-        "cvt.rn.f16.f32 low, %1;\n"
-        "cvt.rn.f16.f32 high, %2;\n"
-        "mov.b32 %0, {low, high};\n"
-        "}"
-        : "=r"(pair)
-        : "f"(low), "f"(high));
-#endif
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 #endif
 }
 
-// Two activations, held within what f16 has; what is no number stays none.
-DEVICE u32 pair_of_activations(f32 low, f32 high) {
-#if __CUDA_ARCH__ >= 800
-    // What was too large is infinite by now.
-    u32 pair = pair_of_f16(low, high);
-    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(pair), "r"(0x7bff7bffu));
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(pair), "r"(0xfbfffbffu));
-    return pair;
+// `a * b + c`, rounded once.
+DEVICE u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
+#ifdef FULLBORE_HOST
+    return host_pair_fma(a, b, c);
 #else
-    const f32 most = 65504;
-    low = low > most ? most : low < -most ? -most : low;
-    high = high > most ? most : high < -most ? -most : high;
-    return pair_of_f16(low, high);
+    u32 pair;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+    return pair;
 #endif
 }
 

@@ -7,6 +7,8 @@ struct RmsNormParams {
     const f32* weight;
     // (rows, cols)
     f32* out;
+    // The same, or null
+    u16* halves;
     u32 cols;
     f32 eps;
 };
@@ -17,5 +19,9 @@ KERNEL(256, rms_norm, RmsNormParams) {
     f32 sum = 0;
     for (u32 i = threadIdx.x; i < p.cols; i += 256) sum = fmaf(x[i], x[i], sum);
     f32 scale = 1 / sqrtf(sum_block<256>(sum) / (f32)p.cols + p.eps);
-    for (u32 i = threadIdx.x; i < p.cols; i += 256) out[i] = x[i] * scale * p.weight[i];
+    for (u32 i = threadIdx.x; i < p.cols; i += 256) {
+        f32 value = x[i] * scale * p.weight[i];
+        out[i] = value;
+        put_half(p.halves, (u64)blockIdx.x * p.cols + i, value);
+    }
 }

@@ -26,8 +26,10 @@ pub const fn all_texts() -> &'static [(&'static str, &'static str)] {
         "common",
         "embed",
         "gated_act",
+        "halves",
         "kv_head",
         "mat_mul",
+        "mat_mul_fragments",
         "mat_mul_matrix",
         "mat_mul_params",
         "mat_mul_sum",
@@ -38,6 +40,7 @@ pub const fn all_texts() -> &'static [(&'static str, &'static str)] {
         "rms_norm",
         "rope_kv",
         "sample",
+        "to_f16",
         "update_table",
         "weight"
     )
@@ -101,8 +104,15 @@ mod tests {
         assert!(module.text().starts_with("#define FLOAT 1\n#define UNITS 1\n"));
         assert_eq!(module.kernel("mat_mul_16"), Some((256, "MatMulParams")));
         assert_eq!(module.kernel("mat_mul_3"), None);
-        let module = Module { parts: &["rms_norm"], constants: vec![] };
-        let fields = [("const f32*", "x"), ("const f32*", "weight"), ("f32*", "out"), ("u32", "cols"), ("f32", "eps")];
+        let module = Module { parts: &["halves", "rms_norm"], constants: vec![] };
+        let fields = [
+            ("const f32*", "x"),
+            ("const f32*", "weight"),
+            ("f32*", "out"),
+            ("u16*", "halves"),
+            ("u32", "cols"),
+            ("f32", "eps"),
+        ];
         assert_eq!(module.fields("RmsNormParams"), Some(fields.to_vec()));
         assert_eq!((module.name().as_str(), module.fields("Nothing")), ("rms_norm", None));
     }

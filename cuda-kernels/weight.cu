@@ -95,23 +95,24 @@ struct PartWords {
     u32 high;
 };
 
+// Which word of a block a part of a unit begins with.
+DEVICE u32 low_at(u32 unit, u32 part) {
+#if FLOAT
+    return part * PART_WORDS;
+#elif LOW_BITS > 2
+    return LOW_AT + (unit * 4 + part) * PART_WORDS;
+#else
+    return LOW_AT + unit * 2 + part / 2;
+#endif
+}
+
+DEVICE u32 high_at(u32 unit, u32 part) { return HIGH_AT + (HIGH_BITS == 1 ? unit : unit * 2 + part / 2); }
+
 DEVICE PartWords read_part(const u32* block, u32 unit, u32 part) {
     PartWords words;
-#if FLOAT
-    const u32* low = block + part * PART_WORDS * 32;
-#elif LOW_BITS > 2
-    const u32* low = block + (LOW_AT + (unit * 4 + part) * PART_WORDS) * 32;
-#else
-    const u32* low = block + (LOW_AT + unit * 2 + part / 2) * 32;
-#endif
+    const u32* low = block + low_at(unit, part) * 32;
     for (u32 i = 0; i < PART_WORDS; i++) words.low[i] = low[i * 32];
-#if HIGH_BITS == 1
-    words.high = block[(HIGH_AT + unit) * 32];
-#elif HIGH_BITS == 2
-    words.high = block[(HIGH_AT + unit * 2 + part / 2) * 32];
-#else
-    words.high = 0;
-#endif
+    words.high = HIGH_BITS ? block[high_at(unit, part) * 32] : 0;
     return words;
 }
 
@@ -138,16 +139,13 @@ DEVICE void part_weights(const PartWords& words, u32 part, const Scales& s, f32 
     for (u32 i = 0; i < 8; i++) {
         u32 place = i < 5 ? i : i - 5;
         u32 codes = i < 5 ? words.low[0] : words.low[0] >> 20;
-        w[i] = fmaf(from_code(codes & 15u << (4 * place)), scale * (1.0f / (1u << (4 * place))), min);
+        w[i] = fmaf(from_masked(codes, 15u << (4 * place)), scale * (1.0f / (1u << (4 * place))), min);
     }
+#elif LOW_BITS == 8
+    for (u32 i = 0; i < 8; i++) w[i] = fmaf(from_byte(words.low[i / 4], i % 4), scale, min);
 #else
     u32 codes[8];
-#if LOW_BITS == 8
-    for (u32 i = 0; i < 4; i++) {
-        codes[i] = words.low[0] >> (8 * i) & 255u;
-        codes[4 + i] = words.low[1] >> (8 * i) & 255u;
-    }
-#elif LOW_BITS == 4
+#if LOW_BITS == 4
     for (u32 i = 0; i < 8; i++) codes[i] = words.low[0] >> (4 * i) & 15u;
 #else
     u32 low = words.low[0] >> (part % 2 * 16);

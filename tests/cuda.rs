@@ -11,10 +11,12 @@ use fullbore_cuda_kernels::{Module, compile};
 use fullbore_engine::backend::cuda::kernel::{Kernel, MatMulVariant};
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
 use fullbore_engine::backend::{Backend, DeviceInfo};
+use fullbore_engine::op::{Activation, AddNorm, GatedAct, MatMul, Op, RmsNorm};
 use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::verify::{Case, TWO_FORMATS, every_case, every_mat_mul_kernel};
 
 use crate::device::{Device, assert_rows_do_not_depend_on_m};
+use crate::random::Random;
 use crate::{golden, tiny};
 
 /// The backend as a GPU would have it, on the host; threads and blocks first to last, or last to first.
@@ -65,6 +67,37 @@ fn every_matmul_kernel_that_a_table_may_name_is_right() {
     // The twin has no kernels to choose from, and takes any table.
     let twins = Device::twin().outputs(&cases);
     Device::new(backend).assert_near(&cases, &twins, "on the host");
+}
+
+/// What a norm or an activation leaves in f16 for the product behind it is what is made of it alone.
+#[test]
+fn activations_in_f16_are_the_same_from_wherever() {
+    let run = |together: bool| {
+        let device = &mut Device::new(computing_in(Arithmetic::MatrixUnits, false));
+        let random = &mut Random::new(5);
+        let (m, dim, ffn) = (19, 96, 160);
+        let up = device.weight(WeightFormat::Q4_0, 2 * ffn, dim, 4);
+        let down = device.weight(WeightFormat::Q8_0, dim, ffn, 5);
+        let x = device.f32(m, dim, &random.floats((m * dim) as usize));
+        let norm = device.f32(1, dim, &random.floats(dim as usize));
+        let shapes = [(m, dim), (m, 2 * ffn), (m, ffn), (m, dim), (m, dim)];
+        let [normed, gate_up, act, projected, again] = shapes.map(|(rows, cols)| device.unwritten(rows, cols));
+        let product = |x, weight, out| Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out });
+        let (eps, activation) = (1e-5, Activation::Silu);
+        let ops = [
+            Op::RmsNorm(RmsNorm { x, weight: norm, eps, out: normed }),
+            product(normed, up, gate_up),
+            Op::GatedAct(GatedAct { gate_up, activation, out: act }),
+            product(act, down, projected),
+            Op::AddNorm(AddNorm { x: projected, y: x, post_weight: None, rows: None, weight: norm, eps, out: again }),
+            product(again, up, gate_up),
+        ];
+        if !together {
+            ops.iter().for_each(|op| drop(device.run(&[*op], &[x])));
+        }
+        device.run(if together { &ops[..] } else { &[] }, &[projected, gate_up])
+    };
+    assert_eq!(run(true), run(false));
 }
 
 /// 16 runs of units and fewer, whole and not, and every kernel beside its neighbours.

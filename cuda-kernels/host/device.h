@@ -55,6 +55,17 @@ T __shfl_xor_sync(unsigned, T value, unsigned mask) {
     return value;
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, unsigned from) {
+    static_assert(sizeof(T) == 4, "words");
+    unsigned* words = host::exchange();
+    memcpy(words + threadIdx.x % 32, &value, 4);
+    host::wait_for(host::WARP_WAIT);
+    memcpy(&value, words + from % 32, 4);
+    host::wait_for(host::WARP_WAIT);
+    return value;
+}
+
 inline float __uint_as_float(unsigned bits) {
     float value;
     memcpy(&value, &bits, 4);
@@ -84,6 +95,16 @@ inline unsigned short host_to_f16(float value) {
     int exponent = magnitude < 0x38800000 ? -14 : (int)(magnitude >> 23) - 127;
     unsigned steps = (unsigned)lrintf(ldexpf(__uint_as_float(magnitude), 10 - exponent));
     return sign | (steps < 0x400 ? steps : ((unsigned)(exponent + 15) << 10) + steps - 0x400);
+}
+
+// `a * b + c` of both halves; a product is exact in f32.
+inline unsigned host_pair_fma(unsigned a, unsigned b, unsigned c) {
+    unsigned pair = 0;
+    for (unsigned shift = 0; shift < 32; shift += 16) {
+        auto half = [&](unsigned word) { return host_from_f16((unsigned short)(word >> shift)); };
+        pair |= (unsigned)host_to_f16(half(a) * half(b) + half(c)) << shift;
+    }
+    return pair;
 }
 
 // `d += a * b` on fragments of mma.m16n8k16, with sums in f32 along K.

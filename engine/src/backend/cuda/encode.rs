@@ -48,20 +48,22 @@ impl SplitK {
     /// Units of a run at least: fewer are not worth the sum.
     const UNITS: u32 = 8;
 
-    /// Blocks beside each other in N and K: two a multiprocessor with few rows, which wait for memory. What is split
-    /// costs a write and a read of its parts, so that many rows, two tiles of them, fill each multiprocessor once.
+    /// Blocks beside each other in N and K, one a multiprocessor; what is split costs a write and a read of its parts.
+    /// Many rows are two tiles of them.
     fn blocks(num_multiprocessors: u32, rows: u32) -> u32 {
         match rows {
-            0..=SplitK::FEW_ROWS => 2 * num_multiprocessors,
+            0..=SplitK::FEW_ROWS => num_multiprocessors,
             65..=SplitK::MANY_ROWS => num_multiprocessors / 2,
             _ => 0,
         }
     }
 
     pub fn bytes(num_multiprocessors: u32) -> u64 {
-        let (_, columns) = MatMulVariant::Matrix64.shape();
-        let of = |rows: u32| u64::from(SplitK::blocks(num_multiprocessors, rows)) * u64::from(rows * columns) * 4;
-        of(SplitK::FEW_ROWS).max(of(SplitK::MANY_ROWS))
+        let of = |rows: u32, variant: MatMulVariant| {
+            let (_, columns) = variant.shape();
+            u64::from(SplitK::blocks(num_multiprocessors, rows)) * u64::from(rows * columns) * 4
+        };
+        of(SplitK::FEW_ROWS, MatMulVariant::Matrix64).max(of(SplitK::MANY_ROWS, MatMulVariant::Matrix128))
     }
 
     fn splits(self, variant: MatMulVariant, rows: u32, num_cols: u32, num_units: u32) -> u32 {
@@ -74,6 +76,11 @@ impl SplitK {
     }
 }
 
+/// Bytes of as many rows of `cols` activations in f16 as a launch takes.
+pub fn halves_bytes(cols: u32) -> u64 {
+    u64::from(SplitK::FEW_ROWS) * u64::from(cols.next_multiple_of(UNIT)) * 2
+}
+
 /// Where launches go, and what they are made of besides the op.
 pub struct Encoder<'a> {
     /// By buffer id.
@@ -82,20 +89,34 @@ pub struct Encoder<'a> {
     pub weights: &'a [Address],
     pub mat_muls: &'a MatMulTables,
     pub split_k: SplitK,
+    /// Where activations of few rows go in f16, for tensor cores.
+    pub halves: Address,
+    /// Whose activations are there, of which shape: address, rows and columns.
+    pub in_halves: Option<(Address, u32, u32)>,
     pub out: &'a mut Vec<Encoded>,
 }
 
 impl Encoder<'_> {
-    pub fn op(&mut self, op: &Op) {
+    pub fn ops(&mut self, ops: &[Op]) {
+        for (index, op) in ops.iter().enumerate() {
+            if !matches!(op, Op::MatMul(_)) {
+                // It may write what was.
+                self.in_halves = None;
+            }
+            self.op(op, ops.get(index + 1));
+        }
+    }
+
+    fn op(&mut self, op: &Op, next: Option<&Op>) {
         match op {
             Op::UpdateTable(op) => self.update_table(op),
             Op::Embed(op) => self.embed(op),
-            Op::RmsNorm(op) => self.rms_norm(op),
+            Op::RmsNorm(op) => self.rms_norm(op, next),
             Op::MatMul(op) => self.mat_mul(op),
             Op::RopeKv(op) => self.rope_kv(op),
             Op::Attention(op) => self.attention(op),
-            Op::GatedAct(op) => self.gated_act(op),
-            Op::AddNorm(op) => self.add_norm(op),
+            Op::GatedAct(op) => self.gated_act(op, next),
+            Op::AddNorm(op) => self.add_norm(op, next),
             Op::ResetCounts(op) => self.reset_counts(op),
             Op::Sample(op) => self.sample(op),
             Op::MulAdd(op) => self.mul_add(op),
@@ -148,9 +169,10 @@ impl Encoder<'_> {
         self.push(Kernel::Embed(op.table.format), num_eights.div_ceil(256), &params);
     }
 
-    fn rms_norm(&mut self, op: &RmsNorm) {
+    fn rms_norm(&mut self, op: &RmsNorm, next: Option<&Op>) {
         let (x, weight, out) = (self.at(op.x), self.at(op.weight), self.at(op.out));
-        let params = RmsNormParams { x, weight, out, cols: op.x.cols, eps: op.eps };
+        let params =
+            RmsNormParams { x, weight, out, halves: self.for_next(op.out, next), cols: op.x.cols, eps: op.eps };
         self.push(Kernel::RmsNorm, op.x.rows, &params);
     }
 
@@ -162,15 +184,19 @@ impl Encoder<'_> {
             let left = op.x.rows - first_row;
             let choice = choices.iter().find(|choice| choice.max_rows >= left);
             let choice = choice.expect("the last line takes any number");
-            let taken = choice.takes(left);
+            let taken = choice.takes(left).min(choice.variant.max_rows().unwrap_or(u32::MAX));
             let (rows, columns) = choice.variant.shape();
             let row_bytes = |tensor: Tensor| u64::from(first_row) * u64::from(tensor.cols) * 4;
             let (num_cols, num_units) = (op.weight.rows, op.x.cols.div_ceil(UNIT));
             let splits = self.split_k.splits(choice.variant, taken, num_cols, num_units);
             let bias = self.at_some(op.bias);
             let out = self.at(op.out) + row_bytes(op.out) + u64::from(op.first_col) * 4;
+            let mut x = self.at(op.x) + row_bytes(op.x);
+            if choice.variant.max_rows().is_some() {
+                x = self.to_f16(x, taken, op.x.cols);
+            }
             let whole = MatMulParams {
-                x: self.at(op.x) + row_bytes(op.x),
+                x,
                 weight: self.weights[op.weight.id.0 as usize],
                 bias,
                 out,
@@ -194,6 +220,30 @@ impl Encoder<'_> {
             }
             first_row += taken;
         }
+    }
+
+    /// Where an op that writes `out` leaves it in f16 too, for a product on tensor cores that comes next; else null.
+    fn for_next(&mut self, out: Tensor, next: Option<&Op>) -> Address {
+        let Some(Op::MatMul(MatMul { x, weight, .. })) = next else { return 0 };
+        let mut choices = self.mat_muls.of(MatMulShape::of(*weight)).iter();
+        let choice = choices.find(|choice| choice.max_rows >= x.rows).expect("the last line takes any number");
+        let is_whole = choice.variant.max_rows().is_some_and(|most| choice.takes(x.rows).min(most) == x.rows);
+        if *x != out || !is_whole || !x.cols.is_multiple_of(UNIT) {
+            return 0;
+        }
+        self.in_halves = Some((self.at(out), out.rows, out.cols));
+        self.halves
+    }
+
+    /// Where these activations are in f16, from the launches so far on.
+    fn to_f16(&mut self, x: Address, num_rows: u32, inner: u32) -> Address {
+        let num_units = inner.div_ceil(UNIT);
+        if self.in_halves != Some((x, num_rows, inner)) {
+            let params = ToF16Params { x, out: self.halves, num_rows, inner, num_units, pad: 0 };
+            self.push(Kernel::ToF16, (num_rows * num_units * (UNIT / 8)).div_ceil(256), &params);
+            self.in_halves = Some((x, num_rows, inner));
+        }
+        self.halves
     }
 
     fn rope_kv(&mut self, op: &RopeKv) {
@@ -277,18 +327,18 @@ impl Encoder<'_> {
         self.push(Kernel::AttentionMerge(cache.kv_type), blocks, &params);
     }
 
-    fn gated_act(&mut self, op: &GatedAct) {
+    fn gated_act(&mut self, op: &GatedAct, next: Option<&Op>) {
         let Tensor { rows, cols, .. } = op.out;
         let activation = match op.activation {
             Activation::Silu => 0,
             Activation::GeluTanh => 1,
         };
-        let params =
-            GatedActParams { gate_up: self.at(op.gate_up), out: self.at(op.out), rows, cols, activation, pad: 0 };
+        let (gate_up, out, halves) = (self.at(op.gate_up), self.at(op.out), self.for_next(op.out, next));
+        let params = GatedActParams { gate_up, out, halves, rows, cols, activation, pad: 0 };
         self.push(Kernel::GatedAct, rows * cols.div_ceil(256), &params);
     }
 
-    fn add_norm(&mut self, op: &AddNorm) {
+    fn add_norm(&mut self, op: &AddNorm, next: Option<&Op>) {
         let params = AddNormParams {
             x: self.at(op.x),
             y: self.at(op.y),
@@ -296,6 +346,7 @@ impl Encoder<'_> {
             rows: self.at_some(op.rows),
             weight: self.at(op.weight),
             out: self.at(op.out),
+            halves: self.for_next(op.out, next),
             cols: op.x.cols,
             eps: op.eps,
         };
@@ -347,18 +398,44 @@ impl Encoder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::{Weight, WeightFormat, WeightId};
 
     /// 8B's shapes on a GPU of 132 multiprocessors.
     #[test]
     fn k_is_split_where_columns_leave_multiprocessors_idle_and_its_parts_have_room() {
         let split_k = SplitK { parts: 0, num_multiprocessors: 132 };
         let splits = |rows, num_cols| {
-            let splits = split_k.splits(MatMulVariant::Matrix64, rows, num_cols, 128);
+            let variant = if rows > 64 { MatMulVariant::Matrix128 } else { MatMulVariant::Matrix64 };
+            let splits = split_k.splits(variant, rows, num_cols, 128);
             let parts = u64::from(splits) * u64::from(rows * num_cols) * 4;
             assert!(splits == 1 || parts <= SplitK::bytes(132), "{rows} x {num_cols}");
             splits
         };
         assert_eq!([splits(16, 4096), splits(64, 4096), splits(64, 6144), splits(64, 28672)], [8, 8, 5, 1]);
         assert_eq!([splits(65, 4096), splits(256, 4096), splits(256, 6144), splits(257, 4096)], [2, 2, 1, 1]);
+    }
+
+    /// A product of 32 rows takes what the op before it left, else what one launch makes, else what is still there.
+    #[test]
+    fn activations_are_made_f16_once() {
+        let tensor = |buffer, cols| Tensor { buffer: BufferId(buffer), ..Tensor::f32(BufferId(0), 32, cols) };
+        let (x, normed, out) = (tensor(0, 64), tensor(1, 64), tensor(2, 128));
+        let weight = Weight { id: WeightId(0), rows: 64, cols: 64, format: WeightFormat::Q4_0 };
+        let norm = Op::RmsNorm(RmsNorm { x, weight: Tensor { rows: 1, ..x }, eps: 1e-5, out: normed });
+        let product = |x, first_col| Op::MatMul(MatMul { x, weight, bias: None, first_col, out });
+        let act = Op::GatedAct(GatedAct { gate_up: out, activation: Activation::Silu, out: tensor(3, 64) });
+        for (arithmetic, ops, made) in [
+            (Arithmetic::MatrixUnits, vec![norm, product(normed, 0), product(normed, 64)], 0),
+            (Arithmetic::MatrixUnits, vec![product(x, 0), product(x, 64), product(normed, 0), product(x, 0)], 3),
+            (Arithmetic::MatrixUnits, vec![norm, product(x, 0), act, product(normed, 0)], 2),
+            (Arithmetic::F32, vec![norm, product(normed, 0)], 0),
+        ] {
+            let (mat_muls, out) = (&MatMulTables::new(arithmetic), &mut Vec::new());
+            let split_k = SplitK { parts: 0, num_multiprocessors: 4 };
+            let (buffers, weights, halves) = (&[1 << 20, 2 << 20, 3 << 20, 4 << 20], &[5 << 20], 6 << 20);
+            Encoder { buffers, weights, mat_muls, split_k, halves, in_halves: None, out }.ops(&ops);
+            let num_made = out.iter().filter(|encoded| encoded.kernel == Kernel::ToF16).count();
+            assert_eq!(num_made, made, "{ops:?}");
+        }
     }
 }

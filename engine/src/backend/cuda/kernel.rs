@@ -13,6 +13,7 @@ pub enum Kernel {
     RmsNorm,
     MatMul(WeightFormat, MatMulVariant),
     MatMulSum,
+    ToF16,
     RopeKv(KvType),
     Attention(KvType, HeadDim),
     /// On tensor cores.
@@ -93,10 +94,18 @@ impl MatMulVariant {
             MatMulVariant::Rows8 => (8, 32),
             MatMulVariant::Rows16 => (16, 128),
             MatMulVariant::Rows64 => (64, 64),
-            MatMulVariant::Matrix16 => (16, 128),
-            MatMulVariant::Matrix32 => (32, 128),
-            MatMulVariant::Matrix64 => (64, 128),
+            MatMulVariant::Matrix16 => (16, 256),
+            MatMulVariant::Matrix32 => (32, 256),
+            MatMulVariant::Matrix64 => (64, 256),
             MatMulVariant::Matrix128 => (128, 128),
+        }
+    }
+
+    /// Rows of a launch at most: activations of so many have room in f16.
+    pub const fn max_rows(self) -> Option<u32> {
+        match self {
+            MatMulVariant::Matrix16 | MatMulVariant::Matrix32 | MatMulVariant::Matrix64 => Some(64),
+            _ => None,
         }
     }
 
@@ -183,6 +192,7 @@ impl Kernel {
             Kernel::MulAdd,
             Kernel::MulAddMatrix,
             Kernel::MatMulSum,
+            Kernel::ToF16,
         ];
         for format in WeightFormat::ALL {
             all.push(Kernel::Embed(format));
@@ -208,14 +218,20 @@ impl Kernel {
         match self {
             Kernel::UpdateTable => plain(&["update_table"], "update_table"),
             Kernel::Embed(format) => weights(format, &["weight", "embed"], "embed"),
-            Kernel::RmsNorm => plain(&["rms_norm"], "rms_norm"),
-            Kernel::MatMul(format, variant) => match variant.arithmetic() {
-                Arithmetic::F32 => weights(format, &["weight", "mat_mul_params", "mat_mul"], variant.name()),
-                Arithmetic::MatrixUnits => {
-                    weights(format, &["weight", "mat_mul_params", "matrix", "mat_mul_matrix"], variant.name())
+            Kernel::RmsNorm => plain(&["halves", "rms_norm"], "rms_norm"),
+            Kernel::MatMul(format, variant) => match (variant.arithmetic(), variant.max_rows()) {
+                (Arithmetic::F32, _) => weights(format, &["weight", "mat_mul_params", "mat_mul"], variant.name()),
+                (Arithmetic::MatrixUnits, None) => {
+                    weights(format, &["weight", "mat_mul_params", "halves", "matrix", "mat_mul_matrix"], variant.name())
                 }
+                (Arithmetic::MatrixUnits, Some(_)) => weights(
+                    format,
+                    &["weight", "mat_mul_params", "halves", "matrix", "mat_mul_fragments"],
+                    variant.name(),
+                ),
             },
             Kernel::MatMulSum => plain(&["mat_mul_sum"], "mat_mul_sum"),
+            Kernel::ToF16 => plain(&["halves", "to_f16"], "to_f16"),
             Kernel::RopeKv(kv_type) => cache(kv_type, &["kv_head", "rope_kv"], "rope_kv"),
             Kernel::Attention(kv_type, head_dim) => {
                 let name = match head_dim {
@@ -234,18 +250,18 @@ impl Kernel {
                     (HeadDim::Up256, MatrixPairs::Of16) => "attention_matrix_256_16",
                     (HeadDim::Up256, MatrixPairs::Of32) => "attention_matrix_256_32",
                 };
-                cache(kv_type, &["kv_head", "attention_params", "matrix", "attention_matrix"], name)
+                cache(kv_type, &["kv_head", "attention_params", "halves", "matrix", "attention_matrix"], name)
             }
             Kernel::AttentionMerge(kv_type) => {
                 cache(kv_type, &["kv_head", "attention_params", "attention"], "attention_merge")
             }
-            Kernel::GatedAct => plain(&["gated_act"], "gated_act"),
-            Kernel::AddNorm => plain(&["add_norm"], "add_norm"),
+            Kernel::GatedAct => plain(&["halves", "gated_act"], "gated_act"),
+            Kernel::AddNorm => plain(&["halves", "add_norm"], "add_norm"),
             Kernel::ResetCounts => plain(&["reset_counts"], "reset_counts"),
             Kernel::SampleSlices => plain(&["sample"], "sample_slices"),
             Kernel::Sample => plain(&["sample"], "sample"),
             Kernel::MulAdd => plain(&["mul_add"], "mul_add"),
-            Kernel::MulAddMatrix => plain(&["mul_add", "matrix", "mul_add_matrix"], "mul_add_matrix"),
+            Kernel::MulAddMatrix => plain(&["mul_add", "halves", "matrix", "mul_add_matrix"], "mul_add_matrix"),
         }
     }
 }

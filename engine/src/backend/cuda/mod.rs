@@ -24,7 +24,7 @@ pub mod kernel;
 mod mat_mul_tables;
 mod params;
 
-use encode::{Encoded, Encoder, SplitK};
+use encode::{Encoded, Encoder, SplitK, halves_bytes};
 pub use kernel::Arithmetic;
 use kernel::Kernel;
 use mat_mul_tables::MatMulTables;
@@ -45,6 +45,8 @@ pub struct CudaBackend {
     mat_muls: MatMulTables,
     /// Where products that are split leave their parts, from the first weight on.
     parts: Option<Address>,
+    /// Where activations of few rows lie in f16, and of how many columns at most.
+    halves: (Address, u32),
     taken_bytes: u64,
     functions: HashMap<Kernel, Function>,
     /// When each recording in flight was submitted.
@@ -120,6 +122,7 @@ impl CudaBackend {
             buffers: Vec::new(),
             weights: Vec::new(),
             parts: None,
+            halves: (0, 0),
             taken_bytes: 0,
             functions: HashMap::new(),
             in_flight: VecDeque::new(),
@@ -152,6 +155,18 @@ impl CudaBackend {
         let address = taken.map_err(|error| self.error(error, label))?;
         self.taken_bytes += size_bytes;
         Ok(address)
+    }
+
+    /// For products with a weight of `cols` columns on tensor cores.
+    fn make_room(&mut self, cols: u32) -> Result<(), DeviceError> {
+        if self.parts.is_none() {
+            let size_bytes = SplitK::bytes(self.device.info().num_multiprocessors);
+            self.parts = Some(self.take("parts of products", size_bytes, false)?);
+        }
+        if self.halves.1 < cols {
+            self.halves = (self.take("activations in f16", halves_bytes(cols), false)?, cols);
+        }
+        Ok(())
     }
 
     fn function(&mut self, kernel: Kernel) -> Result<Function, DeviceError> {
@@ -194,9 +209,8 @@ impl Backend for CudaBackend {
         let variants: Vec<_> = self.mat_muls.variants().collect();
         variants.into_iter().try_for_each(|variant| self.function(Kernel::MatMul(spec.format, variant)).map(drop))?;
         self.function(Kernel::Embed(spec.format))?;
-        if self.parts.is_none() && self.mat_muls.arithmetic() == Arithmetic::MatrixUnits {
-            let size_bytes = SplitK::bytes(self.device.info().num_multiprocessors);
-            self.parts = Some(self.take("parts of products", size_bytes, false)?);
+        if self.mat_muls.arithmetic() == Arithmetic::MatrixUnits {
+            self.make_room(spec.cols)?;
         }
         let address = self.take(&spec.name, self.weight_bytes(spec), false)?;
         let mut times = self.times;
@@ -219,8 +233,9 @@ impl Backend for CudaBackend {
         let (buffers, weights, mat_muls) = (&self.buffers[..], &self.weights[..], &self.mat_muls);
         let num_multiprocessors = self.device.info().num_multiprocessors;
         let split_k = SplitK { parts: self.parts.unwrap_or(0), num_multiprocessors };
-        let mut encoder = Encoder { buffers, weights, mat_muls, split_k, out: &mut self.encoded };
-        recording.ops.iter().for_each(|op| encoder.op(op));
+        let (halves, in_halves, out) = (self.halves.0, None, &mut self.encoded);
+        let mut encoder = Encoder { buffers, weights, mat_muls, split_k, halves, in_halves, out };
+        encoder.ops(&recording.ops);
         self.launches.clear();
         for index in 0..self.encoded.len() {
             let Encoded { kernel, blocks, params } = self.encoded[index];
@@ -272,6 +287,7 @@ impl Backend for CudaBackend {
         self.buffers.clear();
         self.weights.clear();
         self.parts = None;
+        self.halves = (0, 0);
         self.functions.clear();
         self.in_flight.clear();
         (self.free_at, self.taken_bytes, self.num_submitted) = (None, 0, 0);

@@ -36,6 +36,7 @@ pub struct RmsNormParams {
     pub x: Address,
     pub weight: Address,
     pub out: Address,
+    pub halves: Address,
     pub cols: u32,
     pub eps: f32,
 }
@@ -65,6 +66,17 @@ pub struct MatMulSumParams {
     pub num_cols: u32,
     pub stride: u32,
     pub splits: u32,
+}
+
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ToF16Params {
+    pub x: Address,
+    pub out: Address,
+    pub num_rows: u32,
+    pub inner: u32,
+    pub num_units: u32,
+    pub pad: u32,
 }
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
@@ -127,6 +139,7 @@ pub struct AttentionMergeParams {
 pub struct GatedActParams {
     pub gate_up: Address,
     pub out: Address,
+    pub halves: Address,
     pub rows: u32,
     pub cols: u32,
     pub activation: u32,
@@ -142,6 +155,7 @@ pub struct AddNormParams {
     pub rows: Address,
     pub weight: Address,
     pub out: Address,
+    pub halves: Address,
     pub cols: u32,
     pub eps: f32,
 }
@@ -213,6 +227,7 @@ mod tests {
             Kernel::RmsNorm => of::<RmsNormParams>(),
             Kernel::MatMul(..) => of::<MatMulParams>(),
             Kernel::MatMulSum => of::<MatMulSumParams>(),
+            Kernel::ToF16 => of::<ToF16Params>(),
             Kernel::RopeKv(_) => of::<RopeKvParams>(),
             Kernel::Attention(..) | Kernel::AttentionMatrix(..) => of::<AttentionParams>(),
             Kernel::AttentionMerge(_) => of::<AttentionMergeParams>(),
