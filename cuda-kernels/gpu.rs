@@ -1,7 +1,7 @@
 //! NVIDIA GPUs through the CUDA driver, which is opened when it is first asked for.
 //!
 //! Invariant: one context and one stream a device; an error other than of memory voids the device, and says so. A list
-//! of launches that came before is launched as one graph, which is made before its work's clock begins.
+//! of launches whose kernels came before is launched as one graph, which is made ready before its work's clock begins.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -359,7 +359,7 @@ impl Device for Gpu {
         // SAFETY: addresses on the device are the caller's to know.
         let launch = |launch: &Launch| unsafe { launch_one(&self.functions, stream, launch) };
         // SAFETY: as above; the context is current.
-        let graph = unsafe { self.graphs.of(work.launches, stream, launch)? };
+        let graph = unsafe { self.graphs.of(work.launches, &self.functions)? };
         // SAFETY: staged memory is as long as what goes there and is not touched until `wait`; addresses on the device
         // are the caller's to know.
         unsafe {

@@ -3,12 +3,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
 use fullbore_engine::backend::{Backend, DeviceError};
+use fullbore_engine::config::EngineConfig;
+use fullbore_engine::engine::Engine;
+use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
 use fullbore_engine::op::{MUL_ADD_ROUNDS, MulAdd, Op};
 use fullbore_engine::recording::{BufferCopy, Recording};
-use fullbore_engine::tensor::{BufferId, Tensor};
+use fullbore_engine::request::{Request, TokenId};
+use fullbore_engine::tensor::{BufferId, Tensor, WeightFormat};
+
+use crate::pipeline::Client;
+use crate::random::Random;
 
 const KIND: &str = "FULLBORE_DRIVER";
 
@@ -49,18 +57,53 @@ fn with_this_driver() {
     }
     if kind == "lost" {
         let places = places(&mut backend);
-        let error = compute(&mut backend, places).expect_err("it is lost");
+        let error = compute(&mut backend, places, 1.0).expect_err("it is lost");
         println!("lost: {error}");
         backend.reopen().expect("it is there again");
     }
-    // As launches, captured as a graph, and as the graph that was captured.
+    if kind == "decode" {
+        return decode(Box::new(backend));
+    }
+    // As launches, as a graph, and as the graph with other parameters, and with the same.
     let places = places(&mut backend);
-    for _ in 0..4 {
-        let sums = compute(&mut backend, places).expect("it is well");
-        // x / 2 + 1 again and again, from 0, 1, 2 on.
-        let expected = (0..1024).map(|x| (0..12 * MUL_ADD_ROUNDS).fold(x as f32, |x, _| x * 0.5 + 1.0));
+    for offset in [1.0, 1.0, 2.0, 2.0] {
+        let sums = compute(&mut backend, places, offset).expect("it is well");
+        // x / 2 + offset again and again, from 0, 1, 2 on.
+        let expected = (0..1024).map(|x| (0..12 * MUL_ADD_ROUNDS).fold(x as f32, |x, _| x * 0.5 + offset));
         assert!(sums.into_iter().eq(expected), "another result");
     }
+}
+
+/// 32 answers of 100 tokens behind prompts of many lengths; kernels do nothing, and all tokens are the same.
+fn decode(mut backend: Box<dyn Backend>) {
+    let config = EngineConfig {
+        max_num_seqs: 32,
+        max_num_batched_tokens: 256,
+        max_model_len: 1024,
+        block_size: 16,
+        num_blocks: 32 * 64,
+        max_logit_rows: 32,
+        pipeline_depth: 2,
+        ..EngineConfig::default()
+    };
+    config.check().expect("a valid config");
+    let checkpoint = Checkpoint::Random { seed: 3, format: WeightFormat::Q8_0 };
+    let limits = config.state_limits();
+    let model = Model::load(ModelConfig::tiny(256, 2), limits, &checkpoint, backend.as_mut(), &mut |_| {});
+    let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
+    let random = &mut Random::new(7);
+    for _ in 0..32 {
+        let prompt = (0..random.between(100, 900)).map(|_| TokenId(random.below(256))).collect();
+        let request = Request { prompt, max_tokens: 100, logprobs: Some(0), ..Request::default() };
+        engine.add(request, Box::new(Client(Arc::default())));
+    }
+    let mut num_steps = 0;
+    while !engine.is_idle() {
+        while engine.has_room() && engine.begin().expect("the device is there") {}
+        engine.complete().expect("the device is there");
+        num_steps += 1;
+    }
+    println!("{num_steps} steps");
 }
 
 /// Where numbers are brought, and where they are computed with.
@@ -69,13 +112,13 @@ fn places(backend: &mut CudaBackend) -> [BufferId; 2] {
 }
 
 /// 1,024 numbers through two buffers and twelve kernels.
-fn compute(backend: &mut CudaBackend, [upload, buffer]: [BufferId; 2]) -> Result<Vec<f32>, DeviceError> {
+fn compute(backend: &mut CudaBackend, [upload, buffer]: [BufferId; 2], offset: f32) -> Result<Vec<f32>, DeviceError> {
     let mut recording = Recording::new(upload);
     recording.upload.extend((0..1024).map(|x| (x as f32).to_bits()));
     recording.copy(BufferCopy { from: upload, from_bytes: 0, to: buffer, to_bytes: 0, size_bytes: 4096 });
     let x = Tensor { buffer, ..Tensor::f32(upload, 1, 1024) };
     for _ in 0..12 {
-        recording.push(Op::MulAdd(MulAdd { x, scale: 0.5, offset: 1.0, rounds: MUL_ADD_ROUNDS }));
+        recording.push(Op::MulAdd(MulAdd { x, scale: 0.5, offset, rounds: MUL_ADD_ROUNDS }));
     }
     recording.downloads.push(x);
     let mut bytes = Vec::new();
@@ -89,12 +132,30 @@ fn work_goes_through_the_driver_and_comes_back() {
     let folder = compiled("cuda-driver", &[]);
     let well = said(&folder, "well");
     assert!(well.contains("a double with CUDA 12.2; GPU-abababab-abab-abab-abab-abababababab"), "{well}");
-    assert_eq!(well.matches("a graph of 12 launches").count(), 3, "{well}");
+    assert_eq!(well.matches("made a graph").count(), 1, "{well}");
+    let launched = [0, 12, 0].map(|num_set| format!("a graph of 12 launches, {num_set} set"));
+    let lines = well.lines().filter(|line| line.starts_with("a graph of"));
+    assert!(lines.zip(&launched).filter(|(line, launched)| line.starts_with(*launched)).count() == 3, "{well}");
     // Where graphs have no room, the same comes of launches.
     let full = said(&folder, "full");
     assert!(full.contains("a double with") && !full.contains("a graph of"), "{full}");
     let lost = said(&folder, "lost");
     assert!(lost.contains("lost: ") && lost.contains("it is lost"), "{lost}");
+}
+
+/// Prompts are read, contexts grow, blocks are begun, answers end: graphs are few, and most steps are one.
+#[test]
+fn a_decode_is_launched_as_few_graphs() {
+    let text = said(&compiled("cuda-driver-decode", &[]), "decode");
+    let num_steps: usize =
+        text.lines().find_map(|line| line.strip_suffix(" steps")?.parse().ok()).expect("it says how many");
+    let num_made = text.matches("made a graph").count();
+    let launched: Vec<&str> = text.lines().filter(|line| line.starts_with("a graph of")).collect();
+    let num_same = launched.iter().filter(|line| line.contains(" 0 set")).count();
+    let counts =
+        format!("{num_steps} steps, {num_made} graphs, launched {} times, as they were {num_same}", launched.len());
+    println!("{counts}");
+    assert!(launched.len() * 3 > num_steps * 2 && num_made * 4 < launched.len(), "{counts}");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::CudaError;
 const MIN_DRIVER: i32 = 12_000;
 
 /// Every function that is called, here or in cudarc. One that a driver lacks would end the process when it is called.
-const CALLED: [&str; 41] = [
+const CALLED: [&str; 42] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -30,8 +30,11 @@ const CALLED: [&str; 41] = [
     "cuEventRecord",
     "cuGetErrorName",
     "cuGetErrorString",
+    "cuGraphAddKernelNode_v2",
+    "cuGraphCreate",
     "cuGraphDestroy",
     "cuGraphExecDestroy",
+    "cuGraphExecKernelNodeSetParams_v2",
     "cuGraphInstantiateWithFlags",
     "cuGraphLaunch",
     "cuInit",
@@ -48,10 +51,8 @@ const CALLED: [&str; 41] = [
     "cuModuleGetFunction",
     "cuModuleLoadDataEx",
     "cuModuleUnload",
-    "cuStreamBeginCapture_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
-    "cuStreamEndCapture",
     "cuStreamSynchronize",
     "cuDriverGetVersion",
 ];

@@ -61,9 +61,9 @@
 //! - A backend has a clock ([`backend::Backend::now`]), so that a simulated device's time is the engine's too.
 //! - Copies between device and host are a list of their own in a recording, before its ops: a device copies outside
 //!   its compute pass.
-//! - CUDA graphs are kept for lists of launches that come again, to the last parameter, and not for sizes of batches:
-//!   what varies in a step is in its parameters too. Where its kernels run is an interface of its own, so that tests
-//!   without a GPU run them on the host.
+//! - CUDA graphs are kept for lists of kernels that come again, of which a size of batches has some: what varies in a
+//!   step is in its parameters, and is set in the graph. Where its kernels run is an interface of its own, so that
+//!   tests without a GPU run them on the host.
 //! - A model that is divided over devices has its stages in threads of a composite backend ([`backend::split`]), which
 //!   cuts steps into parts itself: the plan knows neither.
 

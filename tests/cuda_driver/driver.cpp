@@ -1,7 +1,9 @@
 // A CUDA driver without a GPU, of the kind that FULLBORE_DRIVER names, for tests of what calls one. Memory is the host's;
-// of kernels it runs `mul_add` alone, when it is launched, or when a graph is that it was captured in. What a driver
-// would not survive ends the process: addresses that are not its own, calls without a context, captures within another.
+// of kernels it runs `mul_add` alone, when it is launched, or when a graph is that has it. What a driver would not
+// survive ends the process: addresses that are not its own, calls without a context, nodes of another graph. It tells of
+// each graph that is made, and that is launched with how many of its nodes set anew.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -39,10 +41,22 @@ struct Launch {
     std::vector<char> params;
 };
 
+// Launches one after the other, each behind the one before it.
+struct Graph {
+    std::vector<Launch*> nodes;
+};
+
+struct Executable {
+    const Graph* graph;
+    std::vector<Launch> launches;
+    unsigned num_set;
+};
+
 std::map<Address, size_t> memory;
-std::vector<Launch>* capture = nullptr;
 bool has_context = false, was_lost = false;
 unsigned num_queries = 0;
+// By themselves, since a graph was launched.
+unsigned num_launched = 0;
 
 bool is(const char* kind) {
     const char* given = getenv("FULLBORE_DRIVER");
@@ -90,6 +104,12 @@ void run(const Launch& launch) {
     for (unsigned i = 0; i < p.num_elements; i++)
         for (unsigned round = 0; round < p.rounds; round++) p.x[i] = p.x[i] * p.scale + p.offset;
 }
+
+Launch launch_of(const Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, void** params) {
+    expect(x > 0 && y == 1 && z == 1 && threads > 0 && threads <= 1024, "a launch of another form");
+    const char* bytes = (const char*)params[0];
+    return {function, x, threads, std::vector<char>(bytes, bytes + function->params_size)};
+}
 }  // namespace
 
 #define CALL extern "C" int
@@ -133,14 +153,12 @@ CALL cuMemsetD8Async(Address at, unsigned char value, size_t size, void*) {
     return SUCCESS;
 }
 CALL cuMemcpyAsync(Address to, Address from, size_t size, void*) {
-    expect(!capture, "a copy within a capture");
     check(to, size);
     check(from, size);
     memcpy((void*)to, (void*)from, size);
     return SUCCESS;
 }
 CALL cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, void*) {
-    expect(!capture, "a copy within a capture");
     check(to, size);
     memcpy((void*)to, from, size);
     return SUCCESS;
@@ -170,38 +188,54 @@ CALL cuModuleGetFunction(Function** function, Module* module, const char* name) 
 }
 CALL cuLaunchKernel(const Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned, void*,
                     void** params, void**) {
-    expect(has_context && x > 0 && y == 1 && z == 1 && threads > 0 && threads <= 1024, "a launch of another form");
-    const char* bytes = (const char*)params[0];
-    Launch launch = {function, x, threads, std::vector<char>(bytes, bytes + function->params_size)};
-    if (capture) capture->push_back(launch);
-    else run(launch);
+    expect(has_context, "a call without a context");
+    run(launch_of(function, x, y, z, threads, params));
+    num_launched++;
     return SUCCESS;
 }
 
 CALL cuStreamCreate(void** stream, unsigned) { return *stream = &memory, SUCCESS; }
 CALL cuStreamDestroy_v2(void*) { return SUCCESS; }
 CALL cuStreamSynchronize(void*) { return SUCCESS; }
-CALL cuStreamBeginCapture_v2(void*, int) {
-    expect(!capture, "a capture within another");
-    capture = new std::vector<Launch>;
+
+struct NodeParams {
+    const Function* function;
+    unsigned x, y, z, threads, threads_y, threads_z, shared;
+    void **params, **extra, *kernel, *context;
+};
+
+CALL cuGraphCreate(Graph** graph, unsigned) { return *graph = new Graph, SUCCESS; }
+CALL cuGraphAddKernelNode_v2(Launch** node, Graph* graph, Launch* const* before, size_t num_before, const NodeParams* p) {
+    auto& nodes = graph->nodes;
+    expect(num_before == !nodes.empty() && (nodes.empty() || *before == nodes.back()), "a node in another order");
+    nodes.push_back(*node = new Launch(launch_of(p->function, p->x, p->y, p->z, p->threads, p->params)));
     return SUCCESS;
 }
-CALL cuStreamEndCapture(void*, std::vector<Launch>** graph) {
-    expect(capture, "the end of no capture");
-    *graph = capture;
-    capture = nullptr;
-    return SUCCESS;
-}
-CALL cuGraphInstantiateWithFlags(std::vector<Launch>** made, std::vector<Launch>* graph, unsigned long long) {
+CALL cuGraphInstantiateWithFlags(Executable** made, const Graph* graph, unsigned long long) {
     if (is("full")) return OUT_OF_MEMORY;
-    return *made = new std::vector<Launch>(*graph), SUCCESS;
+    *made = new Executable{graph, {}, 0};
+    for (const Launch* node : graph->nodes) (*made)->launches.push_back(*node);
+    fprintf(stderr, "made a graph of %zu nodes\n", graph->nodes.size());
+    return SUCCESS;
 }
-CALL cuGraphDestroy(std::vector<Launch>* graph) { return delete graph, SUCCESS; }
-CALL cuGraphExecDestroy(std::vector<Launch>* graph) { return delete graph, SUCCESS; }
+CALL cuGraphExecKernelNodeSetParams_v2(Executable* executable, const Launch* node, const NodeParams* p) {
+    auto& nodes = executable->graph->nodes;
+    size_t at = std::find(nodes.begin(), nodes.end(), node) - nodes.begin();
+    expect(at < nodes.size() && nodes[at]->function == p->function, "a node of another graph, or of another kernel");
+    executable->launches[at] = launch_of(p->function, p->x, p->y, p->z, p->threads, p->params);
+    executable->num_set++;
+    return SUCCESS;
+}
+CALL cuGraphDestroy(Graph* graph) {
+    for (Launch* node : graph->nodes) delete node;
+    return delete graph, SUCCESS;
+}
+CALL cuGraphExecDestroy(Executable* executable) { return delete executable, SUCCESS; }
 #ifndef WITHOUT_GRAPHS
-CALL cuGraphLaunch(std::vector<Launch>* graph, void*) {
-    fprintf(stderr, "a graph of %zu launches\n", graph->size());
-    for (const Launch& launch : *graph) run(launch);
+CALL cuGraphLaunch(Executable* executable, void*) {
+    fprintf(stderr, "a graph of %zu launches, %u set, after %u\n", executable->launches.size(), executable->num_set, num_launched);
+    executable->num_set = num_launched = 0;
+    for (const Launch& launch : executable->launches) run(launch);
     return SUCCESS;
 }
 #endif

@@ -156,23 +156,21 @@ impl Inputs {
     /// Appends `batch` to the recording's upload. It may come without sample rows, for [`Model::record_logits`] alone.
     pub fn upload(batch: &PackedBatch, recording: &mut Recording) -> Inputs {
         let non_empty = |tensor: Tensor| (tensor.rows > 0).then_some(tensor);
-        let plan = |plan: &AttentionPlan| AttentionInputs {
+        let plan = |plan: &AttentionPlan, recording: &mut Recording| AttentionInputs {
             items: recording.upload(&plan.items, ATTENTION_ITEM_WORDS),
             num_single_rows: plan.num_single_rows,
             merges: recording.upload(&plan.merges, ATTENTION_MERGE_WORDS),
         };
-        let attention = batch.attention.iter().map(plan).collect();
-        Inputs {
-            ids: recording.upload(&batch.ids, 1),
-            positions: recording.upload(&batch.positions, 1),
-            slots: recording.upload(&batch.slots, 1),
-            attention,
-            table_updates: non_empty(recording.upload(&batch.table_updates, 2)),
-            logit_rows: non_empty(recording.upload(&batch.logit_rows, 1)),
-            resets: non_empty(recording.upload(&batch.resets, 4))
-                .map(|resets| (resets, recording.upload(&batch.known_tokens, 1))),
-            sampling: SamplingInputs::upload(batch, recording),
-        }
+        // What a batch of that size always has goes first: its places are then those of the step before.
+        let [ids, positions, slots] =
+            [&batch.ids, &batch.positions, &batch.slots].map(|words| recording.upload(words, 1));
+        let logit_rows = non_empty(recording.upload(&batch.logit_rows, 1));
+        let sampling = SamplingInputs::upload(batch, recording);
+        let attention = batch.attention.iter().map(|of| plan(of, recording)).collect();
+        let table_updates = non_empty(recording.upload(&batch.table_updates, 2));
+        let resets = non_empty(recording.upload(&batch.resets, 4))
+            .map(|resets| (resets, recording.upload(&batch.known_tokens, 1)));
+        Inputs { ids, positions, slots, attention, table_updates, logit_rows, resets, sampling }
     }
 }
 
