@@ -193,7 +193,7 @@ impl Encoder<'_> {
             let out = self.at(op.out) + row_bytes(op.out) + u64::from(op.first_col) * 4;
             let mut x = self.at(op.x) + row_bytes(op.x);
             if choice.variant.max_rows().is_some() {
-                x = self.to_f16(x, taken, op.x.cols);
+                x = self.make_f16(x, taken, op.x.cols);
             }
             let whole = MatMulParams {
                 x,
@@ -236,7 +236,7 @@ impl Encoder<'_> {
     }
 
     /// Where these activations are in f16, from the launches so far on.
-    fn to_f16(&mut self, x: Address, num_rows: u32, inner: u32) -> Address {
+    fn make_f16(&mut self, x: Address, num_rows: u32, inner: u32) -> Address {
         let num_units = inner.div_ceil(UNIT);
         if self.in_halves != Some((x, num_rows, inner)) {
             let params = ToF16Params { x, out: self.halves, num_rows, inner, num_units, pad: 0 };
