@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use fullbore::args::{DeviceArgs, GoldenArgs, VerifyArgs};
 use fullbore::start::{Plan, memory_table};
-use fullbore::verify::{VerifyError, verify, verify_on};
+use fullbore::verify::{VerifyError, verify, verify_all, verify_on};
 use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::cpu::{CpuBackend, CpuOptions};
 use fullbore_engine::backend::wgpu::{Fault, Features, OpenError, Tier, WgpuBackend, WgpuOptions};
@@ -280,6 +280,12 @@ fn the_command_fails_with_a_sentence_if_a_check_does() {
         golden: GoldenArgs::default(),
     };
     verify(&args("cpu", "rope_kv")).expect("the cpu is right");
+    let mut out = Vec::new();
+    let of_format = VerifyArgs { formats: vec![WeightFormat::Q5K], ..args("cpu", "mat_mul") };
+    verify_all(&of_format, &|_| true, &mut out).expect("the cpu is right");
+    let table = String::from_utf8(out).expect("text");
+    let lines: Vec<&str> = table.lines().filter(|line| line.starts_with("mat_mul")).collect();
+    assert!(lines.len() > 3 && lines.iter().all(|line| line.contains("q5_k")), "{table}");
     let sentence = verify(&args("cpu", "matmul")).expect_err("no such op").to_string();
     assert!(sentence.starts_with("there is no op matmul; there is add_norm, attention, "), "{sentence}");
     assert!(matches!(verify(&args("sim", "rope_kv")), Err(VerifyError::Simulator)));

@@ -6,7 +6,6 @@
 //! back. Invariant: whatever is chosen gives the bits that the device's own table gives; nothing here says so, every
 //! backend does.
 
-use std::fmt::Display;
 use std::time::{Duration, Instant};
 
 use fullbore_engine::backend::{Backend, WeightSpec};
@@ -50,6 +49,12 @@ pub struct Tuned {
     pub shapes: Vec<TunedShape>,
     /// Of the classes in which some table differs from the device's own.
     pub steps: Vec<TunedStep>,
+}
+
+/// What is told of on the way.
+pub enum Found<'a> {
+    Shape(&'a TunedShape),
+    Step(&'a TunedStep),
 }
 
 /// What was measured of a shape.
@@ -102,7 +107,7 @@ const SHAPES_SHARE: f64 = 0.75;
 pub fn tune(
     backend: &mut dyn Backend,
     options: &TuneOptions,
-    progress: &mut dyn FnMut(&dyn Display),
+    progress: &mut dyn FnMut(Found),
 ) -> Result<Tuned, OpsError> {
     assert_eq!(options.shapes.len(), options.wrong.len());
     let time = options.time.mul_f64(SHAPES_SHARE);
@@ -121,7 +126,7 @@ pub fn tune(
         let found = tuner.tune();
         rig.backend.set_mat_mul_table(shape, &[]).expect("no line is wrong");
         let found = found?;
-        progress(&found);
+        progress(Found::Shape(&found));
         shapes.push(found);
         benches.push(bench);
     }

@@ -3,6 +3,8 @@
 //!
 //! Invariant: kernels are known by their names alone; what a name means is their backend's affair.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::tensor::{Weight, WeightFormat};
@@ -19,6 +21,12 @@ pub struct MatMulShape {
 impl MatMulShape {
     pub fn of(weight: Weight) -> MatMulShape {
         MatMulShape { format: weight.format, rows: weight.rows, cols: weight.cols }
+    }
+}
+
+impl fmt::Display for MatMulShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} x {}", self.format.name(), self.rows, self.cols)
     }
 }
 

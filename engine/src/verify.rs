@@ -28,6 +28,8 @@ pub struct Case {
     /// Which of the op's variants, apart from the tier: a format, the cache's type.
     pub variant: String,
     pub shape: String,
+    /// Of the weights that are in it, where the op takes any.
+    pub formats: Vec<WeightFormat>,
     work: Box<Work>,
 }
 
@@ -63,7 +65,11 @@ impl Case {
         shape: String,
         work: impl Fn(&mut Device) -> Result<Vec<Output>, DeviceError> + 'static,
     ) -> Case {
-        Case { op, variant: variant.to_owned(), shape, work: Box::new(work) }
+        Case { op, variant: variant.to_owned(), shape, formats: Vec::new(), work: Box::new(work) }
+    }
+
+    fn of_formats(self, formats: &[WeightFormat]) -> Case {
+        Case { formats: formats.to_vec(), ..self }
     }
 
     pub fn run(&self, device: &mut Device) -> Result<Vec<Output>, DeviceError> {

@@ -221,7 +221,7 @@ pub struct VerifyArgs {
     /// One op alone, such as mat_mul.
     #[arg(long)]
     pub only: Option<String>,
-    /// Formats of weights that every matmul kernel of the device is tried on, such as q4_0,q6_k; all unless given.
+    /// Formats of weights that products and lookups are tried on, such as q4_0,q6_k; all unless given.
     #[arg(long, value_delimiter = ',', value_parser = parse_format)]
     pub formats: Vec<WeightFormat>,
     #[command(flatten)]
@@ -245,6 +245,9 @@ pub struct GoldenArgs {
 pub struct TuneArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Weights alone whose format and shape have this in them, such as "q4_0 28672 x 4096".
+    #[arg(long, default_value = "")]
+    pub only: String,
     /// Measure for about so many seconds; longer if every choice needs it, which rests on nine rounds at least.
     #[arg(long, default_value_t = 60)]
     pub seconds: u64,

@@ -40,7 +40,7 @@ pub fn report(args: &DeviceReportArgs) -> Result<(), ReportError> {
     let unwritable = |source| ReportError { path: args.output.clone(), source };
     let mut file = File::create(&args.output).map_err(unwritable)?;
     let parts: [(&str, &dyn Fn() -> Part); 5] = [
-        ("Devices", &|| Ok(block(&devices::table(&devices::all()?)))),
+        ("Devices", &|| Ok(block(&devices::list()?))),
         ("Plan", &|| plan(args)),
         ("Verify", &|| verify(args)),
         ("Ops", &|| ops(args)),

@@ -185,16 +185,26 @@ pub fn title(device: &DeviceInfo) -> String {
 }
 
 /// What `fullbore devices` prints.
-pub fn table(devices: &[DeviceInfo]) -> String {
+pub fn list() -> Result<String, DeviceChoiceError> {
+    Ok(table(&all()?, &adapters::software()))
+}
+
+/// `software` are ids of GPUs that are programs.
+fn table(devices: &[DeviceInfo], software: &[String]) -> String {
     let cells = |device: &DeviceInfo| {
+        let kind = match device.id.as_str() {
+            "cpu" => "cpu",
+            id if software.iter().any(|one| one == id) => "software",
+            _ => "gpu",
+        };
         let memory = device.memory_bytes.map_or_else(|| "unknown".to_owned(), human_bytes);
-        [device.id.clone(), device.name.clone(), memory, device.tier.clone(), device.driver.clone()]
+        [&device.id, kind, &device.name, &memory, &device.tier, &device.driver].map(str::to_owned)
     };
-    let head = ["device", "name", "memory", "tier", "driver and features"].map(str::to_owned);
-    let rows: Vec<[String; 5]> = std::iter::once(head).chain(devices.iter().map(cells)).collect();
+    let head = ["device", "kind", "name", "memory", "tier", "driver and features"].map(str::to_owned);
+    let rows: Vec<[String; 6]> = std::iter::once(head).chain(devices.iter().map(cells)).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; 5] = std::array::from_fn(width);
-    let line = |row: &[String; 5]| {
+    let widths: [usize; 6] = std::array::from_fn(width);
+    let line = |row: &[String; 6]| {
         let padded: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         padded.join("  ").trim_end().to_owned() + "\n"
     };
@@ -261,8 +271,11 @@ mod tests {
     #[test]
     fn columns_stand_below_each_other() {
         let device = |id: &str| DeviceInfo { id: id.to_owned(), tier: "plain".to_owned(), ..DeviceInfo::default() };
-        let text = table(&[device("cpu"), device("vulkan:0")]);
+        let ids = ["cpu", "vulkan:0", "vulkan:1"];
+        let text = table(&ids.map(device), &["vulkan:1".to_owned()]);
         let columns: Vec<_> = text.lines().skip(1).map(|line| line.find("plain")).collect();
-        assert_eq!(columns, [text.find("tier"); 2]);
+        assert_eq!(columns, [text.find("tier"); 3]);
+        let kinds: Vec<_> = text.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
+        assert_eq!(kinds, ["cpu", "gpu", "software"], "{text}");
     }
 }

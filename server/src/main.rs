@@ -44,7 +44,7 @@ fn command(command: Command, log: &Log) -> Result<(), Box<dyn Error>> {
         Command::Serve(args) => serve::serve(&args, log)?,
         Command::Run(args) => run::run(&args)?,
         Command::Top(args) => top::top(&args)?,
-        Command::Devices => print!("{}", devices::table(&devices::all()?)),
+        Command::Devices => print!("{}", devices::list()?),
         Command::Verify(args) => verify::verify(&args)?,
         Command::Report(args) => device_report::report(&args)?,
         Command::Tune(args) => tune::run(&args)?,

@@ -1,19 +1,19 @@
 //! `fullbore tune`: tries the matmul kernels that a model could use on a device, and keeps the fastest for later
 //! starts.
 //!
-//! Invariant: a kernel that computes wrongly is named and never chosen. Nothing is kept of a run that fails, nor what
-//! is no faster as a whole.
+//! Invariant: a kernel that computes wrongly is named and never chosen. What is found of a shape is kept at once, so
+//! that a run that is ended has it; at the end what is no faster as a whole is taken back.
 
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use fullbore_bench::ops::OpsError;
-use fullbore_bench::tune::{StepProducts, TuneOptions, Tuned, TunedShape, tune};
+use fullbore_bench::tune::{Found, StepProducts, TuneOptions, Tuned, TunedShape, tune};
 use fullbore_engine::backend::{Backend, DeviceError};
 use fullbore_engine::model::Weights;
 use fullbore_engine::tensor::WeightFormat;
-use fullbore_engine::tuning::TunedMatMul;
+use fullbore_engine::tuning::{MatMulShape, TunedMatMul};
 use fullbore_engine::verify::device::Device;
 use fullbore_engine::verify::mat_mul::by_kernel;
 use fullbore_engine::verify::{Check, twin};
@@ -38,6 +38,8 @@ pub enum TuneError {
     Ops(#[from] OpsError),
     #[error("{device} has one way to multiply: there is nothing to tune; choose a GPU with --device")]
     NoChoice { device: String },
+    #[error("no weight of this model is called {only:?}; there is {known}")]
+    Unknown { only: String, known: String },
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
 }
@@ -50,7 +52,7 @@ pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
     let no_choice = || TuneError::NoChoice { device: backend.info().id.clone() };
     let saved = SavedTuning::new(&tuning::folder()?, backend.info()).ok_or_else(no_choice)?;
     let bundle = start::open_bundle(&args.model, &backend.info().id)?;
-    let shapes = Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint);
+    let shapes = called(&args.only, Weights::mat_mul_shapes(&bundle.config, &bundle.checkpoint))?;
     println!("{}", devices::title(backend.info()));
     let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
     let (mut backend, wrong) = try_kernels(backend, &formats)?;
@@ -66,13 +68,27 @@ pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
         time: Duration::from_secs(args.seconds),
         cold_bytes: COLD_BYTES,
     };
-    let tuned = tune(backend.as_mut(), &options, &mut |part| print!("{part}"))?;
+    let mut kept = Ok(());
+    let tuned = tune(backend.as_mut(), &options, &mut |found| {
+        print!("{found}");
+        if let (Found::Shape(shape), Ok(())) = (&found, &kept) {
+            kept = saved.keep(&[shape.found()]);
+        }
+    })?;
     let found = tuned.shapes.iter().map(TunedShape::found).collect::<Vec<TunedMatMul>>();
     let write = |source| TuneError::Write { path: saved.path().to_owned(), source };
-    saved.keep(&found).map_err(write)?;
+    kept.and_then(|()| saved.keep(&found)).map_err(write)?;
     println!("{}", verdict(&tuned));
     println!("{} shapes are tuned; the next start uses {}", found.len(), saved.path().display());
     Ok(())
+}
+
+/// Those shapes that have `only` in what they are called.
+fn called(only: &str, mut shapes: Vec<MatMulShape>) -> Result<Vec<MatMulShape>, TuneError> {
+    let known: Vec<String> = shapes.iter().map(MatMulShape::to_string).collect();
+    shapes.retain(|shape| shape.to_string().contains(only));
+    let unknown = || TuneError::Unknown { only: only.to_owned(), known: known.join(", ") };
+    (!shapes.is_empty()).then_some(shapes).ok_or_else(unknown)
 }
 
 /// What is kept as a whole, and why.

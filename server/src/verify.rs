@@ -64,6 +64,9 @@ fn follow(args: &VerifyArgs, path: &Path) -> Result<(), VerifyError> {
     let golden = Golden::read(&text).map_err(|source| VerifyError::Golden { path: path.to_owned(), source })?;
     let model = ModelArgs { device: args.device.clone(), ..ModelArgs::new(&args.golden.model, "") };
     let engine_args = EngineArgs { max_num_seqs: COMPANY, no_verify: true, ..EngineArgs::new(model) };
+    // As many as are needed, so that the device is not asked for its free memory: others may be taking it.
+    let blocks = COMPANY * golden.longest(Share::WHOLE).div_ceil(engine_args.block_size.max(1));
+    let engine_args = EngineArgs { kv_blocks: Some(blocks), ..engine_args };
     let started = |error: StartError| VerifyError::Start(Box::new(error));
     let mut engine = start::plan(&engine_args, None).and_then(start::Plan::load_engine).map_err(started)?;
     let info = engine.backend().info().clone();
@@ -105,8 +108,9 @@ pub fn verify_all(args: &VerifyArgs, keep: &dyn Fn(&Case) -> bool, out: &mut dyn
     if info.id == "sim" {
         return Err(VerifyError::Simulator);
     }
-    let mut cases = every_case();
     let formats = if args.formats.is_empty() { &WeightFormat::ALL[..] } else { &args.formats };
+    let mut cases = every_case();
+    cases.retain(|case| case.formats.iter().all(|format| formats.contains(format)));
     cases.extend(every_mat_mul_kernel(backend.as_ref(), formats));
     if let Some(only) = &args.only {
         let mut known: Vec<&str> = cases.iter().map(|case| case.op).collect();

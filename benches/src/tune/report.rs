@@ -2,9 +2,16 @@
 
 use std::fmt;
 
-use fullbore_engine::tuning::MatMulShape;
+use super::{ClassRows, Found, Ratio, TunedShape, TunedStep};
 
-use super::{ClassRows, Ratio, TunedShape, TunedStep};
+impl fmt::Display for Found<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Found::Shape(shape) => shape.fmt(f),
+            Found::Step(step) => step.fmt(f),
+        }
+    }
+}
 
 impl fmt::Display for Ratio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -24,8 +31,7 @@ fn write_rows(f: &mut fmt::Formatter<'_>, first_rows: u32, max_rows: Option<u32>
 
 impl fmt::Display for TunedShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MatMulShape { format, rows, cols } = self.shape;
-        writeln!(f, "{} {rows} x {cols}", format.name())?;
+        writeln!(f, "{}", self.shape)?;
         for class in &self.classes {
             let ClassRows { first_rows, max_rows, most } = class.rows;
             write_rows(f, first_rows, max_rows)?;

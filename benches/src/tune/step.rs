@@ -4,14 +4,13 @@
 //! Invariant: class by class from few rows to many, because a table hands what is left of many rows to the lines
 //! before; what does not win goes back to the device's own choice in every shape.
 
-use std::fmt::Display;
 use std::time::{Duration, Instant};
 
 use fullbore_engine::op::{MatMul, Op};
 use fullbore_engine::tuning::MatMulShape;
 
 use super::choice::{LEAST_ROUNDS, Ratio};
-use super::{Bench, ClassRows, StepProducts, TunedShape};
+use super::{Bench, ClassRows, Found, StepProducts, TunedShape};
 use crate::ops::OpsError;
 use crate::ops::rig::Rig;
 
@@ -40,7 +39,7 @@ pub(super) fn hold(
     tuned: &mut [TunedShape],
     products: &StepProducts,
     time: Duration,
-    progress: &mut dyn FnMut(&dyn Display),
+    progress: &mut dyn FnMut(Found),
 ) -> Result<Vec<TunedStep>, OpsError> {
     let mut steps = Vec::new();
     let Some(num_classes) = tuned.iter().map(|shape| shape.classes.len()).max() else { return Ok(steps) };
@@ -62,7 +61,7 @@ pub(super) fn hold(
             tuned.iter_mut().for_each(|shape| shape.classes[place].chosen = None);
         }
         let step = TunedStep { first_rows, max_rows, rows, num_changed, ratio, is_kept };
-        progress(&step);
+        progress(Found::Step(&step));
         steps.push(step);
     }
     Ok(steps)

@@ -120,7 +120,14 @@ const KERNELS: [(&str, u32, u64); 3] = [("one", 1, 12_000), ("four", 4, 18_000),
 fn the_fastest_kernel_of_each_class_is_found_and_kept() {
     let mut device = Priced::new(&KERNELS);
     let mut text = String::new();
-    let found = tune(&mut device, &options(&[]), &mut |part| text += &part.to_string()).expect("it runs");
+    let mut told = Vec::new();
+    let mut tell = |part: Found| {
+        text += &part.to_string();
+        told.extend(if let Found::Shape(shape) = part { Some(shape.found()) } else { None });
+    };
+    let found = tune(&mut device, &options(&[]), &mut tell).expect("it runs");
+    let wanted: Vec<_> = found.shapes.iter().map(TunedShape::found).collect();
+    assert_eq!(told, wanted, "each as it is found, so that it can be kept");
     let [shape, _] = &found.shapes[..] else { panic!("two shapes: {found:?}") };
     let lines = shape.lines();
     assert_eq!(lines[..3], [line(Some(2), "one", false), line(Some(4), "four", false), line(Some(8), "eight", false)]);

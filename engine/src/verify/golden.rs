@@ -79,6 +79,12 @@ impl Golden {
         serde_json::from_str(text)
     }
 
+    /// Positions that the longest request takes.
+    pub fn longest(&self, share: Share) -> u32 {
+        let prompts = self.cases(share).iter().map(|case| &case.prompt).chain([&self.passage]);
+        prompts.map(|prompt| prompt.len() as u32 + share.max_tokens).max().unwrap_or(0)
+    }
+
     fn cases(&self, share: Share) -> &[GoldenCase] {
         &self.cases[..self.cases.len().min(share.num_cases)]
     }

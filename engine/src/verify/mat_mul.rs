@@ -18,6 +18,7 @@ pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
         let words = device.run(&[Op::MatMul(MatMul { x, weight, bias, first_col: 0, out })], &[out])?;
         Ok(Output::f32(words, device.mat_mul_tolerance(format)))
     })
+    .of_formats(&[format])
 }
 
 /// By one kernel alone, on rows that fill a workgroup of it and begin another; where workgroups may share K, before
@@ -48,6 +49,7 @@ pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
         }
         Ok(outputs)
     })
+    .of_formats(&[format])
 }
 
 /// Two products in one tensor, whose other columns stay as they are.
@@ -64,4 +66,5 @@ pub fn into_columns(left: WeightFormat, right: WeightFormat) -> Case {
         let tolerance = formats.map(|format| device.mat_mul_tolerance(format)).into_iter().fold(0.0, f32::max);
         Ok(Output::f32(device.run(&ops, &[out])?, tolerance))
     })
+    .of_formats(&formats)
 }

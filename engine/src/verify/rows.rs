@@ -24,6 +24,7 @@ pub fn embed(format: WeightFormat) -> Case {
         let words = device.run(&[Op::Embed(Embed { ids, sampled, table, scale: 1.5, out })], &[out])?;
         Ok(Output::f32(words, 1e-6))
     })
+    .of_formats(&[format])
 }
 
 pub fn rms_norm(rows: u32, cols: u32) -> Case {

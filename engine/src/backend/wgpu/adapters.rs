@@ -24,6 +24,12 @@ pub fn hardware(any_driver: bool) -> Vec<(String, GpuKind)> {
     hardware_of(all.into_iter().map(|(id, adapter)| (id, adapter.get_info())).collect(), any_driver)
 }
 
+/// Ids of those that compute on the cpu: lavapipe, SwiftShader, WARP.
+pub fn software() -> Vec<String> {
+    let all = adapters(MemoryBudgetThresholds::default()).into_iter();
+    all.filter(|(_, adapter)| adapter.get_info().device_type == wgpu::DeviceType::Cpu).map(|(id, _)| id).collect()
+}
+
 fn hardware_of(mut all: Vec<(String, wgpu::AdapterInfo)>, any_driver: bool) -> Vec<(String, GpuKind)> {
     all.retain(|(id, info)| kind(info).is_some() && (any_driver || is_trusted(id, info)));
     let count = |api: wgpu::Backend| all.iter().filter(|(_, info)| info.backend == api).count();

@@ -36,7 +36,7 @@ mod pipeline_cache;
 pub mod pipelines;
 mod stamps;
 
-pub use adapters::{GpuKind, hardware};
+pub use adapters::{GpuKind, hardware, software};
 pub use arithmetic::ArithmeticChoice;
 pub use budget::free_bytes;
 use buffers::{Buffers, Readback};
