@@ -53,6 +53,15 @@ fn norm_scale(squares: f32, place: Place) -> f32 {
     return 1.0 / sqrt(sum_lanes(squares, place) / f32(params.cols) + params.eps);
 }
 
+// x at `index` and `y`, which it is from now on if it is `there`; their square goes to `sum`.
+fn added(index: u32, y: f32, there: bool, sum: f32) -> f32 {
+    let value = select(0.0, x[index] + y, there);
+    if there {
+        x[index] = value;
+    }
+    return fma(value, value, sum);
+}
+
 @compute @workgroup_size({{ROW_LANES}})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -70,24 +79,25 @@ fn main(
     }
     let x_row = params.x + row * params.cols;
     let y_row = params.y + row * params.cols;
+    let last = params.cols - 1u;
     var sum = 0.0;
     if params.has_post == 1u {
-        for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-            let value = y_at(y_row + i);
+        for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
+            let i = first + lane;
+            let value = select(0.0, y_at(y_row + min(i, last)), i < params.cols);
             sum = fma(value, value, sum);
         }
         let scale = norm_scale(sum, place);
         sum = 0.0;
-        for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-            let value = x[x_row + i] + y_at(y_row + i) * scale * post_weight[params.post_weight + i];
-            x[x_row + i] = value;
-            sum = fma(value, value, sum);
+        for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
+            let at = min(first + lane, last);
+            let post = post_weight[params.post_weight + at];
+            sum = added(x_row + at, y_at(y_row + at) * scale * post, first + lane < params.cols, sum);
         }
     } else {
-        for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-            let value = x[x_row + i] + y_at(y_row + i);
-            x[x_row + i] = value;
-            sum = fma(value, value, sum);
+        for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
+            let at = min(first + lane, last);
+            sum = added(x_row + at, y_at(y_row + at), first + lane < params.cols, sum);
         }
     }
     let scale = norm_scale(sum, place);

@@ -32,8 +32,9 @@ fn main(
     }
     let start = params.x + row * params.cols;
     var sum = 0.0;
-    for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-        let value = x[start + i];
+    for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
+        let i = first + lane;
+        let value = select(0.0, x[start + min(i, params.cols - 1u)], i < params.cols);
         sum = fma(value, value, sum);
     }
     let scale = 1.0 / sqrt(sum_lanes(sum, place) / f32(params.cols) + params.eps);

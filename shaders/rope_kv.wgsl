@@ -170,8 +170,9 @@ fn main(
     head.angles = params.table + positions[params.positions + token] * 2u * params.half_dim;
     if head.is_normed {
         var sum = 0.0;
-        for (var i = lane; i < {{HEAD_DIM}}u; i += {{ROW_LANES}}u) {
-            let value = qkv[head.start + i];
+        for (var first = 0u; first < {{HEAD_DIM}}u; first += {{ROW_LANES}}u) {
+            let i = first + lane;
+            let value = select(0.0, qkv[head.start + min(i, {{HEAD_DIM}}u - 1u)], i < {{HEAD_DIM}}u);
             sum = fma(value, value, sum);
         }
         head.scale = 1.0 / sqrt(sum_lanes(sum, place) / {{HEAD_DIM}}.0 + params.eps);

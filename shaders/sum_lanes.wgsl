@@ -1,4 +1,5 @@
-// The sum over the lanes of a workgroup, in every lane; ROW_LANES is a power of two.
+// The sum over the lanes of a workgroup, in every lane; ROW_LANES is a power of two. All lanes leave a loop before it
+// at the same time, for that they meet again otherwise is promised nowhere: `for first`, and zero where nothing is.
 
 // Where an invocation is in its workgroup.
 struct Place {

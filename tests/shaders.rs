@@ -47,6 +47,26 @@ fn every_variant_validates() {
     }
 }
 
+/// Lanes that leave a loop at different times need not be together at the sum that follows.
+#[test]
+fn all_lanes_leave_a_loop_before_a_sum_over_them_together() {
+    for (kernel, sum) in [("rms_norm", "sum_lanes("), ("add_norm", "norm_scale("), ("rope_kv", "sum_lanes(")] {
+        let (_, text) = FILES.into_iter().find(|(file, _)| *file == format!("{kernel}.wgsl")).expect("its file");
+        let main = text.split_once("fn main(").expect("an entry point").1;
+        let before = main.rsplit_once(sum).expect("a sum over lanes").0;
+        let loops: Vec<&str> = before.lines().filter(|line| line.trim_start().starts_with("for ")).collect();
+        assert!(!loops.is_empty() && loops.iter().all(|line| line.contains("= 0u;")), "{kernel}: {loops:?}");
+    }
+}
+
+#[test]
+fn the_version_of_naga_that_is_in_the_name_of_kernels_is_the_one_that_is_used() {
+    let lock = include_str!("../Cargo.lock");
+    let version = format!("name = \"naga\"\nversion = \"{NAGA_VERSION}\"\n");
+    assert_eq!(lock.matches(&version).count(), 1, "NAGA_VERSION of the engine's wgpu backend");
+    assert_eq!(lock.matches("name = \"naga\"\n").count(), 1);
+}
+
 /// Whether a component of a vector in workgroup memory is written. WGSL lets such a write touch the whole vector, so
 /// that invocations that write its components side by side race, on Metal and DX12 indeed.
 fn writes_shared_components(module: &naga::Module, info: &ModuleInfo) -> bool {
