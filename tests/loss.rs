@@ -140,6 +140,25 @@ fn a_device_that_hangs_is_lost_and_opened_anew() {
     }
 }
 
+/// What a driver's own loss is heard by.
+#[test]
+fn a_loss_that_wgpu_tells_of_is_a_loss() {
+    for id in device_ids() {
+        let (mut backend, kill_switch) = open(&id);
+        let upload = backend.alloc("upload", 4).expect("a few bytes");
+        let ticket = backend.submit(&Recording::new(upload)).expect("it is there");
+        kill_switch.destroy_unnoted();
+        let error = backend.wait(ticket, &mut Vec::new()).expect_err("it is gone");
+        assert!(matches!(error, DeviceError::Lost { .. }) && error.to_string().contains(&id), "{error}");
+        let again = backend.submit(&Recording::new(upload)).expect_err("it is gone");
+        assert!(matches!(again, DeviceError::Lost { .. }), "{again}");
+        backend.reopen().expect("the same device");
+        let upload = backend.alloc("upload", 4).expect("a few bytes");
+        let ticket = backend.submit(&Recording::new(upload)).expect("it is there");
+        backend.wait(ticket, &mut Vec::new()).expect("it is there");
+    }
+}
+
 /// Wherever in a load that is; what is written to memory that the device could not give any more is no bug of ours.
 #[test]
 fn a_device_that_is_destroyed_while_a_model_is_loaded_is_lost() {

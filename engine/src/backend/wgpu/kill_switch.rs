@@ -28,6 +28,13 @@ impl KillSwitch {
         }
     }
 
+    /// Destroys the device and tells nobody: that it is lost comes from wgpu, when it is waited for next.
+    pub fn destroy_unnoted(&self) {
+        if let Some((device, _)) = self.lock().device.take() {
+            device.destroy();
+        }
+    }
+
     /// The next `num_times` that the device is to be opened it is not there.
     pub fn refuse(&self, num_times: u32) {
         self.lock().num_refused = num_times;
