@@ -16,7 +16,7 @@ use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, WeightFormat};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
-use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
+use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right, kernels_of_model, tried};
 use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
 
 use crate::ops::device_ids;
@@ -30,16 +30,32 @@ fn open(tier: Option<Tier>, faults: &[Fault]) -> Result<Box<dyn Backend>, OpenEr
     Ok(Box::new(WgpuBackend::open(&options)?))
 }
 
+/// Of a small model's weights.
+const FORMATS: [WeightFormat; 2] = [WeightFormat::Q4_1, WeightFormat::Q6K];
+
 /// The tier that a small model ends on, where `faults` are in the kernels.
 fn tier_at_start(faults: &[Fault]) -> Result<String, StartCheckError<OpenError>> {
     let config = Bundle::simulated().config;
-    let cases = cases_of_model(&config, &[WeightFormat::Q4_1, WeightFormat::Q6K], KvType::Q8_0);
+    let cases = cases_of_model(&config, &FORMATS, KvType::Q8_0);
     let mut plainer = |info: &DeviceInfo| {
         let tier = Tier::ALL.into_iter().find(|tier| tier.name() == info.tier)?.plainer()?;
         Some(open(Some(tier), faults))
     };
     let backend = open(None, faults).expect("a listed device opens");
-    first_right(&cases, backend, &mut plainer).map(|backend| backend.info().tier.clone())
+    let kernels = kernels_of_model(&config, &FORMATS, KvType::Q8_0);
+    first_right(&cases, &kernels, backend, &mut plainer).map(|backend| backend.info().tier.clone())
+}
+
+/// Or a first start compiles the rest of them one by one.
+#[test]
+fn a_start_makes_all_kernels_at_once() {
+    let config = Bundle::simulated().config;
+    let mut backend = open(None, &[]).expect("a listed device opens");
+    backend.settle();
+    backend.make_kernels(&kernels_of_model(&config, &FORMATS, KvType::Q8_0)).expect("the driver builds them");
+    assert!(backend.settle().num_pipelines > 10);
+    let backend = tried(&cases_of_model(&config, &FORMATS, KvType::Q8_0), backend).expect("a twin");
+    assert_eq!(backend.expect("it is right").settle().num_pipelines, 0);
 }
 
 #[test]

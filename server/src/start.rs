@@ -17,7 +17,7 @@ use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes
 use fullbore_engine::memory::kv_events::KvEventSender;
 use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::tuning::TunedMatMul;
-use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right};
+use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right, kernels_of_model};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::api::ServedModel;
@@ -295,7 +295,8 @@ fn verified(backend: Box<dyn Backend>, bundle: &Bundle, args: &ModelArgs) -> Res
     let begun = Instant::now();
     let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
     let cases = cases_of_model(&bundle.config, &formats, args.kv_type);
-    let backend = first_right(&cases, backend, &mut |info| devices::plainer(info, &args.device))?;
+    let kernels = kernels_of_model(&bundle.config, &formats, args.kv_type);
+    let backend = first_right(&cases, &kernels, backend, &mut |info| devices::plainer(info, &args.device))?;
     let tier = &backend.info().tier;
     tracing::info!(tier, num_cases = cases.len(), took_ms = begun.elapsed().as_secs_f64() * 1e3, "kernels tried");
     Ok(backend)

@@ -5,7 +5,9 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use super::{Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, Place, RowSource, Ticket, WeightSpec};
+use super::{
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, ModelKernels, Place, RowSource, Ticket, WeightSpec,
+};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
@@ -70,6 +72,14 @@ pub trait Around: Send {
 
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         self.inner().mat_mul_kernels(format)
+    }
+
+    fn make_kernels(&mut self, of: &ModelKernels) -> Result<(), DeviceError> {
+        self.inner_mut().make_kernels(of)
+    }
+
+    fn has_room(&self, shape: MatMulShape, kernel: &str, rows: u32) -> bool {
+        self.inner().has_room(shape, kernel, rows)
     }
 
     fn attention_tolerance(&self) -> f32 {
@@ -144,6 +154,14 @@ impl<A: Around> Backend for A {
 
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         Around::mat_mul_kernels(self, format)
+    }
+
+    fn make_kernels(&mut self, of: &ModelKernels) -> Result<(), DeviceError> {
+        Around::make_kernels(self, of)
+    }
+
+    fn has_room(&self, shape: MatMulShape, kernel: &str, rows: u32) -> bool {
+        Around::has_room(self, shape, kernel, rows)
     }
 
     fn attention_tolerance(&self) -> f32 {

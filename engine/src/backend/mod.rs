@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use crate::format::FormatError;
 use crate::recording::{BufferCopy, Recording};
-use crate::tensor::{BufferId, Weight, WeightFormat};
+use crate::tensor::{BufferId, KvType, Weight, WeightFormat};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 pub mod around;
@@ -88,6 +88,20 @@ pub trait Backend: Send {
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         let _ = format;
         Vec::new()
+    }
+
+    /// Makes the kernels that a model calls for, all at once, where there is anything to make. What is not foreseen is
+    /// made when it is met.
+    fn make_kernels(&mut self, of: &ModelKernels) -> Result<(), DeviceError> {
+        let _ = of;
+        Ok(())
+    }
+
+    /// Whether that kernel has the memory beside it that it takes for so many rows; where not, another goes in its
+    /// place.
+    fn has_room(&self, shape: MatMulShape, kernel: &str, rows: u32) -> bool {
+        let _ = (shape, kernel, rows);
+        true
     }
 
     /// Rows of the square matrices that products go to, where they go to matrix units and [`MulAdd`](crate::op::MulAdd)
@@ -181,6 +195,16 @@ impl AddAssign for LoadTimes {
         self.pipelines += other.pipelines;
         self.num_pipelines += other.num_pipelines;
     }
+}
+
+/// What decides which kernels a model runs.
+#[derive(Clone, Debug)]
+pub struct ModelKernels {
+    pub formats: Vec<WeightFormat>,
+    pub kv_type: KvType,
+    pub head_dim: u32,
+    /// Query heads of a KV head.
+    pub group: u32,
 }
 
 /// Rows of a weight in the file's own layout, `format.row_bytes(cols)` bytes each.

@@ -10,7 +10,7 @@ use super::mat_mul::mat_mul;
 use super::rows::{add_norm, embed, gated_act, rms_norm, update_table};
 use super::sample::sample;
 use super::{Case, Check, twin};
-use crate::backend::{Backend, DeviceError, DeviceInfo};
+use crate::backend::{Backend, DeviceError, DeviceInfo, ModelKernels};
 use crate::model::ModelConfig;
 use crate::model::config::Family;
 use crate::tensor::{KvType, WeightFormat};
@@ -59,20 +59,30 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
 }
 
 /// A backend, or why there is none.
+/// What those cases need, to be made at once.
+pub fn kernels_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> ModelKernels {
+    let group = config.num_heads / config.num_kv_heads;
+    ModelKernels { formats: formats.to_vec(), kv_type, head_dim: config.head_dim, group }
+}
+
 pub type Opened<E> = Result<Box<dyn Backend>, E>;
 
-/// `backend` if it computes every case as the twin does; else the first that does of those that `plainer` gives, each
-/// for the one before it.
+/// `backend` if it computes every case as the twin does, once it has made its `kernels`; else the first that does of
+/// those that `plainer` gives, each for the one before it.
 pub fn first_right<E: std::error::Error + 'static>(
     cases: &[Case],
     mut backend: Box<dyn Backend>,
+    kernels: &ModelKernels,
     plainer: &mut dyn FnMut(&DeviceInfo) -> Option<Opened<E>>,
 ) -> Opened<StartCheckError<E>> {
     loop {
         let info = backend.info().clone();
-        let what = match tried(cases, backend).map_err(StartCheckError::Twin)? {
-            Ok(backend) => return Ok(backend),
-            Err(what) => what,
+        let what = match backend.make_kernels(kernels) {
+            Ok(()) => match tried(cases, backend).map_err(StartCheckError::Twin)? {
+                Ok(backend) => return Ok(backend),
+                Err(what) => what,
+            },
+            Err(error) => error.to_string(),
         };
         let DeviceInfo { id: device, driver, tier, .. } = info.clone();
         let Some(next) = plainer(&info) else { return Err(StartCheckError::Wrong { device, driver, what }) };

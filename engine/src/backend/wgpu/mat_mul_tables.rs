@@ -32,8 +32,12 @@ impl MatMulTables {
     }
 
     pub fn of(&self, shape: MatMulShape) -> &[MatMulChoice] {
-        let own = &self.own[usize::from(Layout::of(shape.format).is_float())];
-        self.set.get(&shape).unwrap_or(own)
+        self.set.get(&shape).map_or_else(|| self.own_of(shape.format), Vec::as_slice)
+    }
+
+    /// The tier's own.
+    pub fn own_of(&self, format: WeightFormat) -> &[MatMulChoice] {
+        &self.own[usize::from(Layout::of(format).is_float())]
     }
 
     /// Each kernel, and each again with workgroups of its own for every span of K.

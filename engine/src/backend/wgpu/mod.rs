@@ -15,7 +15,7 @@ use wgpu::{BindGroup, BufferUsages};
 
 use crate::backend::packing::packed_bytes;
 use crate::backend::{
-    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, ModelKernels, RowSource, Ticket, WeightSpec,
 };
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
@@ -251,6 +251,17 @@ impl Backend for WgpuBackend {
     }
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+    fn make_kernels(&mut self, of: &ModelKernels) -> Result<(), DeviceError> {
+        let &ModelKernels { kv_type, head_dim, group, .. } = of;
+        let own =
+            |format| self.mat_muls.own_of(format).iter().map(move |choice| Kernel::MatMul(format, choice.variant));
+        let of_format = |&format: &WeightFormat| own(format).chain([Kernel::Embed(format)]);
+        let of_formats = of.formats.iter().flat_map(of_format);
+        let kernels: Vec<Kernel> =
+            Kernel::of_cache(self.device.tier, kv_type, head_dim, group).chain(of_formats).collect();
+        self.pipelines.compile_all(kernels)
+    }
+
         let id = WeightId(self.weights.len() as u32);
         let weight = Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format };
         let choices = self.mat_muls.of(MatMulShape::of(weight));

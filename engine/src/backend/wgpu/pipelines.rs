@@ -127,7 +127,7 @@ impl Kernel {
     }
 
     /// Those that write and read a cache of `kv_type` with heads of `head_dim` elements, `group` query heads a KV head.
-    fn of_cache(tier: Tier, kv_type: KvType, head_dim: u32, group: u32) -> impl Iterator<Item = Kernel> {
+    pub fn of_cache(tier: Tier, kv_type: KvType, head_dim: u32, group: u32) -> impl Iterator<Item = Kernel> {
         let attention = |rows| Kernel::Attention(AttentionVariant::new(tier, kv_type, head_dim, group, rows));
         [Kernel::RopeKv(kv_type, head_dim), attention(1), attention(ATTENTION_ROWS)].into_iter()
     }
