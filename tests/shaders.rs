@@ -4,7 +4,7 @@
 //! are computed here, in f64 and without tiles.
 
 use fullbore_engine::backend::wgpu::pipelines::Kernel;
-use fullbore_engine::backend::wgpu::{OpenError, WgpuBackend, WgpuOptions, devices};
+use fullbore_engine::backend::wgpu::{NAGA_VERSION, OpenError, WgpuBackend, WgpuOptions, devices};
 use fullbore_engine::backend::{Backend, DeviceError, RowSource, WeightSpec};
 use fullbore_engine::batch::attention::QueryRows;
 use fullbore_engine::format::quant::dequantize_row;

@@ -46,6 +46,7 @@ use encode::{Dispatch, Encoder, MAX_BUFFERS, MAX_PARAMS, Partials, Shard};
 pub use kill_switch::KillSwitch;
 use mat_mul_tables::MatMulTables;
 use pace::Pace;
+pub use pipeline_cache::NAGA_VERSION;
 use pipeline_cache::PipelineCache;
 use pipelines::{Kernel, Pipelines, uniform_layout};
 use stamps::Stamps;

@@ -15,6 +15,10 @@ use fullbore_shaders::{Arithmetic, FILES, MatMulVariant, MatrixUnits, Tier};
 use siphasher::sip128::{Hasher128, SipHasher13};
 use wgpu::{Features, PipelineCacheDescriptor};
 
+use super::MAX_PARTIALS;
+use crate::backend::packing::Layout;
+use crate::tensor::WeightFormat;
+
 /// Of a file of ours; the number is that of its layout.
 const MAGIC: &[u8; 16] = b"fullbore pipes 1";
 const CHECKSUM_BYTES: usize = 16;
@@ -125,17 +129,30 @@ fn write(path: &Path, identity: &str, data: &[u8]) -> io::Result<()> {
     written
 }
 
-/// A name for all kernels as they are written now.
+/// What translates the texts; a test holds it to `Cargo.lock`.
+pub const NAGA_VERSION: &str = "30.0.1";
+
+/// A name for all kernels as they are written, filled in, translated and chosen now.
 pub(super) fn kernels() -> String {
     let texts = FILES.iter().flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
-    // What the texts are filled in with.
+    let kernels = hash(texts.chain([constants().as_bytes(), NAGA_VERSION.as_bytes()]));
+    format!("fullbore {} {kernels:032x}", env!("CARGO_PKG_VERSION"))
+}
+
+/// What the texts are filled in with, and the tables that choose among them.
+fn constants() -> String {
     let units = MatrixUnits { size: 16, subgroup_lanes: 32 };
     let arithmetics = [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot, Arithmetic::MatrixUnits(units)];
-    let variants = |tier: Tier| arithmetics.into_iter().flat_map(move |arithmetic| tier.mat_mul_variants(arithmetic));
-    let constants = |variant: MatMulVariant| format!("{variant:?} {:?}", variant.constants());
-    let constants: String = Tier::ALL.into_iter().flat_map(variants).map(constants).collect();
-    let kernels = hash(texts.chain([constants.as_bytes()]));
-    format!("fullbore {} {kernels:032x}", env!("CARGO_PKG_VERSION"))
+    let of_variant = |variant: MatMulVariant| format!("{variant:?} {:?}", variant.constants());
+    let of_tier = |tier: Tier| {
+        let variants = arithmetics.into_iter().flat_map(move |arithmetic| tier.mat_mul_variants(arithmetic));
+        let variants: String = variants.map(of_variant).collect();
+        let tables = arithmetics.map(|arithmetic| tier.mat_mul_choices(arithmetic));
+        format!("{:?} {variants} {tables:?}", tier.constants())
+    };
+    let tiers: String = Tier::ALL.into_iter().map(of_tier).collect();
+    let layouts = WeightFormat::ALL.map(|format| (format.name(), Layout::of(format).constants()));
+    format!("{tiers} {layouts:?} {MAX_PARTIALS}")
 }
 
 /// The same in every run and on every machine.
