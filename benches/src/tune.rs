@@ -245,7 +245,9 @@ impl Tuner<'_, '_> {
         let decoded_rows = first_rows.min(LARGEST_END);
         let suits =
             |kernel: &&MatMulKernel| kernel.rows < MAX_WASTE * first_rows && decoded_rows <= MAX_DECODES * kernel.rows;
-        for kernel in self.kernels.iter().filter(suits) {
+        let (backend, shape) = (&*self.rig.backend, self.bench.shape);
+        let has_room = |kernel: &&MatMulKernel| rows.iter().all(|&rows| backend.has_room(shape, &kernel.name, rows));
+        for kernel in self.kernels.iter().filter(suits).filter(has_room) {
             let has_rest = rows.iter().any(|rows| rows % kernel.rows != 0 && *rows > kernel.rows);
             for fills in [false, true].into_iter().filter(|&fills| !fills || has_rest) {
                 // With nothing left over it makes no difference whether a line fills.

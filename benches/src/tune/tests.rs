@@ -25,6 +25,8 @@ struct Priced {
     took: Vec<Duration>,
     /// What products by all but the first kernel take more in a recording that has several shapes.
     beside_others_ns: u64,
+    /// Kernels that have no room for so many rows.
+    cramped: Option<(&'static str, u32)>,
     /// Times are off by up to so much of themselves, either way.
     noise: f64,
     random: SplitMix64,
@@ -34,7 +36,17 @@ impl Priced {
     fn new(prices: &[(&'static str, u32, u64)]) -> Priced {
         let inner = SimBackend::new(SimOptions::default());
         let (tables, now, took, random) = (HashMap::new(), Instant::now(), Vec::new(), SplitMix64(1));
-        Priced { inner, prices: prices.to_vec(), tables, now, took, beside_others_ns: 0, noise: 0.0, random }
+        Priced {
+            inner,
+            prices: prices.to_vec(),
+            tables,
+            now,
+            took,
+            beside_others_ns: 0,
+            cramped: None,
+            noise: 0.0,
+            random,
+        }
     }
 
     fn ns(&self, op: &MatMul, is_alone: bool) -> u64 {
@@ -84,6 +96,10 @@ impl Around for Priced {
             tolerance: 0.0,
         };
         self.prices.iter().map(kernel).collect()
+    }
+
+    fn has_room(&self, _shape: MatMulShape, kernel: &str, rows: u32) -> bool {
+        self.cramped.is_none_or(|(name, first)| kernel != name || rows < first)
     }
 
     /// Its own choice is its first kernel for whatever there is.
@@ -148,6 +164,16 @@ fn the_devices_own_choice_stays_where_little_is_gained_and_a_wrong_kernel_is_nev
     let found = tune(&mut device, &options(&["four"]), &mut |_| {}).expect("it runs");
     assert_eq!(found.shapes[0].lines(), MatMulLine::only("one"));
     assert!(found.steps.is_empty(), "there is nothing to hold");
+}
+
+#[test]
+fn a_kernel_is_not_tried_where_it_has_no_room() {
+    let mut device = Priced { cramped: Some(("eight", 8)), ..Priced::new(&KERNELS) };
+    let found = tune(&mut device, &options(&[]), &mut |_| {}).expect("it runs");
+    for class in &found.shapes[0].classes {
+        let chosen = class.chosen.as_ref().map(|chosen| chosen.line.kernel.as_str());
+        assert!(chosen != Some("eight") || class.rows.most < 8, "{class:?}");
+    }
 }
 
 #[test]

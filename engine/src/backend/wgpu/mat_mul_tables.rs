@@ -4,10 +4,10 @@
 
 use std::collections::HashMap;
 
-use fullbore_shaders::{Arithmetic, LEAST_SPREAD_K, MatMulChoice, MatMulVariant, MatrixUnits, Tier};
+use fullbore_shaders::{Arithmetic, LEAST_SPREAD_K, MatMulChoice, MatMulVariant, MatrixUnits, Tier, num_spans};
 
 use super::arithmetic::of_format;
-use crate::backend::packing::Layout;
+use crate::backend::packing::{Layout, UNIT};
 use crate::tensor::WeightFormat;
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
@@ -58,6 +58,14 @@ impl MatMulTables {
             tolerance,
         };
         self.variants(format).map(kernel).collect()
+    }
+
+    /// Sums that a kernel leaves to be added up, where its workgroups share the K of `shape`; else none.
+    pub fn num_partials(&self, shape: MatMulShape, kernel: &str, rows: u32) -> u64 {
+        let is_spread =
+            self.variants(shape.format).any(|(variant, spreads)| spreads && name(variant, spreads) == kernel);
+        let num_spans = num_spans(shape.cols.div_ceil(UNIT));
+        if is_spread && num_spans > 1 { u64::from(num_spans) * u64::from(rows) * u64::from(shape.rows) } else { 0 }
     }
 
     pub fn lines(&self, shape: MatMulShape) -> Vec<MatMulLine> {
@@ -132,6 +140,15 @@ mod tests {
             tables.set(SHAPE, &[]).expect("nothing to be wrong");
             assert_eq!(tables.of(SHAPE), tier.mat_mul_choices(arithmetic));
         }
+    }
+
+    #[test]
+    fn what_shares_k_leaves_as_much_as_its_rows_and_spans_are() {
+        let tables = MatMulTables::new(Tier::Subgroup, Arithmetic::F32);
+        let wide = MatMulShape { rows: 28672, cols: 4096, ..SHAPE };
+        assert_eq!(tables.num_partials(wide, "split 16x64 spread", 64), 4 * 64 * 28672);
+        assert_eq!(tables.num_partials(wide, "split 16x64", 64), 0);
+        assert_eq!(tables.num_partials(MatMulShape { cols: 1024, ..wide }, "split 16x64 spread", 64), 0, "one span");
     }
 
     #[test]

@@ -251,7 +251,6 @@ impl Backend for WgpuBackend {
         self.buffers.write(buffer, offset_bytes, data)
     }
 
-    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
     fn make_kernels(&mut self, of: &ModelKernels) -> Result<(), DeviceError> {
         let &ModelKernels { kv_type, head_dim, group, .. } = of;
         let own =
@@ -263,6 +262,7 @@ impl Backend for WgpuBackend {
         self.pipelines.compile_all(kernels)
     }
 
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
         let id = WeightId(self.weights.len() as u32);
         let weight = Weight { id, rows: spec.rows, cols: spec.cols, format: spec.format };
         let choices = self.mat_muls.of(MatMulShape::of(weight));
@@ -369,6 +369,11 @@ impl Backend for WgpuBackend {
 
     fn mat_mul_kernels(&self, format: WeightFormat) -> Vec<MatMulKernel> {
         self.mat_muls.kernels(format)
+    }
+
+    fn has_room(&self, shape: MatMulShape, kernel: &str, rows: u32) -> bool {
+        self.partials
+            .is_none_or(|partials| self.mat_muls.num_partials(shape, kernel, rows) <= partials.num_elements.into())
     }
 
     fn mat_mul_table(&self, shape: MatMulShape) -> Vec<MatMulLine> {
