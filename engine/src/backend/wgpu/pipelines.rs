@@ -39,9 +39,11 @@ pub enum Kernel {
     MulAddMatrix(MatrixUnits),
 }
 
-/// That stand for all, where every kernel is listed.
-const UNITS_OF_ALL: [MatrixUnits; 2] =
-    [MatrixUnits { size: 8, subgroup_lanes: 32 }, MatrixUnits { size: 16, subgroup_lanes: 32 }];
+/// Where every kernel is listed: all that devices may have.
+fn every_unit() -> impl Iterator<Item = MatrixUnits> {
+    let of_size = |size| [4, 8, 16, 32, 64, 128].map(|subgroup_lanes| MatrixUnits { size, subgroup_lanes });
+    [8, 16].into_iter().flat_map(of_size)
+}
 
 /// What a workgroup of attention takes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,7 +110,7 @@ impl Kernel {
 
     /// Those that read weights of `format`, whatever a device computes with.
     fn of_format(format: WeightFormat, tier: Tier) -> impl Iterator<Item = Kernel> {
-        let matrix_units = UNITS_OF_ALL.map(Arithmetic::MatrixUnits);
+        let matrix_units = every_unit().map(Arithmetic::MatrixUnits);
         let all = [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot].into_iter().chain(matrix_units);
         let all = all.filter(move |&arithmetic| tier.has(arithmetic) && arithmetic == of_format(arithmetic, format));
         let mut variants: Vec<MatMulVariant> = all.flat_map(|arithmetic| tier.mat_mul_variants(arithmetic)).collect();
@@ -139,7 +141,7 @@ impl Kernel {
             let heads = heads.iter().filter(move |(head_dim, _)| kv_type.takes(*head_dim));
             heads.flat_map(move |&(head_dim, group)| Kernel::of_cache(tier, kv_type, head_dim, group))
         });
-        let units = UNITS_OF_ALL.into_iter().filter(|units| tier.has(Arithmetic::MatrixUnits(*units)));
+        let units = every_unit().filter(|units| tier.has(Arithmetic::MatrixUnits(*units)));
         let rare = [Kernel::MatMulSum, Kernel::MulAdd].into_iter().chain(units.map(Kernel::MulAddMatrix));
         Kernel::GENERAL.into_iter().chain(rare).chain(formats).chain(caches).collect()
     }
