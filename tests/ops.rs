@@ -11,6 +11,7 @@ use fullbore_engine::op::{MulAdd, Op};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::Tensor;
 use fullbore_engine::verify::sample::sample;
+use fullbore_engine::verify::mat_mul::many_workgroups;
 use fullbore_engine::verify::{Case, every_case};
 
 use crate::device::Device;
@@ -149,6 +150,15 @@ fn smollm2_follows_both_references_on_every_driver() {
     let (file, name, text) = golden::MODELS[0];
     for lane in found().iter().flat_map(lanes) {
         let Some(share) = lane.golden else { continue };
+#[test]
+fn a_product_of_more_workgroups_than_a_row_has_is_whole_on_every_driver() {
+    let cases = [many_workgroups()];
+    let twins = Device::twin().outputs(&cases);
+    for id in device_ids() {
+        Device::new(Box::new(open(&id))).assert_near(&cases, &twins, &id);
+    }
+}
+
         let (lane_name, backend) = lane.open();
         let begun = Instant::now();
         golden::follow(file, name, text, Box::new(backend), share);

@@ -188,6 +188,7 @@ pub fn every_case() -> Vec<Case> {
         }
         let heads = Heads::of(kv_type).into_iter();
         cases.extend(heads.map(|heads| attention::attention(kv_type, heads)));
+        cases.push(attention::split_or_whole(kv_type));
     }
     for (kv_type, head_dim) in
         [(KvType::F16, 20), (KvType::Q8_0, 64), (KvType::Q8_0, 96), (KvType::Q4_0, 64), (KvType::Q4_0, 96)]
@@ -201,11 +202,13 @@ pub fn every_case() -> Vec<Case> {
 /// Two that are decoded in two ways, for tests: how a format is decoded is the same text in all kernels.
 pub const TWO_FORMATS: [WeightFormat; 2] = [WeightFormat::Q4_0, WeightFormat::Q5K];
 
-/// Every matmul kernel that a table of `backend` may name, on weights of `formats`.
+/// Every matmul kernel that a table of `backend` may name, on weights of `formats`, and whether all give the same bits.
 pub fn every_mat_mul_kernel(backend: &dyn Backend, formats: &[WeightFormat]) -> Vec<Case> {
     let of_format = |&format: &WeightFormat| {
         let kernels = backend.mat_mul_kernels(format).into_iter();
-        kernels.map(move |kernel| mat_mul::by_kernel(format, &kernel))
+        let has_any = kernels.len() > 0;
+        let each = kernels.map(move |kernel| mat_mul::by_kernel(format, &kernel));
+        each.chain(has_any.then(|| mat_mul::same_bits(format)))
     };
     formats.iter().flat_map(of_format).collect()
 }

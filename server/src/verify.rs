@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo};
 use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::verify::golden::{Golden, Share};
+use fullbore_engine::verify::mat_mul::many_workgroups;
 use fullbore_engine::verify::{self, Case, Check, every_case, every_mat_mul_kernel};
 
 use crate::args::{EngineArgs, ModelArgs, VerifyArgs};
@@ -110,6 +111,9 @@ pub fn verify_all(args: &VerifyArgs, keep: &dyn Fn(&Case) -> bool, out: &mut dyn
     }
     let formats = if args.formats.is_empty() { &WeightFormat::ALL[..] } else { &args.formats };
     let mut cases = every_case();
+    if !backend.mat_mul_kernels(WeightFormat::Q8_0).is_empty() {
+        cases.push(many_workgroups());
+    }
     cases.retain(|case| case.formats.iter().all(|format| formats.contains(format)));
     cases.extend(every_mat_mul_kernel(backend.as_ref(), formats));
     if let Some(only) = &args.only {

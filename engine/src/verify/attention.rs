@@ -87,59 +87,80 @@ impl Planned {
     }
 }
 
-/// The items of a mixed step, some of them split.
+/// What a mixed step attends, some of its items split.
 pub fn attention(kv_type: KvType, heads: Heads) -> Case {
     let Heads { head_dim, num_kv_heads, group, block_size, window, num_positions, soft_cap } = heads;
-    let heads = format!("head {head_dim}, {num_kv_heads} x {group}");
-    let shape = format!("{heads}, block {block_size}, window {window}, cap {soft_cap}, {num_positions} positions");
+    let name = format!("head {head_dim}, {num_kv_heads} x {group}");
+    let shape = format!("{name}, block {block_size}, window {window}, cap {soft_cap}, {num_positions} positions");
     Case::new("attention", kv_type.name(), shape, move |device| {
-        let random = &mut Random::new(6);
-        let table_cols = num_positions.div_ceil(block_size);
-        let num_blocks = 3 * table_cols;
-        let cache = device.kv_cache(kv_type, num_blocks, block_size, num_kv_heads, head_dim)?;
-        let mut blocks: Vec<u32> = (0..num_blocks).collect();
-        for index in 0..blocks.len() {
-            blocks.swap(index, random.below(num_blocks) as usize);
-        }
-        let table = device.u32(3, table_cols, &blocks)?;
-        let slot = |row: u32, position: u32| {
-            blocks[(row * table_cols + position / block_size) as usize] * block_size + position % block_size
-        };
-        let places = (0..3).flat_map(|row| (0..num_positions).map(move |position| (row, position)));
-        let slots: Vec<u32> = places.map(|(row, position)| slot(row, position)).collect();
-        let num_tokens = slots.len() as u32;
-        let num_values = (num_tokens * num_kv_heads * head_dim) as usize;
-        let (k, v) = (random.floats(num_values), random.floats(num_values));
-        let slots = device.u32(num_tokens, 1, &slots)?;
-        // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and its last token in another.
-        let chunk = if num_positions > ATTENTION_CUT + 4 { ATTENTION_CUT - 4 } else { 28 };
-        let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, num_positions - 2)];
-        let rows = rows.map(|(first_row, num_rows, slot, position)| QueryRows { first_row, num_rows, slot, position });
-        let num_heads = num_kv_heads * group;
-        let tensor = |words: &[u32], cols: u32| device.u32(words.len() as u32 / cols, cols, words);
-        let Planned { items, num_single_rows, merges, partials } =
-            Planned::new(&rows, window, cache, num_heads, 8, tensor)?;
-        assert!(window > 0 || merges.rows == 2 * u32::from(num_positions > ATTENTION_CUT), "who is split");
-        let q = device.random(13, num_heads * head_dim, random)?;
-        let out = device.unwritten(13, num_heads * head_dim)?;
-        let attention = Attention {
-            q,
-            cache,
-            items,
-            num_single_rows,
-            merges,
-            partials,
-            table,
-            num_heads,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            soft_cap,
-            window,
-            out,
-        };
-        let ops = [stored(device, &k, &v, slots, cache)?, Op::Attention(attention)];
-        let tolerance = device.backend().attention_tolerance();
-        Ok(Output::f32(device.run(&ops, &[out])?, tolerance))
+        let words = attend(device, kv_type, heads, MAX_SPLITS)?;
+        Ok(Output::f32(words, device.backend().attention_tolerance()))
     })
+}
+
+/// The same step with and without splitting: how many elements are not the same to the bit.
+pub fn split_or_whole(kv_type: KvType) -> Case {
+    let heads = Heads { num_positions: 700, ..Heads::new(64, 2, 3, 16) };
+    Case::new("attention", kv_type.name(), "700 positions, split or whole".to_owned(), move |device| {
+        let (split, whole) = (attend(device, kv_type, heads, MAX_SPLITS)?, attend(device, kv_type, heads, 0)?);
+        let differ = split.iter().zip(&whole).filter(|(one, other)| one != other).count() as u32;
+        Ok(vec![Output { name: "elements that differ", words: vec![differ], tolerance: 0.0 }])
+    })
+}
+
+/// Parts of split rows that have room.
+const MAX_SPLITS: u32 = 8;
+
+/// The items of a mixed step over sequences that have grown in a shuffled cache; with `num_partials` of 0 none is
+/// split.
+fn attend(device: &mut Device, kv_type: KvType, heads: Heads, num_partials: u32) -> Result<Vec<u32>, DeviceError> {
+    let Heads { head_dim, num_kv_heads, group, block_size, window, num_positions, soft_cap } = heads;
+    let random = &mut Random::new(6);
+    let table_cols = num_positions.div_ceil(block_size);
+    let num_blocks = 3 * table_cols;
+    let cache = device.kv_cache(kv_type, num_blocks, block_size, num_kv_heads, head_dim)?;
+    let mut blocks: Vec<u32> = (0..num_blocks).collect();
+    for index in 0..blocks.len() {
+        blocks.swap(index, random.below(num_blocks) as usize);
+    }
+    let table = device.u32(3, table_cols, &blocks)?;
+    let slot = |row: u32, position: u32| {
+        blocks[(row * table_cols + position / block_size) as usize] * block_size + position % block_size
+    };
+    let places = (0..3).flat_map(|row| (0..num_positions).map(move |position| (row, position)));
+    let slots: Vec<u32> = places.map(|(row, position)| slot(row, position)).collect();
+    let num_tokens = slots.len() as u32;
+    let num_values = (num_tokens * num_kv_heads * head_dim) as usize;
+    let (k, v) = (random.floats(num_values), random.floats(num_values));
+    let slots = device.u32(num_tokens, 1, &slots)?;
+    // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and its last token in another.
+    let chunk = if num_positions > ATTENTION_CUT + 4 { ATTENTION_CUT - 4 } else { 28 };
+    let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, num_positions - 2)];
+    let rows = rows.map(|(first_row, num_rows, slot, position)| QueryRows { first_row, num_rows, slot, position });
+    let num_heads = num_kv_heads * group;
+    let tensor = |words: &[u32], cols: u32| device.u32(words.len() as u32 / cols, cols, words);
+    let Planned { items, num_single_rows, merges, partials } =
+        Planned::new(&rows, window, cache, num_heads, num_partials, tensor)?;
+    let num_split = 2 * u32::from(num_positions > ATTENTION_CUT && num_partials > 0);
+    assert!(window > 0 || merges.rows == num_split, "who is split");
+    let q = device.random(13, num_heads * head_dim, random)?;
+    let out = device.unwritten(13, num_heads * head_dim)?;
+    let attention = Attention {
+        q,
+        cache,
+        items,
+        num_single_rows,
+        merges,
+        partials,
+        table,
+        num_heads,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        soft_cap,
+        window,
+        out,
+    };
+    let ops = [stored(device, &k, &v, slots, cache)?, Op::Attention(attention)];
+    device.run(&ops, &[out])
 }
 
 /// Puts k and v, (tokens, num_kv_heads * head_dim), into their slots as they are: at position 0, with nothing to turn.

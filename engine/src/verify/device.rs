@@ -14,7 +14,7 @@ use crate::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 const OFFSET_WORDS: u32 = 16;
 const NUM_OFFSETS: u32 = 13;
 /// Of a product in f32.
-const MAT_MUL_TOLERANCE: f32 = 1e-5;
+pub const MAT_MUL_TOLERANCE: f32 = 1e-5;
 
 pub struct Device {
     backend: Box<dyn Backend>,

@@ -1,5 +1,6 @@
 //! Cases of `mat_mul`: a format of weights, and how many rows of activations.
 
+use super::device::MAT_MUL_TOLERANCE;
 use super::random::Random;
 use super::{Case, Output};
 use crate::op::{AddNorm, MatMul, Op};
@@ -48,6 +49,53 @@ pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
             outputs.push(Output { name: "added", words: after, tolerance });
         }
         Ok(outputs)
+    })
+    .of_formats(&[format])
+}
+
+/// How many elements the kernels of a table write otherwise than the first of them: none, where they are in f32.
+pub fn same_bits(format: WeightFormat) -> Case {
+    // Two spans, and rows of more than one workgroup.
+    let (m, n, k) = (18, 70, 1312 / format.block_len() * format.block_len());
+    Case::new("mat_mul", &format!("{}, all kernels", format.name()), format!("M {m} N {n} K {k}"), move |device| {
+        let random = &mut Random::new(3);
+        let (weight, x) = (device.weight(format, n, k, 4)?, device.random(m, k, random)?);
+        let shape = MatMulShape::of(weight);
+        let mut kernels = device.backend().mat_mul_kernels(format);
+        kernels.retain(|kernel| kernel.tolerance <= MAT_MUL_TOLERANCE && kernel.least_cols <= k);
+        let before = device.backend().mat_mul_table(shape);
+        let mut written = Vec::new();
+        for kernel in kernels {
+            let out = device.unwritten(m, n)?;
+            let table = MatMulLine::only(&kernel.name);
+            device.backend().set_mat_mul_table(shape, &table).expect("a kernel that the device has named");
+            written.push(device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]));
+        }
+        device.backend().set_mat_mul_table(shape, &before).expect("the table that was there");
+        let written = written.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let differ =
+            |words: &Vec<u32>| words.iter().zip(&written[0]).filter(|(one, other)| one != other).count() as u32;
+        Ok(vec![Output { name: "elements that differ", words: vec![written.iter().map(differ).sum()], tolerance: 0.0 }])
+    })
+    .of_formats(&[format])
+}
+
+/// More workgroups than a dispatch has in a row, where the kernel for the fewest rows takes all. For devices alone:
+/// they are too many to be imitated.
+pub fn many_workgroups() -> Case {
+    let (format, m, n, k) = (WeightFormat::Q8_0, 2100, 1024, 32);
+    Case::new("mat_mul", format.name(), format!("M {m} N {n} K {k}, by the kernel for fewest rows"), move |device| {
+        let random = &mut Random::new(3);
+        let (weight, x, out) = (device.weight(format, n, k, 4)?, device.random(m, k, random)?, device.unwritten(m, n)?);
+        let (shape, tolerance) = (MatMulShape::of(weight), device.mat_mul_tolerance(format));
+        let kernels = device.backend().mat_mul_kernels(format).into_iter();
+        let fewest = kernels.filter(|kernel| kernel.least_cols <= k).min_by_key(|kernel| kernel.rows);
+        let before = device.backend().mat_mul_table(shape);
+        let table = fewest.map_or(before.clone(), |kernel| MatMulLine::only(&kernel.name).to_vec());
+        device.backend().set_mat_mul_table(shape, &table).expect("a kernel that the device has named");
+        let words = device.run(&[Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out })], &[out]);
+        device.backend().set_mat_mul_table(shape, &before).expect("the table that was there");
+        Ok(Output::f32(words?, tolerance))
     })
     .of_formats(&[format])
 }

@@ -53,7 +53,8 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     ];
     for &format in formats {
         cases.push(embed(format));
-        cases.extend(MAT_MUL_ROWS.map(|m| mat_mul(format, m, 48, 512)));
+        // Two spans of K, and columns that fill no tile.
+        cases.extend(MAT_MUL_ROWS.map(|m| mat_mul(format, m, 161, 1280)));
     }
     cases
 }
