@@ -127,9 +127,18 @@ const fn integer(rows: u32, columns: u32) -> MatMulVariant {
 }
 
 /// Up to 8 rows a weight's bytes are what counts, and one column a lane gives most workgroups. From 9 on an activation
-/// that is read from workgroup memory serves two columns; four rows of 16 at a time are left out where there are none.
-const GPU_CHOICES: [MatMulChoice; 5] =
-    [all(1, split(1, 1)), all(4, split(4, 1)), all(8, split(8, 1)), all(64, split(16, 2)), whole(tile(64, 128))];
+/// that is read from workgroup memory serves two columns, and from 17 on more, by tiles that read a weight once for all
+/// rows; of narrow ones there are as many as of 16 rows. What is not there is left out, by two rows of up to 16 and by
+/// four of a tile.
+const GPU_CHOICES: [MatMulChoice; 7] = [
+    all(1, split(1, 1)),
+    all(4, split(4, 1)),
+    all(8, split(8, 1)),
+    all(16, split(16, 2)),
+    all(32, tile(32, 64)),
+    all(64, tile(64, 64)),
+    whole(tile(64, 128)),
+];
 
 /// A kernel for each number of rows up to 8, so that none computes rows that are not there; more go to even parts, of
 /// whatever size takes least. 8 rows and more take more registers than the machine has. No line leaves a rest, which
@@ -165,7 +174,7 @@ const INTEGER_CHOICES: [MatMulChoice; 4] =
     [all(1, integer(1, 1)), all(4, integer(4, 1)), all(8, integer(8, 1)), whole(integer(16, 2))];
 
 /// Tiles of fewer rows or columns make more workgroups of few rows, whose weights they still read once.
-const GPU_VARIANTS: [MatMulVariant; 13] = [
+const GPU_VARIANTS: [MatMulVariant; 14] = [
     split(1, 1),
     split(2, 1),
     split(4, 1),
@@ -176,6 +185,7 @@ const GPU_VARIANTS: [MatMulVariant; 13] = [
     split(4, 2),
     split(8, 2),
     split(16, 2),
+    tile(32, 64),
     tile(32, 128),
     tile(64, 64),
     tile(64, 128),
@@ -349,23 +359,7 @@ impl MatMulVariant {
 
     pub fn constants(self) -> Constants {
         let mut constants = match self {
-            MatMulVariant::Split { rows, columns } => {
-                // Rounds of 8 units that are staged together, so that few rows meet few barriers.
-                let rounds = (8 / rows).max(1);
-                let group_rows = rows.min(4);
-                let stage_k = 256 * rounds;
-                vec![
-                    ("ROWS", rows),
-                    ("COLUMNS", columns),
-                    ("GROUP_ROWS", group_rows),
-                    ("GROUPS", rows / group_rows),
-                    ("ROUNDS", rounds),
-                    ("STAGE_K", stage_k),
-                    ("MEMORY", (rows * stage_k / 4).max(256 * rows / group_rows)),
-                    // Quarters of a unit in one go: with one row, so that more loads are in flight.
-                    ("PARTS", if rows == 1 { 4 } else { 1 }),
-                ]
-            }
+            MatMulVariant::Split { rows, columns } => split_constants(rows, columns),
             MatMulVariant::Tile { .. } | MatMulVariant::F16Tile => {
                 // 256 invocations of four rows each.
                 let (rows, columns) = (self.rows(), self.columns());
@@ -418,39 +412,25 @@ impl MatMulVariant {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn k_is_a_few_spans_of_whole_rounds() {
-        let spans = |k: u32| (num_spans(k.div_ceil(32)), span_units(k.div_ceil(32)) * 32);
-        assert_eq!([64, 576, 1024].map(spans), [(1, 1024); 3]);
-        assert_eq!([1025, 1536, 2304, 4096].map(spans), [(2, 1024), (2, 1024), (3, 1024), (4, 1024)]);
-        assert_eq!([8192, 14336, 28672].map(spans), [(4, 2048), (4, 3584), (4, 7168)]);
-        for num_units in 1..2000 {
-            let (num, units) = (num_spans(num_units), span_units(num_units));
-            assert!((1..=MAX_SPANS).contains(&num) && units.is_multiple_of(8), "{num_units}");
-            assert!((num - 1) * units < num_units && num_units <= num * units, "{num_units}");
-        }
-    }
-
-    #[test]
-    fn the_matrices_of_all_subgroups_are_those_of_the_workgroup_at_every_width() {
-        let widths = [4, 8, 16, 32, 64, 128];
-        for (size, subgroup_lanes, rows) in [8, 16]
-            .into_iter()
-            .flat_map(|size| widths.into_iter().flat_map(move |lanes| [16, 64].map(|rows| (size, lanes, rows))))
-        {
-            let variant = MatMulVariant::Matrix { units: MatrixUnits { size, subgroup_lanes }, rows };
-            let constants = variant.constants();
-            let of = |name: &str| constants.iter().find(|(found, _)| *found == name).expect("a constant").1;
-            let what = format!("{size} x {size}, {subgroup_lanes} lanes, {rows} rows");
-            assert_eq!(of("GROUP_LANES"), of("SUBGROUPS") * subgroup_lanes, "{what}");
-            assert!(of("GROUP_LANES") <= MAX_GROUP_LANES && of("SUBGROUPS") >= 2, "{what}");
-            let subgroups_m = of("SUBGROUPS") / of("SUBGROUPS_N");
-            let covered = (subgroups_m * of("TILES_M") * size, of("SUBGROUPS_N") * of("TILES_N") * size);
-            assert_eq!(covered, (rows, variant.columns()), "{what}");
-        }
-    }
+fn split_constants(rows: u32, columns: u32) -> Constants {
+    // Rounds of 8 units that are staged together, so that few rows meet few barriers.
+    let rounds = (8 / rows).max(1);
+    let group_rows = rows.min(4);
+    let stage_k = 256 * rounds;
+    vec![
+        ("ROWS", rows),
+        ("COLUMNS", columns),
+        ("GROUP_ROWS", group_rows),
+        ("GROUPS", rows / group_rows),
+        ("PAIRS", group_rows.div_ceil(2)),
+        ("PAIR_ROWS", group_rows.min(2)),
+        ("ROUNDS", rounds),
+        ("STAGE_K", stage_k),
+        ("MEMORY", (rows * stage_k / 4).max(256 * rows / group_rows)),
+        // Quarters of a unit in one go: with one row, so that more loads are in flight.
+        ("PARTS", if rows == 1 { 4 } else { 1 }),
+    ]
 }
+
+#[cfg(test)]
+mod tests;

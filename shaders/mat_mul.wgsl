@@ -1,10 +1,11 @@
 // `out = x @ weight^T + bias`: a workgroup computes ROWS rows of COLUMNS tiles of 32 columns.
 //
-// A lane holds one column of each tile and the units of 32 along K that its split owns: every eighth. Activations are
-// staged in workgroup memory, zeros past the end of a row, and read from there four at a time; a weight is decoded once
-// for all rows. K is a few spans. A sum runs along a span within a split, one fma a value, then over the splits, then
-// over the spans, here or where workgroups take a span each. That order is the same for every ROWS and in
-// `mat_mul_tile.wgsl`, so the bits of a row do not depend on how many rows there are.
+// Of more than four rows pairs that are not there are not computed. A lane holds one column of each tile and the units
+// of 32 along K that its split owns: every eighth. Activations are staged in workgroup memory, zeros past the end of a
+// row, and read from there four at a time; a weight is decoded once for all rows. K is a few spans. A sum runs along a
+// span within a split, one fma a value, then over the splits, then over the spans, here or where workgroups take a
+// span each. That order is the same for every ROWS and in `mat_mul_tile.wgsl`, so the bits of a row do not depend on
+// how many rows there are.
 #include "mat_mul_io.wgsl"
 
 // (ROWS, 256 * ROUNDS) activations in fours along K; at the end of a span partial sums of four rows, by (four, split,
@@ -34,8 +35,7 @@ fn main(
 ) {
 #include "mat_mul_place.wgsl"
 #if GROUPS > 1
-    // Of four rows.
-    let live_groups = (params.num_rows - row + 3u) / 4u;
+    let live_pairs = (params.num_rows - row + 1u) / 2u;
 #endif
 #for C COLUMNS
     // Of four rows, in the lanes that add up the splits.
@@ -46,8 +46,10 @@ fn main(
         let end_unit = min((span + 1u) * params.span_units, params.num_units);
 #for C COLUMNS
 #for G GROUPS
-#for R GROUP_ROWS
-        var sum_{{G}}_{{R}}_{{C}} = 0.0;
+#for Q PAIRS
+#for R PAIR_ROWS
+        var sum_{{G}}_{{Q}}_{{R}}_{{C}} = 0.0;
+#endfor
 #endfor
 #endfor
 #endfor
@@ -74,23 +76,25 @@ fn main(
                         let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
 #endfor
 #for G GROUPS
+#for Q PAIRS
 #if GROUPS > 1
-                        if {{G}}u < live_groups
+                        if {{G}}u * 2u + {{Q}}u < live_pairs
 #endif
                         {
-#for R GROUP_ROWS
-                            let at_x_{{R}} = at_x + ({{G}}u * 4u + {{R}}u) * {{STAGE_K}}u / 4u;
+#for R PAIR_ROWS
+                            let at_x_{{R}} = at_x + ({{G}}u * 4u + {{Q}}u * 2u + {{R}}u) * {{STAGE_K}}u / 4u;
 #for H 2
                             let x_{{R}}_{{H}} = memory[at_x_{{R}} + {{H}}u];
 #for J 4
 #for C COLUMNS
-                            sum_{{G}}_{{R}}_{{C}} =
-                                fma(x_{{R}}_{{H}}[{{J}}], w_{{C}}[{{H}}][{{J}}], sum_{{G}}_{{R}}_{{C}});
+                            sum_{{G}}_{{Q}}_{{R}}_{{C}} =
+                                fma(x_{{R}}_{{H}}[{{J}}], w_{{C}}[{{H}}][{{J}}], sum_{{G}}_{{Q}}_{{R}}_{{C}});
 #endfor
 #endfor
 #endfor
 #endfor
                         }
+#endfor
 #endfor
                     }
 #endfor
@@ -102,13 +106,13 @@ fn main(
 #for G GROUPS
 #if GROUP_ROWS == 4
         memory[({{G}}u * 8u + own_split) * 32u + lane] =
-            vec4(sum_{{G}}_0_{{C}}, sum_{{G}}_1_{{C}}, sum_{{G}}_2_{{C}}, sum_{{G}}_3_{{C}});
+            vec4(sum_{{G}}_0_0_{{C}}, sum_{{G}}_0_1_{{C}}, sum_{{G}}_1_0_{{C}}, sum_{{G}}_1_1_{{C}});
 #endif
 #if GROUP_ROWS == 2
-        memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, sum_0_1_{{C}}, 0.0, 0.0);
+        memory[own_split * 32u + lane] = vec4(sum_0_0_0_{{C}}, sum_0_0_1_{{C}}, 0.0, 0.0);
 #endif
 #if GROUP_ROWS == 1
-        memory[own_split * 32u + lane] = vec4(sum_0_0_{{C}}, 0.0, 0.0, 0.0);
+        memory[own_split * 32u + lane] = vec4(sum_0_0_0_{{C}}, 0.0, 0.0, 0.0);
 #endif
 #endfor
         workgroupBarrier();

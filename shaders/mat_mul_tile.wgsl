@@ -35,6 +35,8 @@ fn main(
     // What it computes: four rows, and columns that lie apart.
     let four_rows = local / {{COLUMN_STRIDE}}u;
     let first_column = local % {{COLUMN_STRIDE}}u;
+    // Fours of K in a step; none where no row is there.
+    let live_fours = select(0u, 4u, row + four_rows * 4u < params.num_rows);
 #for C INVOCATION_COLUMNS
     var total_{{C}} = vec4(0.0);
 #endfor
@@ -84,7 +86,7 @@ fn main(
 #endfor
                 }
                 workgroupBarrier();
-                for (var four = 0u; four < 4u; four++) {
+                for (var four = 0u; four < live_fours; four++) {
 #for R 4
                     let x_of_{{R}} = x_tile[four * {{ROWS}}u + four_rows * 4u + {{R}}u];
 #endfor

@@ -30,7 +30,7 @@ pub enum StartCheckError<E: std::error::Error + 'static> {
 }
 
 /// Rows that between them reach every matmul kernel of every tier's own table.
-pub const MAT_MUL_ROWS: [u32; 9] = [1, 2, 3, 4, 5, 7, 8, 12, 70];
+pub const MAT_MUL_ROWS: [u32; 11] = [1, 2, 3, 4, 5, 7, 8, 12, 18, 34, 66];
 
 /// What a model makes of a device: every variant that its formats, its heads and its cache call for.
 pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
@@ -59,21 +59,21 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     cases
 }
 
-/// A backend, or why there is none.
 /// What those cases need, to be made at once.
 pub fn kernels_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> ModelKernels {
     let group = config.num_heads / config.num_kv_heads;
     ModelKernels { formats: formats.to_vec(), kv_type, head_dim: config.head_dim, group }
 }
 
+/// A backend, or why there is none.
 pub type Opened<E> = Result<Box<dyn Backend>, E>;
 
 /// `backend` if it computes every case as the twin does, once it has made its `kernels`; else the first that does of
 /// those that `plainer` gives, each for the one before it.
 pub fn first_right<E: std::error::Error + 'static>(
     cases: &[Case],
-    mut backend: Box<dyn Backend>,
     kernels: &ModelKernels,
+    mut backend: Box<dyn Backend>,
     plainer: &mut dyn FnMut(&DeviceInfo) -> Option<Opened<E>>,
 ) -> Opened<StartCheckError<E>> {
     loop {
