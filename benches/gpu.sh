@@ -187,13 +187,13 @@ follow golden-vulkan $side &
 wait
 # Limits of what is asked, and of what ran side by side, sum to no more than there is.
 on cuda
-run ops-8b-cuda 25 bench ops --shapes 8b --m 1,8,32,256,2048 --only mat_mul --seconds 4 "${units[@]}" --csv "$kept/ops-8b-cuda.csv"
+run ops-8b-cuda 25 bench ops --shapes 8b --m 1,8,32,256,2048 --only "mat_mul ffn" --seconds 4 "${units[@]}" --csv "$kept/ops-8b-cuda.csv"
 timed peer-matrix 25 python3 "$benches/gpu_peer.py" matrix
 offline 8b-decode-1-cuda 20 "${big[@]}" "${one[@]}" "${units[@]}"
 offline 8b-decode-32-cuda 25 "${big[@]}" "${many[@]}" "${units[@]}"
 offline 8b-prefill-cuda 20 "${big[@]}" "${prompts[@]}" "${units[@]}"
 on vulkan
-run ops-8b-peaks 20 bench ops --shapes 8b --m 1,512 --only mat_mul --seconds 4 "${units[@]}" --csv "$kept/ops-8b-peaks.csv"
+run ops-8b-peaks 20 bench ops --shapes 8b --m 1,512 --only "mat_mul ffn_gate_up" --seconds 4 "${units[@]}" --csv "$kept/ops-8b-peaks.csv"
 offline 8b-decode-1 25 "${big[@]}" "${one[@]}"
 offline 8b-decode-32 30 "${big[@]}" "${many[@]}" "${units[@]}"
 offline 8b-prefill-matrix-units 25 "${big[@]}" "${prompts[@]}" "${units[@]}"

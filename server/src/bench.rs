@@ -152,7 +152,7 @@ pub fn measure_submit(
     Ok(())
 }
 
-/// More than the caches of a GPU hold.
+/// More than the caches of a processor hold.
 const COLD_BYTES: u64 = 128 << 20;
 
 /// Measures single ops on a device.
@@ -164,15 +164,15 @@ pub fn ops(args: &OpsArgs) -> Result<(), BenchCommandError> {
         Shapes::B70 => ("llama-3.1-70b", 1024),
     };
     let shape = ModelShape::of_model(model, context).expect("the engine knows these models");
+    let mut backend = devices::open(&args.device)?;
     let options = OpsOptions {
         shape,
         format: args.format,
         rows: args.m.0.clone(),
         only: args.only.clone(),
         time: Duration::from_secs(args.seconds),
-        cold_bytes: COLD_BYTES,
+        cold_bytes: devices::cold_bytes(backend.info(), COLD_BYTES),
     };
-    let mut backend = devices::open(&args.device)?;
     let mut progress = |num_passes, num_ops| eprintln!("{num_passes} passes over {num_ops} ops");
     let (begun, device) = (BenchResult::begin("ops", 0, COMMIT), backend.info().clone());
     let num_runs = if args.output.is_some() { MIN_RUNS } else { 1 };

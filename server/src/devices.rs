@@ -137,6 +137,18 @@ pub fn memory_bytes(device: &DeviceInfo) -> Option<u64> {
     }
 }
 
+/// More than the caches of the largest GPUs hold, which have 256 MB.
+const COLD_BYTES: u64 = 512 << 20;
+/// Memory of a GPU that some such pieces fit.
+const ROOMY_BYTES: u64 = 8 << 30;
+
+/// What no cache of the device holds, as far as its memory goes; `usual` where a processor computes.
+pub fn cold_bytes(device: &DeviceInfo, usual: u64) -> u64 {
+    let is_gpu = cuda::is_meant(&device.id) || device.memory_bytes.is_none() && device.id != "sim";
+    let is_roomy = || memory_bytes(device).is_none_or(|bytes| bytes >= ROOMY_BYTES);
+    if is_gpu && is_roomy() { COLD_BYTES } else { usual }
+}
+
 /// An engine's place among those of this process that share the device, or the cores of it that `title` names; a
 /// simulated one is nobody else's.
 pub fn share(device: &DeviceInfo, title: &str, engine_name: &str) -> Option<Membership> {
@@ -266,6 +278,14 @@ mod tests {
                 assert!(text.contains(&format!("going on without CUDA: {reason}")), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_measured_does_not_fit_the_cache_of_a_gpu() {
+        let device = |id: &str, memory_bytes| DeviceInfo { id: id.to_owned(), memory_bytes, ..DeviceInfo::default() };
+        let size = |id, memory_bytes| cold_bytes(&device(id, memory_bytes), 1);
+        assert_eq!([size("cuda:0", Some(1 << 36)), size("cuda:0", Some(1 << 31))], [512 << 20, 1]);
+        assert_eq!([size("cpu", Some(1 << 36)), size("vulkan:0", Some(1 << 36)), size("sim", None)], [1; 3]);
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub enum TuneError {
     Write { path: PathBuf, source: io::Error },
 }
 
-/// More than the caches of a GPU hold.
+/// More than the caches of a processor hold.
 const COLD_BYTES: u64 = 64 << 20;
 
 pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
@@ -66,7 +66,7 @@ pub fn run(args: &TuneArgs) -> Result<(), TuneError> {
         shapes,
         products,
         time: Duration::from_secs(args.seconds),
-        cold_bytes: COLD_BYTES,
+        cold_bytes: devices::cold_bytes(backend.info(), COLD_BYTES),
     };
     let mut kept = Ok(());
     let tuned = tune(backend.as_mut(), &options, &mut |found| {
