@@ -96,6 +96,19 @@ pub fn follow(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, s
     assert!(followed.failures.is_empty(), "{name} on {device}: {}", followed.failures.join("; "));
 }
 
+/// By how much bytes in the place of activations may move the mean likelihood of the passage; tokens they may change.
+const BYTES_NLL_TOLERANCE: f64 = 0.02;
+
+/// What a backend that rounds activations to bytes is held to.
+pub fn compare_likelihood(file: &str, name: &str, golden: &str, backend: Box<dyn Backend>, share: Share) {
+    let device = backend.info().id.clone();
+    let golden = Golden::read(golden).expect("goldens are JSON");
+    let followed = golden.follow(&mut engine(file, KvType::F16, backend), share).expect("the device is there");
+    let (nll, wanted) = (followed.passage_nll, followed.wanted_nll);
+    println!("{name} on {device}: mean NLL {nll:.5}, reference {wanted:.5}");
+    assert!((nll - wanted).abs() < BYTES_NLL_TOLERANCE, "{name} on {device}: {nll} beside {wanted}");
+}
+
 pub type Events = Arc<Mutex<Vec<Event>>>;
 
 pub struct Collect(pub Events);

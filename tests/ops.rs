@@ -5,13 +5,14 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use fullbore_engine::backend::wgpu::ArithmeticChoice::{self, F16, F32, IntegerDot};
 use fullbore_engine::backend::wgpu::{Features, Tier, WgpuBackend, WgpuOptions, devices, mask_to_webgpu};
 use fullbore_engine::backend::{Backend, DeviceInfo};
 use fullbore_engine::op::{MulAdd, Op};
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::Tensor;
-use fullbore_engine::verify::sample::sample;
 use fullbore_engine::verify::mat_mul::many_workgroups;
+use fullbore_engine::verify::sample::sample;
 use fullbore_engine::verify::{Case, every_case};
 
 use crate::device::Device;
@@ -36,11 +37,15 @@ pub fn device_ids() -> Vec<String> {
 struct Lane {
     name: &'static str,
     options: WgpuOptions,
+    /// What it is granted of what was asked for.
+    arithmetic: ArithmeticChoice,
+    /// Whether every op is tried on it.
+    has_ops: bool,
     /// What it follows of a golden, if anything. Without software Vulkan's own tier the whole would take minutes.
     golden: Option<golden::Share>,
 }
 
-/// Other arithmetic than f32 has tests of its own in `tuning.rs`.
+/// The kernels of other arithmetic than f32 have tests of their own in `tuning.rs`.
 fn lanes(device: &DeviceInfo) -> Vec<Lane> {
     let options = |tier, checked| {
         let selector = device.id.clone();
@@ -48,16 +53,26 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
     };
     // Every dispatch is submitted alone, and what can be divided is.
     let divided = |options| WgpuOptions { max_submit: Some(Duration::ZERO), ..options };
-    let masked = |options| WgpuOptions { mask: Some(mask_to_webgpu), without: Features::SHADER_F16, ..options };
-    let lane = |name, options, golden| Lane { name, options, golden };
+    let masked = |options| WgpuOptions { mask: Some(mask_to_webgpu), ..options };
+    let in_f16 = |options| WgpuOptions { arithmetic: F16, ..options };
+    let in_bytes = WgpuOptions { arithmetic: IntegerDot, ..options(Some(Tier::Subgroup), true) };
+    let without_f16 = |options| WgpuOptions { without: Features::SHADER_F16, ..in_f16(options) };
+    let lane = |name, options, golden| Lane { name, options, arithmetic: F32, has_ops: true, golden };
+    let of_arithmetic = |name, options: WgpuOptions, golden| Lane {
+        arithmetic: options.arithmetic,
+        has_ops: false,
+        ..lane(name, options, golden)
+    };
     let (whole, short) = (Some(golden::Share::WHOLE), Some(golden::Share { num_cases: 1, max_tokens: 8 }));
     let lanes = [
         lane("checked, in small submissions", divided(options(None, true)), whole),
         lane("as it is served", options(None, false), None),
         lane("wide subgroups", options(Some(Tier::Subgroup), true), None),
         lane("no subgroups", options(Some(Tier::Base), true), None),
-        lane("WebGPU's limits, no f16", masked(options(None, false)), whole),
-        lane("WebGPU's limits, no f16, no subgroups", masked(options(Some(Tier::Base), true)), short),
+        lane("WebGPU's limits", masked(options(None, false)), whole),
+        lane("WebGPU's limits, f16 masked, no subgroups", masked(without_f16(options(Some(Tier::Base), true))), short),
+        of_arithmetic("f16", in_f16(options(Some(Tier::Base), true)), short),
+        of_arithmetic("integer dot products", in_bytes, short),
     ];
     // The tiers for GPUs differ by little, and software Vulkan that is not lavapipe is too slow for several.
     let has_others = device.tier == Tier::Lavapipe.name();
@@ -69,6 +84,7 @@ impl Lane {
     fn open(&self) -> (String, WgpuBackend) {
         let backend = WgpuBackend::open(&self.options).unwrap_or_else(|error| panic!("{error}"));
         let info = backend.info();
+        assert_eq!(info.arithmetic, self.arithmetic.name(), "{}: {}", info.id, self.name);
         (format!("{}, {}, tier {}: {}", info.id, info.driver, info.tier, self.name), backend)
     }
 }
@@ -83,7 +99,7 @@ fn is_for_wide(case: &Case) -> bool {
 fn every_op_is_near_its_twin_on_every_driver_in_every_lane() {
     let (all, some): (Vec<Case>, Vec<Case>) = (every_case(), every_case().into_iter().filter(is_for_wide).collect());
     let (all_twins, some_twins) = (Device::twin().outputs(&all), Device::twin().outputs(&some));
-    for lane in found().iter().flat_map(lanes) {
+    for lane in found().iter().flat_map(lanes).filter(|lane| lane.has_ops) {
         let (name, backend) = lane.open();
         let begun = Instant::now();
         let is_wide = backend.info().tier != Tier::Lavapipe.name() && std::env::var_os("FULLBORE_TEST_FULL").is_none();
@@ -134,6 +150,15 @@ fn a_recording_goes_in_as_many_submissions_as_its_work_calls_for() {
     }
 }
 
+#[test]
+fn a_product_of_more_workgroups_than_a_row_has_is_whole_on_every_driver() {
+    let cases = [many_workgroups()];
+    let twins = Device::twin().outputs(&cases);
+    for id in device_ids() {
+        Device::new(Box::new(open(&id))).assert_near(&cases, &twins, &id);
+    }
+}
+
 /// As many tokens as the largest vocabulary has, in one row more lanes' rounds than old software Vulkan takes.
 #[test]
 fn a_large_vocabulary_is_sampled_as_its_twin_does_on_every_driver() {
@@ -150,18 +175,10 @@ fn smollm2_follows_both_references_on_every_driver() {
     let (file, name, text) = golden::MODELS[0];
     for lane in found().iter().flat_map(lanes) {
         let Some(share) = lane.golden else { continue };
-#[test]
-fn a_product_of_more_workgroups_than_a_row_has_is_whole_on_every_driver() {
-    let cases = [many_workgroups()];
-    let twins = Device::twin().outputs(&cases);
-    for id in device_ids() {
-        Device::new(Box::new(open(&id))).assert_near(&cases, &twins, &id);
-    }
-}
-
         let (lane_name, backend) = lane.open();
         let begun = Instant::now();
-        golden::follow(file, name, text, Box::new(backend), share);
+        let hold = if lane.arithmetic == IntegerDot { golden::compare_likelihood } else { golden::follow };
+        hold(file, name, text, Box::new(backend), share);
         println!("{lane_name}: {:.1} s", begun.elapsed().as_secs_f64());
     }
 }
