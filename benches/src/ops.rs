@@ -88,6 +88,16 @@ pub struct MeasuredOp {
     pub roofline_share: f64,
 }
 
+impl MeasuredOp {
+    /// More than the device can do at all, as it was measured a moment before.
+    pub fn is_too_good(&self) -> bool {
+        self.roofline_share > MAX_SHARE
+    }
+}
+
+/// Of the roofline, that noise explains.
+const MAX_SHARE: f64 = 1.05;
+
 /// From M to M + 1 the time may grow by 30 %, or by a tenth more than the rows do; the time of a row may grow by 5 %.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cliff {
@@ -265,9 +275,8 @@ mod tests {
         assert!(matches!(error, OpsError::NoTime { .. }), "{error}");
     }
 
-    #[test]
-    fn a_step_in_the_time_is_a_cliff() {
-        let op = |m, best_ns| MeasuredOp {
+    fn op(m: u32, best_ns: f64) -> MeasuredOp {
+        MeasuredOp {
             name: "mat_mul".to_owned(),
             shape: String::new(),
             m,
@@ -279,7 +288,17 @@ mod tests {
             bytes_per_s: 1.0,
             flops_per_s: 1.0,
             roofline_share: 1.0,
-        };
+        }
+    }
+
+    #[test]
+    fn more_than_the_device_can_do_is_too_good() {
+        assert!(!MeasuredOp { roofline_share: 1.04, ..op(1, 1.0) }.is_too_good());
+        assert!(MeasuredOp { roofline_share: 1.06, ..op(1, 1.0) }.is_too_good());
+    }
+
+    #[test]
+    fn a_step_in_the_time_is_a_cliff() {
         // Twice for twice the rows; half as much again for a fifth more; a fifth more for a seventh more; then nothing.
         let ops = [op(1, 10.0), op(2, 20.0), op(5, 20.0), op(6, 30.0), op(7, 36.0), op(8, 36.0)];
         let found: Vec<(u32, bool)> = cliffs(&ops).iter().map(|cliff| (cliff.m, cliff.is_steep)).collect();

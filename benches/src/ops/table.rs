@@ -28,7 +28,8 @@ impl fmt::Display for OpsReport {
             write!(f, "{:<20}{:<30}{:>5}", op.name, op.shape, op.m)?;
             write!(f, "{:>11.1}{:>11.1}", op.best_ns / 1e3, op.median_ns / 1e3)?;
             write!(f, "{:>11.1}{:>11.1}", op.bytes_per_s / 1e9, op.flops_per_s / 1e9)?;
-            writeln!(f, "{:>9.1} %", op.roofline_share * 100.0)?;
+            let verdict = if op.is_too_good() { "  not valid: a peak was measured too low" } else { "" };
+            writeln!(f, "{:>9.1} %{verdict}", op.roofline_share * 100.0)?;
         }
         for skipped in &self.skipped {
             writeln!(f, "left out: {skipped}")?;

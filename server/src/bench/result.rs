@@ -117,6 +117,9 @@ pub fn of_ops(begun: &BenchResult, reports: &[OpsReport], device: &DeviceInfo) -
             run.metric("bytes_per_s", op.bytes_per_s);
             run.metric("flops_per_s", op.flops_per_s);
             run.metric("roofline_share", op.roofline_share);
+            if op.is_too_good() {
+                run.invalid.push(format!("{:.2} of the roofline: a peak was measured too low", op.roofline_share));
+            }
             run
         };
         Measurement {
