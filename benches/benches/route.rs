@@ -40,7 +40,7 @@ enum Form {
 
 fn main() {
     let large = std::env::args().any(|argument| argument == "--bench");
-    let (sizes, num_decisions): (&[u16], usize) = if large { (&[8, 100, 1000], 20_000) } else { (&[8, 100], 50) };
+    let (sizes, num_decisions): (&[u16], usize) = if large { (&[8, 100, 1000], 20_000) } else { (&[8, 100], 500) };
     for &num_replicas in sizes {
         let [alone, moves, told] =
             [Form::Alone, Form::Moves, Form::Told].map(|form| measure(form, num_replicas, num_decisions));

@@ -108,11 +108,19 @@ struct Device {
 }
 
 impl Device {
-    /// Of those that wait, the newest that the step that runs has not begun.
-    fn last_waiting(&self) -> Option<usize> {
-        let notes = lock(&self.notes);
-        let has_begun = |index: usize| notes.iter().any(|(noted, _)| *noted == index);
-        self.waiting.iter().rev().copied().find(|index| !has_begun(*index))
+    /// The step that it begins has begun these: they wait no more, though what becomes of them is not known yet.
+    fn begin(&mut self) -> u32 {
+        let mut notes = lock(&self.notes);
+        let num_waiting = self.waiting.len();
+        notes.retain(|(index, note)| {
+            let begins = matches!(note, Note::Started);
+            if begins {
+                let at = self.waiting.iter().position(|waiting| waiting == index).expect("it waited");
+                self.waiting.remove(at);
+            }
+            !begins
+        });
+        (num_waiting - self.waiting.len()) as u32
     }
 }
 
@@ -146,6 +154,7 @@ struct Fleet<'a> {
     num_waiting: u32,
     /// How long anybody has waited on any device so far.
     waited: Duration,
+    tokens_while_waiting: u64,
     heard: Heard,
     num_moved: u64,
     num_losses: u32,
@@ -228,6 +237,9 @@ impl<'a> Fleet<'a> {
         if rule == Rule::Omniscient {
             router.expect_max_tokens();
         }
+        if matches!(rule, Rule::EarliestFinish | Rule::Omniscient) {
+            router.mind_own_end_alone();
+        }
         router.set_moves(devices.iter().map(|device| device.engine.move_prices()).collect());
         let late = (0..).map(ReplicaId).zip(specs).filter(|(_, spec)| !spec.life.joins.is_zero());
         late.for_each(|(replica, _)| router.set_open(replica, false));
@@ -246,6 +258,7 @@ impl<'a> Fleet<'a> {
             now: Duration::ZERO,
             num_waiting: 0,
             waited: Duration::ZERO,
+            tokens_while_waiting: 0,
             heard: Heard::default(),
             num_moved: 0,
             num_losses: 0,
@@ -340,7 +353,10 @@ impl<'a> Fleet<'a> {
         }
         let begun = device.clock.now();
         device.clock.advance(device.host_per_step);
-        if !device.engine.step()? {
+        let has_stepped = device.engine.step()?;
+        self.num_waiting -= device.begin();
+        let device = &mut self.devices[id];
+        if !has_stepped {
             // It waits for what comes from another device.
             device.idle_since = Some(self.waited);
             self.pass_on(id);
@@ -363,11 +379,7 @@ impl<'a> Fleet<'a> {
         for (index, note) in notes {
             let device = &mut self.devices[id];
             match note {
-                Note::Started => {
-                    let at = device.waiting.iter().position(|waiting| *waiting == index).expect("it waited");
-                    device.waiting.remove(at);
-                    self.num_waiting -= 1;
-                }
+                Note::Started => unreachable!("who begins is heard when the step begins"),
                 Note::Token(token) => self.hear_token(id, index, token),
                 Note::Finished(usage) => {
                     let live = self.live[index].take().expect("it runs");
@@ -389,6 +401,7 @@ impl<'a> Fleet<'a> {
         live.generated.push(token);
         self.router.token(live.placement.as_mut().expect("it runs"));
         self.devices[id].output_tokens += 1;
+        self.tokens_while_waiting += u64::from(self.num_waiting > 0);
     }
 
     /// Device `id`, where nothing waits, takes what waits on the one that is most behind.
@@ -399,7 +412,7 @@ impl<'a> Fleet<'a> {
             let waits = |other: ReplicaId| other != replica && !devices[usize::from(other.0)].waiting.is_empty();
             let Some(behind) = self.router.most_behind(waits) else { return };
             let from = usize::from(behind.0);
-            let Some(index) = self.devices[from].last_waiting() else { return };
+            let Some(index) = self.devices[from].waiting.back().copied() else { return };
             let live = self.live[index].as_mut().expect("it waits");
             let ask = self.rules.ask(&self.requests[index], &live.chain, live.generated.len() as u32);
             let here = live.placement.as_ref().expect("it waits");
@@ -446,6 +459,7 @@ impl<'a> Fleet<'a> {
             duration_s,
             output_tokens: heard.output_tokens,
             output_tokens_per_s: share(heard.output_tokens as f64, duration_s),
+            output_tokens_per_s_while_waiting: share(self.tokens_while_waiting as f64, waited.as_secs_f64()),
             ttft_ms: (&heard.ttft).into(),
             itl_ms: (&heard.itl).into(),
             total_ms: (&heard.total).into(),

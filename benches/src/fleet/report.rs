@@ -22,6 +22,8 @@ pub struct FleetReport {
     pub duration_s: f64,
     pub output_tokens: u64,
     pub output_tokens_per_s: f64,
+    /// The same of the time in which requests waited, without the end of a workload, when devices run empty one by one.
+    pub output_tokens_per_s_while_waiting: f64,
     pub ttft_ms: Percentiles,
     pub itl_ms: Percentiles,
     pub total_ms: Percentiles,
@@ -53,7 +55,8 @@ impl fmt::Display for FleetReport {
         let FleetReport { rule, num_requests, num_completed, num_too_long, duration_s, .. } = self;
         writeln!(f, "{:<18}{rule}", "rule")?;
         writeln!(f, "{:<18}{num_completed} of {num_requests}, {num_too_long} too long", "completed")?;
-        writeln!(f, "{:<18}{duration_s:.1} s, {:.1} tokens/s", "time", self.output_tokens_per_s)?;
+        write!(f, "{:<18}{duration_s:.1} s, {:.1} tokens/s, ", "time", self.output_tokens_per_s)?;
+        writeln!(f, "{:.1} while requests waited", self.output_tokens_per_s_while_waiting)?;
         writeln!(f, "{:<18}{:>12}{:>12}{:>12}{:>12}", "ms", "mean", "p50", "p90", "p99")?;
         let lines = [("first token", self.ttft_ms), ("between tokens", self.itl_ms), ("whole request", self.total_ms)];
         for (name, Percentiles { mean, p50, p90, p99 }) in lines {

@@ -13,6 +13,8 @@ use crate::workload::PlannedRequest;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
     /// The router as it is.
+    Router,
+    /// To where the request itself is predicted to end first.
     EarliestFinish,
     /// The same where it is known beforehand how long each answer will be.
     Omniscient,
@@ -33,11 +35,12 @@ impl FromStr for Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 5] =
-        [Rule::EarliestFinish, Rule::Omniscient, Rule::RoundRobin, Rule::LeastRequests, Rule::MostCached];
+    pub const ALL: [Rule; 6] =
+        [Rule::Router, Rule::EarliestFinish, Rule::Omniscient, Rule::RoundRobin, Rule::LeastRequests, Rule::MostCached];
 
     pub fn name(self) -> &'static str {
         match self {
+            Rule::Router => "router",
             Rule::EarliestFinish => "earliest-finish",
             Rule::Omniscient => "omniscient",
             Rule::RoundRobin => "round-robin",
@@ -73,7 +76,7 @@ impl Rules {
         let round = (0..self.num_replicas).map(|offset| ReplicaId((self.turn + offset) % self.num_replicas));
         let mut all = round.filter(|&replica| router.is_open(replica));
         let chosen = match self.rule {
-            Rule::EarliestFinish | Rule::Omniscient => return None,
+            Rule::Router | Rule::EarliestFinish | Rule::Omniscient => return None,
             Rule::RoundRobin => all.next()?,
             Rule::LeastRequests => all.min_by_key(|&replica| router.num_placed(replica))?,
             Rule::MostCached => {
@@ -100,6 +103,6 @@ impl Rules {
 
     /// Whether what waits may be taken elsewhere.
     pub fn moves(&self) -> bool {
-        matches!(self.rule, Rule::EarliestFinish | Rule::Omniscient)
+        matches!(self.rule, Rule::Router | Rule::EarliestFinish | Rule::Omniscient)
     }
 }

@@ -80,13 +80,13 @@ fn who_outlives_three_devices_or_all_of_them_fails_and_is_counted() {
     // 200 tokens take 4 seconds at least.
     let mut devices = fleet(&[1.0]);
     devices[0].life = life(0, &[2], Some(1));
-    let report = run_on(&devices, &requests, Rule::EarliestFinish);
+    let report = run_on(&devices, &requests, Rule::Router);
     assert_eq!((report.num_completed, report.num_failed, report.num_replayed), (4, 0, 4), "{report:#?}");
     devices[0].life = life(0, &[1, 3, 5], Some(1));
-    let report = run_on(&devices, &requests, Rule::EarliestFinish);
+    let report = run_on(&devices, &requests, Rule::Router);
     assert_eq!((report.num_completed, report.num_failed, report.num_replayed), (0, 4, 8), "{report:#?}");
     devices[0].life = life(0, &[1], None);
-    let report = run_on(&devices, &requests, Rule::EarliestFinish);
+    let report = run_on(&devices, &requests, Rule::Router);
     assert_eq!((report.num_completed, report.num_failed, report.num_replayed), (0, 4, 4), "{report:#?}");
 }
 
@@ -106,22 +106,39 @@ fn a_fleet_of_one_is_a_device() {
 #[test]
 fn unlike_devices_end_together() {
     let requests = generate(Arrivals::AtOnce, SHORT, 4000, 5);
-    let report = run(&[1.0, 1.0, 2.0, 4.0], &requests, Rule::EarliestFinish);
-    let alone: f64 = [1.0, 1.0, 2.0, 4.0]
-        .map(|speed| run(&[speed], &requests, Rule::EarliestFinish).output_tokens_per_s)
-        .iter()
-        .sum();
+    let report = run(&[1.0, 1.0, 2.0, 4.0], &requests, Rule::Router);
+    let alone: f64 =
+        [1.0, 1.0, 2.0, 4.0].map(|speed| run(&[speed], &requests, Rule::Router).output_tokens_per_s).iter().sum();
     assert!(report.output_tokens_per_s > 0.95 * alone, "{} of {alone}", report.output_tokens_per_s);
     assert!(report.most_idle_share < 0.02, "{report:#?}");
     let plain = run(&[1.0, 1.0, 2.0, 4.0], &requests, Rule::RoundRobin);
     assert!(plain.output_tokens_per_s < 0.6 * alone, "{} of {alone}", plain.output_tokens_per_s);
 }
 
+/// What is asked of the router: eight devices of speeds 1 to 8, skewed lengths, 30 % of each prompt shared with others.
+#[test]
+fn unlike_devices_bring_what_they_bring_alone_and_wait_for_nobody() {
+    let speeds = [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 4.0, 8.0];
+    let lengths = Lengths::SharedLogNormal { groups: 16, share: 0.3, prompt: 200.0, output: 40.0, sigma: 1.0 };
+    let at_once = generate(Arrivals::AtOnce, lengths, 6000, 5);
+    let rate = |speeds: &[f64]| run(speeds, &at_once, Rule::Router).output_tokens_per_s_while_waiting;
+    let alone: f64 = speeds.iter().map(|&speed| speed * rate(&[1.0])).sum();
+    let together = rate(&speeds);
+    assert!(together > 0.95 * alone, "{together} of {alone}");
+    let per_s = 0.9 * alone / 40.0;
+    let requests = generate(Arrivals::Poisson { per_s }, lengths, 6000, 7);
+    let [ours, omniscient, least] =
+        [Rule::Router, Rule::Omniscient, Rule::LeastRequests].map(|rule| run(&speeds, &requests, rule));
+    assert!(ours.ttft_ms.p99 < 1.3 * omniscient.ttft_ms.p99, "{ours:#?} {omniscient:#?}");
+    assert!(ours.most_idle_share < 0.02, "{ours:#?}");
+    assert!(ours.total_ms.mean < least.total_ms.mean && ours.ttft_ms.p99 < least.ttft_ms.p99, "{ours:#?} {least:#?}");
+}
+
 #[test]
 fn prefixes_are_found_where_they_are() {
     let lengths = Lengths::Shared { groups: 9, prefix: 256, prompt: 30, output: 20 };
     let requests = generate(Arrivals::Poisson { per_s: 20.0 }, lengths, 400, 7);
-    let [ours, turns] = [Rule::EarliestFinish, Rule::RoundRobin].map(|rule| run(&[1.0; 4], &requests, rule));
+    let [ours, turns] = [Rule::Router, Rule::RoundRobin].map(|rule| run(&[1.0; 4], &requests, rule));
     assert!(ours.prefix_hit_share > turns.prefix_hit_share, "{} {}", ours.prefix_hit_share, turns.prefix_hit_share);
     assert!(ours.ttft_ms.p99 < turns.ttft_ms.p99, "{:?} {:?}", ours.ttft_ms, turns.ttft_ms);
 }
@@ -152,7 +169,7 @@ fn moving(num_devices: usize, copy_ms: f64, kv_bytes_per_token: u64) -> Vec<Flee
 fn a_prefix_that_comes_from_another_device_takes_what_its_copies_take() {
     let lengths = Lengths::Shared { groups: 1, prefix: 320, prompt: 10, output: 100 };
     let requests = generate(Arrivals::Burst { size: 1, every_s: 1.0 }, lengths, 2, 5);
-    let report = run_on(&moving(2, 4.0, 100), &requests, Rule::EarliestFinish);
+    let report = run_on(&moving(2, 4.0, 100), &requests, Rule::Router);
     assert_eq!((report.num_fetched_blocks, report.num_completed), (10, 2), "{report:#?}");
     assert_eq!(report.prefix_hit_share, 320.0 / 660.0);
     // It is read after the step that runs, of 20 ms at most, comes with the end of the next, and is written; then 10
@@ -160,7 +177,7 @@ fn a_prefix_that_comes_from_another_device_takes_what_its_copies_take() {
     let soonest = 40.0 + 20.0 + 40.0 + 24.5;
     assert!((0.99 * soonest..soonest + 21.0).contains(&report.ttft_ms.p50), "{report:#?}");
     // To compute it all takes 224 ms.
-    let dear = run_on(&moving(2, 11.0, 100), &requests, Rule::EarliestFinish);
+    let dear = run_on(&moving(2, 11.0, 100), &requests, Rule::Router);
     assert_eq!((dear.num_fetched_blocks, dear.prefix_hit_share), (0, 0.0), "{dear:#?}");
     assert!((220.0..226.0).contains(&dear.ttft_ms.p50), "{dear:#?}");
 }
@@ -175,7 +192,7 @@ fn moves_lose_nothing_and_come_out_the_same_each_time() {
     for (device, first) in devices.iter_mut().zip([7, 9, 15, 21]) {
         device.life = life(0, &[first, first + 20], Some(3));
     }
-    for rule in [Rule::EarliestFinish, Rule::RoundRobin, Rule::LeastRequests] {
+    for rule in [Rule::Router, Rule::RoundRobin, Rule::LeastRequests] {
         let report = run_on(&devices, &requests, rule);
         assert_eq!((report.num_completed, report.num_failed), (300, 0), "{report:#?}");
         assert!(report.num_fetched_blocks > 100, "{report:#?}");

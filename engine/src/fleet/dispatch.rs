@@ -39,7 +39,12 @@ struct Board {
     /// How many wait of each priority that any has.
     priorities: BTreeMap<i32, u32>,
     imbalance: Imbalance,
+    /// When the router was last told who is late.
+    looked_at: Option<Instant>,
 }
+
+/// Who is late is asked no more often: each answer takes a lock of the engine's.
+const LOOK: Duration = Duration::from_millis(10);
 
 struct Seat {
     /// What has not begun there, oldest first.
@@ -72,7 +77,7 @@ impl Dispatch {
         let seats = engines.iter().map(seat).collect();
         let imbalance = Imbalance::new(engines.len());
         let (parked, priorities) = (Vec::new(), BTreeMap::new());
-        let board = Mutex::new(Board { router, seats, parked, priorities, imbalance });
+        let board = Mutex::new(Board { router, seats, parked, priorities, imbalance, looked_at: None });
         Dispatch { engines, hasher, ledger: Arc::default(), board }
     }
 
@@ -117,8 +122,12 @@ impl Dispatch {
     /// The board, where the router knows who has been at a step for how long.
     fn look(&self) -> MutexGuard<'_, Board> {
         let mut board = lock(&self.board);
-        for (id, engine) in (0..).map(ReplicaId).zip(&self.engines) {
-            board.router.set_stalled(id, engine.stalled_for());
+        let now = Instant::now();
+        if board.looked_at.is_none_or(|at| now.duration_since(at) >= LOOK) {
+            board.looked_at = Some(now);
+            for (id, engine) in (0..).map(ReplicaId).zip(&self.engines) {
+                board.router.set_stalled(id, engine.stalled_for());
+            }
         }
         board
     }

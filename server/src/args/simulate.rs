@@ -19,9 +19,9 @@ pub struct SimulateArgs {
     /// says).
     #[arg(long, conflicts_with_all = ["profile", "refuse_when_full"])]
     pub fleet: Option<PathBuf>,
-    /// By which requests find their device, each in a run of its own: earliest-finish (the router's), omniscient,
-    /// round-robin, least-requests, most-cached.
-    #[arg(long, requires = "fleet", value_delimiter = ',', default_value = "earliest-finish")]
+    /// By which requests find their device, each in a run of its own: router (what a server does), earliest-finish,
+    /// omniscient, round-robin, least-requests, most-cached.
+    #[arg(long, requires = "fleet", value_delimiter = ',', default_value = "router")]
     pub rule: Vec<Rule>,
     /// Take KV bytes a token and the longest context from this model [default: what the profile says].
     #[arg(long)]

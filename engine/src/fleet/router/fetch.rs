@@ -48,7 +48,7 @@ impl Router {
 
     /// What replica `index` takes for the rest of a prompt, with what it had better fetch from `source`.
     pub(super) fn rest(&self, index: usize, prompt_tokens: u32, source: Option<Source>) -> Rest {
-        let computed_ns = self.replicas[index].prompt_ns(prompt_tokens, self.cached_tokens[index]);
+        let computed_ns = self.outlooks[index].prompt_ns(prompt_tokens, self.cached_tokens[index]);
         let fetched = source.and_then(|source| self.fetched(index, prompt_tokens, computed_ns, source));
         fetched.unwrap_or(Rest { ns: computed_ns, fetch: None })
     }
@@ -60,7 +60,7 @@ impl Router {
             return None;
         }
         let here = self.moves[index].filter(|here| here.layout == source.prices.layout)?;
-        let left_ns = self.replicas[index].prompt_ns(prompt_tokens, end * self.block_size);
+        let left_ns = self.outlooks[index].prompt_ns(prompt_tokens, end * self.block_size);
         let copies_ns = u64::from(end - start) * (source.prices.out_ns + here.in_ns);
         let ns = source.turn_ns + copies_ns as f64 + left_ns;
         let fetch = || {

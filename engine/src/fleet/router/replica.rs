@@ -1,6 +1,8 @@
 //! What is counted of one replica, and what that predicts in its device's own time. Invariant: the counts are sums over
 //! placements, each from when it is made until it is given back.
 
+use std::time::Duration;
+
 use super::{Placement, Traits};
 use crate::cost::{CostModel, Prices, StepShape};
 use crate::op::ATTENTION_ROWS;
@@ -9,7 +11,7 @@ use crate::op::ATTENTION_ROWS;
 pub(super) struct Replica {
     pub traits: Traits,
     /// Of a prompt: each token in a full step, and each token that another one sees.
-    pub ns_per_prompt_token: f64,
+    ns_per_prompt_token: f64,
     ns_per_seen_token: f64,
     /// Whether it takes requests.
     pub is_open: bool,
@@ -19,7 +21,28 @@ pub(super) struct Replica {
     /// Sums over placements.
     pub prompt_tokens: u64,
     pub waiting_ns: u64,
-    pub owed_tokens: u64,
+    pub answer_tokens: u64,
+}
+
+/// What one request more would meet on a replica; computed when the replica changes, for it is asked by each request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outlook {
+    /// Before anything is done for it; infinite where none is taken.
+    lead_ns: f64,
+    /// A step in which it decodes too, but for its own context.
+    step_ns: f64,
+    /// Of that, what the device is late.
+    late_ns: f64,
+    /// Of a step, for each token of its context.
+    ns_per_context: f64,
+    /// Steps until it has a slot.
+    slot_steps: f64,
+    /// A step without it, the rows of others in a step, and the answer of each of them.
+    step_without_ns: f64,
+    other_rows: f64,
+    other_answer_tokens: f64,
+    ns_per_prompt_token: f64,
+    ns_per_seen_token: f64,
 }
 
 impl Replica {
@@ -33,7 +56,7 @@ impl Replica {
             num_placed: 0,
             prompt_tokens: 0,
             waiting_ns: 0,
-            owed_tokens: 0,
+            answer_tokens: 0,
         };
         replica.set_cost(traits.cost);
         replica
@@ -47,10 +70,83 @@ impl Replica {
         self.traits.cost = cost;
     }
 
+    /// As it is now.
+    pub fn outlook(&self) -> Outlook {
+        let (num, slots) = (self.num_placed + 1, self.traits.max_num_seqs);
+        let rows = num.min(slots);
+        let Prices { ns_per_attended_token, ns_per_loaded_token, .. } = self.traits.cost.prices();
+        let ns_per_context = f64::from(rows) * (ns_per_attended_token + ns_per_loaded_token) / f64::from(num);
+        let flat_ns = self.traits.cost.predict_ns(&StepShape::decode(rows, 0)) as f64;
+        let lead_ns = if self.is_open { (self.late_ns + self.waiting_ns) as f64 } else { f64::INFINITY };
+        Outlook {
+            lead_ns,
+            late_ns: self.late_ns as f64,
+            step_ns: flat_ns + ns_per_context * self.prompt_tokens as f64,
+            ns_per_context,
+            slot_steps: self.slot_steps(self.num_placed),
+            step_without_ns: self.step_ns(),
+            other_rows: f64::from(self.num_placed.min(slots)),
+            other_answer_tokens: self.answer_tokens as f64 / f64::from(self.num_placed.max(1)),
+            ns_per_prompt_token: self.ns_per_prompt_token,
+            ns_per_seen_token: self.ns_per_seen_token,
+        }
+    }
+
+    /// A step in which as many decode as can, of those that are placed.
+    fn step_ns(&self) -> f64 {
+        let num = self.num_placed.max(1);
+        let context = self.prompt_tokens / u64::from(num);
+        let rows = num.min(self.traits.max_num_seqs);
+        self.traits.cost.predict_ns(&StepShape::decode(rows, context as u32)) as f64
+    }
+
+    /// As it would be without one that is counted and waits.
+    pub fn without(&self, placement: &Placement) -> Outlook {
+        let others = Replica {
+            num_placed: self.num_placed - 1,
+            prompt_tokens: self.prompt_tokens - u64::from(placement.prompt_tokens),
+            waiting_ns: self.waiting_ns - placement.waiting_ns,
+            answer_tokens: self.answer_tokens - u64::from(placement.answer_tokens),
+            ..*self
+        };
+        others.outlook()
+    }
+
+    /// Steps until there is a slot for one more than `num_placed`: in a step as many answers end as run, over the
+    /// length of one, however lengths are spread (Little's law).
+    fn slot_steps(&self, num_placed: u32) -> f64 {
+        let slots = self.traits.max_num_seqs;
+        let excess = (num_placed + 1).saturating_sub(slots);
+        let each = self.answer_tokens as f64 / f64::from(num_placed.max(1));
+        f64::from(excess) / f64::from(slots) * each
+    }
+
+    /// Of the time that it has been at a step, what is beyond a full one and beyond the prompts that wait there, which
+    /// count already and may be in it.
+    pub fn late_ns(&self, stalled: Duration) -> u64 {
+        let full_ns = self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens);
+        (stalled.as_nanos() as u64).saturating_sub(self.waiting_ns.max(full_ns as u64))
+    }
+
+    /// Until it is between two steps: at most a full one of prompts, or one in which all decode.
+    pub fn turn_ns(&self) -> f64 {
+        let full_ns = self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens);
+        let decode_ns = if self.num_placed > 0 { self.step_ns() } else { 0.0 };
+        decode_ns.max(full_ns.min(self.waiting_ns as f64))
+    }
+
+    /// Until the last that waits has begun.
+    pub fn wait_ns(&self) -> f64 {
+        let slot_ns = self.slot_steps(self.num_placed.saturating_sub(1)) * self.step_ns();
+        (self.late_ns + self.waiting_ns) as f64 + slot_ns
+    }
+}
+
+impl Outlook {
     /// What a prompt takes of which the cache has a part.
     pub fn prompt_ns(&self, prompt_tokens: u32, cached_tokens: u32) -> f64 {
         let [all, cached] = [prompt_tokens, cached_tokens].map(f64::from);
-        (all - cached) * self.ns_per_prompt_token + (all * all - cached * cached) / 2.0 * self.ns_per_seen_token
+        (all - cached) * (self.ns_per_prompt_token + (all + cached) / 2.0 * self.ns_per_seen_token)
     }
 
     /// What it has cached of a prompt saves.
@@ -58,52 +154,22 @@ impl Replica {
         self.prompt_ns(prompt_tokens, 0) - self.prompt_ns(prompt_tokens, cached_tokens)
     }
 
-    /// A step in which as many decode as can, of `num_placed`, with `prompt_tokens` between them.
-    pub fn step_ns(&self, num_placed: u32, prompt_tokens: u64) -> f64 {
-        let rows = num_placed.clamp(1, self.traits.max_num_seqs);
-        let context = prompt_tokens / u64::from(num_placed.max(1));
-        self.traits.cost.predict_ns(&StepShape::decode(rows, context as u32)) as f64
+    /// From now until one request more would have ended, the rest of whose prompt takes `prompt_ns`.
+    pub fn finish_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
+        let step_ns = self.step_ns + self.ns_per_context * f64::from(prompt_tokens);
+        self.lead_ns + prompt_ns + (self.slot_steps + f64::from(answer_tokens)) * step_ns
     }
 
-    /// From now until a request that is not counted here would have ended, the rest of whose prompt takes `prompt_ns`.
-    pub fn finish_ns(&self, prompt_tokens: u32, prompt_ns: f64, owed_tokens: u32) -> f64 {
-        let step_ns = self.step_ns(self.num_placed + 1, self.prompt_tokens + u64::from(prompt_tokens));
-        let prompts_ns = (self.late_ns + self.waiting_ns) as f64 + prompt_ns;
-        let own_ns = f64::from(owed_tokens) * step_ns;
-        prompts_ns + self.slot_ns(self.num_placed, self.owed_tokens, step_ns) + own_ns
-    }
-
-    /// The same of one that is counted and waits.
-    pub fn finish_without_ns(&self, placement: &Placement, prompt_ns: f64) -> f64 {
-        let others = Replica {
-            num_placed: self.num_placed - 1,
-            prompt_tokens: self.prompt_tokens - u64::from(placement.prompt_tokens),
-            waiting_ns: self.waiting_ns - placement.waiting_ns,
-            owed_tokens: self.owed_tokens - u64::from(placement.owed_tokens),
-            ..*self
-        };
-        others.finish_ns(placement.prompt_tokens, prompt_ns, placement.owed_tokens)
-    }
-
-    /// Until there is a slot for one more than `num_placed`, which owe `owed_tokens` between them.
-    fn slot_ns(&self, num_placed: u32, owed_tokens: u64, step_ns: f64) -> f64 {
-        let slots = self.traits.max_num_seqs;
-        let excess = (num_placed + 1).saturating_sub(slots);
-        let each = owed_tokens as f64 / f64::from(num_placed.max(1));
-        f64::from(excess) / f64::from(slots) * each * step_ns
-    }
-
-    /// Until it is between two steps: at most a full one of prompts, or one in which all decode.
-    pub fn turn_ns(&self) -> f64 {
-        let full_ns = self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens);
-        let decode_ns = if self.num_placed > 0 { self.step_ns(self.num_placed, self.prompt_tokens) } else { 0.0 };
-        decode_ns.max(full_ns.min(self.waiting_ns as f64))
-    }
-
-    /// Until the last that waits has begun.
-    pub fn wait_ns(&self) -> f64 {
-        let step_ns = self.step_ns(self.num_placed, self.prompt_tokens);
-        let slot_ns = self.slot_ns(self.num_placed.saturating_sub(1), self.owed_tokens, step_ns);
-        (self.late_ns + self.waiting_ns) as f64 + slot_ns
+    /// What it takes from others, summed: those there wait for its prompt, and have longer steps while both go on;
+    /// where it waits for a slot or for a device that is late, so do those that come after it.
+    pub fn delay_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
+        let step_ns = self.step_ns + self.ns_per_context * f64::from(prompt_tokens);
+        let num_steps = self.other_answer_tokens.min(f64::from(answer_tokens));
+        let there_ns = self.other_rows * (prompt_ns + num_steps * (step_ns - self.step_without_ns).max(0.0));
+        there_ns + FOLLOWERS * (self.late_ns + self.slot_steps * step_ns)
     }
 }
+
+/// How many times its own wait those have together that come after one that waits: r / (1 - r) where a device is busy
+/// for r of its time, here nine tenths (what one more costs the others in an M/G/1 queue).
+const FOLLOWERS: f64 = 9.0;
