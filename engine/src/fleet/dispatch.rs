@@ -20,6 +20,9 @@ use crate::queue::Ledger;
 use crate::request::{FinishReason, Request, Sink};
 use crate::worker::{ENDED, EngineHandle};
 
+#[cfg(test)]
+mod tests;
+
 pub(super) struct Dispatch {
     /// By replica.
     engines: Vec<EngineHandle>,
@@ -91,7 +94,7 @@ impl Dispatch {
         self.place(&Arc::new(Routed::new(self.clone(), request, chain, sink)));
     }
 
-    /// Hands a request that is with no engine to the one where it is predicted to end first, or parks it.
+    /// Hands a request that is with no engine to the one where it costs the least, or parks it.
     pub fn place(&self, routed: &Arc<Routed>) {
         loop {
             let mut now = lock(&routed.now);
@@ -212,7 +215,7 @@ impl Dispatch {
     }
 
     /// Where `replica` has a slot for somebody who waits there, whoever of the same tenant comes before them by
-    /// priority and waits for a slot elsewhere gets it.
+    /// priority and waits for a slot elsewhere gets it: as many as there are slots.
     fn prefer(&self, replica: ReplicaId) {
         loop {
             let routed = {
@@ -224,7 +227,8 @@ impl Dispatch {
                 if !has_slot(replica) {
                     return;
                 }
-                board.preferred_to_those_at(replica, |other| !has_slot(other)).cloned()
+                let preferred = board.preferred_to_those_at(replica, |other| !has_slot(other)).cloned();
+                preferred.filter(|routed| board.num_before(routed, replica) < self.max_num_seqs(replica))
             };
             if !routed.is_some_and(|routed| self.take_over(&routed, replica, true)) {
                 return;
@@ -237,7 +241,7 @@ impl Dispatch {
     }
 
     /// `replica`, where nothing waits, takes what waits on the one that is most behind, while it has a slot and what it
-    /// takes ends so much sooner.
+    /// takes costs so much less there.
     fn relieve(&self, replica: ReplicaId, max_num_seqs: u32) {
         loop {
             let routed = {
@@ -256,7 +260,7 @@ impl Dispatch {
         }
     }
 
-    /// Whether a request that waited elsewhere is with `replica` now; it goes if it would end there so much sooner, or
+    /// Whether a request that waited elsewhere is with `replica` now; it goes if it would cost so much less there, or
     /// because it is `preferred`.
     fn take_over(&self, routed: &Arc<Routed>, replica: ReplicaId, preferred: bool) -> bool {
         let mut now = lock(&routed.now);
@@ -370,6 +374,13 @@ impl Board {
         self.router.num_placed(replica).saturating_sub(num_waiting)
     }
 
+    /// Those that have a slot of `replica`, or come before a request that waits elsewhere when one becomes free.
+    fn num_before(&self, routed: &Routed, replica: ReplicaId) -> u32 {
+        let waiting = &self.seats[usize::from(replica.0)].waiting;
+        let before = waiting.iter().filter(|own| own.priority() <= routed.priority());
+        self.num_begun(replica) + before.count() as u32
+    }
+
     /// Of those that wait on replicas that are `full`, the first by priority that comes before somebody of the same
     /// tenant at `replica`.
     fn preferred_to_those_at(&self, replica: ReplicaId, full: impl Fn(ReplicaId) -> bool) -> Option<&Arc<Routed>> {
@@ -411,71 +422,3 @@ fn guess(engine: &EngineHandle) -> CostModel {
 
 /// For a device that was not asked to try: requests are spread by their number and size.
 const STAND_IN: Duration = Duration::from_millis(10);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::sim::{SimBackend, SimOptions};
-    use crate::config::EngineConfig;
-    use crate::model::{Checkpoint, Model, ModelConfig};
-    use crate::request::{Event, Flow, Pooling, TokenId};
-    use crate::tensor::WeightFormat;
-    use crate::worker::Worker;
-
-    struct Nobody;
-
-    impl Sink for Nobody {
-        fn event(&mut self, _event: Event) -> Flow {
-            Flow::Continue
-        }
-
-        fn is_closed(&self) -> bool {
-            false
-        }
-    }
-
-    /// A replica whose thread does not run: what becomes of a request is what the test says.
-    fn replica() -> (EngineHandle, Worker) {
-        let config = EngineConfig { num_blocks: 8, max_model_len: 64, ..EngineConfig::default() };
-        let mut backend = Box::new(SimBackend::new(SimOptions::default()));
-        let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
-        let model = ModelConfig::tiny(64, 1);
-        let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
-        EngineHandle::new(Engine::new(config, model.expect("a small model"), backend, (1, 2)), "sim".to_owned())
-    }
-
-    /// What is predicted of the next request goes down by an answer that had no token, and by nothing else that ends.
-    #[test]
-    fn what_failed_or_was_pooled_teaches_nothing_of_answers() {
-        let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
-        let dispatch = Arc::new(Dispatch::new(engines, None));
-        let handed_in = |pooling: Option<Pooling>| {
-            let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
-            let routed =
-                Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
-            dispatch.place(&routed);
-            routed
-        };
-        let predicted = || {
-            let routed = handed_in(None);
-            let predicted = lock(&routed.now).placement.as_ref().expect("it is placed").predicted_ns;
-            routed.recall(&mut lock(&routed.now));
-            predicted
-        };
-        let end = |pooling: Option<Pooling>, reason: FinishReason| {
-            let routed = handed_in(pooling);
-            dispatch.end(&routed, &mut lock(&routed.now), &reason);
-        };
-        let before = predicted();
-        let sentence = || "its row is not finite".to_owned();
-        end(None, FinishReason::Error(sentence()));
-        end(None, FinishReason::Contradiction(sentence()));
-        end(None, FinishReason::DeviceLost(sentence()));
-        end(Some(Pooling::Last), FinishReason::Length);
-        end(Some(Pooling::Mean), FinishReason::Stop);
-        assert_eq!(predicted(), before);
-        end(None, FinishReason::Stop);
-        assert!(predicted() < before / 10, "{} {before}", predicted());
-        assert_eq!([0, 1].map(|id| lock(&dispatch.board).router.num_placed(ReplicaId(id))), [0, 0]);
-    }
-}

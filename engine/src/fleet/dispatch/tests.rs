@@ -1,0 +1,101 @@
+//! Replicas whose threads do not run: what becomes of requests is what a test says.
+
+use super::*;
+use crate::backend::sim::{SimBackend, SimOptions};
+use crate::config::EngineConfig;
+use crate::model::{Checkpoint, Model, ModelConfig};
+use crate::request::{Event, Flow, Pooling, TokenId};
+use crate::tensor::WeightFormat;
+use crate::worker::Worker;
+
+struct Nobody;
+
+impl Sink for Nobody {
+    fn event(&mut self, _event: Event) -> Flow {
+        Flow::Continue
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+/// A replica whose thread does not run: what becomes of a request is what the test says.
+fn replica() -> (EngineHandle, Worker) {
+    let config = EngineConfig { num_blocks: 8, max_model_len: 64, max_num_seqs: 3, ..EngineConfig::default() };
+    let mut backend = Box::new(SimBackend::new(SimOptions::default()));
+    let checkpoint = Checkpoint::Random { seed: 1, format: WeightFormat::F32 };
+    let model = ModelConfig::tiny(64, 1);
+    let model = Model::load(model, config.state_limits(), &checkpoint, backend.as_mut(), &mut |_| {});
+    EngineHandle::new(Engine::new(config, model.expect("a small model"), backend, (1, 2)), "sim".to_owned())
+}
+
+/// What is predicted of the next request goes down by an answer that had no token, and by nothing else that ends.
+#[test]
+fn what_failed_or_was_pooled_teaches_nothing_of_answers() {
+    let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
+    let dispatch = Arc::new(Dispatch::new(engines, None));
+    let handed_in = |pooling: Option<Pooling>| {
+        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
+        let routed =
+            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
+        dispatch.place(&routed);
+        routed
+    };
+    let predicted = || {
+        let routed = handed_in(None);
+        let predicted = lock(&routed.now).placement.as_ref().expect("it is placed").predicted_ns;
+        routed.recall(&mut lock(&routed.now));
+        predicted
+    };
+    let end = |pooling: Option<Pooling>, reason: FinishReason| {
+        let routed = handed_in(pooling);
+        dispatch.end(&routed, &mut lock(&routed.now), &reason);
+    };
+    let before = predicted();
+    let sentence = || "its row is not finite".to_owned();
+    end(None, FinishReason::Error(sentence()));
+    end(None, FinishReason::Contradiction(sentence()));
+    end(None, FinishReason::DeviceLost(sentence()));
+    end(Some(Pooling::Last), FinishReason::Length);
+    end(Some(Pooling::Mean), FinishReason::Stop);
+    assert_eq!(predicted(), before);
+    end(None, FinishReason::Stop);
+    assert!(predicted() < before / 10, "{} {before}", predicted());
+    assert_eq!([0, 1].map(|id| lock(&dispatch.board).router.num_placed(ReplicaId(id))), [0, 0]);
+}
+
+/// The first replica is full and three urgent ones wait there; the second has a slot, and one who waits for it.
+#[test]
+fn a_free_slot_draws_one_of_those_that_wait_elsewhere() {
+    let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
+    let dispatch = Arc::new(Dispatch::new(engines, None));
+    let on = |replica: ReplicaId, priority: i32, has_begun: bool| {
+        for id in [ReplicaId(0), ReplicaId(1)] {
+            lock(&dispatch.board).router.set_open(id, id == replica);
+        }
+        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, priority, ..Request::default() };
+        let routed =
+            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
+        dispatch.place(&routed);
+        if has_begun {
+            dispatch.begun(&routed, &mut lock(&routed.now));
+        }
+        routed
+    };
+    let (full, free) = (ReplicaId(0), ReplicaId(1));
+    let _begun = [full, full, full, free, free].map(|replica| on(replica, 5, true));
+    let urgent = [0; 3].map(|priority| on(full, priority, false));
+    let _patient = on(free, 5, false);
+    [full, free].into_iter().for_each(|id| lock(&dispatch.board).router.set_open(id, true));
+    let waits_at = |replica| dispatch.num_waiting_at(replica);
+    assert_eq!((waits_at(full), waits_at(free)), (3, 1));
+    for _ in 0..3 {
+        dispatch.prefer(free);
+        assert_eq!((waits_at(full), waits_at(free)), (2, 2));
+    }
+    let num_moved = urgent
+        .iter()
+        .filter(|routed| lock(&routed.now).placement.as_ref().is_some_and(|placement| placement.replica == free));
+    assert_eq!(num_moved.count(), 1);
+}
