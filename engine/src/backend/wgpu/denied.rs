@@ -22,7 +22,7 @@ const DENIED: [Denied; 2] = [
     Denied {
         api: Backend::Vulkan,
         driver: "llvmpipe",
-        versions: [26, 0, 0]..[26, 1, 0],
+        versions: [26, 0, 0]..[26, 1, 3],
         fault: "it was seen to end the process while it compiles compute shaders",
         remedy: "install Mesa 25.3, or 26.1.3 or later",
         reference: "gfx-rs/wgpu#9903, mmozeiko/build-mesa#20, cataclysmbn/Cataclysm-BN#9470",
@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn a_driver_is_denied_by_its_name_and_version() {
         let is_denied = |driver, version| denied(&adapter(driver, version)).is_some();
-        for version in ["Mesa 26.0.0 (LLVM 22.1.6)", "Mesa 26.0.6-2", "Mesa 26.0.3"] {
+        for version in ["Mesa 26.0.0 (LLVM 22.1.6)", "Mesa 26.0.6-2", "Mesa 26.1.2"] {
             assert!(is_denied("llvmpipe", version) && !is_denied("radv", version), "{version}");
         }
         let fine =
