@@ -398,6 +398,8 @@ def sigterm_lets_running_requests_end():
             until("both to run", lambda: server.gauge("fullbore_requests_running") == 2)
             server.process.send_signal(signal.SIGTERM)
             until("readiness to end", lambda: server.get("/health/ready")[0] == 503)
+            # Readiness ends first, so that who looks at it stops to send.
+            until("refusals", lambda: server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 503)
             status, body = server.post("/v1/completions", {"prompt": "x"})
             assert status == 503 and "shutting down" in body, (status, body)
             assert [len(request.result()) for request in running] == [120, 120]
