@@ -154,16 +154,21 @@ impl Outlook {
         self.prompt_ns(prompt_tokens, 0) - self.prompt_ns(prompt_tokens, cached_tokens)
     }
 
+    /// A step in which it decodes too.
+    fn step_with_ns(&self, prompt_tokens: u32) -> f64 {
+        self.step_ns + self.ns_per_context * f64::from(prompt_tokens)
+    }
+
     /// From now until one request more would have ended, the rest of whose prompt takes `prompt_ns`.
     pub fn finish_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
-        let step_ns = self.step_ns + self.ns_per_context * f64::from(prompt_tokens);
+        let step_ns = self.step_with_ns(prompt_tokens);
         self.lead_ns + prompt_ns + (self.slot_steps + f64::from(answer_tokens)) * step_ns
     }
 
     /// What it takes from others, summed: those there wait for its prompt, and have longer steps while both go on;
     /// where it waits for a slot or for a device that is late, so do those that come after it.
     pub fn delay_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
-        let step_ns = self.step_ns + self.ns_per_context * f64::from(prompt_tokens);
+        let step_ns = self.step_with_ns(prompt_tokens);
         let num_steps = self.other_answer_tokens.min(f64::from(answer_tokens));
         let there_ns = self.other_rows * (prompt_ns + num_steps * (step_ns - self.step_without_ns).max(0.0));
         there_ns + FOLLOWERS * (self.late_ns + self.slot_steps * step_ns)

@@ -25,6 +25,14 @@ fn place(router: &mut Router) -> Placement {
     router.place(ask(&[])).expect("an open replica")
 }
 
+/// Where it would go, with nothing left of it.
+fn alone(router: &mut Router, ask: Ask) -> u16 {
+    let placement = router.place(ask).expect("open");
+    let replica = placement.replica.0;
+    router.withdraw(placement);
+    replica
+}
+
 #[test]
 fn equal_replicas_take_turns() {
     let mut router = router(&[1.0; 4]);
@@ -37,12 +45,6 @@ fn equal_replicas_take_turns() {
 #[test]
 fn nearly_equal_replicas_take_turns_but_for_a_prefix() {
     let mut router = router(&[1.0, 1.01, 0.995, 0.9]);
-    let alone = |router: &mut Router, ask: Ask| {
-        let placement = router.place(ask).expect("open");
-        let replica = placement.replica.0;
-        router.withdraw(placement);
-        replica
-    };
     let turns: Vec<u16> = (0..6).map(|_| alone(&mut router, ask(&[]))).collect();
     assert_eq!(turns, [0, 1, 2, 0, 1, 2]);
     // It would end 16 ms later on the third than on the second, of 1.05 s. A block that is there saves 2 ms.
@@ -139,15 +141,9 @@ fn a_long_prompt_keeps_away_from_those_that_decode() {
     let mut others: Vec<Placement> = (0..3).map(|_| router.place_on(ReplicaId(1), ask(&[]))).collect();
     others.iter_mut().for_each(|placement| router.token(placement));
     let long = Ask { prompt_tokens: 4000, max_tokens: 20, ..ask(&[]) };
-    let place = |router: &mut Router, ask: Ask| {
-        let placement = router.place(ask).expect("open");
-        let replica = placement.replica.0;
-        router.withdraw(placement);
-        replica
-    };
-    assert_eq!([place(&mut router, long), place(&mut router, ask(&[]))], [0, 1]);
+    assert_eq!([alone(&mut router, long), alone(&mut router, ask(&[]))], [0, 1]);
     router.mind_own_end_alone();
-    assert_eq!(place(&mut router, long), 1);
+    assert_eq!(alone(&mut router, long), 1);
     others.into_iter().for_each(|placement| router.withdraw(placement));
 }
 
