@@ -319,6 +319,16 @@ impl Device for Gpu {
         }
     }
 
+    fn stage(&mut self, places: usize, upload_bytes: u64, download_bytes: u64) -> Result<(), CudaError> {
+        self.enter()?;
+        for place in 0..places {
+            let Place { upload, download, .. } = self.place(place)?;
+            upload.grow(upload_bytes as usize)?;
+            download.grow(download_bytes as usize)?;
+        }
+        Ok(())
+    }
+
     fn write(&mut self, to: u64, data: &[u8]) -> Result<(), CudaError> {
         self.enter()?;
         // On the stream of all work, which does not wait for what other streams are at.

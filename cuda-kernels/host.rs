@@ -125,6 +125,10 @@ impl Device for Host {
         self.alloc(size_bytes)
     }
 
+    fn stage(&mut self, _: usize, _: u64, _: u64) -> Result<(), CudaError> {
+        Ok(())
+    }
+
     fn write(&mut self, to: u64, data: &[u8]) -> Result<(), CudaError> {
         // SAFETY: the caller's address is in memory of `alloc`, in which no one is at work.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to as *mut u8, data.len()) };

@@ -85,6 +85,10 @@ pub trait Device: Send {
     /// The same in memory of the host that the device copies from and to.
     fn alloc_host(&mut self, size_bytes: u64) -> Result<u64, CudaError>;
 
+    /// Memory of the host for so many pieces of work at a time, and so many bytes of each to the device and back, which
+    /// `submit` then need not take.
+    fn stage(&mut self, places: usize, upload_bytes: u64, download_bytes: u64) -> Result<(), CudaError>;
+
     /// Has happened when this returns.
     fn write(&mut self, to: u64, data: &[u8]) -> Result<(), CudaError>;
 

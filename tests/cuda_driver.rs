@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
-use fullbore_engine::backend::{Backend, DeviceError};
+use fullbore_engine::backend::{Backend, DeviceError, MAX_IN_FLIGHT};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
@@ -91,6 +91,7 @@ fn decode(mut backend: Box<dyn Backend>) {
     let limits = config.state_limits();
     let model = Model::load(ModelConfig::tiny(256, 2), limits, &checkpoint, backend.as_mut(), &mut |_| {});
     let mut engine = Engine::new(config, model.expect("a small model"), backend, (1, 2));
+    eprintln!("all is there");
     let random = &mut Random::new(7);
     for _ in 0..32 {
         let prompt = (0..random.between(100, 900)).map(|_| TokenId(random.below(256))).collect();
@@ -156,6 +157,11 @@ fn a_decode_is_launched_as_few_graphs() {
         format!("{num_steps} steps, {num_made} graphs, launched {} times, as they were {num_same}", launched.len());
     println!("{counts}");
     assert!(launched.len() * 3 > num_steps * 2 && num_made * 4 < launched.len(), "{counts}");
+    // Weights, buffers, and what is small; pinned memory of the steps in flight. The rest is the driver's own.
+    let (before, after) = text.split_once("all is there").expect("it says so");
+    let taken = ["bytes of the device", "bytes of the host", "takes a module"];
+    assert_eq!(taken[..2].iter().map(|what| before.matches(what).count()).collect::<Vec<_>>(), [3, 2 * MAX_IN_FLIGHT]);
+    assert_eq!(taken.map(|what| after.matches(what).count()), [0; 3], "in steps: {after}");
 }
 
 #[test]

@@ -1,7 +1,8 @@
 // A CUDA driver without a GPU, of the kind that FULLBORE_DRIVER names, for tests of what calls one. Memory is the host's;
 // of kernels it runs `mul_add` alone, when it is launched, or when a graph is that has it. What a driver would not
 // survive ends the process: addresses that are not its own, calls without a context, nodes of another graph. It tells of
-// each graph that is made, and that is launched with how many of its nodes set anew.
+// each piece of memory and each module that is taken, of each graph that is made, and that is launched with how many of
+// its nodes set anew.
 
 #include <algorithm>
 #include <cstdint>
@@ -75,8 +76,9 @@ void check(Address at, size_t size) {
     expect(inside, "an address that is not of its memory");
 }
 
-int allocate(Address* at, size_t size) {
+int allocate(const char* where, Address* at, size_t size) {
     expect(has_context, "a call without a context");
+    fprintf(stderr, "takes %zu bytes of the %s\n", size, where);
     if (is("small") && size > 1 << 20) return OUT_OF_MEMORY;
     *at = (Address)malloc(size);
     memory[*at] = size;
@@ -143,8 +145,8 @@ CALL cuCtxSetCurrent(void* context) {
 }
 CALL cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = 1 << 30, SUCCESS; }
 
-CALL cuMemAlloc_v2(Address* at, size_t size) { return allocate(at, size); }
-CALL cuMemHostAlloc(void** at, size_t size, unsigned) { return allocate((Address*)at, size); }
+CALL cuMemAlloc_v2(Address* at, size_t size) { return allocate("device", at, size); }
+CALL cuMemHostAlloc(void** at, size_t size, unsigned) { return allocate("host", (Address*)at, size); }
 CALL cuMemFree_v2(Address at) { return release(at); }
 CALL cuMemFreeHost(void* at) { return release((Address)at); }
 CALL cuMemsetD8Async(Address at, unsigned char value, size_t size, void*) {
@@ -174,6 +176,7 @@ CALL cuModuleLoadDataEx(Module** module, const char* image, unsigned num_options
         snprintf((char*)values[0], (size_t)values[1], "ptxas fatal: no such version");
         return UNSUPPORTED_PTX;
     }
+    fprintf(stderr, "takes a module\n");
     *module = new Module{image};
     return SUCCESS;
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::{
-    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, ModelKernels, Place, RowSource, Ticket, WeightSpec,
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, ModelKernels, Needs, Place, RowSource, Ticket, WeightSpec,
 };
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat};
@@ -20,6 +20,10 @@ pub trait Around: Send {
 
     fn info(&self) -> &DeviceInfo {
         self.inner().info()
+    }
+
+    fn prepare(&mut self, needs: &Needs) -> Result<(), DeviceError> {
+        self.inner_mut().prepare(needs)
     }
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
@@ -102,6 +106,10 @@ pub trait Around: Send {
 impl<A: Around> Backend for A {
     fn info(&self) -> &DeviceInfo {
         Around::info(self)
+    }
+
+    fn prepare(&mut self, needs: &Needs) -> Result<(), DeviceError> {
+        Around::prepare(self, needs)
     }
 
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {

@@ -45,6 +45,13 @@ pub const MAX_IN_FLIGHT: usize = 4;
 pub trait Backend: Send {
     fn info(&self) -> &DeviceInfo;
 
+    /// Says before a model is loaded what it will take, so that a device can take it in few pieces, and no step has to
+    /// wait for it. What comes beyond it is taken when it comes.
+    fn prepare(&mut self, needs: &Needs) -> Result<(), DeviceError> {
+        let _ = needs;
+        Ok(())
+    }
+
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError>;
 
     /// Says of what comes next, until it is said again, where in a model's pass it is used: a backend that is several
@@ -195,6 +202,21 @@ impl AddAssign for LoadTimes {
         self.pipelines += other.pipelines;
         self.num_pipelines += other.num_pipelines;
     }
+}
+
+/// What a model takes of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Of all weights, packed.
+    pub weights_bytes: u64,
+    /// Of the cache, activations and tables.
+    pub buffers_bytes: u64,
+    /// To the device in a step, at most.
+    pub upload_bytes: u64,
+    /// And back, at most, but for hidden states and blocks of the cache, which few steps bring back.
+    pub download_bytes: u64,
+    pub kv_type: KvType,
+    pub head_dim: u32,
 }
 
 /// What decides which kernels a model runs.

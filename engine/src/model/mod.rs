@@ -4,10 +4,10 @@
 
 use std::ops::Range;
 
-use crate::backend::{Backend, DeviceError, LoadError, Place};
+use crate::backend::{Backend, DeviceError, LoadError, Needs, Place};
 use crate::batch::attention::{AttentionLimits, AttentionPlan, MAX_SPLIT_ITEMS};
 use crate::batch::{BlockCopy, PackedBatch};
-use crate::op::{ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, MAX_BIASES, SAMPLE_ROW_WORDS};
+use crate::op::{ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, CHOSEN_WORDS, MAX_BIASES, MAX_TOP, SAMPLE_ROW_WORDS};
 use crate::recording::Recording;
 use crate::tensor::{BufferId, KvTensor, KvType, Tensor};
 
@@ -183,6 +183,7 @@ impl Model {
         backend: &mut dyn Backend,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Model, LoadError> {
+        backend.prepare(&needs(&config, &limits, checkpoint, backend))?;
         let weights = Weights::load(&config, checkpoint, backend, progress)?;
         backend.place(Place::Throughout);
         let rope_table = rope_table(&config.rope, limits.max_model_len, backend)?;
@@ -277,6 +278,18 @@ impl Model {
     /// u32 (max_num_seqs, 1): what each slot sampled last.
     pub fn sampled(&self) -> Tensor {
         self.sampled
+    }
+}
+
+fn needs(config: &ModelConfig, limits: &StateLimits, checkpoint: &Checkpoint, backend: &dyn Backend) -> Needs {
+    let Footprint { kv, scratch, tables, .. } = Model::footprint(config, limits);
+    Needs {
+        weights_bytes: Weights::size_bytes(config, checkpoint, backend),
+        buffers_bytes: kv + scratch + tables,
+        upload_bytes: limits.max_upload_words(config.vocab_size) * 4,
+        download_bytes: u64::from(limits.max_logit_rows) * u64::from(CHOSEN_WORDS + 2 * MAX_TOP) * 4,
+        kv_type: limits.kv_type,
+        head_dim: config.head_dim,
     }
 }
 

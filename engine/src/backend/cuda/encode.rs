@@ -6,7 +6,7 @@ use bytemuck::Pod;
 use fullbore_cuda_kernels::MAX_PARAMS;
 use half::f16;
 
-use super::kernel::{Arithmetic, HeadDim, Kernel, MatMulVariant, MatrixPairs};
+use super::kernel::{Arithmetic, HeadDim, Kernel, MatMulVariant, MatrixPairs, attends_on_units};
 use super::mat_mul_tables::MatMulTables;
 use super::params::*;
 use crate::backend::packing::UNIT;
@@ -275,8 +275,7 @@ impl Encoder<'_> {
     fn attention(&mut self, op: &Attention) {
         let cache = op.cache;
         let (group, head_dim) = (op.num_heads / cache.num_kv_heads, HeadDim::of(cache.head_dim));
-        // Fragments go by eight elements.
-        let on_units = self.mat_muls.arithmetic() == Arithmetic::MatrixUnits && cache.head_dim.is_multiple_of(8);
+        let on_units = self.mat_muls.arithmetic() == Arithmetic::MatrixUnits && attends_on_units(cache.head_dim);
         let singles = Tensor { rows: op.num_single_rows, ..op.items };
         let others = Tensor {
             rows: op.items.rows - op.num_single_rows,

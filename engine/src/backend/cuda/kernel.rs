@@ -178,6 +178,11 @@ impl MatrixPairs {
     }
 }
 
+/// Whether heads of so many elements go to tensor cores: fragments go by eight.
+pub const fn attends_on_units(head_dim: u32) -> bool {
+    head_dim.is_multiple_of(8)
+}
+
 impl Kernel {
     /// All that there are.
     pub fn all() -> Vec<Kernel> {
@@ -206,6 +211,21 @@ impl Kernel {
             }
         }
         all
+    }
+
+    /// Those that a model calls beside its products and its embedding, which come with their weights.
+    pub fn beside_products(kv_type: KvType, head_dim: u32, arithmetic: Arithmetic) -> Vec<Kernel> {
+        let on_units = arithmetic == Arithmetic::MatrixUnits;
+        let (attends_on_units, room) = (on_units && attends_on_units(head_dim), HeadDim::of(head_dim));
+        let is_called = |kernel: &Kernel| match *kernel {
+            Kernel::MatMul(..) | Kernel::Embed(_) | Kernel::MulAdd | Kernel::MulAddMatrix => false,
+            Kernel::MatMulSum | Kernel::ToF16 => on_units,
+            Kernel::RopeKv(of) | Kernel::AttentionMerge(of) => of == kv_type,
+            Kernel::Attention(of, dim) => !attends_on_units && (of, dim) == (kv_type, room),
+            Kernel::AttentionMatrix(of, dim, _) => attends_on_units && (of, dim) == (kv_type, room),
+            _ => true,
+        };
+        Kernel::all().into_iter().filter(is_called).collect()
     }
 
     /// Its module, and its name in it.

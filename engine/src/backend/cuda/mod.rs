@@ -1,7 +1,8 @@
 //! The backend for NVIDIA GPUs through CUDA: a recording becomes one upload, its copies and launches on one stream.
 //!
-//! Invariant: a step allocates nothing on the device. Weights stay packed, as on other GPUs. For one (N, K, format)
-//! every matmul kernel adds in the same order. Where kernels run is the device's: a GPU, or the host in tests.
+//! Invariant: what a model is known to take is allocated, and its kernels are loaded, before its first step. Weights
+//! stay packed, as on other GPUs. For one (N, K, format) every matmul kernel adds in the same order. Where kernels run
+//! is the device's: a GPU, or the host in tests.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
@@ -13,17 +14,19 @@ use siphasher::sip::SipHasher13;
 
 use crate::backend::packing::{pack_rows, packed_bytes};
 use crate::backend::{
-    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec,
+    Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, Needs, RowSource, Ticket, WeightSpec,
 };
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
+mod arena;
 mod encode;
 pub mod kernel;
 mod mat_mul_tables;
 mod params;
 
+use arena::{Arenas, Holds};
 use encode::{Encoded, Encoder, SplitK, halves_bytes};
 pub use kernel::Arithmetic;
 use kernel::Kernel;
@@ -47,7 +50,7 @@ pub struct CudaBackend {
     parts: Option<Address>,
     /// Where activations of few rows lie in f16, and of how many columns at most.
     halves: (Address, u32),
-    taken_bytes: u64,
+    memory: Arenas,
     functions: HashMap<Kernel, Function>,
     /// When each recording in flight was submitted.
     in_flight: VecDeque<Instant>,
@@ -123,7 +126,7 @@ impl CudaBackend {
             weights: Vec::new(),
             parts: None,
             halves: (0, 0),
-            taken_bytes: 0,
+            memory: Arenas::default(),
             functions: HashMap::new(),
             in_flight: VecDeque::new(),
             free_at: None,
@@ -138,7 +141,7 @@ impl CudaBackend {
         let device = self.info.id.clone();
         match error {
             CudaError::OutOfMemory { needed_bytes } => {
-                let (what, taken_bytes) = (what.to_owned(), self.taken_bytes);
+                let (what, taken_bytes) = (what.to_owned(), self.memory.taken_bytes);
                 DeviceError::OutOfMemory { device, what, needed_bytes, taken_bytes }
             }
             CudaError::Kernel { kernel, reason } => DeviceError::Kernel { device, kernel, reason },
@@ -146,25 +149,19 @@ impl CudaBackend {
         }
     }
 
-    fn take(&mut self, label: &str, size_bytes: u64, on_host: bool) -> Result<Address, DeviceError> {
-        let size_bytes = size_bytes.max(4);
-        let taken = match on_host {
-            true => self.device.alloc_host(size_bytes),
-            false => self.device.alloc(size_bytes),
-        };
-        let address = taken.map_err(|error| self.error(error, label))?;
-        self.taken_bytes += size_bytes;
-        Ok(address)
+    fn take(&mut self, label: &str, size_bytes: u64, holds: Holds) -> Result<Address, DeviceError> {
+        let taken = self.memory.take(holds, size_bytes.max(4), self.device.as_mut());
+        taken.map_err(|error| self.error(error, label))
     }
 
     /// For products with a weight of `cols` columns on tensor cores.
     fn make_room(&mut self, cols: u32) -> Result<(), DeviceError> {
         if self.parts.is_none() {
             let size_bytes = SplitK::bytes(self.device.info().num_multiprocessors);
-            self.parts = Some(self.take("parts of products", size_bytes, false)?);
+            self.parts = Some(self.take("parts of products", size_bytes, Holds::Buffers)?);
         }
         if self.halves.1 < cols {
-            self.halves = (self.take("activations in f16", halves_bytes(cols), false)?, cols);
+            self.halves = (self.take("activations in f16", halves_bytes(cols), Holds::Buffers)?, cols);
         }
         Ok(())
     }
@@ -188,14 +185,29 @@ impl Backend for CudaBackend {
         &self.info
     }
 
+    /// An arena for all weights and one for all buffers, memory of the host for as many steps as are in flight, and the
+    /// kernels.
+    fn prepare(&mut self, needs: &Needs) -> Result<(), DeviceError> {
+        for (what, holds, size_bytes) in
+            [("weights", Holds::Weights, needs.weights_bytes), ("buffers", Holds::Buffers, needs.buffers_bytes)]
+        {
+            let reserved = self.memory.reserve(holds, size_bytes, self.device.as_mut());
+            reserved.map_err(|error| self.error(error, what))?;
+        }
+        let staged = self.device.stage(MAX_IN_FLIGHT, needs.upload_bytes, needs.download_bytes);
+        staged.map_err(|error| self.error(error, "steps in flight"))?;
+        let kernels = Kernel::beside_products(needs.kv_type, needs.head_dim, self.mat_muls.arithmetic());
+        kernels.into_iter().try_for_each(|kernel| self.function(kernel).map(drop))
+    }
+
     fn alloc(&mut self, label: &str, size_bytes: u64) -> Result<BufferId, DeviceError> {
-        let address = self.take(label, size_bytes, false)?;
+        let address = self.take(label, size_bytes, Holds::Buffers)?;
         self.buffers.push(address);
         Ok(BufferId(self.buffers.len() as u32 - 1))
     }
 
     fn alloc_host(&mut self, label: &str, size_bytes: u64) -> Result<Option<BufferId>, DeviceError> {
-        let address = self.take(label, size_bytes, true)?;
+        let address = self.device.alloc_host(size_bytes.max(4)).map_err(|error| self.error(error, label))?;
         self.buffers.push(address);
         Ok(Some(BufferId(self.buffers.len() as u32 - 1)))
     }
@@ -212,7 +224,7 @@ impl Backend for CudaBackend {
         if self.mat_muls.arithmetic() == Arithmetic::MatrixUnits {
             self.make_room(spec.cols)?;
         }
-        let address = self.take(&spec.name, self.weight_bytes(spec), false)?;
+        let address = self.take(&spec.name, self.weight_bytes(spec), Holds::Weights)?;
         let mut times = self.times;
         pack_rows(spec, spec.rows, source, &mut times, |offset_bytes, words| {
             self.device.write(address + offset_bytes, words).map_err(|error| self.error(error, &spec.name))
@@ -290,7 +302,8 @@ impl Backend for CudaBackend {
         self.halves = (0, 0);
         self.functions.clear();
         self.in_flight.clear();
-        (self.free_at, self.taken_bytes, self.num_submitted) = (None, 0, 0);
+        self.memory = Arenas::default();
+        (self.free_at, self.num_submitted) = (None, 0);
         self.device.reopen().map_err(|error| self.error(error, "the device"))
     }
 
