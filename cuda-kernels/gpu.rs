@@ -34,7 +34,7 @@ pub struct GpuInfo {
     /// As in `cuda:0`.
     pub ordinal: i32,
     pub name: String,
-    /// As `nvidia-smi -L` has it: `GPU-` and 32 hexadecimal digits in five groups.
+    /// As `nvidia-smi -L` has it: `GPU-`, or `MIG-` of a part of one, and 32 hexadecimal digits in five groups.
     pub uuid: String,
     /// Domain, bus, device and function, as in `0000:0b:00.0`.
     pub pci_bus_id: String,
@@ -45,19 +45,24 @@ pub struct GpuInfo {
     pub driver: String,
 }
 
-/// The GPUs of this machine; an error says why there is none.
-pub fn gpus() -> Result<Vec<GpuInfo>, CudaError> {
+/// The GPUs of this machine by their number, each with what it is, or why it cannot be had; an error says why there is
+/// none.
+pub fn gpus() -> Result<Vec<Result<GpuInfo, CudaError>>, CudaError> {
     let driver = start()?;
     let count = cuda::device::get_count().map_err(not_there)?;
-    (0..count).map(|ordinal| GpuInfo::of(ordinal, &driver)).collect()
+    let unwell = |ordinal, error| CudaError::NotThere(format!("GPU {ordinal}: {error}"));
+    Ok((0..count).map(|ordinal| GpuInfo::of(ordinal, &driver).map_err(|error| unwell(ordinal, error))).collect())
 }
 
 impl GpuInfo {
     fn of(ordinal: c_int, driver: &str) -> Result<GpuInfo, CudaError> {
         let device = cuda::device::get(ordinal).map_err(not_there)?;
         let name = cuda::device::get_name(device).map_err(not_there)?;
-        let bytes = cuda::device::get_uuid(device).map_err(not_there)?.bytes;
-        let hex: String = bytes.iter().map(|byte| format!("{:02x}", byte.cast_unsigned())).collect();
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // The first form of this call says of a part which GPU it is of.
+        // SAFETY: the device is from `get`.
+        unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, device) }.result().map_err(not_there)?;
+        let hex: String = uuid.bytes.iter().map(|byte| format!("{:02x}", byte.cast_unsigned())).collect();
         let groups = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
         let attribute = |which| {
             // SAFETY: the device is from `get`.
@@ -74,9 +79,15 @@ impl GpuInfo {
         let pci_bus_id = format!("{domain:04x}:{bus:02x}:{slot:02x}.0");
         // SAFETY: as above.
         let memory_bytes = unsafe { cuda::device::total_mem(device) }.map_err(not_there)? as u64;
-        let (uuid, driver) = (format!("GPU-{}", groups.join("-")), driver.to_owned());
+        let kind = if name.contains(" MIG ") { "MIG" } else { "GPU" };
+        let (uuid, driver) = (format!("{kind}-{}", groups.join("-")), driver.to_owned());
         Ok(GpuInfo { ordinal, name, uuid, pci_bus_id, architecture, num_multiprocessors, memory_bytes, driver })
     }
+}
+
+/// 75 is 7.5.
+fn capability(architecture: u32) -> String {
+    format!("compute capability {}.{}", architecture / 10, architecture % 10)
 }
 
 fn text(error: DriverError) -> String {
@@ -169,9 +180,8 @@ impl Gpu {
     pub fn open(gpu: &GpuInfo) -> Result<Gpu, CudaError> {
         start()?;
         if gpu.architecture < MIN_ARCHITECTURE {
-            let least = MIN_ARCHITECTURE / 10;
-            let (name, major, minor) = (&gpu.name, gpu.architecture / 10, gpu.architecture % 10);
-            let reason = format!("{name} has compute capability {major}.{minor}; {least}.5 or newer is needed");
+            let [has, least] = [gpu.architecture, MIN_ARCHITECTURE].map(capability);
+            let reason = format!("{} has {has}; {least} or newer is needed", gpu.name);
             return Err(CudaError::NotThere(reason));
         }
         let device = cuda::device::get(gpu.ordinal).map_err(not_there)?;
@@ -216,8 +226,9 @@ impl Gpu {
     /// beforehand.
     fn load(&self, module: &Module) -> Result<sys::CUmodule, String> {
         compile::compile(module, self.gpu.architecture).and_then(|ptx| image::load(&ptx)).or_else(|reason| {
-            let shipped =
-                ptx::find(module, self.gpu.architecture).ok_or("nothing was compiled beforehand for it".to_owned());
+            let architecture = self.gpu.architecture;
+            let none = || format!("there is none for {}", capability(architecture));
+            let shipped = ptx::find(module, architecture).ok_or_else(none);
             let loaded = shipped.and_then(|ptx| image::load(&[ptx.text.as_bytes(), b"\0"].concat()));
             loaded.map_err(|beforehand| format!("{reason}; as it was compiled beforehand: {beforehand}"))
         })
@@ -433,7 +444,7 @@ impl Device for Gpu {
             let _ = unsafe { sys::cuDevicePrimaryCtxReset_v2(device) };
         }
         self.forget();
-        let gpu = gpus()?.into_iter().find(|gpu| gpu.uuid == self.gpu.uuid);
+        let gpu = gpus()?.into_iter().flatten().find(|gpu| gpu.uuid == self.gpu.uuid);
         let gone = || CudaError::NotThere(format!("{} ({}) is gone", self.gpu.name, self.gpu.uuid));
         *self = Gpu::open(&gpu.ok_or_else(gone)?)?;
         Ok(())

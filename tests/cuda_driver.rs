@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use fullbore_cuda_kernels::{Device, Gpu, gpus};
+use fullbore_engine::backend::cuda::kernel::Kernel;
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
-use fullbore_engine::backend::{Backend, DeviceError, MAX_IN_FLIGHT};
+use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, MAX_IN_FLIGHT};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
 use fullbore_engine::model::{Checkpoint, Model, ModelConfig};
@@ -19,24 +21,50 @@ use crate::pipeline::Client;
 use crate::random::Random;
 
 const KIND: &str = "FULLBORE_DRIVER";
+const SELECTOR: &str = "FULLBORE_DRIVER_SELECTOR";
 
-/// The folder of a double, compiled anew.
-fn compiled(name: &str, flags: &[&str]) -> PathBuf {
+/// Of NVRTC all but what brings a result back, and no call of it returns.
+const HALF_AN_NVRTC: &str = r#"
+#include <cstdlib>
+#define CALL(name) extern "C" int name() { abort(); }
+CALL(nvrtcCompileProgram) CALL(nvrtcCreateProgram) CALL(nvrtcDestroyProgram)
+CALL(nvrtcGetPTXSize) CALL(nvrtcGetProgramLog) CALL(nvrtcGetProgramLogSize)
+"#;
+
+fn empty_folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).expect("tests have a folder");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_driver/driver.cpp");
-    let mut command = Command::new("c++");
-    command.args(["-std=c++17", "-O1", "-fPIC", "-shared", "-o"]).arg(folder.join("libcuda.so.1")).arg(source);
-    let output = command.args(flags).output().expect("c++ is there");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     folder
 }
 
-/// What [`with_this_driver`] says in a process of its own, where a driver of a kind is the only one, and NVRTC is not.
+/// A library of one source.
+fn compile(source: &Path, library: &Path, flags: &[&str]) {
+    let mut command = Command::new("c++");
+    command.args(["-std=c++17", "-O1", "-fPIC", "-shared", "-o"]).arg(library).arg(source);
+    let output = command.args(flags).output().expect("c++ is there");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The folder of a double, compiled anew.
+fn compiled(name: &str, flags: &[&str]) -> PathBuf {
+    let folder = empty_folder(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_driver/driver.cpp");
+    compile(&source, &folder.join("libcuda.so.1"), flags);
+    folder
+}
+
 fn said(folder: &Path, kind: &str) -> String {
+    said_of(folder, kind, "")
+}
+
+/// What [`with_this_driver`] says in a process of its own, where libraries are looked for in `folder` first: a driver
+/// of a kind.
+fn said_of(folder: &Path, kind: &str, selector: &str) -> String {
     let mut command = Command::new(std::env::current_exe().expect("this test has a file"));
     command.args(["--exact", "--nocapture", "cuda_driver::with_this_driver"]);
-    let output = command.env(KIND, kind).env("LD_LIBRARY_PATH", folder).output().expect("it runs");
+    command.env(KIND, kind).env(SELECTOR, selector).env("LD_LIBRARY_PATH", folder);
+    let output = command.output().expect("it runs");
     let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     assert!(output.status.success() && text.contains("1 passed") && !text.contains("panicked"), "{kind}: {text}");
     text
@@ -46,11 +74,19 @@ fn said(folder: &Path, kind: &str) -> String {
 #[test]
 fn with_this_driver() {
     let Ok(kind) = std::env::var(KIND) else { return };
-    let mut backend = match CudaBackend::open("", Arithmetic::F32) {
+    let arithmetic = if kind == "turing" { Arithmetic::MatrixUnits } else { Arithmetic::F32 };
+    let mut backend = match CudaBackend::open(&std::env::var(SELECTOR).unwrap_or_default(), arithmetic) {
         Ok(backend) => backend,
         Err(error) => return println!("refused: {error}"),
     };
-    println!("{} with {}", backend.info().name, backend.info().driver);
+    let DeviceInfo { id, name, driver, .. } = backend.info();
+    println!("{id} is {name} with {driver}");
+    if kind == "turing" {
+        let gpu = gpus().expect("a driver").remove(0).expect("it is well");
+        let (module, name) = Kernel::MulAddMatrix.source();
+        let lacks = Gpu::open(&gpu).and_then(|mut gpu| gpu.function(&module, name)).expect_err("it is too old");
+        return println!("{} computes in {}: {lacks}", backend.info().id, backend.info().arithmetic);
+    }
     if kind == "small" {
         let error = backend.alloc("the cache", 2 << 20).expect_err("it is small");
         return println!("refused: {error}");
@@ -165,6 +201,39 @@ fn a_decode_is_launched_as_few_graphs() {
 }
 
 #[test]
+fn a_gpu_is_chosen_among_others_and_parts() {
+    let folder = compiled("cuda-driver-choice", &[]);
+    let text = said(&folder, "first-unwell");
+    assert!(text.contains("cuda:1 is a double with") && text.contains("made a graph"), "{text}");
+    for (kind, selector) in [("first-unwell", "0"), ("all-unwell", "")] {
+        let text = said_of(&folder, kind, selector);
+        assert!(text.contains("refused: GPU 0: the CUDA driver says: it has failed"), "{text}");
+    }
+    let text = said_of(&folder, "part", "mig-abab");
+    assert!(text.contains("cuda:0 is a double MIG 1g.10gb with CUDA 12.2; MIG-abababab-"), "{text}");
+}
+
+/// Kernels of tensor cores are compiled beforehand for newer GPUs alone.
+#[test]
+fn an_nvrtc_that_cannot_be_used_is_left_alone_and_named() {
+    let goes_on = "cuda:0 computes in f32: kernel mul_add_matrix mul_add_matrix: NVRTC";
+    let none = "as it was compiled beforehand: there is none for compute capability 7.5";
+    let text = said(&compiled("cuda-driver-turing", &[]), "turing");
+    let lacks = "NVRTC, which compiles kernels, was not found";
+    assert!([goes_on, lacks, none].iter().all(|of| text.contains(of)), "{text}");
+    let folder = compiled("cuda-driver-half-nvrtc", &[]);
+    let source = folder.join("nvrtc.cpp");
+    std::fs::write(&source, HALF_AN_NVRTC).expect("tests have a folder");
+    compile(&source, &folder.join("libnvrtc.so.12"), &[]);
+    let text = said(&folder, "turing");
+    let lacks = "NVRTC (libnvrtc.so.12) has no nvrtcGetPTX: install it anew, or set FULLBORE_NVRTC=0";
+    assert!([goes_on, lacks, none].iter().all(|of| text.contains(of)), "{text}");
+    // What was compiled beforehand serves.
+    let text = said(&folder, "well");
+    assert!(text.contains("made a graph"), "{text}");
+}
+
+#[test]
 fn a_driver_that_cannot_be_used_is_named() {
     let folder = compiled("cuda-driver-unwell", &[]);
     for (kind, sentence) in [
@@ -177,11 +246,12 @@ fn a_driver_that_cannot_be_used_is_named() {
         let text = said(&folder, kind);
         assert!(text.contains("refused: ") && text.contains(sentence), "{kind}: {text}");
     }
-    // Where the machine has one of its own, that is found.
-    let none = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-driver");
+    // Where the machine has one of its own, what is no library is found before it.
+    let none = empty_folder("no-driver");
+    ["libcuda.so", "libcuda.so.1"].iter().for_each(|name| std::fs::write(none.join(name), "none").expect("a folder"));
     let text = said(&none, "");
     let sentence = "refused: there is no CUDA driver (libcuda.so.1, nvcuda.dll): NVIDIA's driver is not installed";
-    assert!(text.contains(sentence) || text.contains(" with CUDA "), "{text}");
+    assert!(text.contains(sentence), "{text}");
     let folder = compiled("cuda-driver-without", &["-DWITHOUT_GRAPHS"]);
     let text = said(&folder, "well");
     assert!(text.contains("refused: the CUDA driver has no cuGraphLaunch"), "{text}");

@@ -1,6 +1,6 @@
 //! From a module's text to what a GPU loads: by NVRTC, NVIDIA's compiler as a library, which needs no GPU.
 
-use std::ffi::{CString, c_char};
+use std::ffi::{CString, c_char, c_void};
 
 use cudarc::nvrtc::result::{self as nvrtc, NvrtcError};
 use cudarc::nvrtc::sys;
@@ -13,6 +13,18 @@ const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=false", "-default-device", "-
 const NO_NVRTC: &str = "NVRTC, which compiles kernels, was not found (libnvrtc.so.12): install NVIDIA's CUDA toolkit, \
                         or PyPI's nvidia-cuda-nvrtc-cu12 with its folder in LD_LIBRARY_PATH";
 
+/// Every function of it that is called, here or in cudarc. One that a library lacks would end the process when it is
+/// called.
+const CALLED: [&str; 7] = [
+    "nvrtcCompileProgram",
+    "nvrtcCreateProgram",
+    "nvrtcDestroyProgram",
+    "nvrtcGetPTX",
+    "nvrtcGetPTXSize",
+    "nvrtcGetProgramLog",
+    "nvrtcGetProgramLogSize",
+];
+
 /// Where it is `0`, NVRTC is left alone though it is there: of a toolkit that is newer than the driver, say.
 const SWITCH: &str = "FULLBORE_NVRTC";
 
@@ -24,6 +36,9 @@ pub fn compile(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
     // SAFETY: it looks for the library.
     if !unsafe { sys::is_culib_present() } {
         return Err(NO_NVRTC.to_owned());
+    }
+    if let Some(missing) = CALLED.into_iter().find(|function| !has(function)) {
+        return Err(format!("NVRTC (libnvrtc.so.12) has no {missing}: install it anew, or set {SWITCH}=0"));
     }
     let text = CString::new(module.text()).expect("no zero in a text");
     let name = CString::new(module.name()).expect("no zero in a name");
@@ -56,6 +71,11 @@ pub fn compile(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
         nvrtc::destroy_program(program).map_err(failed)?;
         compiled
     }
+}
+
+fn has(function: &str) -> bool {
+    // SAFETY: the library is there, and the address is not used.
+    unsafe { sys::culib().get::<*const c_void>(function.as_bytes()).is_ok() }
 }
 
 fn bytes(chars: Vec<c_char>) -> Vec<u8> {

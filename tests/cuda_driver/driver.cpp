@@ -21,6 +21,7 @@ enum {
     NO_DEVICE = 100,
     UNSUPPORTED_PTX = 222,
     NOT_FOUND = 500,
+    UNKNOWN = 999,
     NOT_READY = 600,
     LAUNCH_FAILED = 719,
 };
@@ -127,11 +128,17 @@ CALL cuGetErrorString(int error, const char** text) {
     return SUCCESS;
 }
 CALL cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; }
-CALL cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
-CALL cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "a double"), SUCCESS; }
-CALL cuDeviceGetUuid(unsigned char* uuid, int) { return memset(uuid, 0xab, 16), SUCCESS; }
+CALL cuDeviceGetCount(int* count) { return *count = is("first-unwell") || is("all-unwell") ? 2 : 1, SUCCESS; }
+CALL cuDeviceGetName(char* name, int size, int device) {
+    if (is("all-unwell") || (is("first-unwell") && device == 0)) return UNKNOWN;
+    return snprintf(name, size, is("part") ? "a double MIG 1g.10gb" : "a double"), SUCCESS;
+}
+CALL cuDeviceGetUuid_v2(unsigned char* uuid, int) { return memset(uuid, 0xab, 16), SUCCESS; }
 CALL cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = 3 << 20, SUCCESS; }
-CALL cuDeviceGetAttribute(int* value, int which, int) { return *value = which == 75 ? 8 : which == 76 ? 6 : 4, SUCCESS; }
+CALL cuDeviceGetAttribute(int* value, int which, int) {
+    bool is_turing = is("turing");
+    return *value = which == 75 ? (is_turing ? 7 : 8) : which == 76 ? (is_turing ? 5 : 6) : 4, SUCCESS;
+}
 CALL cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memory, is("busy") ? DEVICE_UNAVAILABLE : SUCCESS; }
 CALL cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 CALL cuDevicePrimaryCtxReset_v2(int) {

@@ -76,7 +76,41 @@ impl From<CudaError> for OpenError {
 
 /// The GPUs that CUDA gives, as `--device` takes them; an error says why there is none.
 pub fn devices() -> Result<Vec<DeviceInfo>, OpenError> {
-    Ok(gpus()?.iter().map(|gpu| describe(gpu, Some(gpu.memory_bytes))).collect())
+    Ok(well(gpus()?)?.iter().map(|gpu| describe(gpu, Some(gpu.memory_bytes))).collect())
+}
+
+/// Those of which the driver tells all; of each other the log says why not, and the error where it is all there is.
+fn well(found: Vec<Result<GpuInfo, CudaError>>) -> Result<Vec<GpuInfo>, OpenError> {
+    let (mut well, mut unwell) = (Vec::new(), Vec::new());
+    for gpu in found {
+        match gpu {
+            Ok(gpu) => well.push(gpu),
+            Err(error) => unwell.push(error),
+        }
+    }
+    if well.is_empty() {
+        let none = || OpenError("CUDA gives this process no GPU: see CUDA_VISIBLE_DEVICES".to_owned());
+        return Err(unwell.first().cloned().map_or_else(none, OpenError::from));
+    }
+    unwell.iter().for_each(|error| tracing::warn!("going on without a GPU: {error}"));
+    Ok(well)
+}
+
+/// What `selector` names: nothing for the first, a number, or the begin of a UUID.
+fn choose(found: Vec<Result<GpuInfo, CudaError>>, selector: &str) -> Result<GpuInfo, OpenError> {
+    let ordinal = selector.parse::<i32>().ok();
+    let unwell = ordinal.and_then(|ordinal| found.get(usize::try_from(ordinal).ok()?)?.as_ref().err());
+    if let Some(error) = unwell {
+        return Err(error.clone().into());
+    }
+    let well = well(found)?;
+    let is_meant = |gpu: &&GpuInfo| match ordinal {
+        Some(ordinal) => gpu.ordinal == ordinal,
+        None => gpu.uuid.to_lowercase().starts_with(&selector.to_lowercase()),
+    };
+    let named = well.iter().map(|gpu| format!("{PREFIX}:{} ({}, {})", gpu.ordinal, gpu.name, gpu.uuid));
+    let unknown = || OpenError(format!("CUDA has {}", named.collect::<Vec<_>>().join(", ")));
+    well.iter().find(is_meant).cloned().ok_or_else(unknown)
 }
 
 /// What the kernels are written like: a hash of all texts.
@@ -101,18 +135,20 @@ fn describe(gpu: &GpuInfo, memory_bytes: Option<u64>) -> DeviceInfo {
 }
 
 impl CudaBackend {
-    /// Opens the GPU that `selector` names: nothing for the first, a number, or the begin of a UUID.
-    pub fn open(selector: &str, arithmetic: Arithmetic) -> Result<CudaBackend, OpenError> {
-        let found = gpus()?;
-        let is_meant = |gpu: &&GpuInfo| match selector.parse::<i32>() {
-            Ok(ordinal) => gpu.ordinal == ordinal,
-            Err(_) => gpu.uuid.to_lowercase().starts_with(&selector.to_lowercase()),
+    /// Opens the GPU that `selector` names: nothing for the first, a number, or the begin of a UUID. In f32 where there
+    /// are no kernels for `wanted`: Turing takes those of tensor cores from NVRTC alone.
+    pub fn open(selector: &str, wanted: Arithmetic) -> Result<CudaBackend, OpenError> {
+        let gpu = choose(gpus()?, selector)?;
+        let mut device = Gpu::open(&gpu)?;
+        let info = describe(&gpu, device.info().free_bytes);
+        let (module, name) = Kernel::MulAddMatrix.source();
+        let arithmetic = match wanted {
+            Arithmetic::MatrixUnits => device.function(&module, name).map(|_| wanted).unwrap_or_else(|lacks| {
+                tracing::warn!(device = info.id, "--arithmetic {} lacks {lacks}: going on in f32", wanted.name());
+                Arithmetic::F32
+            }),
+            Arithmetic::F32 => wanted,
         };
-        let named = found.iter().map(|gpu| format!("{PREFIX}:{} ({}, {})", gpu.ordinal, gpu.name, gpu.uuid));
-        let unknown = || OpenError(format!("CUDA has {}", named.collect::<Vec<_>>().join(", ")));
-        let gpu = found.iter().find(is_meant).ok_or_else(unknown)?;
-        let device = Gpu::open(gpu)?;
-        let info = describe(gpu, device.info().free_bytes);
         Ok(CudaBackend::on(Box::new(device), info, arithmetic))
     }
 
@@ -332,5 +368,33 @@ impl Backend for CudaBackend {
 
     fn now(&self) -> Instant {
         Instant::now()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(ordinal: i32, uuid: &str) -> Result<GpuInfo, CudaError> {
+        let [name, uuid, driver] = ["a GPU", uuid, "CUDA 12.2"].map(str::to_owned);
+        let pci_bus_id = format!("0000:0{ordinal}:00.0");
+        let (architecture, num_multiprocessors, memory_bytes) = (90, 132, 1 << 36);
+        Ok(GpuInfo { ordinal, name, uuid, pci_bus_id, architecture, num_multiprocessors, memory_bytes, driver })
+    }
+
+    #[test]
+    fn a_gpu_that_is_unwell_hides_no_other() {
+        let unwell = || Err(CudaError::NotThere("GPU 0: it is unwell".to_owned()));
+        let found = || vec![unwell(), gpu(1, "GPU-3f2a"), gpu(2, "MIG-77aa")];
+        let chosen = |selector| choose(found(), selector).map(|gpu| gpu.ordinal).map_err(|error| error.to_string());
+        assert_eq!(["", "1", "gpu-3f", "2", "mig-77AA"].map(chosen), [1, 1, 1, 2, 2].map(Ok));
+        assert_eq!(chosen("0"), Err("GPU 0: it is unwell".to_owned()));
+        let others = "CUDA has cuda:1 (a GPU, GPU-3f2a), cuda:2 (a GPU, MIG-77aa)";
+        assert_eq!(["3", "-1", "GPU-0"].map(chosen), [others; 3].map(|others| Err(others.to_owned())));
+        assert_eq!(well(found()).expect("two are well").len(), 2);
+        for (found, reason) in [(vec![unwell()], "GPU 0: it is unwell"), (vec![], "no GPU: see CUDA_VISIBLE_DEVICES")] {
+            let error = well(found).expect_err("none is well").to_string();
+            assert!(error.ends_with(reason), "{error}");
+        }
     }
 }
