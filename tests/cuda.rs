@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use fullbore_cuda_kernels::host::Host;
 use fullbore_cuda_kernels::ptx::{Ptx, find, pack, shipped, shipped_architecture};
 use fullbore_cuda_kernels::{Module, compile};
+use fullbore_engine::backend::around::Around;
 use fullbore_engine::backend::cuda::kernel::{Kernel, MatMulVariant};
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
-use fullbore_engine::backend::{Backend, DeviceInfo};
+use fullbore_engine::backend::{Backend, DeviceInfo, LoadError, RowSource, WeightSpec};
 use fullbore_engine::op::{Activation, AddNorm, GatedAct, MatMul, Op, RmsNorm};
-use fullbore_engine::tensor::WeightFormat;
+use fullbore_engine::tensor::{Weight, WeightFormat};
+use fullbore_engine::tuning::{MatMulLine, MatMulShape};
 use fullbore_engine::verify::{Case, TWO_FORMATS, every_case, every_mat_mul_kernel};
 
 use crate::device::{Device, assert_rows_do_not_depend_on_m};
@@ -111,12 +113,59 @@ fn rows_of_a_product_do_not_depend_on_how_many_there_are() {
 
 #[test]
 fn every_family_agrees_with_transformers() {
-    tiny::assert_every_family_agrees(&|_| on_host(false));
+    tiny::assert_every_family_agrees(&tiny::EXACT, &|_| on_host(false));
 }
 
-/// Some minutes.
+/// Whole models on tensor cores: with few rows of a product in f32, as they go there, and with all rows of all products
+/// by one kernel.
+#[test]
+fn every_family_agrees_with_transformers_on_tensor_cores() {
+    for kernel in [None, Some("mat_mul_matrix_16"), Some("mat_mul_matrix_64"), Some("mat_mul_matrix_128")] {
+        println!("{kernel:?}");
+        let table = kernel.map_or(Vec::new(), |kernel| MatMulLine::only(kernel).to_vec());
+        let open = |_: u32| -> Box<dyn Backend> {
+            let table = table.clone();
+            Box::new(ByTable { inner: computing_in(Arithmetic::MatrixUnits, false), table })
+        };
+        tiny::assert_every_family_agrees(&tiny::OF_HALVES, &open);
+    }
+}
+
+/// Every weight's products go by one table.
+struct ByTable {
+    inner: Box<dyn Backend>,
+    table: Vec<MatMulLine>,
+}
+
+impl Around for ByTable {
+    fn inner(&self) -> &dyn Backend {
+        self.inner.as_ref()
+    }
+
+    fn inner_mut(&mut self) -> &mut dyn Backend {
+        self.inner.as_mut()
+    }
+
+    fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
+        let WeightSpec { rows, cols, format, .. } = *spec;
+        let shape = MatMulShape { format, rows, cols };
+        self.inner.set_mat_mul_table(shape, &self.table).expect("kernels of this device");
+        self.inner.load_weight(spec, source)
+    }
+}
+
+/// Some minutes each.
 #[test]
 fn smollm2_follows_both_references() {
+    follow_smollm2(Arithmetic::F32);
+}
+
+#[test]
+fn smollm2_follows_both_references_on_tensor_cores() {
+    follow_smollm2(Arithmetic::MatrixUnits);
+}
+
+fn follow_smollm2(arithmetic: Arithmetic) {
     if !is_full() {
         return;
     }

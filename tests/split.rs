@@ -11,7 +11,7 @@ use fullbore_engine::request::Request;
 use crate::golden::{self, Share};
 use crate::ops::device_ids;
 use crate::pipeline::{Answer, requests, run_all, with_grammars};
-use crate::tiny::assert_every_family_agrees;
+use crate::tiny::{EXACT, assert_every_family_agrees};
 
 fn cpu() -> Box<dyn Backend> {
     let options = CpuOptions { num_threads: 1, ..CpuOptions::default() };
@@ -54,7 +54,7 @@ fn a_split_over_cpus_gives_the_bits_of_one() {
 /// With biases, head norms, windows, and norms of one layer that are used with the next.
 #[test]
 fn a_split_of_every_family_agrees_with_transformers() {
-    assert_every_family_agrees(&|layers| match layers {
+    assert_every_family_agrees(&EXACT, &|layers| match layers {
         7 => split(vec![(cpu(), 3), (cpu(), 2), (cpu(), 2)]),
         _ => split(vec![(cpu(), 1), (cpu(), layers - 1)]),
     });
