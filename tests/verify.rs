@@ -1,5 +1,6 @@
 //! What finds a device that computes wrongly, gives out or is too small. Needs Vulkan drivers: fails without one.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use fullbore::args::{DeviceArgs, GoldenArgs, VerifyArgs};
@@ -291,7 +292,7 @@ fn the_command_fails_with_a_sentence_if_a_check_does() {
     let args = |device: &str, only: &str| VerifyArgs {
         device: DeviceArgs::new(device),
         tier: None,
-        only: Some(only.to_owned()),
+        only: only.split(',').map(str::to_owned).collect(),
         formats: Vec::new(),
         golden: GoldenArgs::default(),
     };
@@ -302,7 +303,12 @@ fn the_command_fails_with_a_sentence_if_a_check_does() {
     let table = String::from_utf8(out).expect("text");
     let lines: Vec<&str> = table.lines().filter(|line| line.starts_with("mat_mul")).collect();
     assert!(lines.len() > 3 && lines.iter().all(|line| line.contains("q5_k")), "{table}");
-    let sentence = verify(&args("cpu", "matmul")).expect_err("no such op").to_string();
+    let mut out = Vec::new();
+    verify_all(&args("cpu", "update_table,mul_add"), &|_| true, &mut out).expect("the cpu is right");
+    let table = String::from_utf8(out).expect("text");
+    let ops: BTreeSet<&str> = table.lines().skip(2).filter_map(|line| line.split(' ').next()).collect();
+    assert!(ops.is_superset(&BTreeSet::from(["update_table", "mul_add"])) && !table.contains("rope_kv"), "{table}");
+    let sentence = verify(&args("cpu", "mul_add,matmul")).expect_err("no such op").to_string();
     assert!(sentence.starts_with("there is no op matmul; there is add_norm, attention, "), "{sentence}");
     assert!(matches!(verify(&args("sim", "rope_kv")), Err(VerifyError::Simulator)));
 

@@ -218,9 +218,9 @@ pub struct VerifyArgs {
     /// base, subgroup or lavapipe, instead of the kernel tier that the device would get.
     #[arg(long, value_parser = parse_tier)]
     pub tier: Option<adapters::Tier>,
-    /// One op alone, such as mat_mul.
-    #[arg(long)]
-    pub only: Option<String>,
+    /// Some ops alone, such as mat_mul,attention.
+    #[arg(long, value_delimiter = ',')]
+    pub only: Vec<String>,
     /// Formats of weights that products and lookups are tried on, such as q4_0,q6_k; all unless given.
     #[arg(long, value_delimiter = ',', value_parser = parse_format)]
     pub formats: Vec<WeightFormat>,

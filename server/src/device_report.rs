@@ -107,7 +107,7 @@ fn plan(args: &DeviceReportArgs) -> Part {
 }
 
 fn verify(args: &DeviceReportArgs) -> Part {
-    let (device, tier, only) = (args.engine.model.device.clone(), None, None);
+    let (device, tier, only) = (args.engine.model.device.clone(), None, Vec::new());
     let formats = if args.small { TWO_FORMATS.to_vec() } else { Vec::new() };
     // The first of each kind, where it has to be short.
     let seen = Mutex::new(BTreeSet::new());
