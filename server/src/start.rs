@@ -208,8 +208,8 @@ impl Opened {
         let mut backend = devices::open(&args.model.device)?;
         times.end("device", &Parts::of(backend.settle()));
         let device = backend.info();
-        let DeviceInfo { id, name, driver, tier, .. } = device;
-        tracing::info!(device = id, name, driver, tier, "device chosen");
+        let DeviceInfo { id, name, driver, tier, arithmetic, .. } = device;
+        tracing::info!(device = id, name, driver, tier, arithmetic, "device chosen");
         let bundle = bundle.map_or_else(|| open_bundle(&args.model, &device.id), |bundle| Ok(bundle.clone()))?;
         times.end("model", &Parts::tokenizer(bundle.tokenizer_took));
         let backend = if args.no_verify { backend } else { verified(backend, &bundle, &args.model)? };

@@ -21,8 +21,21 @@ pub fn open(selector: &str, arithmetic: adapters::ArithmeticChoice) -> Result<Bo
         adapters::ArithmeticChoice::MatrixUnits => Arithmetic::MatrixUnits,
         _ => Arithmetic::F32,
     };
-    let opened = CudaBackend::open(selector, arithmetic);
-    opened.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(|error| error.to_string())
+    let backend = CudaBackend::open(selector, arithmetic).map_err(|error| error.to_string())?;
+    if let Some(unused) = unused(arithmetic) {
+        tracing::info!(device = backend.info().id, "{unused}");
+    }
+    Ok(Box::new(backend))
+}
+
+/// What a GPU has and is not asked for.
+#[cfg(feature = "cuda")]
+fn unused(asked: fullbore_engine::backend::cuda::Arithmetic) -> Option<&'static str> {
+    use fullbore_engine::backend::cuda::Arithmetic;
+    (asked == Arithmetic::F32).then_some(
+        "computing in f32, by which an answer has the same bits in any company: --arithmetic matrix-units takes this \
+         GPU's tensor cores, by which it may not",
+    )
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -36,4 +49,17 @@ pub fn devices() -> Result<Vec<DeviceInfo>, String> {
 #[cfg(not(feature = "cuda"))]
 pub fn open(_: &str, _: adapters::ArithmeticChoice) -> Result<Box<dyn Backend>, String> {
     Err(NOT_BUILT.to_owned())
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use fullbore_engine::backend::cuda::Arithmetic;
+
+    use super::*;
+
+    #[test]
+    fn tensor_cores_that_are_not_asked_for_are_told_of() {
+        assert!(unused(Arithmetic::F32).is_some_and(|told| told.contains("--arithmetic matrix-units")));
+        assert_eq!(unused(Arithmetic::MatrixUnits), None);
+    }
 }
