@@ -15,7 +15,8 @@
 #
 # The machine needs Python. The Vulkan loader (Debian's libvulkan1) is taken from a folder `vulkan` beside BINARY where
 # there is one. Where the loader finds no GPU by itself, the driver's manifest is looked for in ICD_FOLDERS; where there is
-# none, one is written for NVIDIA's libraries. PyTorch and transformers are the peer where they are there.
+# none, one is written for NVIDIA's libraries. PyTorch and transformers are a peer where they are there, and llama.cpp where
+# its `llama-batched-bench` lies beside BINARY, built for that GPU: on MODEL.
 #
 # `verdict.csv` has a line for each thing that is asked: measured, wanted, and pass, fail or not there. `runs.csv` says
 # how each run went, `throughput.csv` what whole models reached and by which arithmetic, `devices.txt` what there is. What
@@ -63,11 +64,11 @@ timed() {
   shift 2
   case " $* " in *" bench "* | *" $benches/gpu_peer.py "*) type=json ;; esac
   if [ "$device" = none ]; then
-    echo "$name,left out: $why_none,0,$limit" >> "$kept/runs.csv"
+    leave_out "$name" "$limit" "$why_none"
     return
   fi
   if [ "$left" -lt 5 ] || [ "$limit" -lt 5 ]; then
-    echo "$name,left out: no time was left,0,$limit" >> "$kept/runs.csv"
+    leave_out "$name" "$limit" "no time was left"
     echo "gpu: no time is left for $name" >&2
     return
   fi
@@ -89,11 +90,14 @@ offline() {
   [ "$device" = none ] || python3 "$benches/gpu_verdict.py" "$kept" "$1" | tee -a "$kept/throughput.csv"
 }
 
+# leave_out NAME LIMIT REASON
+leave_out() { echo "$1,left out: $3,0,$2" >> "$kept/runs.csv"; }
+
 # follow NAME LIMIT ARGUMENTS...: the golden on the device, and each answer alone and among others; its tokens are
 # NAME.json.
 follow() {
   if [ -z "${file:-}" ]; then
-    echo "$1,left out: no model was given,0,$2" >> "$kept/runs.csv"
+    leave_out "$1" "$2" "no model was given"
     return
   fi
   run "$1" "$2" verify --golden "$golden" --model "$file" --output "$kept/$1.json" "${@:3}"
@@ -107,8 +111,8 @@ first() { sed -nE "s/^(($1):[0-9]+) +gpu .*/\1/p" "$kept/devices.txt" | head -1;
 
 look() { "$binary" devices > "$kept/devices.txt"; }
 
-carried=$(cd "$(dirname "$binary")" && pwd)/vulkan
-[ ! -d "$carried" ] || export LD_LIBRARY_PATH=$carried${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+beside=$(cd "$(dirname "$binary")" && pwd)
+[ ! -d "$beside/vulkan" ] || export LD_LIBRARY_PATH=$beside/vulkan${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 look
 if [ $size = full ] && [ -z "${VK_DRIVER_FILES:-}" ] && [ -z "$(first 'vulkan|metal|dx12')" ]; then
   # A container may have NVIDIA's libraries and no manifest; the one for EGL needs nothing of X11.
@@ -170,40 +174,48 @@ most=(--limit 256 --lengths fixed:448:192)
 bf16=(--weights random --shape llama-3.1-8b:bf16 "${plain[@]}" --max-model-len 1024 --max-num-seqs 32)
 units=(--arithmetic matrix-units)
 few=(--formats q4_0,q5_k,q8_0,bf16)
+others=add_norm,embed,gated_act,mul_add,reset_counts,rms_norm,rope_kv,sample,update_table
 
-# What is not timed goes side by side: most of it is the driver's own compiler, a core each. No run asks for free memory.
-side=95
+# What is not timed goes side by side: most of it is the driver's own compiler, a core each. No run asks for free memory,
+# and each has all of the time: none waits for another.
+side=90
 on cuda
 follow golden-cuda $side &
+follow golden-cuda-matrix-units $side "${units[@]}" &
 run verify-cuda-mat_mul $side verify --only mat_mul "${few[@]}" &
 run verify-cuda-attention $side verify --only attention &
 run verify-cuda-mat_mul-matrix-units $side verify --only mat_mul "${units[@]}" "${few[@]}" &
 run verify-cuda-attention-matrix-units $side verify --only attention "${units[@]}" &
-for op in add_norm embed gated_act mul_add reset_counts rms_norm rope_kv sample update_table; do
-  run verify-cuda-$op $side verify --only $op
-done &
+run verify-cuda-others $side verify --only "$others" &
 on vulkan
 follow golden-vulkan $side &
 wait
 # Limits of what is asked, and of what ran side by side, sum to no more than there is.
 on cuda
 run ops-8b-cuda 25 bench ops --shapes 8b --m 1,8,32,256,2048 --only "mat_mul ffn" --seconds 4 "${units[@]}" --csv "$kept/ops-8b-cuda.csv"
-timed peer-matrix 25 python3 "$benches/gpu_peer.py" matrix
+timed peer-matrix 20 python3 "$benches/gpu_peer.py" matrix
 offline 8b-decode-1-cuda 20 "${big[@]}" "${one[@]}" "${units[@]}"
 offline 8b-decode-32-cuda 25 "${big[@]}" "${many[@]}" "${units[@]}"
 offline 8b-prefill-cuda 20 "${big[@]}" "${prompts[@]}" "${units[@]}"
 on vulkan
 run ops-8b-peaks 20 bench ops --shapes 8b --m 1,512 --only "mat_mul ffn_gate_up" --seconds 4 "${units[@]}" --csv "$kept/ops-8b-peaks.csv"
 offline 8b-decode-1 25 "${big[@]}" "${one[@]}"
-offline 8b-decode-32 30 "${big[@]}" "${many[@]}" "${units[@]}"
+offline 8b-decode-32 25 "${big[@]}" "${many[@]}" "${units[@]}"
 offline 8b-prefill-matrix-units 25 "${big[@]}" "${prompts[@]}" "${units[@]}"
 offline 8b-prefill 30 "${big[@]}" "${prompts[@]}"
 run submit 10 bench submit
 on cuda
 offline 8b-q8_0-decode-32-cuda 30 "${q8_0[@]}" "${many[@]}" "${units[@]}"
 offline 8b-q8_0-decode-256-cuda 45 "${q8_0[@]}" "${most[@]}" "${units[@]}"
-offline 8b-bf16-32-cuda 40 "${bf16[@]}" "${many[@]}" "${units[@]}"
-timed peer-transformers 60 python3 "$benches/gpu_peer.py" throughput
+offline 8b-bf16-32-cuda 35 "${bf16[@]}" "${many[@]}" "${units[@]}"
+timed peer-transformers 50 python3 "$benches/gpu_peer.py" throughput
+peer=$beside/llama-batched-bench
+if [ -x "$peer" ] && [ -n "${file:-}" ]; then
+  offline model-32-cuda 15 "${model[@]}" "${plain[@]}" --max-model-len 1024 --max-num-seqs 32 "${many[@]}" "${units[@]}"
+  timed peer-llama-cpp 15 python3 "$benches/gpu_peer.py" llama-cpp --binary "$peer" --model "$file"
+else
+  leave_out peer-llama-cpp 15 "no llama-batched-bench lies beside the binary or no model was given"
+fi
 # What was asked is settled, whatever becomes of the rest.
 keep
 on vulkan

@@ -1,10 +1,11 @@
-"""What PyTorch and transformers reach on the GPU that benches/gpu.sh measures: the rate of a large product of bf16, and
-tokens a second of continuous batching on a Llama of 8B's shape with random bf16 weights, on the same lengths. One line of
-JSON; what is not there is a key `not_there` with the reason."""
+"""What PyTorch, transformers and llama.cpp reach on the GPU that benches/gpu.sh measures: the rate of a large product of
+bf16; tokens a second of continuous batching on a Llama of 8B's shape with random bf16 weights, on the same lengths; and of
+llama.cpp's `llama-batched-bench` on a GGUF file. One line of JSON; what is not there is a key `not_there` with the reason."""
 
 import argparse
 import json
 import random
+import subprocess
 import time
 
 
@@ -75,14 +76,36 @@ def throughput(torch, transformers, args):
     return max(rates[1:])
 
 
+def llama_cpp(args):
+    """Output tokens a second of all requests at once, prefill included, from its table: a row that begins with the lengths
+    and the requests, and whose last number but one is all of its seconds."""
+    asked = [args.prompt_tokens, args.output_tokens, args.requests]
+    positions = args.requests * (args.prompt_tokens + args.output_tokens)
+    flags = {"-m": args.model, "-c": positions, "-b": 2048, "-ngl": 999}
+    flags |= dict(zip(["-npp", "-ntg", "-npl"], asked))
+    command = [args.binary, *(str(word) for flag in flags.items() for word in flag)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in ended.stdout.splitlines()]
+    for row in rows:
+        if row[:3] == [str(number) for number in asked]:
+            return args.requests * args.output_tokens / float(row[-2])
+    said = (ended.stderr or ended.stdout).strip().splitlines()[-1:]
+    raise RuntimeError(f"llama-batched-bench ended with {ended.returncode}: {' '.join(said)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["matrix", "throughput"])
+    parser.add_argument("what", choices=["matrix", "throughput", "llama-cpp"])
+    parser.add_argument("--binary")
+    parser.add_argument("--model")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=448)
     parser.add_argument("--output-tokens", type=int, default=128)
     args = parser.parse_args()
     try:
+        if args.what == "llama-cpp":
+            print(json.dumps({"output_tokens_per_s": llama_cpp(args)}))
+            return
         import torch
 
         if not torch.cuda.is_available():

@@ -47,18 +47,32 @@ case "$1 ${2:-}" in
     while [ "$1" != --model ]; do shift; done
     [ "$(cat "$2")" = both ] || exit 4
     while [ "$1" != --output ]; do shift; done
+    arithmetic=f32
+    case $all in *matrix-units*) [ -n "${NO_UNITS:-}" ] || arithmetic=matrix-units ;; esac
     case $all in
       *"--device cuda:0"*) same=true failures='[]' answer='{"ids":[1,2,3],"gaps":[1,1,1]}' status=0 ;;
-      *) same=false failures='["it"]' answer='{"ids":[1,2,4],"gaps":[1,1,0.01]}' status=1 ;;
+      *) same=false failures='["it"]' answer=${VULKAN_ANSWER-'{"ids":[1,2,4],"gaps":[1,1,0.01]}'} status=1 ;;
     esac
-    echo "{\"same_in_company\":$same,\"followed\":{\"failures\":$failures,\"answers\":[$answer]}}" > "$2"
+    answers="\"failures\":$failures,\"answers\":[$answer]"
+    echo "{\"arithmetic\":\"$arithmetic\",\"same_in_company\":$same,\"followed\":{$answers}}" > "$2"
     exit $status ;;
 esac
+"#;
+
+/// In the place of llama.cpp's `llama-batched-bench`.
+const LLAMA_CPP: &str = r#"#!/usr/bin/env bash
+[ -z "${LLAMA_CPP_FAILS:-}" ] || { echo "no kernel image for this device" >&2; exit 1; }
+case " $* " in *" -c 18432 -b 2048 -ngl 999 -npp 448 -ntg 128 -npl 32 "*) ;; *) exit 9 ;; esac
+echo "main: n_kv_max = 18432"
+echo "|    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |"
+echo "|-------|--------|------|--------|----------|----------|----------|----------|----------|----------|"
+echo "|   448 |    128 |   32 |  18432 |    4.000 |  3584.00 |   12.384 |   330.75 |   16.384 |  1125.00 |"
 "#;
 
 /// In the place of `python3`: itself, but for the peer.
 const PYTHON: &str = r#"#!/usr/bin/env bash
 case "$*" in
+  *gpu_peer.py\ llama-cpp*) PATH=${PATH#*:} exec python3 "$@" ;;
   *gpu_peer.py\ matrix*) echo '{"bf16_flops_per_s":7.9e14}' ;;
   *gpu_peer.py*) echo "it warms up"; echo "${PEER:-}" ;;
   *) PATH=${PATH#*:} exec python3 "$@" ;;
@@ -86,6 +100,9 @@ fn run_on(device: &str, name: &str, variables: &[(&str, &str)]) -> (PathBuf, Str
     executable(&folder.join("fullbore"), BINARY);
     executable(&folder.join("python3"), PYTHON);
     executable(&folder.join("timeout"), TIMEOUT);
+    if !variables.contains(&("NO_LLAMA_CPP", "1")) {
+        executable(&folder.join("llama-batched-bench"), LLAMA_CPP);
+    }
     fs::create_dir_all(folder.join("vulkan")).expect("tests have a folder");
     for (piece, text) in
         [("model.gguf.part0", "bo"), ("model.gguf.part1", "th"), ("cpu.json", "{}"), ("gpu.json", "{}")]
@@ -142,7 +159,8 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
     found.sort_by(|(one, _), (other, _)| one.cmp(other));
     let expected = [
         ("32 streams (bf16) over transformers' continuous batching", 1.6, "pass"),
-        ("32 streams over llama.cpp", f64::NAN, "not there"),
+        // 4,096 tokens in 16.384 s.
+        ("32 streams (the model) over llama.cpp", 2.0, "pass"),
         ("CUDA against the golden: failures", 0.0, "pass"),
         ("CUDA and Vulkan: answers that part where both are decided", 0.0, "pass"),
         // 4.22 GB of weights and 67 MB of the cache in 2 ms.
@@ -151,6 +169,7 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
         ("CUDA batch 256 (q8_0): tokens a second over those of batch 32", 1.22222, "fail"),
         ("CUDA batch 32: tokens a second over those of batch 1", 24.0, "pass"),
         // 29.7 TFLOP a prompt, four of them in 0.3 s, beside the peer's 790 TFLOP/s.
+        ("CUDA on tensor cores against the golden: failures", 0.0, "pass"),
         ("CUDA prefill of 2048: share of the measured matrix rate", 0.50106, "pass"),
         ("CUDA: the same alone as among 31", 1.0, "pass"),
         ("Vulkan against the golden: failures", 1.0, "fail"),
@@ -175,10 +194,13 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
     let runs = runs(&out);
     let asked = runs.iter().take_while(|(name, ..)| name != "verify");
     let (side, rest): (Vec<_>, Vec<_>) = asked.partition(|(name, ..)| side_by_side(name));
+    // One beside the other: none waits for another's end.
+    assert_eq!(side.len(), 8, "{side:?}");
     let longest = side.iter().map(|(.., limit)| limit).max().expect("kernels are tried");
     let one_by_one: u32 = rest.iter().map(|(.., limit)| limit).sum();
     assert!(longest + one_by_one <= 9 * 60 - 15, "{longest} and {one_by_one}");
-    assert!(rest.iter().any(|(name, ..)| name == "peer-transformers"), "{rest:?}");
+    let has = |wanted: &str| rest.iter().any(|(name, ..)| name == wanted);
+    assert!(has("peer-transformers") && has("peer-llama-cpp") && has("model-32-cuda"), "{rest:?}");
     assert!(runs.iter().all(|(_, status, _)| !status.starts_with("left out")), "{runs:?}");
 }
 
@@ -222,9 +244,15 @@ fn what_is_not_valid_on_a_gpu_passes_nothing() {
 
 #[test]
 fn what_a_gpu_could_not_measure_is_not_there_for_a_reason() {
-    let out = run("gpu-script-unwell", &[("FAILS", "1"), ("PEER", r#"{"not_there":"ModuleNotFoundError: no torch"}"#)]);
+    let no_torch = r#"{"not_there":"ModuleNotFoundError: no torch"}"#;
+    let variables = [("FAILS", "1"), ("NO_UNITS", "1"), ("LLAMA_CPP_FAILS", "1"), ("PEER", no_torch)];
+    let out = run("gpu-script-unwell", &variables);
     let found = verdicts(&out);
+    let (llama_cpp, units) =
+        ("32 streams (the model) over llama.cpp", "CUDA on tensor cores against the golden: failures");
     for (what, wanted) in [
+        (llama_cpp, "RuntimeError: llama-batched-bench ended with 1: no kernel image for this device"),
+        (units, "golden-cuda-matrix-units was computed in f32: the device has nothing else"),
         ("CUDA batch 256 (q8_0): tokens a second", "8b-q8_0-decode-256-cuda ended with 3"),
         ("32 streams (bf16) over transformers' continuous batching", "ModuleNotFoundError: no torch"),
     ] {
@@ -232,4 +260,41 @@ fn what_a_gpu_could_not_measure_is_not_there_for_a_reason() {
         assert_eq!((verdict.as_str(), reason.as_str()), ("not there", wanted), "{what}");
     }
     assert_eq!(found["CUDA batch 32: tokens a second over those of batch 1"].1, "pass");
+}
+
+/// Answers that are not there, are of no token, or end early agree with nothing.
+#[test]
+fn answers_of_nothing_agree_with_nothing() {
+    let line = "CUDA and Vulkan: answers that part where both are decided";
+    for (nth, (answer, measured, verdict)) in [
+        ("", f64::NAN, "not there"),
+        (r#"{"ids":[],"gaps":[]}"#, 1.0, "fail"),
+        (r#"{"ids":[1,2],"gaps":[1,1]}"#, 1.0, "fail"),
+        (r#"{"ids":[4,2,3],"gaps":[0.01,1,1]}"#, f64::NAN, "not there"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let variables = [("VULKAN_ANSWER", answer), ("NO_LLAMA_CPP", "1")];
+        let out = run(&format!("gpu-script-no-answers-{nth}"), &variables);
+        let found = verdicts(&out);
+        let (found_measured, found_verdict, reason) = &found[line];
+        assert_eq!(found_verdict, verdict, "{answer}: {reason}");
+        assert!(found_measured.to_bits() == measured.to_bits() || measured.is_nan(), "{answer}: {found_measured}");
+        let (_, verdict, reason) = &found["32 streams (the model) over llama.cpp"];
+        assert_eq!(verdict, "not there");
+        assert!(reason.contains("left out: no llama-batched-bench lies beside the binary"), "{reason}");
+    }
+}
+
+/// What the recipe of docs/cuda.md carries is ignored by git, as what travels by name has to be.
+#[test]
+fn what_is_carried_to_a_gpu_is_no_part_of_the_repository() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let ignored = fs::read_to_string(root.join(".gitignore")).expect("it is there");
+    let recipe = fs::read_to_string(root.join("docs/cuda.md")).expect("it is there");
+    let lines = recipe.lines().filter_map(|line| line.trim().strip_prefix("carry ")?.split_once(", run: "));
+    let carried: Vec<&str> = lines.flat_map(|(paths, _)| paths.split(' ')).collect();
+    assert!(carried.len() >= 4 && ignored.lines().any(|line| line == "/carried/"), "{carried:?}");
+    assert!(carried.iter().all(|path| path.starts_with("carried/")), "{carried:?}");
 }
