@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::{check_sentence, parts};
 
 /// Of a model whose template says nothing of tools, and of families that write calls each in its own way.
-const TEMPLATES: [(&str, &str); 5] = [
+const TEMPLATES: [(&str, &str); 9] = [
     ("generic", "{{ messages }}"),
     (
         "hermes",
@@ -28,6 +28,10 @@ const TEMPLATES: [(&str, &str); 5] = [
     ("mistral", "{{ messages }}[TOOL_CALLS]"),
     ("llama3", "{{ messages }}<|python_tag|>"),
     ("gemma", "{{ messages }}<start_of_turn>"),
+    ("qwen_coder", "{{ messages }}<tool_call><function=f><parameter=a></think>"),
+    ("glm", "{{ messages }}<tool_call><arg_key>"),
+    ("pythonic", "{{ messages }}[func_name1(a=b)]"),
+    ("magistral", "{{ messages }}[TOOL_CALLS][ARGS][/THINK]"),
 ];
 
 static MODELS: LazyLock<Vec<ServedModel>> = LazyLock::new(|| TEMPLATES.map(|(_, source)| served(source)).into());

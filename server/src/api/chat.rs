@@ -10,7 +10,8 @@ use super::constraint::{Constraint, Form};
 use super::generation::Jobs;
 use super::reply::ReplyFormat;
 use super::sampling::{Prompt, Sampling};
-use super::tools::format::{self, CallFormat, Thought};
+use super::tools::format::{self, CallFormat, Thought, ThoughtMarks};
+use super::tools::parameters::Callee;
 use super::tools::{ToolChoice, Tools};
 use crate::http::error::ApiError;
 
@@ -114,7 +115,7 @@ impl Chat {
     }
 
     fn reply(&self, template: &ChatTemplate, thought: Thought) -> ReplyFormat {
-        let functions = self.tools.callable().iter().map(|function| function.name.clone());
+        let functions = self.tools.callable().iter().map(Callee::new);
         match self.tools.are_offered() {
             true => ReplyFormat {
                 thought,
@@ -133,9 +134,9 @@ impl Chat {
 /// Whether the answer to a prompt begins with a thought.
 fn thought(template: &ChatTemplate, prompt: &str) -> Thought {
     let prompt = prompt.trim_end();
-    match () {
-        _ if !template.source().contains("</think>") || prompt.ends_with("</think>") => Thought::Never,
-        _ if prompt.ends_with("<think>") => Thought::Begun,
-        _ => Thought::Possible,
+    match ThoughtMarks::of_template(template.source()) {
+        Some(marks) if prompt.ends_with(marks.open) => Thought::Begun(marks),
+        Some(marks) if !prompt.ends_with(marks.close) => Thought::Possible(marks),
+        _ => Thought::Never,
     }
 }

@@ -252,7 +252,7 @@ impl Generation {
 impl Choice {
     fn new(model: &ServedModel, index: usize, job: &Job, receiver: Receiver<Told>, told_end: ToldEnd) -> Choice {
         let reply = job.reply.clone().map(Reply::new);
-        let text = Text::new(model, job, reply.as_ref().and_then(Reply::calls));
+        let text = Text::new(model, job);
         let named_stop_ids = job.request.stop_ids.iter().filter(|id| !model.stop_ids.contains(id));
         Choice {
             nth: job.nth,

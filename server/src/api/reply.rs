@@ -3,14 +3,15 @@
 //! Invariant: the pieces do not depend on how the text was cut, and nothing of it is lost but marks and the white space
 //! around them: what begins like a mark and is none is said after all. Knows no tokens.
 
-use super::tools::calls::{CallEvent, CallScanner};
+use super::tools::calls::CallEvent;
 use super::tools::format::{CallFormat, Marks, Thought};
 use super::tools::is_name_letter;
+use super::tools::parameters::Callee;
+use super::tools::scanner::Scanner;
 
-pub const OPEN_THOUGHT: &str = "<think>";
-const CLOSE_THOUGHT: &str = "</think>";
 /// What may stand before a call that is all of a text.
-pub const FENCES: [&str; 4] = ["<|python_tag|>", "```json", "```tool_code", "```tool_call"];
+pub const FENCES: [&str; 6] =
+    ["<|python_tag|>", "<|python_start|>", "```json", "```python", "```tool_code", "```tool_call"];
 
 /// What to look for in a text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,8 +19,7 @@ pub struct ReplyFormat {
     pub thought: Thought,
     /// Where functions may be called.
     pub calls: Option<CallFormat>,
-    /// Their names.
-    pub functions: Vec<String>,
+    pub functions: Vec<Callee>,
     /// Whether nothing but calls may come.
     pub calls_alone: bool,
     /// Whether calls are all of an answer or none of it: what does not begin with one is text of a form, whatever is in
@@ -71,15 +71,24 @@ enum State {
     Calls {
         opened: bool,
     },
-    Call(CallScanner),
+    Call(Scanner),
+}
+
+impl ReplyFormat {
+    /// Spellings of control tokens that tell of a part.
+    pub fn control_marks(&self) -> impl Iterator<Item = &'static str> {
+        let thought = self.thought.marks().map(|marks| [marks.open, marks.close]);
+        let calls = self.calls.map_or(&[][..], CallFormat::control_marks);
+        thought.into_iter().flatten().chain(calls.iter().copied())
+    }
 }
 
 impl Reply {
     pub fn new(format: ReplyFormat) -> Reply {
         let state = match format.thought {
             Thought::Never => State::Answer,
-            Thought::Possible => State::Start,
-            Thought::Begun => State::Thought,
+            Thought::Possible(_) => State::Start,
+            Thought::Begun(_) => State::Thought,
         };
         Reply { format, state, held: String::new(), num_calls: 0, is_cut_off: false, has_thought: false }
     }
@@ -104,11 +113,6 @@ impl Reply {
             State::Start | State::Answer => self.format.thought != Thought::Never && self.held.trim().is_empty(),
             State::Content | State::Calls { .. } | State::Call(_) => false,
         }
-    }
-
-    /// The calls' format, if there may be any.
-    pub fn calls(&self) -> Option<CallFormat> {
-        self.format.calls
     }
 
     pub fn push(&mut self, text: &str) -> Pieces {
@@ -148,12 +152,13 @@ impl Reply {
 
     fn start(&mut self, is_end: bool) -> bool {
         let text = self.held.trim_start();
-        if let Some(rest) = text.strip_prefix(OPEN_THOUGHT) {
+        let open = self.format.thought.marks().map_or("", |marks| marks.open);
+        if let Some(rest) = text.strip_prefix(open) {
             self.held = rest.to_owned();
             self.state = State::Thought;
             return true;
         }
-        let waits = !is_end && OPEN_THOUGHT.starts_with(text);
+        let waits = !is_end && open.starts_with(text);
         if !waits {
             self.state = State::Answer;
         }
@@ -161,9 +166,10 @@ impl Reply {
     }
 
     fn think(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
-        let end = self.held.find(CLOSE_THOUGHT);
+        let close = self.format.thought.marks().map_or("", |marks| marks.close);
+        let end = self.held.find(close);
         // White space at the ends of a thought is layout.
-        let known = end.unwrap_or_else(|| safe_len(&self.held, CLOSE_THOUGHT, is_end));
+        let known = end.unwrap_or_else(|| safe_len(&self.held, close, is_end));
         let thought = &self.held[..known];
         let said = thought.trim_end().len();
         let skipped = if self.has_thought { 0 } else { said - thought[..said].trim_start().len() };
@@ -173,7 +179,7 @@ impl Reply {
         }
         match end {
             Some(end) => {
-                self.held.drain(..end + CLOSE_THOUGHT.len());
+                self.held.drain(..end + close.len());
                 self.state = State::Answer;
                 true
             }
@@ -194,13 +200,12 @@ impl Reply {
             }
             return false;
         }
-        let is_whole = self.format.calls.is_some_and(|format| format.marks().open.is_none());
-        if is_whole {
+        if let Some(format) = self.format.calls.filter(|format| format.marks().open.is_none()) {
             let fence = FENCES.iter().find(|fence| text.starts_with(**fence));
             let rest = fence.map_or(text, |fence| text[fence.len()..].trim_start());
-            if rest.starts_with('{') {
+            if rest.starts_with(if format == CallFormat::Pythonic { '[' } else { '{' }) {
                 self.held = rest.to_owned();
-                self.state = State::Call(CallScanner::default());
+                self.state = State::Call(Scanner::of(format));
                 return true;
             }
             let may_be_fence = rest.is_empty() || FENCES.iter().any(|fence| fence.starts_with(text));
@@ -251,17 +256,18 @@ impl Reply {
         let Some(format) = self.format.calls else { return false };
         let Marks { open, close, .. } = format.marks();
         let State::Calls { opened } = &mut self.state else { return false };
-        let is_named = format == CallFormat::MistralNamed;
-        let is_layout = |c: char| c.is_whitespace() || !is_named && matches!(c, ',' | ';' | '[' | ']' | '`');
+        let is_bare = matches!(format, CallFormat::MistralNamed | CallFormat::QwenCoder | CallFormat::Glm);
+        let is_layout = |c: char| c.is_whitespace() || !is_bare && matches!(c, ',' | ';' | '[' | ']' | '`');
         let text = self.held.trim_start_matches(is_layout);
         let is_list = open.is_none() || format == CallFormat::Mistral;
-        let scanner = match is_named {
-            true => (*opened && text.starts_with(is_name_letter)).then(CallScanner::named),
-            false => (text.starts_with('{') && (*opened || is_list)).then(CallScanner::default),
+        let begins = match format {
+            CallFormat::MistralNamed | CallFormat::Glm | CallFormat::Pythonic => text.starts_with(is_name_letter),
+            CallFormat::QwenCoder => text.starts_with('<'),
+            _ => text.starts_with('{'),
         };
-        if let Some(scanner) = scanner {
+        if begins && (*opened || is_list) {
             self.held = text.to_owned();
-            self.state = State::Call(scanner);
+            self.state = State::Call(Scanner::of(format));
             return true;
         }
         let marks = [open.unwrap_or_default(), close];
@@ -295,7 +301,11 @@ impl Reply {
         let mut failed = false;
         for c in self.held.chars() {
             taken += c.len_utf8();
-            failed = scanner.push(c, |name| functions.iter().any(|known| known == name), &mut events).is_err();
+            failed = scanner.push(c, functions, &mut events).is_err();
+            if failed && scanner.has_begun() {
+                // Text again.
+                taken -= c.len_utf8();
+            }
             if failed || scanner.is_closed() {
                 break;
             }
@@ -305,6 +315,7 @@ impl Reply {
         events.into_iter().for_each(|event| self.take(event, pieces));
         if failed {
             let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) else { return false };
+            self.is_cut_off = has_begun;
             if !has_begun {
                 let open = self.format.calls.and_then(|format| format.marks().open);
                 pieces.content += open.unwrap_or_default();
@@ -339,7 +350,7 @@ impl Reply {
 }
 
 /// How much of `text` no `mark` begins in; all of it at the end.
-fn safe_len(text: &str, mark: &str, is_end: bool) -> usize {
+pub fn safe_len(text: &str, mark: &str, is_end: bool) -> usize {
     if is_end {
         return text.len();
     }

@@ -387,7 +387,8 @@ mod tests {
 
     use super::super::answer::collect;
     use super::super::reply::ReplyFormat;
-    use super::super::tools::format::{CallFormat, Thought};
+    use super::super::tools::format::{CallFormat, Thought, ThoughtMarks};
+    use super::super::tools::parameters::Callee;
     use super::*;
     use crate::start::Plan;
 
@@ -401,9 +402,9 @@ mod tests {
             let mut jobs = jobs(model, "resp_1", &Client::default(), &fields).expect("a request").jobs;
             assert_eq!(jobs[0].request.logprobs, Some(0));
             jobs[0].reply = Some(ReplyFormat {
-                thought: Thought::Begun,
+                thought: Thought::Begun(ThoughtMarks::TAGS),
                 calls: Some(CallFormat::Hermes),
-                functions: vec!["f".to_owned()],
+                functions: vec![Callee::named("f")],
                 ..ReplyFormat::default()
             });
             let opened = Generation::open(model, jobs, Instant::now(), None, None);

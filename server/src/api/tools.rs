@@ -10,8 +10,13 @@ use crate::http::error::ApiError;
 
 pub mod calls;
 pub mod format;
+pub mod parameters;
 #[cfg(test)]
 mod published;
+mod pythonic;
+mod rules;
+pub mod scanner;
+mod tagged;
 
 pub const MAX_TOOLS: usize = 128;
 const MAX_NAME_BYTES: usize = 64;

@@ -5,7 +5,7 @@ use fullbore_engine::text::{Detokenizer, Scan, StopStrings};
 
 use super::super::ServedModel;
 use super::Job;
-use crate::api::tools::format::CallFormat;
+use crate::api::reply::ReplyFormat;
 
 #[derive(Clone)]
 pub struct Text {
@@ -22,10 +22,9 @@ pub struct Text {
 }
 
 impl Text {
-    /// Of an answer that may have calls written like this in it.
-    pub fn new(model: &ServedModel, job: &Job, calls: Option<CallFormat>) -> Text {
-        let spellings = calls.map_or(&[][..], CallFormat::control_marks);
-        let marks = spellings.iter().filter_map(|spelling| model.tokenizer.special_id(spelling));
+    pub fn new(model: &ServedModel, job: &Job) -> Text {
+        let spellings = job.reply.iter().flat_map(ReplyFormat::control_marks);
+        let marks = spellings.filter_map(|spelling| model.tokenizer.special_id(spelling));
         Text {
             detokenizer: Detokenizer::new(model.tokenizer.clone()),
             stops: StopStrings::new(job.stops.clone()),

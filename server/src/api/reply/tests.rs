@@ -1,6 +1,8 @@
 //! Replies however they are cut.
 
 use super::*;
+use crate::api::tools::Function;
+use crate::api::tools::format::ThoughtMarks;
 
 /// What a text says: reasoning, content, and (name, arguments) of its calls.
 type Said = (String, String, Vec<(String, String)>);
@@ -38,7 +40,7 @@ fn parse(format: &ReplyFormat, text: &str) -> Said {
 }
 
 fn format(thought: Thought, calls: Option<CallFormat>) -> ReplyFormat {
-    ReplyFormat { thought, calls, functions: vec!["f".to_owned(), "g".to_owned()], ..ReplyFormat::default() }
+    ReplyFormat { thought, calls, functions: ["f", "g"].map(Callee::named).into(), ..ReplyFormat::default() }
 }
 
 fn expect(reasoning: &str, content: &str, calls: &[(&str, &str)]) -> Said {
@@ -48,14 +50,17 @@ fn expect(reasoning: &str, content: &str, calls: &[(&str, &str)]) -> Said {
 
 #[test]
 fn thoughts_are_told_from_what_is_said() {
-    let possible = format(Thought::Possible, None);
+    let possible = format(Thought::Possible(ThoughtMarks::TAGS), None);
     assert_eq!(parse(&possible, "<think>\nHm, é.\n\nSo.\n</think>\n\nYes."), expect("Hm, é.\n\nSo.", "Yes.", &[]));
     assert_eq!(parse(&possible, "No <think>."), expect("", "No <think>.", &[]));
     assert_eq!(parse(&possible, "<thi"), expect("", "<thi", &[]));
     assert_eq!(parse(&possible, "<think>cut o"), expect("cut o", "", &[]));
-    let begun = format(Thought::Begun, None);
+    let brackets = format(Thought::Possible(ThoughtMarks::BRACKETS), None);
+    assert_eq!(parse(&brackets, "[THINK] a </think>[/THINK]\nb [/THINK]"), expect("a </think>", "b [/THINK]", &[]));
+    assert_eq!(parse(&brackets, "[THIN"), expect("", "[THIN", &[]));
+    let begun = format(Thought::Begun(ThoughtMarks::TAGS), None);
     assert_eq!(parse(&begun, "Hm</thin</think>Yes </think>"), expect("Hm</thin", "Yes </think>", &[]));
-    let calls = format(Thought::Possible, Some(CallFormat::Hermes));
+    let calls = format(Thought::Possible(ThoughtMarks::TAGS), Some(CallFormat::Hermes));
     let text = "<think>a</think>\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
     assert_eq!(parse(&calls, text), expect("a", "", &[("f", "{}")]));
 }
@@ -109,9 +114,15 @@ fn a_form_s_text_has_no_calls_in_it() {
         assert_eq!(parse(&with(Thought::Never), array), expect("", array, &[]));
         assert_eq!(parse(&with(Thought::Never), call), expect("", "", &[("f", arguments)]));
         let thought = format!("<think>{call}</think>\n{call}");
-        assert_eq!(parse(&with(Thought::Possible), &thought), expect(call, "", &[("f", arguments)]));
+        assert_eq!(
+            parse(&with(Thought::Possible(ThoughtMarks::TAGS)), &thought),
+            expect(call, "", &[("f", arguments)])
+        );
         let said = format!("<think>{call}</think>\n\"{call}\"");
-        assert_eq!(parse(&with(Thought::Possible), &said), expect(call, &format!("\"{call}\""), &[]));
+        assert_eq!(
+            parse(&with(Thought::Possible(ThoughtMarks::TAGS)), &said),
+            expect(call, &format!("\"{call}\""), &[])
+        );
     }
 }
 
@@ -130,6 +141,85 @@ fn calls_whose_names_come_first_are_told_from_what_is_said() {
         assert_eq!(parse(&mistral, cut_off), expect("", said, &[]), "{cut_off}");
     }
     assert_eq!(parse(&mistral, "[TOOL_CALLS]f[ARGS]{\"a\": \"["), expect("", "", &[("f", "{\"a\": \"[")]));
+}
+
+#[test]
+fn calls_between_tags_are_told_from_what_is_said() {
+    let qwen = format(Thought::Never, Some(CallFormat::QwenCoder));
+    let f = "<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n<b>\n\"\n\n</parameter>\n</function>";
+    let two = format!("So.\n<tool_call>\n{f}\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n</tool_call>");
+    let both = [("f", "{\"a\": 1, \"b\": \"<b>\\n\\\"\\n\"}"), ("g", "{}")];
+    assert_eq!(parse(&qwen, &two), expect("", "So.", &both));
+    assert_eq!(parse(&qwen, &format!("{two}\nDone.")), expect("", "So.Done.", &both));
+    let short = "<tool_call><function=f><parameter=a>x</parameter></function></tool_call>";
+    assert_eq!(parse(&qwen, short), expect("", "", &[("f", "{\"a\": \"x\"}")]));
+    for text in ["<tool_call><function=h></function>", "<tool_call>f", "<tool_call><func>", "<function=f>", "<tool_cal"]
+    {
+        assert_eq!(parse(&qwen, text), expect("", text, &[]), "{text}");
+    }
+    let cut_off = "<tool_call>\n<function=f>\n<parameter=a>\n[1, 2";
+    assert_eq!(parse(&qwen, cut_off), expect("", "", &[("f", "")]));
+    let broken = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\nno";
+    assert_eq!(parse(&qwen, broken), expect("", "no", &[("f", "{\"a\": 1")]));
+    let glm = format(Thought::Never, Some(CallFormat::Glm));
+    let a = "<arg_key>a</arg_key>\n<arg_value> x\n</arg_value>\n\
+             <arg_key>b</arg_key><arg_value>[\"</arg_value>\"]</arg_value>";
+    let two = format!("So.\n<tool_call>f\n{a}\n</tool_call>\n<tool_call>g</tool_call>");
+    let both = [("f", "{\"a\": \" x\\n\", \"b\": [\"</arg_value>\"]}"), ("g", "{}")];
+    assert_eq!(parse(&glm, &two), expect("", "So.", &both));
+    for text in ["<tool_call>h</tool_call>", "<tool_call>f!", "<tool_call>{\"name\": \"f\"}", "f <arg_key>"] {
+        assert_eq!(parse(&glm, text), expect("", text, &[]), "{text}");
+    }
+    let reason = |format: &ReplyFormat, text: &str| {
+        let mut reply = Reply::new(format.clone());
+        said(&mut reply, &[text]);
+        reply.finish_reason()
+    };
+    assert_eq!([&two, "<tool_call>f<arg_key>a"].map(|text| reason(&glm, text)), ["tool_calls", "stop"]);
+    assert_eq!([short, cut_off, broken].map(|text| reason(&qwen, text)), ["tool_calls", "stop", "stop"]);
+}
+
+/// A text of a function that says so stays text, and goes out as it comes.
+#[test]
+fn text_between_tags_streams() {
+    let parameters = serde_json::json!({"type": "object", "properties": {"a": {"type": "string"}}});
+    let function = Function { name: "f".to_owned(), parameters, strict: false, tool: serde_json::Value::Null };
+    for (calls, open, close) in [
+        (
+            CallFormat::QwenCoder,
+            "<tool_call>\n<function=f>\n<parameter=a>\n",
+            "\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (CallFormat::Glm, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>", "</arg_value>\n</tool_call>"),
+    ] {
+        let functions = vec![Callee::new(&function)];
+        let format = ReplyFormat { functions, ..format(Thought::Never, Some(calls)) };
+        for (text, json) in [("12", "12"), ("\na\n", "\\na\\n"), ("</p \"", "</p \\\""), ("", ""), ("\n", "\\n")] {
+            let said = parse(&format, &format!("{open}{text}{close}"));
+            assert_eq!(said, expect("", "", &[("f", &format!("{{\"a\": \"{json}\"}}"))]), "{calls:?} {text:?}");
+        }
+        let mut reply = Reply::new(format);
+        reply.push(open);
+        let pieces =
+            ["on", "e\n", "two </par", "k>"].map(|text| reply.push(text).calls.pop().map(|call| call.arguments));
+        assert_eq!(pieces.map(Option::unwrap_or_default).concat(), "one\\ntwo </park>", "{calls:?}");
+    }
+}
+
+#[test]
+fn calls_in_python_are_told_from_text() {
+    let python = format(Thought::Never, Some(CallFormat::Pythonic));
+    let both = [("f", "{\"a\": 1, \"b\": [\"x\", null]}"), ("g", "{}")];
+    let two = "[f(a=1, b=['x', None]), g()]";
+    assert_eq!(parse(&python, two), expect("", "", &both));
+    for around in ["<|python_start|>{}<|python_end|>", "```python\n{}\n```", "\n {} \n"] {
+        assert_eq!(parse(&python, &around.replace("{}", two)), expect("", "", &both), "{around}");
+    }
+    assert_eq!(parse(&python, &format!("{two} done")), expect("", "done", &both));
+    for text in ["[1, 2]", "[f]", "[h(a=1)]", "[f(1)]", "f(a=1)", "[]", "[", "See [f(a=1)]", "[f (", "[é"] {
+        assert_eq!(parse(&python, text), expect("", text, &[]), "{text}");
+    }
+    assert_eq!(parse(&python, "[f(a='cut o"), expect("", "", &[("f", "{\"a\": \"cut o")]));
 }
 
 #[test]

@@ -20,6 +20,17 @@ pub enum CallEvent {
     End,
 }
 
+impl CallEvent {
+    /// More of the arguments.
+    pub fn hand_on(piece: &str, events: &mut Vec<CallEvent>) {
+        match events.last_mut() {
+            Some(CallEvent::Arguments(last)) => last.push_str(piece),
+            _ if piece.is_empty() => {}
+            _ => events.push(CallEvent::Arguments(piece.to_owned())),
+        }
+    }
+}
+
 /// The text is no call of a function that there is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NoCall;
@@ -282,11 +293,7 @@ impl CallScanner {
             self.early.push_str(piece);
             return;
         }
-        match events.last_mut() {
-            Some(CallEvent::Arguments(last)) => last.push_str(piece),
-            _ if piece.is_empty() => {}
-            _ => events.push(CallEvent::Arguments(piece.to_owned())),
-        }
+        CallEvent::hand_on(piece, events);
     }
 
     fn close(&mut self, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {

@@ -8,8 +8,9 @@ use fullbore_engine::text::{ChatMessage, Tokenizer};
 use serde_json::{Map, Value};
 
 use super::super::constraint::quoted;
-use super::super::reply::{FENCES, OPEN_THOUGHT};
-use super::{Function, ToolChoice, Tools};
+use super::super::reply::FENCES;
+use super::rules::{self, control_token, escaped, mark, until};
+use super::{ToolChoice, Tools};
 use crate::start::random;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,13 @@ pub enum CallFormat {
     Mistral,
     /// `[TOOL_CALLS]name[ARGS]{...}`, with `[CALL_ID]` and an id before the arguments or without: Mistral's since 2025.
     MistralNamed,
+    /// `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`, each on lines of its own:
+    /// Qwen3-Coder's, and others' after it.
+    QwenCoder,
+    /// `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>`: GLM's since 4.5.
+    Glm,
+    /// `[name(key=value), ...]` instead of a text, as Python has it: Llama 3.2's and 4's, where they are asked for it.
+    Pythonic,
     /// `{"name": ..., "parameters": ...}` instead of a text.
     Llama3,
     /// The same; the template knows nothing of it.
@@ -28,7 +36,7 @@ pub enum CallFormat {
     Generic,
 }
 
-/// In templates that write calls as no JSON, or as a list, some between the same marks.
+/// In templates that write calls in some other way, or as a list, some between the same marks.
 const OTHERS: [&str; 4] = ["<function=", "<arg_key>", "<invoke ", "<tool_calls>"];
 
 /// Mistral's tokens.
@@ -53,8 +61,11 @@ impl CallFormat {
         match () {
             _ if has(TOOL_CALLS) && has(ARGS) => CallFormat::MistralNamed,
             _ if has(TOOL_CALLS) => CallFormat::Mistral,
+            _ if has("<tool_call>") && has("<function=") && has("<parameter=") => CallFormat::QwenCoder,
+            _ if has("<tool_call>") && has("<arg_key>") => CallFormat::Glm,
             _ if OTHERS.iter().any(|other| has(other)) => CallFormat::Generic,
             _ if has("<tool_call>") => CallFormat::Hermes,
+            _ if has("[func_name1(") => CallFormat::Pythonic,
             _ if has("<|python_tag|>") || (has("ipython") && has("parameters")) => CallFormat::Llama3,
             _ if has("<start_of_turn>") => CallFormat::Gemma,
             _ => CallFormat::Generic,
@@ -73,12 +84,13 @@ impl CallFormat {
 
     pub fn marks(self) -> Marks {
         match self {
-            CallFormat::Hermes | CallFormat::Generic => {
+            CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder | CallFormat::Glm => {
                 Marks { open: Some("<tool_call>"), close: "</tool_call>", arguments: "arguments" }
             }
             CallFormat::Mistral | CallFormat::MistralNamed => {
                 Marks { open: Some(TOOL_CALLS), close: "", arguments: "arguments" }
             }
+            CallFormat::Pythonic => Marks { open: None, close: "<|python_end|>", arguments: "" },
             CallFormat::Llama3 | CallFormat::Gemma => Marks { open: None, close: "", arguments: "parameters" },
         }
     }
@@ -89,7 +101,11 @@ impl CallFormat {
             CallFormat::Mistral => &[TOOL_CALLS],
             CallFormat::MistralNamed => &[TOOL_CALLS, CALL_ID, ARGS],
             CallFormat::Llama3 => &["<|python_tag|>"],
-            CallFormat::Hermes | CallFormat::Generic => &["<tool_call>", "</tool_call>"],
+            CallFormat::Pythonic => &["<|python_tag|>", "<|python_start|>", "<|python_end|>"],
+            CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder => &["<tool_call>", "</tool_call>"],
+            CallFormat::Glm => {
+                &["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
+            }
             CallFormat::Gemma => &[],
         }
     }
@@ -106,10 +122,12 @@ impl CallFormat {
     fn rules(self, tools: &Tools, tokenizer: &Tokenizer) -> String {
         let mark = |spelling| mark(spelling, tokenizer);
         let (begin, end, between) = match self {
-            CallFormat::Hermes | CallFormat::Generic => {
+            CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder => {
                 let [begin, end] = ["<tool_call>", "</tool_call>"].map(mark);
                 (format!("{begin} \"\\n\""), format!("\"\\n\" {end}"), quoted("\n"))
             }
+            CallFormat::Glm => (mark("<tool_call>"), mark("</tool_call>"), "GAP?".to_owned()),
+            CallFormat::Pythonic => (String::new(), String::new(), quoted(", ")),
             CallFormat::Mistral => (String::new(), String::new(), quoted(", ")),
             CallFormat::MistralNamed => (mark(TOOL_CALLS), String::new(), String::new()),
             CallFormat::Llama3 | CallFormat::Gemma => (String::new(), String::new(), quoted("; ")),
@@ -124,33 +142,18 @@ impl CallFormat {
                 let open = mark(TOOL_CALLS);
                 (format!("{open} list"), format!("list: \"[\" marked{more} \"]\"\n"))
             }
+            CallFormat::Pythonic => {
+                let first: Vec<String> = (0..tools.callable().len()).map(|index| format!("first_{index}")).collect();
+                (format!("first{more} \"]\""), format!("first: {}\n", first.join(" | ")))
+            }
             _ => (format!("marked{more}"), String::new()),
         };
         let functions = tools.callable();
         let names: Vec<String> = (0..functions.len()).map(|index| format!("call_{index}")).collect();
         let mut rules = format!("calls: {calls}\n{list}marked: {begin} call {end}\ncall: {}\n", names.join(" | "));
-        for (index, Function { name, parameters, .. }) in functions.iter().enumerate() {
-            let (open, close) = self.around_arguments(name, tokenizer);
-            let schema = GrammarSource::JsonSchema(parameters.clone()).expression();
-            rules += &format!("call_{index}: {open} arguments_{index} {close}\narguments_{index}: {schema}\n");
-        }
+        rules += "GAP: /[ \\n]{1,4}/\n";
+        rules.extend(functions.iter().enumerate().map(|(nth, function)| rules::call(self, nth, function, tokenizer)));
         rules
-    }
-
-    /// What a call of `name` has before its arguments and behind them, for Lark. Mistral's templates write an id;
-    /// whether or not the model does, the call has one of ours.
-    fn around_arguments(self, name: &str, tokenizer: &Tokenizer) -> (String, String) {
-        const ID: &str = "/[a-zA-Z0-9]{9}/";
-        let Marks { arguments, .. } = self.marks();
-        let object = quoted(&format!("{{\"name\": \"{name}\", \"{arguments}\": "));
-        match self {
-            CallFormat::Mistral => (object, format!("({} {ID} {})? \"}}\"", quoted(", \"id\": \""), quoted("\""))),
-            CallFormat::MistralNamed => {
-                let [call_id, args] = [CALL_ID, ARGS].map(|spelling| mark(spelling, tokenizer));
-                (format!("{} ({call_id} {ID})? {args}", quoted(name)), String::new())
-            }
-            _ => (object, "\"}\"".to_owned()),
-        }
     }
 }
 
@@ -160,10 +163,37 @@ pub enum Thought {
     /// Nothing: the model does not think, or has done so in its prompt.
     #[default]
     Never,
-    /// `<think>...</think>`, if the model wants.
-    Possible,
+    /// One between its marks, if the model wants.
+    Possible(ThoughtMarks),
     /// The prompt ends in an open one.
-    Begun,
+    Begun(ThoughtMarks),
+}
+
+/// What stands around a thought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThoughtMarks {
+    pub open: &'static str,
+    pub close: &'static str,
+}
+
+impl ThoughtMarks {
+    pub const TAGS: ThoughtMarks = ThoughtMarks { open: "<think>", close: "</think>" };
+    /// Magistral's and Ministral's, which are tokens of their own.
+    pub const BRACKETS: ThoughtMarks = ThoughtMarks { open: "[THINK]", close: "[/THINK]" };
+
+    /// By the source of a chat template; `None` where it knows of no thoughts.
+    pub fn of_template(source: &str) -> Option<ThoughtMarks> {
+        [Self::TAGS, Self::BRACKETS].into_iter().find(|marks| source.contains(marks.close))
+    }
+}
+
+impl Thought {
+    pub fn marks(self) -> Option<ThoughtMarks> {
+        match self {
+            Thought::Never => None,
+            Thought::Possible(marks) | Thought::Begun(marks) => Some(marks),
+        }
+    }
 }
 
 /// The grammar of an answer: a thought, then `body`, calls, or what the model likes; `None` where that is anything.
@@ -185,15 +215,19 @@ pub fn grammar(
     }
     let mut lark = match thought {
         Thought::Never => "start: answer\n".to_owned(),
-        Thought::Begun => format!("start: thought answer\n{THOUGHT}"),
-        Thought::Possible => format!("start: (OPEN thought)? answer\nOPEN: /[ \\n]{{0,4}}{OPEN_THOUGHT}/\n{THOUGHT}"),
+        Thought::Begun(marks) => format!("start: thought answer\n{}", thought_rules(marks, tokenizer)),
+        Thought::Possible(marks) => {
+            let spelled = || format!("/[ \\n]{{0,4}}{}/", escaped(marks.open));
+            let open = control_token(marks.open, tokenizer).unwrap_or_else(spelled);
+            format!("start: (open thought)? answer\nopen: {open}\n{}", thought_rules(marks, tokenizer))
+        }
     };
     lark += &match (body, offered) {
-        (Some(body), false) => format!("answer: body\n{}", body_rule(body, no_thought(thought))),
+        (Some(body), false) => format!("answer: body\n{}", body_rule(body, &no_thought(thought))),
         (_, true) if tools.are_forced() => "answer: calls\n".to_owned(),
         (Some(body), true) => {
             let open = format.marks().open.expect("calls beside a form have marks");
-            let not = format!(r" & ~/\s*{}(?s:.*)/", escaped(open)) + no_thought(thought);
+            let not = format!(r" & ~/\s*{}(?s:.*)/", escaped(open)) + &no_thought(thought);
             format!("answer: body | calls\n{}", body_rule(body, &not))
         }
         (None, _) => free_text(format, tools, thought, tokenizer),
@@ -204,13 +238,15 @@ pub fn grammar(
     Some(GrammarSource::Lark(lark))
 }
 
-const THOUGHT: &str = "thought: inside SPACE?\ninside[suffix=\"</think>\"]: /(?s:.*)/\nSPACE: /[ \\n]{1,4}/\n";
+fn thought_rules(marks: ThoughtMarks, tokenizer: &Tokenizer) -> String {
+    format!("thought: inside SPACE?\n{}SPACE: /[ \\n]{{1,4}}/\n", until("inside", marks.close, "", tokenizer))
+}
 
 /// What begins like a thought is read as one and is no text, whatever marks of calls it mentions: a part of a terminal.
-fn no_thought(thought: Thought) -> &'static str {
+fn no_thought(thought: Thought) -> String {
     match thought {
-        Thought::Possible => r" & ~/\s*<think>(?s:.*)/",
-        Thought::Never | Thought::Begun => "",
+        Thought::Possible(marks) => format!(r" & ~/\s*{}(?s:.*)/", escaped(marks.open)),
+        Thought::Never | Thought::Begun(_) => String::new(),
     }
 }
 
@@ -233,37 +269,27 @@ fn free_text(format: CallFormat, tools: &Tools, thought: Thought, tokenizer: &To
         }
     };
     match format {
-        CallFormat::Hermes | CallFormat::Generic => {
+        CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder | CallFormat::Glm => {
             let (lead, close) = (marked("<tool_call>"), mark("</tool_call>", tokenizer));
             let repeat = if tools.parallel { "*" } else { "?" };
-            format!("answer: (lead GAP? call GAP? {close}){repeat} TEXT?\n{lead}GAP: /[ \\n]{{1,4}}/\n")
+            format!("answer: (lead GAP? call GAP? {close}){repeat} TEXT?\n{lead}")
         }
         CallFormat::Mistral => format!("answer: lead list | TEXT?\n{}", marked(TOOL_CALLS)),
         CallFormat::MistralNamed => {
             let repeat = if tools.parallel { "*" } else { "?" };
             format!("answer: (lead call){repeat} TEXT?\n{}", marked(TOOL_CALLS))
         }
-        CallFormat::Llama3 | CallFormat::Gemma => {
+        CallFormat::Pythonic | CallFormat::Llama3 | CallFormat::Gemma => {
             let fences = FENCES.map(escaped).join("|");
-            let call = format!(r"\s*(({fences})\s*)?\{{(?s:.*)");
+            let names: Vec<String> = tools.callable().iter().map(|function| escaped(&function.name)).collect();
+            let begin = match format {
+                CallFormat::Pythonic => format!(r"\[\s*({})\s*\(", names.join("|")),
+                _ => r"\{".to_owned(),
+            };
+            let call = format!(r"\s*(({fences})\s*)?{begin}(?s:.*)");
             format!("answer: calls | TEXT?\nTEXT: /(?s:.+)/ & ~/{call}/{not}\n")
         }
     }
-}
-
-/// A mark as the model writes it: its control token, where it has one.
-fn mark(spelling: &str, tokenizer: &Tokenizer) -> String {
-    control_token(spelling, tokenizer).unwrap_or_else(|| quoted(spelling))
-}
-
-fn control_token(spelling: &str, tokenizer: &Tokenizer) -> Option<String> {
-    let id = tokenizer.special_id(spelling).filter(|id| tokenizer.is_special(*id))?;
-    Some(format!("<[{id}]>"))
-}
-
-/// A mark within a regular expression.
-fn escaped(mark: &str) -> String {
-    mark.replace('|', r"\|").replace('[', r"\[").replace(']', r"\]")
 }
 
 /// What a model whose template knows no tools is told.

@@ -8,7 +8,8 @@ use fullbore_engine::text::{ChatInput, ChatMessage, ChatTemplate, TextError};
 use serde_json::{Value, json};
 
 use super::format::tests::Rig;
-use super::format::{CallFormat, Thought, grammar, plain_messages};
+use super::format::{CallFormat, Thought, ThoughtMarks, grammar, plain_messages};
+use super::parameters::Callee;
 use super::{Function, ToolChoice, Tools};
 use crate::api::reply::{Reply, ReplyFormat};
 use crate::fetch::cache_folder;
@@ -73,10 +74,10 @@ fn rendered(template: &ChatTemplate, num_turns: usize, is_asked: bool) -> Result
 }
 
 /// What an answer says beside thoughts, and its calls.
-fn read(format: CallFormat, template: &ChatTemplate, text: &str) -> (String, Vec<(String, Value)>) {
-    let thought = if template.source().contains("</think>") { Thought::Possible } else { Thought::Never };
-    let functions = vec!["weather".to_owned()];
-    let mut reply = Reply::new(ReplyFormat { thought, calls: Some(format), functions, ..ReplyFormat::default() });
+fn read(format: CallFormat, text: &str) -> (String, Vec<(String, Value)>) {
+    let functions = offered().functions.iter().map(Callee::new).collect();
+    let mut reply =
+        Reply::new(ReplyFormat { thought: thought(text), calls: Some(format), functions, ..ReplyFormat::default() });
     let (mut said, mut calls) = (String::new(), Vec::new());
     for pieces in [reply.push(text), reply.finish()] {
         said += &pieces.content;
@@ -90,7 +91,26 @@ fn read(format: CallFormat, template: &ChatTemplate, text: &str) -> (String, Vec
 }
 
 /// What ends a turn.
-const ENDS: [&str; 6] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end_of_text|>", "<sep>"];
+const ENDS: [&str; 9] = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<sep>",
+    "<|role_end|>",
+    "<｜end▁of▁sentence｜>",
+    "</assistant>",
+];
+
+/// What precedes a call as a template writes it: the question may end in a thought that is open.
+fn thought(text: &str) -> Thought {
+    match () {
+        _ if text.starts_with("</think>") => Thought::Begun(ThoughtMarks::TAGS),
+        _ if text.starts_with("<think>") => Thought::Possible(ThoughtMarks::TAGS),
+        _ => Thought::Never,
+    }
+}
 
 /// What a template adds for the call: what the model would have written.
 fn written(template: &ChatTemplate) -> Result<String, TextError> {
@@ -113,12 +133,11 @@ fn check(rig: &Rig, template: &ChatTemplate) -> Result<(), String> {
     let say = |error: TextError| error.to_string();
     if format.is_of_template() {
         let text = written(template).map_err(say)?;
-        let read = read(format, template, &text);
+        let read = read(format, &text);
         if read != (String::new(), vec![("weather".to_owned(), json!({"city": "Oslo"}))]) {
             return Err(format!("{text:?} is read as {read:?}"));
         }
-        let thought = if text.starts_with("<think>") { Thought::Possible } else { Thought::Never };
-        let forced = grammar(format, &offered(), None, thought, &rig.tokenizer).expect("something is forced");
+        let forced = grammar(format, &offered(), None, thought(&text), &rig.tokenizer).expect("something is forced");
         if !rig.takes(&forced, &text) {
             return Err(format!("{text:?} may not come"));
         }
@@ -153,7 +172,7 @@ fn what_a_template_writes_of_a_call_is_read_and_let_come() {
             (result, _) => failures.push(format!("{format:?} {name}: {result:?}")),
         }
     }
-    assert!(num_of_template >= 17, "{num_of_template} of templates say how they write calls");
+    assert!(num_of_template >= 28, "{num_of_template} of templates say how they write calls");
     assert!(failures.is_empty(), "{} of templates:\n{}", failures.len(), failures.join("\n"));
 }
 
@@ -173,8 +192,14 @@ fn families_are_known_by_their_templates() {
         ("mistralai-Ministral-3-14B-Reasoning-2512", CallFormat::MistralNamed),
         ("unsloth-mistral-Devstral-Small-2507", CallFormat::MistralNamed),
         ("google-gemma-2-2b-it", CallFormat::Gemma),
-        // What it writes is no JSON.
-        ("Qwen3-Coder", CallFormat::Generic),
+        ("Qwen3-Coder", CallFormat::QwenCoder),
+        ("Qwen3.5-4B", CallFormat::QwenCoder),
+        ("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", CallFormat::QwenCoder),
+        ("GLM-4.6", CallFormat::Glm),
+        ("GLM-4.7-Flash", CallFormat::Glm),
+        // What they write has tags of other names.
+        ("MiniMax-M3", CallFormat::Generic),
+        ("ByteDance-Seed-OSS", CallFormat::Generic),
     ];
     let templates = templates();
     for (name, format) in known {

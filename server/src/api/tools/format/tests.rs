@@ -10,6 +10,8 @@ use serde_json::json;
 
 use super::*;
 use crate::api::reply::{Reply, ReplyFormat};
+use crate::api::tools::Function;
+use crate::api::tools::parameters::Callee;
 
 fn function(name: &str, strict: bool) -> Function {
     let parameters = json!({
@@ -24,7 +26,7 @@ fn function(name: &str, strict: bool) -> Function {
 }
 
 pub struct Rig {
-    compiler: GrammarCompiler,
+    pub compiler: GrammarCompiler,
     pub tokenizer: Arc<Tokenizer>,
     vocab_size: u32,
 }
@@ -41,7 +43,7 @@ impl Rig {
     }
 
     /// With these beside bytes.
-    fn with_control_tokens(marks: &[&str]) -> Rig {
+    pub fn with_control_tokens(marks: &[&str]) -> Rig {
         let controls = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>"].map(|token| (token.to_owned(), 3));
         let bytes = (0..=255).map(|byte| (format!("<0x{byte:02X}>"), 6));
         let marks = marks.iter().map(|mark| ((*mark).to_owned(), 3));
@@ -93,7 +95,19 @@ impl Rig {
     }
 }
 
-const MARKS: [&str; 5] = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"];
+pub const MARKS: [&str; 11] = [
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[CALL_ID]",
+    "[ARGS]",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+    "[THINK]",
+    "[/THINK]",
+];
 
 fn bytes(text: &str) -> Vec<TokenId> {
     text.bytes().map(of_byte).collect()
@@ -103,10 +117,13 @@ fn of_byte(byte: u8) -> TokenId {
     TokenId(4 + u32::from(byte))
 }
 
-const FORMATS: [CallFormat; 6] = [
+const FORMATS: [CallFormat; 9] = [
     CallFormat::Hermes,
     CallFormat::Mistral,
     CallFormat::MistralNamed,
+    CallFormat::QwenCoder,
+    CallFormat::Glm,
+    CallFormat::Pythonic,
     CallFormat::Llama3,
     CallFormat::Gemma,
     CallFormat::Generic,
@@ -124,6 +141,24 @@ fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
         CallFormat::Mistral => format!("[TOOL_CALLS][{}]", all.join(", ")),
         CallFormat::MistralNamed => {
             calls.iter().map(|(name, city)| format!("[TOOL_CALLS]{name}[ARGS]{{\"city\": \"{city}\"}}")).collect()
+        }
+        CallFormat::QwenCoder => {
+            let one = |(name, city): &(&str, &str)| {
+                let call = format!("<function={name}>\n<parameter=city>\n{city}\n</parameter>\n</function>");
+                format!("<tool_call>\n{call}\n</tool_call>")
+            };
+            calls.iter().map(one).collect::<Vec<_>>().join("\n")
+        }
+        CallFormat::Glm => {
+            let one = |(name, city): &(&str, &str)| {
+                let argument = format!("<arg_key>city</arg_key>\n<arg_value>{city}</arg_value>");
+                format!("<tool_call>{name}\n{argument}\n</tool_call>")
+            };
+            calls.iter().map(one).collect::<Vec<_>>().join("\n")
+        }
+        CallFormat::Pythonic => {
+            let all: Vec<String> = calls.iter().map(|(name, city)| format!("{name}(city=\"{city}\")")).collect();
+            format!("[{}]", all.join(", "))
         }
         CallFormat::Llama3 | CallFormat::Gemma => all.join("; "),
     }
@@ -172,14 +207,21 @@ fn strict_functions_are_called_by_their_schema_or_not_at_all() {
             assert_held(&rig, format, Thought::Never, &strict, &format!("{before}{wrong}"));
             assert_held(&rig, format, Thought::Never, &single, &format!("{before}{two}"));
         }
-        let strict = grammar(format, &tools(true, true), None, Thought::Possible, &rig.tokenizer).expect("a grammar");
+        let strict = grammar(format, &tools(true, true), None, Thought::Possible(ThoughtMarks::TAGS), &rig.tokenizer)
+            .expect("a grammar");
         let right = calls(format, &[("f", "Rome")]);
         for said in [right.as_str(), "Hello, Rome."] {
             assert!(rig.takes(&strict, said) && rig.takes(&strict, &format!("<think>Hm.</think>\n\n{said}")));
         }
         for before in BEFORE {
             for thought in ["<think>Hm.</think>", " <think>{</think>\n\n\n\n\n"] {
-                assert_held(&rig, format, Thought::Possible, &strict, &format!("{thought}{before}{wrong}"));
+                assert_held(
+                    &rig,
+                    format,
+                    Thought::Possible(ThoughtMarks::TAGS),
+                    &strict,
+                    &format!("{thought}{before}{wrong}"),
+                );
             }
         }
     }
@@ -204,7 +246,7 @@ const BEFORE: [&str; 13] = [
 
 /// Either the text may not come, or nothing in it is read as a call.
 fn assert_held(rig: &Rig, format: CallFormat, thought: Thought, source: &GrammarSource, text: &str) {
-    let functions = vec!["f".to_owned()];
+    let functions = vec![Callee::new(&function("f", true))];
     let mut reply = Reply::new(ReplyFormat { thought, calls: Some(format), functions, ..ReplyFormat::default() });
     let is_called = !reply.push(text).calls.is_empty();
     assert!(!is_called || !rig.takes(source, text), "{format:?} lets {text:?} come");
@@ -215,7 +257,7 @@ fn assert_held(rig: &Rig, format: CallFormat, thought: Thought, source: &Grammar
 fn a_call_may_come_by_the_tokens_that_the_model_has_for_it() {
     let rig = Rig::with_control_tokens(&MARKS);
     let tools = Tools { functions: vec![function("f", true)], choice: ToolChoice::Auto, parallel: true };
-    for format in [CallFormat::Hermes, CallFormat::Mistral, CallFormat::MistralNamed] {
+    for format in FORMATS.into_iter().filter(|format| format.marks().open.is_some()) {
         let strict = grammar(format, &tools, None, Thought::Never, &rig.tokenizer).expect("a grammar");
         let call = |city: &str| calls(format, &[("f", city)]);
         for before in ["", "So: ", "So: \n\n"] {
@@ -262,12 +304,36 @@ fn mistrals_ids_may_come_before_arguments() {
     }
 }
 
+/// A thought between tokens of its own, as Magistral has it.
+#[test]
+fn thoughts_in_brackets_come_before_what_is_bound() {
+    let tools = Tools { functions: vec![function("f", true)], choice: ToolChoice::Required, parallel: true };
+    let call = |city| calls(CallFormat::MistralNamed, &[("f", city)]);
+    for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
+        let marks = ThoughtMarks::BRACKETS;
+        let with =
+            |thought| grammar(CallFormat::MistralNamed, &tools, None, thought, &rig.tokenizer).expect("a grammar");
+        let (possible, begun) = (with(Thought::Possible(marks)), with(Thought::Begun(marks)));
+        for inside in ["Hm. </think> {", ""] {
+            let thought = |city| format!("{inside}[/THINK]{}", call(city));
+            let opened = |city| format!("[THINK]{}", thought(city));
+            assert!(rig.takes(&possible, &opened("Rome")) && !rig.takes(&possible, &opened("Paris")), "{possible:?}");
+            assert!(rig.takes(&begun, &thought("Rome")) && !rig.takes(&begun, &thought("Paris")), "{begun:?}");
+        }
+        assert!(rig.takes(&possible, &call("Rome")) && !rig.takes(&possible, "[THINK]Hm."), "{possible:?}");
+    }
+}
+
 /// Nothing in a thought begins a call or is bound; what comes behind it is bound as ever.
 #[test]
 fn a_thought_may_mention_calls() {
     for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
         for (format, open) in FORMATS.into_iter().flat_map(|format| [(format, "<think>"), (format, "")]) {
-            let thought = if open.is_empty() { Thought::Begun } else { Thought::Possible };
+            let thought = if open.is_empty() {
+                Thought::Begun(ThoughtMarks::TAGS)
+            } else {
+                Thought::Possible(ThoughtMarks::TAGS)
+            };
             let (right, wrong) = (calls(format, &[("f", "Rome")]), calls(format, &[("f", "Paris")]));
             let mentions = ["<tool_call>", "<tool_call>\n{\"name\": \"f\", ", "[TOOL_CALLS]f", "{", &right, &wrong];
             let after = |mention: &str, text: &str| {
@@ -295,7 +361,8 @@ fn a_text_of_a_form_may_come_instead_of_calls() {
     for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
         for (family, body) in FORMATS.into_iter().flat_map(|format| bodies.each_ref().map(|body| (format, body))) {
             let format = family.beside_a_form();
-            let source = grammar(format, &tools, Some(body), Thought::Possible, &rig.tokenizer).expect("a grammar");
+            let source = grammar(format, &tools, Some(body), Thought::Possible(ThoughtMarks::TAGS), &rig.tokenizer)
+                .expect("a grammar");
             let like_a_call = "{\"name\": \"f\", \"parameters\": {\"city\": \"Paris\"}}";
             let quoted = "{\"a\": \"<tool_call>[TOOL_CALLS]f[ARGS]{}\"}";
             for text in [like_a_call, quoted] {
@@ -325,7 +392,7 @@ fn a_thought_may_come_before_what_is_bound() {
         let text = if matches!(body, GrammarSource::JsonSchema(_)) { "\"12/x\"" } else { "12/x" };
         let with = |thought| grammar(CallFormat::Hermes, &none, Some(&body), thought, &rig.tokenizer).expect("a body");
         assert_eq!(with(Thought::Never), body);
-        let (possible, begun) = (with(Thought::Possible), with(Thought::Begun));
+        let (possible, begun) = (with(Thought::Possible(ThoughtMarks::TAGS)), with(Thought::Begun(ThoughtMarks::TAGS)));
         let thinking = format!("Hm.\n</think>\n\n{text}");
         assert!(rig.takes(&possible, text) && rig.takes(&possible, &format!("<think>{thinking}")), "{possible:?}");
         assert!(rig.takes(&begun, &thinking) && !rig.takes(&begun, text), "{begun:?}");
@@ -339,7 +406,10 @@ fn templates_tell_their_format() {
         ("{{ '[TOOL_CALLS][' }}", CallFormat::Mistral),
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", CallFormat::MistralNamed),
         ("<tool_call>\\n{\"name\": <function-name>", CallFormat::Hermes),
-        ("<tool_call>\\n<function=example", CallFormat::Generic),
+        ("<tool_call>\\n<function=example>\\n<parameter=a>", CallFormat::QwenCoder),
+        ("<tool_call>{name}<arg_key>", CallFormat::Glm),
+        ("<other:tool_call>\\n<function=example>\\n<parameter=a>", CallFormat::Generic),
+        ("<|python_tag|> in the format of [func_name1(a=b), func_name2()]", CallFormat::Pythonic),
         ("Environment: ipython ... {\"name\": function name, \"parameters\": ...}", CallFormat::Llama3),
         ("{{ '<start_of_turn>' + role }}", CallFormat::Gemma),
         ("<|im_start|>", CallFormat::Generic),

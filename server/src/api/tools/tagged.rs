@@ -1,0 +1,252 @@
+//! A call whose arguments stand between tags, each without quotes, read while it comes: Qwen3-Coder's and GLM's.
+//!
+//! Invariant: as in [`super::calls`]; the arguments are handed on as the JSON that they stand for. Text goes out as it
+//! comes, any other value once it is whole.
+
+use serde_json::Value;
+
+use super::calls::{CallEvent, NoCall};
+use super::parameters::{Callee, Parameter};
+use super::{MAX_NAME_BYTES, is_name_letter};
+use crate::api::reply::safe_len;
+
+/// What stands around a call's parts.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Tags {
+    /// Before the function's name, with what stands behind it; where that is nothing any white space or tag ends it.
+    pub name: (&'static str, &'static str),
+    pub key: (&'static str, &'static str),
+    pub value: (&'static str, &'static str),
+    pub end: &'static str,
+    /// Whether a value has lines to itself.
+    pub on_lines: bool,
+}
+
+pub const QWEN_CODER: Tags = Tags {
+    name: ("<function=", ">"),
+    key: ("<parameter=", ">"),
+    value: ("", "</parameter>"),
+    end: "</function>",
+    on_lines: true,
+};
+
+pub const GLM: Tags = Tags {
+    name: ("", ""),
+    key: ("<arg_key>", "</arg_key>"),
+    value: ("<arg_value>", "</arg_value>"),
+    end: "</tool_call>",
+    on_lines: false,
+};
+
+#[derive(Clone, Debug)]
+pub struct TaggedScanner {
+    tags: &'static Tags,
+    /// All of it, to be handed back.
+    raw: String,
+    /// What has come of the present part.
+    held: String,
+    state: State,
+    function: Option<Callee>,
+    key: String,
+    num_arguments: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    Name,
+    /// Before a key, or the end.
+    Between,
+    Key,
+    /// Between a key and its value.
+    Colon,
+    Value {
+        parameter: Parameter,
+        /// Whether it looks like JSON in which text is quoted; tags in such text are words of it.
+        is_quoting: bool,
+        in_text: bool,
+        escaped: bool,
+        /// Whether some of it has come, and some that is no white space.
+        has_begun: bool,
+        is_blank: bool,
+    },
+    Closed,
+}
+
+impl TaggedScanner {
+    pub fn new(tags: &'static Tags) -> TaggedScanner {
+        let state = if tags.name.0.is_empty() { State::Name } else { State::Open };
+        let empty = String::new;
+        TaggedScanner { tags, raw: empty(), held: empty(), state, function: None, key: empty(), num_arguments: 0 }
+    }
+
+    /// As [`super::scanner::Scanner::push`].
+    pub fn push(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
+        self.raw.push(c);
+        match self.state {
+            State::Open => {
+                self.held.push(c);
+                if self.leads_to(&[self.tags.name.0])?.is_some() {
+                    self.state = State::Name;
+                }
+            }
+            State::Name => self.more_name(c, functions, events)?,
+            State::Between => {
+                self.more_between(c);
+                match self.leads_to(&[self.tags.key.0, self.tags.end])? {
+                    Some(0) => self.state = State::Key,
+                    Some(_) => self.close(events),
+                    None => {}
+                }
+            }
+            State::Key => {
+                self.held.push(c);
+                if let Some(key) = self.held.strip_suffix(self.tags.key.1) {
+                    self.key = key.trim().to_owned();
+                    self.held.clear();
+                    self.state = State::Colon;
+                    if self.tags.value.0.is_empty() {
+                        self.begin_value(events);
+                    }
+                }
+            }
+            State::Colon => {
+                self.more_between(c);
+                if self.leads_to(&[self.tags.value.0])?.is_some() {
+                    self.begin_value(events);
+                }
+            }
+            State::Value { .. } => self.more_value(c, events),
+            State::Closed => return Err(NoCall),
+        }
+        Ok(())
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.state == State::Closed
+    }
+
+    pub fn has_begun(&self) -> bool {
+        self.function.is_some()
+    }
+
+    pub fn into_raw(self) -> String {
+        self.raw
+    }
+
+    /// Which of the tags is there, if it may be one.
+    fn leads_to(&mut self, tags: &[&str]) -> Result<Option<usize>, NoCall> {
+        let found = tags.iter().position(|tag| *tag == self.held);
+        if found.is_some() {
+            self.held.clear();
+        }
+        match found.is_some() || tags.iter().any(|tag| tag.starts_with(&self.held)) {
+            true => Ok(found),
+            false => Err(NoCall),
+        }
+    }
+
+    fn more_between(&mut self, c: char) {
+        if !(self.held.is_empty() && c.is_whitespace()) {
+            self.held.push(c);
+        }
+    }
+
+    fn more_name(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
+        if is_name_letter(c) && self.held.len() < MAX_NAME_BYTES {
+            self.held.push(c);
+            return Ok(());
+        }
+        let is_end = match self.tags.name.1 {
+            "" => c == '<' || c.is_whitespace(),
+            end => end.starts_with(c),
+        };
+        let name = std::mem::take(&mut self.held);
+        let function = functions.iter().find(|function| is_end && function.name == name).ok_or(NoCall)?;
+        self.function = Some(function.clone());
+        events.push(CallEvent::Begin(name));
+        self.state = State::Between;
+        if self.tags.name.1.is_empty() {
+            self.more_between(c);
+        }
+        Ok(())
+    }
+
+    fn begin_value(&mut self, events: &mut Vec<CallEvent>) {
+        let function = self.function.as_ref().expect("it has begun");
+        let parameter = function.parameter(&self.key);
+        if parameter.is_plain {
+            self.begin_argument(events);
+            CallEvent::hand_on("\"", events);
+        }
+        self.state = State::Value {
+            parameter,
+            is_quoting: false,
+            in_text: false,
+            escaped: false,
+            has_begun: false,
+            is_blank: true,
+        };
+    }
+
+    fn begin_argument(&mut self, events: &mut Vec<CallEvent>) {
+        let before = if self.num_arguments == 0 { "{" } else { ", " };
+        self.num_arguments += 1;
+        CallEvent::hand_on(&format!("{before}{}: ", Value::from(self.key.as_str())), events);
+    }
+
+    fn more_value(&mut self, c: char, events: &mut Vec<CallEvent>) {
+        let on_lines = self.tags.on_lines;
+        let State::Value { parameter, is_quoting, in_text, escaped, has_begun, is_blank } = &mut self.state else {
+            return;
+        };
+        if !std::mem::replace(has_begun, true) && on_lines && c == '\n' {
+            return;
+        }
+        if !parameter.is_plain {
+            *is_quoting |= *is_blank && matches!(c, '"' | '[' | '{');
+            *is_blank &= c.is_whitespace();
+            match c {
+                '"' if *is_quoting && !*escaped => *in_text = !*in_text,
+                // No text of JSON has one.
+                '\n' => *in_text = false,
+                _ => {}
+            }
+            *escaped = *in_text && c == '\\' && !*escaped;
+        }
+        let (parameter, in_text) = (*parameter, *in_text);
+        self.held.push(c);
+        let end = self.tags.value.1;
+        if !in_text && self.held.ends_with(end) {
+            let mut value = std::mem::take(&mut self.held);
+            value.truncate(value.len() - end.len());
+            if on_lines && value.ends_with('\n') {
+                value.pop();
+            }
+            self.state = State::Between;
+            if parameter.is_plain {
+                CallEvent::hand_on(&format!("{}\"", within_quotes(&value)), events);
+            } else {
+                self.begin_argument(events);
+                CallEvent::hand_on(&parameter.json_of(&value), events);
+            }
+        } else if parameter.is_plain {
+            let known = safe_len(&self.held, end, false);
+            let line_end = usize::from(on_lines && self.held[..known].ends_with('\n'));
+            let said: String = self.held.drain(..known - line_end).collect();
+            CallEvent::hand_on(&within_quotes(&said), events);
+        }
+    }
+
+    fn close(&mut self, events: &mut Vec<CallEvent>) {
+        CallEvent::hand_on(if self.num_arguments == 0 { "{}" } else { "}" }, events);
+        events.push(CallEvent::End);
+        self.state = State::Closed;
+    }
+}
+
+/// A part of a text as JSON has it.
+pub fn within_quotes(text: &str) -> String {
+    let quoted = Value::from(text).to_string();
+    quoted[1..quoted.len() - 1].to_owned()
+}
