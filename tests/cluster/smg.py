@@ -8,6 +8,7 @@ Needs smg, pyzmq and msgpack (scripts/cluster.sh sees to them), and the default 
 
 import concurrent.futures
 import contextlib
+import random
 import sys
 
 from cluster import Smg, Worker, chat, free_port, run, until
@@ -96,6 +97,15 @@ def full_workers_are_passed_over():
         assert small.metric('fullbore_http_responses_total{status="429"}') > 0, "it was never full"
 
 
+def random_prompts(source):
+    """Tokens, which often begin as earlier ones do."""
+    prompts = [[]]
+    for _ in range(40):
+        earlier = source.choice(prompts)
+        prompts.append(earlier[:source.randrange(len(earlier) + 1)] + source.choices(range(100, 40000), k=source.randrange(8, 80)))
+    return [prompt[:400] for prompt in prompts[1:]]
+
+
 def events_are_the_truth():
     """An index of events alone, by libzmq, against the worker's block table; replay, and a start anew."""
     events, replay = free_port(), free_port()
@@ -115,12 +125,19 @@ def events_are_the_truth():
         late = Index()
         Subscriber.replay(replay, 0, late)
         assert late.blocks == subscriber.index.blocks, "a late subscriber knows other blocks"
-        # A prompt's tokens, found by who knows events alone, and by the worker.
+        # Of what prompts have, who knows events alone finds what the worker finds in its table.
         body = {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": PLACES[0]}]}
-        tokens = worker.post("/tokenize", body)["tokens"]
-        found = subscriber.index.num_found(tokens)
-        reply = chat(worker, body["messages"], max_tokens=1)
-        assert found == reply.cached, f"{found} of {len(tokens)} tokens by events, {reply.cached} by the worker"
+        prompts = [worker.post("/tokenize", body)["tokens"]]
+        prompts += random_prompts(random.Random(7))
+        num_found = 0
+        for prompt in prompts:
+            until("events of all blocks", agree)
+            found = subscriber.index.num_found(prompt)
+            usage = worker.post("/v1/completions", {"model": "smollm2", "prompt": prompt, "max_tokens": 1})["usage"]
+            cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+            assert found == cached_tokens, f"{found} of {len(prompt)} tokens by events, {cached_tokens} by the worker"
+            num_found += found
+        assert num_found > 0, "none of them had anything in common"
         worker.kill()
         worker.restart()
         fresh = Index()
