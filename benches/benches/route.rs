@@ -60,6 +60,7 @@ fn measure(form: Form, num_replicas: u16, num_decisions: usize) -> f64 {
         cost: CostModel::line(10e6 / speed, 0.1e6 / speed, Prices { ns_per_attended_token: 1.0, ..Prices::default() }),
         max_num_seqs: 64,
         max_num_batched_tokens: 2048,
+        kv_tokens: 1 << 20,
     };
     let speeds: Vec<Traits> = (0..num_replicas).map(|index| traits(f64::from(1 << (index % 4)))).collect();
     let mut router = Router::new(BLOCK_SIZE, &speeds);

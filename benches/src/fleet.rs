@@ -26,6 +26,7 @@ use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink, TokenId
 
 pub mod life;
 mod moves;
+mod relief;
 pub mod report;
 pub mod rule;
 #[cfg(test)]
@@ -97,6 +98,8 @@ struct Device {
     there: BTreeSet<usize>,
     /// Requests that wait there, oldest first.
     waiting: VecDeque<usize>,
+    /// How many were there after its last step.
+    num_there: usize,
     num_completed: u32,
     output_tokens: u64,
     busy: Duration,
@@ -135,6 +138,8 @@ struct Live {
     generated: Vec<TokenId>,
     /// Devices that were at it when they were lost.
     num_losses: u32,
+    /// Whether a device that had nothing to do has taken it while it ran.
+    was_restarted: bool,
 }
 
 struct Fleet<'a> {
@@ -211,6 +216,7 @@ impl<'a> Fleet<'a> {
             cost: device.profile.cost,
             max_num_seqs: device.config.max_num_seqs,
             max_num_batched_tokens: device.config.max_num_batched_tokens,
+            kv_tokens: u64::from(device.config.num_blocks) * u64::from(device.config.block_size),
         };
         let traits: Vec<Traits> = specs.iter().map(traits).collect();
         let device = |spec: &FleetDevice| {
@@ -224,6 +230,7 @@ impl<'a> Fleet<'a> {
                 life_number: 0,
                 there: BTreeSet::new(),
                 waiting: VecDeque::new(),
+                num_there: 0,
                 num_completed: 0,
                 output_tokens: 0,
                 busy: Duration::ZERO,
@@ -282,7 +289,8 @@ impl<'a> Fleet<'a> {
         hasher.extend(&mut chain, &request.prompt);
         let (placement, last_token, generated, num_losses) = (None, None, Vec::new(), 0);
         let (request, sequence) = (Arc::new(request), SequenceId(0));
-        let live = Live { request, chain, sequence, placement, last_token, generated, num_losses };
+        let was_restarted = false;
+        let live = Live { request, chain, sequence, placement, last_token, generated, num_losses, was_restarted };
         self.live[index] = Some(Box::new(live));
         self.place(index);
     }
@@ -340,9 +348,7 @@ impl<'a> Fleet<'a> {
         }
         self.hear(id)?;
         self.pass_on(id);
-        if self.rules.moves() && self.num_waiting > 0 && self.devices[id].waiting.is_empty() {
-            self.relieve(id);
-        }
+        self.relieve(id);
         let device = &mut self.devices[id];
         if device.engine.is_idle() {
             device.idle_since = Some(self.waited);
@@ -402,32 +408,6 @@ impl<'a> Fleet<'a> {
         self.router.token(live.placement.as_mut().expect("it runs"));
         self.devices[id].output_tokens += 1;
         self.tokens_while_waiting += u64::from(self.num_waiting > 0);
-    }
-
-    /// Device `id`, where nothing waits, takes what waits on the one that is most behind.
-    fn relieve(&mut self, id: usize) {
-        let replica = ReplicaId(id as u16);
-        while self.router.num_placed(replica) < self.devices[id].engine.config().max_num_seqs {
-            let devices = &self.devices;
-            let waits = |other: ReplicaId| other != replica && !devices[usize::from(other.0)].waiting.is_empty();
-            let Some(behind) = self.router.most_behind(waits) else { return };
-            let from = usize::from(behind.0);
-            let Some(index) = self.devices[from].waiting.back().copied() else { return };
-            let live = self.live[index].as_mut().expect("it waits");
-            let ask = self.rules.ask(&self.requests[index], &live.chain, live.generated.len() as u32);
-            let here = live.placement.as_ref().expect("it waits");
-            if !self.router.is_worth_a_move(here, ask, replica) {
-                return;
-            }
-            let there = self.router.place_on(replica, ask);
-            self.router.withdraw(live.placement.replace(there).expect("it waits"));
-            self.devices[from].engine.abort(live.sequence);
-            self.devices[from].waiting.retain(|waiting| *waiting != index);
-            self.devices[from].there.remove(&index);
-            self.num_waiting -= 1;
-            self.num_moved += 1;
-            self.hand_in(index);
-        }
     }
 
     fn report(mut self, specs: &[FleetDevice], rule: Rule, num_too_long: u32) -> FleetReport {

@@ -246,15 +246,15 @@ fn end((mut stream, mut bytes): (TcpStream, Vec<u8>), num_choices: usize) -> Vec
     tokens
 }
 
+fn ids_of_choices(reply: &Value) -> Vec<Vec<u64>> {
+    reply["choices"].as_array().expect("choices").iter().map(|choice| ids(&choice["token_ids"])).collect()
+}
+
 #[test]
 fn a_device_that_is_lost_under_streams_is_a_pause_to_them() {
     let one = Setup::default().start();
     let bodies = bodies(600);
-    let ids_of = |body: &Value| {
-        let reply = one.complete(body.clone());
-        reply["choices"].as_array().expect("choices").iter().map(|choice| ids(&choice["token_ids"])).collect()
-    };
-    let expected: Vec<Vec<Vec<u64>>> = bodies.iter().map(ids_of).collect();
+    let expected: Vec<Vec<Vec<u64>>> = bodies.iter().map(|body| ids_of_choices(&one.complete(body.clone()))).collect();
     let fleet = fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
     let (server, gate) = (&fleet.server, &fleet.gates[0]);
     // Until the device had some of them as it was lost.
@@ -290,6 +290,30 @@ fn a_device_that_is_lost_under_streams_is_a_pause_to_them() {
         server.metric(&format!("fullbore_requests_finished_total{{device=\"sim@{device}\",reason=\"error\"}}"))
     };
     assert_eq!([failed(0), failed(1)], [0.0, 0.0]);
+}
+
+/// As if it hung, and came back when all is over.
+#[test]
+fn streams_of_a_stalled_device_go_on_where_nothing_is_to_do() {
+    let one = Setup::default().start();
+    let bodies = bodies(600);
+    let expected: Vec<Vec<Vec<u64>>> = bodies.iter().map(|body| ids_of_choices(&one.complete(body.clone()))).collect();
+    let fleet = fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
+    let (server, gate) = (&fleet.server, &fleet.gates[0]);
+    for round in 1.. {
+        assert!(round < 20, "all streams ended before the device stalled");
+        let streams = begin(server, &bodies);
+        gate.set(Pace::Stalled);
+        for (stream, expected) in streams.into_iter().zip(&expected) {
+            assert_eq!(&end(stream, expected.len()), expected);
+        }
+        gate.set(Pace::Each(Duration::from_millis(1)));
+        fleet.wait_until_idle();
+        if fleet.of("fullbore_requests_moved_total", 0) > 0.0 {
+            break;
+        }
+    }
+    assert_eq!(fleet.of("fullbore_device_losses_total", 0), 0.0);
 }
 
 /// Time of an idle device is told apart by why it is idle, while requests wait elsewhere.

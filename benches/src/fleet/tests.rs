@@ -134,6 +134,16 @@ fn unlike_devices_bring_what_they_bring_alone_and_wait_for_nobody() {
     assert!(ours.total_ms.mean < least.total_ms.mean && ours.ttft_ms.p99 < least.ttft_ms.p99, "{ours:#?} {least:#?}");
 }
 
+/// Sixty at once, on two devices of which one is twenty times as fast: the slow one's go on there when it is done.
+#[test]
+fn a_slow_device_holds_up_no_burst() {
+    let requests = generate(Arrivals::AtOnce, SHORT, 60, 5);
+    let [both, fast] = [&[1.0, 20.0][..], &[20.0]].map(|speeds| run(speeds, &requests, Rule::Router));
+    assert!(both.duration_s < 1.3 * fast.duration_s, "{} {}", both.duration_s, fast.duration_s);
+    let wanted: u64 = requests.iter().map(|request| u64::from(request.output_tokens)).sum();
+    assert_eq!((both.num_completed, both.output_tokens), (60, wanted));
+}
+
 #[test]
 fn prefixes_are_found_where_they_are() {
     let lengths = Lengths::Shared { groups: 9, prefix: 256, prompt: 30, output: 20 };

@@ -1,11 +1,11 @@
 //! The router at work: requests go to engines, engine threads tell what happens, and what waits goes where it is
-//! served sooner.
+//! served sooner ([`moves`]).
 //!
 //! Invariant: a request that has not ended is with one engine, or parked while no device takes any. A lock is held for
 //! a few additions, a search over the replicas, or a look at those that wait; never while a sink is told of something.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,12 @@ use super::routed::{Now, Routed};
 use super::router::{Placement, Router, Traits};
 use super::{ReplicaId, lock};
 use crate::cost::{CostModel, Prices};
-use crate::engine::Engine;
 use crate::memory::{BlockChain, BlockHasher};
 use crate::queue::Ledger;
 use crate::request::{FinishReason, Request, Sink};
 use crate::worker::{ENDED, EngineHandle};
 
+mod moves;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +37,8 @@ struct Board {
     router: Router,
     /// By replica.
     seats: Vec<Seat>,
+    /// By replica: a step of one sequence, as it was tried.
+    alone: Vec<Duration>,
     /// With no engine, oldest first.
     parked: Vec<Arc<Routed>>,
     /// How many wait of each priority that any has.
@@ -52,6 +54,10 @@ const LOOK: Duration = Duration::from_millis(10);
 struct Seat {
     /// What has not begun there, oldest first.
     waiting: VecDeque<Arc<Routed>>,
+    /// What has, oldest first.
+    running: Vec<Arc<Routed>>,
+    /// How many were there after its last step.
+    num_placed: u32,
     /// What steps take there, once that is known.
     cost: CostModel,
     /// Its device is there.
@@ -61,18 +67,21 @@ struct Seat {
 
 impl Dispatch {
     pub fn new(engines: Vec<EngineHandle>, hasher: Option<BlockHasher>) -> Dispatch {
-        let are_known = engines.iter().all(|engine| engine.cost().is_known());
-        let traits = |engine: &EngineHandle| {
+        let costs: Vec<CostModel> = engines.iter().map(EngineHandle::cost).collect();
+        let alone: Vec<Duration> = engines.iter().map(alone).collect();
+        let traits = |(engine, cost): (&EngineHandle, CostModel)| {
             let config = engine.config();
             let (max_num_seqs, max_num_batched_tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
-            let cost = if are_known { engine.cost() } else { guess(engine) };
-            Traits { cost, max_num_seqs, max_num_batched_tokens }
+            let kv_tokens = u64::from(config.num_blocks) * u64::from(config.block_size);
+            Traits { cost, max_num_seqs, max_num_batched_tokens, kv_tokens }
         };
-        let traits: Vec<Traits> = engines.iter().map(traits).collect();
+        let traits: Vec<Traits> = engines.iter().zip(guessed(&costs, &alone)).map(traits).collect();
         let mut router = Router::new(engines[0].config().block_size, &traits);
         router.set_moves(engines.iter().map(EngineHandle::move_prices).collect());
         let seat = |engine: &EngineHandle| Seat {
             waiting: VecDeque::new(),
+            running: Vec::new(),
+            num_placed: 0,
             cost: engine.cost(),
             is_open: true,
             has_ended: false,
@@ -80,7 +89,7 @@ impl Dispatch {
         let seats = engines.iter().map(seat).collect();
         let imbalance = Imbalance::new(engines.len());
         let (parked, priorities) = (Vec::new(), BTreeMap::new());
-        let board = Mutex::new(Board { router, seats, parked, priorities, imbalance, looked_at: None });
+        let board = Mutex::new(Board { router, seats, alone, parked, priorities, imbalance, looked_at: None });
         Dispatch { engines, hasher, ledger: Arc::default(), board }
     }
 
@@ -153,8 +162,12 @@ impl Dispatch {
     }
 
     /// It has got a slot.
-    pub fn begun(&self, routed: &Routed, now: &mut Now) {
-        lock(&self.board).unlist(routed, now);
+    pub fn begun(&self, routed: &Arc<Routed>, now: &mut Now) {
+        let mut board = lock(&self.board);
+        board.unlist(routed, now);
+        if let Some(placement) = &now.placement {
+            board.seat(placement.replica).running.push(routed.clone());
+        }
     }
 
     pub fn token(&self, now: &mut Now) {
@@ -191,96 +204,6 @@ impl Dispatch {
     /// How long a device has been idle while requests waited on others, in the order of [`Idle::ALL`].
     pub fn imbalance(&self, replica: ReplicaId) -> [Duration; Idle::ALL.len()] {
         lock(&self.board).imbalance.charged(replica, Instant::now())
-    }
-
-    /// An engine has done a step, or has nothing to do.
-    pub fn stepped(&self, replica: ReplicaId, engine: &mut Engine) {
-        let (cost, max_num_seqs) = (*engine.cost(), engine.config().max_num_seqs);
-        let has_room = {
-            let mut board = lock(&self.board);
-            board.learn(replica, cost);
-            let Board { router, seats, imbalance, .. } = &mut *board;
-            engine.cache_mut().block_events().for_each(|event| router.tell(replica, event));
-            let seat = &seats[usize::from(replica.0)];
-            let is_idle = engine.is_idle() && seat.waiting.is_empty() && seat.is_open;
-            if seat.is_open {
-                imbalance.turn(replica, is_idle.then_some(Idle::PlacedElsewhere), Instant::now());
-            }
-            seat.is_open && seat.waiting.is_empty() && seats.iter().any(|seat| !seat.waiting.is_empty())
-        };
-        match has_room {
-            true => self.relieve(replica, max_num_seqs),
-            false => self.prefer(replica),
-        }
-    }
-
-    /// Where `replica` has a slot for somebody who waits there, whoever of the same tenant comes before them by
-    /// priority and waits for a slot elsewhere gets it: as many as there are slots.
-    fn prefer(&self, replica: ReplicaId) {
-        loop {
-            let routed = {
-                let board = lock(&self.board);
-                if board.priorities.len() < 2 || !board.seats[usize::from(replica.0)].is_open {
-                    return;
-                }
-                let has_slot = |other: ReplicaId| board.num_begun(other) < self.max_num_seqs(other);
-                if !has_slot(replica) {
-                    return;
-                }
-                let preferred = board.preferred_to_those_at(replica, |other| !has_slot(other)).cloned();
-                preferred.filter(|routed| board.num_before(routed, replica) < self.max_num_seqs(replica))
-            };
-            if !routed.is_some_and(|routed| self.take_over(&routed, replica, true)) {
-                return;
-            }
-        }
-    }
-
-    fn max_num_seqs(&self, replica: ReplicaId) -> u32 {
-        self.engines[usize::from(replica.0)].config().max_num_seqs
-    }
-
-    /// `replica`, where nothing waits, takes what waits on the one that is most behind, while it has a slot and what it
-    /// takes costs so much less there.
-    fn relieve(&self, replica: ReplicaId, max_num_seqs: u32) {
-        loop {
-            let routed = {
-                let board = self.look();
-                if board.router.num_placed(replica) >= max_num_seqs {
-                    return;
-                }
-                let waiting = |other: ReplicaId| &board.seats[usize::from(other.0)].waiting;
-                let waits = |other: ReplicaId| other != replica && !waiting(other).is_empty();
-                let behind = board.router.most_behind(waits);
-                behind.and_then(|behind| waiting(behind).back().cloned())
-            };
-            if !routed.is_some_and(|routed| self.take_over(&routed, replica, false)) {
-                return;
-            }
-        }
-    }
-
-    /// Whether a request that waited elsewhere is with `replica` now; it goes if it would cost so much less there, or
-    /// because it is `preferred`.
-    fn take_over(&self, routed: &Arc<Routed>, replica: ReplicaId, preferred: bool) -> bool {
-        let mut now = lock(&routed.now);
-        let Some(placement) = now.placement.as_ref().filter(|_| now.is_waiting) else { return false };
-        let is_worth_it = || lock(&self.board).router.is_worth_a_move(placement, routed.ask(&now), replica);
-        if !preferred && !is_worth_it() {
-            return false;
-        }
-        routed.recall(&mut now);
-        let placement = {
-            let mut board = lock(&self.board);
-            board.list(routed, replica);
-            board.router.place_on(replica, routed.ask(&now))
-        };
-        let taken = self.hand_over(routed, &mut now, placement);
-        drop(now);
-        if !taken {
-            self.place(routed);
-        }
-        taken
     }
 
     /// Its device is gone: what waits there goes elsewhere, and what it was at is told by its engine.
@@ -342,16 +265,16 @@ impl Board {
         &mut self.seats[usize::from(replica.0)]
     }
 
-    /// A price is worth something beside others that are known too.
+    /// What steps of a replica take, and so of those that are not known yet.
     fn learn(&mut self, replica: ReplicaId, cost: CostModel) {
-        let are_known = |seats: &[Seat]| seats.iter().all(|seat| seat.cost.is_known());
-        let were_known = are_known(&self.seats);
+        let is_news = cost.is_known() && !self.seat(replica).cost.is_known();
         self.seat(replica).cost = cost;
-        if were_known {
+        if is_news {
+            let costs: Vec<CostModel> = self.seats.iter().map(|seat| seat.cost).collect();
+            let all = (0..).map(ReplicaId).zip(guessed(&costs, &self.alone));
+            all.for_each(|(id, cost)| self.router.set_cost(id, cost));
+        } else if cost.is_known() {
             self.router.set_cost(replica, cost);
-        } else if are_known(&self.seats) {
-            let ids = (0..).map(ReplicaId).zip(&self.seats);
-            ids.for_each(|(id, seat)| self.router.set_cost(id, seat.cost));
         }
     }
 
@@ -368,56 +291,50 @@ impl Board {
         self.seats.iter().map(|seat| seat.waiting.len()).sum()
     }
 
-    /// Requests that a replica has given a slot.
-    fn num_begun(&self, replica: ReplicaId) -> u32 {
-        let num_waiting = self.seats[usize::from(replica.0)].waiting.len() as u32;
-        self.router.num_placed(replica).saturating_sub(num_waiting)
-    }
-
-    /// Those that have a slot of `replica`, or come before a request that waits elsewhere when one becomes free.
-    fn num_before(&self, routed: &Routed, replica: ReplicaId) -> u32 {
-        let waiting = &self.seats[usize::from(replica.0)].waiting;
-        let before = waiting.iter().filter(|own| own.priority() <= routed.priority());
-        self.num_begun(replica) + before.count() as u32
-    }
-
-    /// Of those that wait on replicas that are `full`, the first by priority that comes before somebody of the same
-    /// tenant at `replica`.
-    fn preferred_to_those_at(&self, replica: ReplicaId, full: impl Fn(ReplicaId) -> bool) -> Option<&Arc<Routed>> {
-        let mut last_at = HashMap::new();
-        for own in &self.seats[usize::from(replica.0)].waiting {
-            let last = last_at.entry(own.tenant()).or_insert(own.priority());
-            *last = own.priority().max(*last);
-        }
-        let others = (0..).map(ReplicaId).zip(&self.seats).filter(|(other, _)| *other != replica && full(*other));
-        let waiting = others.flat_map(|(_, seat)| &seat.waiting);
-        let comes_before =
-            |routed: &&Arc<Routed>| last_at.get(&routed.tenant()).is_some_and(|last| routed.priority() < *last);
-        waiting.filter(comes_before).min_by_key(|routed| routed.priority())
-    }
-
-    /// It does not wait any more, if it did.
+    /// It neither waits nor runs any more, if it did.
     fn unlist(&mut self, routed: &Routed, now: &mut Now) {
-        let Some(placement) = now.placement.as_ref().filter(|_| now.is_waiting) else { return };
-        let waiting = &mut self.seat(placement.replica).waiting;
-        let at = waiting.iter().position(|other| std::ptr::eq(Arc::as_ptr(other), routed));
-        waiting.remove(at.expect("who waits is listed"));
+        let Some(placement) = &now.placement else { return };
+        let is_it = |other: &Arc<Routed>| std::ptr::eq(Arc::as_ptr(other), routed);
+        let seat = self.seat(placement.replica);
+        if !std::mem::replace(&mut now.is_waiting, false) {
+            let at = seat.running.iter().position(is_it);
+            seat.running.remove(at.expect("who has begun is listed"));
+            return;
+        }
+        let at = seat.waiting.iter().position(is_it);
+        seat.waiting.remove(at.expect("who waits is listed"));
         if let Entry::Occupied(mut count) = self.priorities.entry(routed.priority()) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
             }
         }
-        now.is_waiting = false;
         self.imbalance.wait(self.num_waiting(), Instant::now());
     }
 }
 
-/// Before its steps have been measured: by what one sequence alone took when it was started.
-fn guess(engine: &EngineHandle) -> CostModel {
-    let base = if engine.alone().is_zero() { STAND_IN } else { engine.alone() };
-    let base_ns = base.as_nanos() as f64;
-    CostModel::line(base_ns, base_ns / 100.0, Prices::default())
+/// What steps take by replica: as is known, and where it is not, as on the known one that is the most alike by what one
+/// sequence alone took when they were started, as much faster or slower. Where none is known, a line from there.
+fn guessed(costs: &[CostModel], alone: &[Duration]) -> Vec<CostModel> {
+    let known: Vec<usize> = (0..costs.len()).filter(|&index| costs[index].is_known()).collect();
+    let guess = |index: usize| {
+        let ratio = |other: usize| alone[other].as_secs_f64() / alone[index].as_secs_f64();
+        let is_unlike = |other: &usize| ratio(*other).ln().abs();
+        match known.iter().copied().min_by(|a, b| is_unlike(a).total_cmp(&is_unlike(b))) {
+            Some(other) => costs[other].faster(ratio(other)),
+            None => CostModel::line(
+                alone[index].as_nanos() as f64,
+                alone[index].as_nanos() as f64 / 100.0,
+                Prices::default(),
+            ),
+        }
+    };
+    (0..costs.len()).map(|index| if costs[index].is_known() { costs[index] } else { guess(index) }).collect()
+}
+
+/// What one sequence alone took when it was started.
+fn alone(engine: &EngineHandle) -> Duration {
+    if engine.alone().is_zero() { STAND_IN } else { engine.alone() }
 }
 
 /// For a device that was not asked to try: requests are spread by their number and size.

@@ -1,10 +1,11 @@
 //! A request on its way through a fleet: handed from engine to engine until it ends, as one to its client.
 //!
-//! Whoever waits may be sent elsewhere, and whose device is lost goes on elsewhere from the tokens that it has: the
-//! sampler's state is a function of seed, position and tokens, so that the client gets those that it would have got.
+//! Whoever waits may be sent elsewhere, and whose device is lost, or much slower than one that has nothing to do, goes
+//! on elsewhere from the tokens that it has: the sampler's state is a function of seed, position and tokens, so that the
+//! client gets those that it would have got.
 //! Invariant: what an engine tells of an attempt that is not the last reaches nobody.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::dispatch::Dispatch;
@@ -24,6 +25,10 @@ pub(super) struct Routed {
     chain: BlockChain,
     /// The number of the last one; changes while `now` is held.
     attempt: AtomicU32,
+    /// Whether a device that had nothing to do has taken it from another one, where it ran; no second one does.
+    was_restarted: AtomicBool,
+    /// Whether any has come.
+    has_tokens: AtomicBool,
     /// Held before the dispatch's board, where both are.
     pub now: Mutex<Now>,
 }
@@ -52,7 +57,8 @@ impl Routed {
             generated: Vec::new(),
             num_losses: 0,
         };
-        Routed { dispatch, request, chain, attempt: AtomicU32::new(0), now: Mutex::new(now) }
+        let (was_restarted, has_tokens) = (AtomicBool::new(false), AtomicBool::new(false));
+        Routed { dispatch, request, chain, attempt: AtomicU32::new(0), was_restarted, has_tokens, now: Mutex::new(now) }
     }
 
     pub fn tenant(&self) -> u64 {
@@ -61,6 +67,16 @@ impl Routed {
 
     pub fn is_pooled(&self) -> bool {
         self.request.pooling.is_some()
+    }
+
+    /// Whether it may be taken from where it has a slot; `has_tokens` that it may have tokens there.
+    pub fn may_restart(&self, has_tokens: bool) -> bool {
+        let is_free = !self.is_pooled() && !self.was_restarted.load(Ordering::Relaxed);
+        is_free && (has_tokens || !self.has_tokens.load(Ordering::Relaxed))
+    }
+
+    pub fn restarts(&self) {
+        self.was_restarted.store(true, Ordering::Relaxed);
     }
 
     /// Lower is served first, of one tenant.
@@ -126,6 +142,7 @@ impl Routed {
             }
             Event::Token { id, .. } => {
                 now.generated.push(*id);
+                self.has_tokens.store(true, Ordering::Relaxed);
                 self.dispatch.token(&mut now);
             }
             Event::Finished { reason: FinishReason::DeviceLost(_), .. } if now.num_losses < MAX_LOSSES => {

@@ -10,6 +10,9 @@
 //! counts for what it saves beyond the copies. Ties go round, but to who has more of the prompt where that costs no
 //! more time than it saves.
 //!
+//! A replica that has nothing to do takes from others: who waits there, and where nobody does, who runs on a device that
+//! is so slow that beginning anew costs less.
+//!
 //! Invariant: what is counted of a replica is the sum over its placements, each counted from [`Router::place`] until
 //! it is given back; nobody is asked how busy they are. How long answers are is learnt from those that ended.
 
@@ -48,6 +51,8 @@ pub struct Traits {
     pub cost: CostModel,
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,
+    /// Tokens whose K and V it has memory for.
+    pub kv_tokens: u64,
 }
 
 /// What one request is counted for where it was placed; belongs to whoever placed it, and goes back to the router.
@@ -62,6 +67,8 @@ pub struct Placement {
     /// What is to come from another replica, before the rest is computed.
     pub fetch: Option<Fetch>,
     prompt_tokens: u32,
+    /// Tokens that it is expected to add to those whose KV is there.
+    kv_tokens: u32,
     /// What the rest of its prompt takes there, until it is computed.
     waiting_ns: u64,
     /// Expected of its answer.
@@ -102,7 +109,7 @@ const MEMORY: u32 = 256;
 const FIRST_GUESS: f64 = 128.0;
 /// Predictions that differ by this share are a tie, for prices are known no better.
 const TIE: f64 = 0.02;
-/// A request that waits is moved where it is predicted to cost this share of the time, or less.
+/// A request is moved where it is predicted to cost this share of the time, or less.
 const WORTH_A_MOVE: f64 = 0.9;
 
 impl Router {
@@ -182,17 +189,44 @@ impl Router {
     /// Whether a request that waits where `placement` has it would cost so much less on `other` that it is to be taken
     /// there.
     pub fn is_worth_a_move(&mut self, placement: &Placement, ask: Ask, other: ReplicaId) -> bool {
-        self.find_cached(ask);
+        let stays = |router: &Router, others: &Outlook, rest_ns: f64| {
+            router.cost_ns(others, ask.prompt_tokens, rest_ns, placement.answer_tokens)
+        };
+        self.costs_less_on(other, placement, ask, placement.answer_tokens, stays)
+    }
+
+    /// The same of a request that has a slot there: elsewhere all its tokens so far, which are a prompt now, are computed
+    /// anew.
+    pub fn is_worth_a_restart(&mut self, placement: &Placement, ask: Ask, other: ReplicaId) -> bool {
+        let answer_tokens = self.answers.expected(ask.max_tokens);
+        let stays = |router: &Router, others: &Outlook, _: f64| {
+            let rest_ns = placement.waiting_ns as f64;
+            let own_ns = others.own_ns(ask.prompt_tokens, rest_ns, answer_tokens);
+            own_ns + if router.minds_others { others.takes_ns(ask.prompt_tokens, rest_ns, answer_tokens) } else { 0.0 }
+        };
+        self.costs_less_on(other, placement, ask, answer_tokens, stays)
+    }
+
+    /// Whether it would cost so much less on `other` than it does where it is, which `stays` tells from what is there
+    /// without it and what the rest of its prompt would take.
+    fn costs_less_on(
+        &mut self,
+        other: ReplicaId,
+        placement: &Placement,
+        ask: Ask,
+        answer_tokens: u32,
+        stays: impl FnOnce(&Router, &Outlook, f64) -> f64,
+    ) -> bool {
         let (here, there) = (usize::from(placement.replica.0), usize::from(other.0));
         if here == there || !self.replicas[there].is_open {
             return false;
         }
+        self.find_cached(ask);
         let source = self.source();
         let [rest_here, rest_there] = [here, there].map(|index| self.rest(index, ask.prompt_tokens, source).ns);
-        let others = self.replicas[here].without(placement);
-        let stays = self.cost_ns(&others, ask.prompt_tokens, rest_here, placement.answer_tokens);
-        let moves = self.cost_ns(&self.outlooks[there], ask.prompt_tokens, rest_there, placement.answer_tokens);
-        moves < WORTH_A_MOVE * stays
+        let stays_ns = stays(self, &self.replicas[here].without(placement), rest_here);
+        let moves_ns = self.cost_ns(&self.outlooks[there], ask.prompt_tokens, rest_there, answer_tokens);
+        moves_ns < WORTH_A_MOVE * stays_ns
     }
 
     /// Of replicas where somebody `waits`, the one with the most work before the last of them, by its own time.
@@ -200,6 +234,13 @@ impl Router {
         let all = (0..).map(ReplicaId).zip(&self.replicas);
         let behind = all.filter(|(id, _)| waits(*id)).map(|(id, replica)| (id, replica.wait_ns()));
         behind.max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(id, _)| id)
+    }
+
+    /// Of replicas where somebody `runs`, the one where an answer takes the longest from now on.
+    pub fn slowest(&self, runs: impl Fn(ReplicaId) -> bool) -> Option<ReplicaId> {
+        let all = (0..).map(ReplicaId).zip(&self.replicas);
+        let slow = all.filter(|(id, _)| runs(*id)).map(|(id, replica)| (id, replica.answer_ns(self.answers.mean)));
+        slow.max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(id, _)| id)
     }
 
     /// Its prompt is computed and a token has come.
@@ -223,6 +264,7 @@ impl Router {
             replica.prompt_tokens -= u64::from(placement.prompt_tokens);
             replica.waiting_ns -= placement.waiting_ns;
             replica.answer_tokens -= u64::from(placement.answer_tokens);
+            replica.kv_tokens -= u64::from(placement.kv_tokens);
         });
     }
 
@@ -290,11 +332,13 @@ impl Router {
         let cached_tokens = self.cached_tokens[index];
         let predicted_ns = self.outlooks[index].finish_ns(ask.prompt_tokens, rest.ns, answer_tokens) as u64;
         let (id, waiting_ns) = (ReplicaId(index as u16), rest.ns as u64);
+        let kv_tokens = ask.prompt_tokens - cached_tokens + answer_tokens;
         self.change(id, |replica| {
             replica.num_placed += 1;
             replica.prompt_tokens += u64::from(ask.prompt_tokens);
             replica.waiting_ns += waiting_ns;
             replica.answer_tokens += u64::from(answer_tokens);
+            replica.kv_tokens += u64::from(kv_tokens);
         });
         Placement {
             replica: id,
@@ -302,6 +346,7 @@ impl Router {
             cached_tokens,
             fetch: rest.fetch,
             prompt_tokens: ask.prompt_tokens,
+            kv_tokens,
             waiting_ns,
             answer_tokens,
         }

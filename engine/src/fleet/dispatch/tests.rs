@@ -1,8 +1,10 @@
 //! Replicas whose threads do not run: what becomes of requests is what a test says.
 
+use super::moves::Why;
 use super::*;
 use crate::backend::sim::{SimBackend, SimOptions};
 use crate::config::EngineConfig;
+use crate::engine::Engine;
 use crate::model::{Checkpoint, Model, ModelConfig};
 use crate::request::{Event, Flow, Pooling, TokenId};
 use crate::tensor::WeightFormat;
@@ -98,4 +100,56 @@ fn a_free_slot_draws_one_of_those_that_wait_elsewhere() {
         .iter()
         .filter(|routed| lock(&routed.now).placement.as_ref().is_some_and(|placement| placement.replica == free));
     assert_eq!(num_moved.count(), 1);
+}
+
+/// Of the first steps are known; the second takes twice as long for one sequence, and half as long as the third.
+#[test]
+fn who_is_not_known_is_taken_to_be_like_who_is() {
+    let (known, unknown) = (CostModel::line(3e6, 1e6, Prices::default()), CostModel::UNKNOWN);
+    let alone = [10, 20, 40].map(Duration::from_millis);
+    assert_eq!(guessed(&[known, unknown, unknown], &alone), [known, known.faster(0.5), known.faster(0.25)]);
+    // The third's own is nearer to the second.
+    let third = CostModel::line(5e6, 1e6, Prices::default());
+    assert_eq!(guessed(&[known, unknown, third], &alone), [known, known.faster(0.5), third]);
+    let [first, .., last] = &guessed(&[unknown; 3], &alone)[..] else { panic!("three") };
+    assert_eq!(*last, first.faster(0.25));
+}
+
+/// A step of the first takes twenty times as long; three run there, and the second has nothing to do.
+#[test]
+fn who_runs_on_a_slow_device_begins_anew_once_on_one_that_has_nothing_to_do() {
+    let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
+    let dispatch = Arc::new(Dispatch::new(engines, None));
+    let (slow, fast) = (ReplicaId(0), ReplicaId(1));
+    let cost = |speed: f64| CostModel::line(10e6, 0.1e6, Prices::default()).faster(speed);
+    let runs_at = |replica: ReplicaId| lock(&dispatch.board).seats[usize::from(replica.0)].running.len();
+    {
+        let mut board = lock(&dispatch.board);
+        board.learn(slow, cost(0.05));
+        board.learn(fast, cost(1.0));
+        board.router.set_open(fast, false);
+    }
+    let begun = |pooling: Option<Pooling>| {
+        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
+        let routed =
+            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
+        dispatch.place(&routed);
+        dispatch.begun(&routed, &mut lock(&routed.now));
+        routed
+    };
+    let all = [Some(Pooling::Last), None, None].map(begun);
+    assert_eq!((runs_at(slow), runs_at(fast)), (3, 0));
+    lock(&dispatch.board).router.set_open(fast, true);
+    dispatch.relieve(fast, 3, Why::Runs);
+    // They wait there now; what is pooled has no tokens with which it could begin anew.
+    assert_eq!((runs_at(slow), dispatch.num_waiting_at(fast)), (1, 2));
+    all[1..].iter().for_each(|routed| dispatch.begun(routed, &mut lock(&routed.now)));
+    // Who has been taken is not taken back.
+    lock(&dispatch.board).learn(fast, cost(0.001));
+    dispatch.relieve(slow, 3, Why::Runs);
+    assert_eq!((runs_at(slow), runs_at(fast)), (1, 2));
+    for routed in &all {
+        dispatch.end(routed, &mut lock(&routed.now), &FinishReason::Length);
+    }
+    assert_eq!((runs_at(slow), runs_at(fast)), (0, 0));
 }

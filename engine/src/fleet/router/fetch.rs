@@ -86,7 +86,8 @@ mod tests {
     /// Two replicas on which a token of a prompt takes 0.12 ms; the first has 24 blocks of what is asked.
     fn router(first: MovePrices, second: MovePrices) -> (Router, Vec<BlockHash>) {
         let cost = CostModel::line(10e6, 0.1e6, Prices::default());
-        let mut router = Router::new(16, &[Traits { cost, max_num_seqs: 4, max_num_batched_tokens: 512 }; 2]);
+        let mut router =
+            Router::new(16, &[Traits { cost, max_num_seqs: 4, max_num_batched_tokens: 512, kv_tokens: 1 << 20 }; 2]);
         router.set_moves(vec![Some(first), Some(second)]);
         let chain: Vec<BlockHash> = (0..24).map(BlockHash).collect();
         chain.iter().for_each(|&hash| router.tell(ReplicaId(0), BlockEvent::Stored(hash)));

@@ -22,6 +22,7 @@ pub(super) struct Replica {
     pub prompt_tokens: u64,
     pub waiting_ns: u64,
     pub answer_tokens: u64,
+    pub kv_tokens: u64,
 }
 
 /// What one request more would meet on a replica; computed when the replica changes, for it is asked by each request.
@@ -57,6 +58,7 @@ impl Replica {
             prompt_tokens: 0,
             waiting_ns: 0,
             answer_tokens: 0,
+            kv_tokens: 0,
         };
         replica.set_cost(traits.cost);
         replica
@@ -72,7 +74,7 @@ impl Replica {
 
     /// As it is now.
     pub fn outlook(&self) -> Outlook {
-        let (num, slots) = (self.num_placed + 1, self.traits.max_num_seqs);
+        let (num, slots) = (self.num_placed + 1, self.slots());
         let rows = num.min(slots);
         let Prices { ns_per_attended_token, ns_per_loaded_token, .. } = self.traits.cost.prices();
         let ns_per_context = f64::from(rows) * (ns_per_attended_token + ns_per_loaded_token) / f64::from(num);
@@ -96,7 +98,7 @@ impl Replica {
     fn step_ns(&self) -> f64 {
         let num = self.num_placed.max(1);
         let context = self.prompt_tokens / u64::from(num);
-        let rows = num.min(self.traits.max_num_seqs);
+        let rows = num.min(self.slots());
         self.traits.cost.predict_ns(&StepShape::decode(rows, context as u32)) as f64
     }
 
@@ -107,15 +109,25 @@ impl Replica {
             prompt_tokens: self.prompt_tokens - u64::from(placement.prompt_tokens),
             waiting_ns: self.waiting_ns - placement.waiting_ns,
             answer_tokens: self.answer_tokens - u64::from(placement.answer_tokens),
+            kv_tokens: self.kv_tokens - u64::from(placement.kv_tokens),
             ..*self
         };
         others.outlook()
     }
 
+    /// How many run at once: as many as have memory where all are as those that are placed.
+    fn slots(&self) -> u32 {
+        let have_memory = u64::from(self.num_placed) * self.traits.kv_tokens / self.kv_tokens.max(1);
+        match self.num_placed {
+            0 => self.traits.max_num_seqs,
+            _ => have_memory.clamp(1, u64::from(self.traits.max_num_seqs)) as u32,
+        }
+    }
+
     /// Steps until there is a slot for one more than `num_placed`: in a step as many answers end as run, over the
     /// length of one, however lengths are spread (Little's law).
     fn slot_steps(&self, num_placed: u32) -> f64 {
-        let slots = self.traits.max_num_seqs;
+        let slots = self.slots();
         let excess = (num_placed + 1).saturating_sub(slots);
         let each = self.answer_tokens as f64 / f64::from(num_placed.max(1));
         f64::from(excess) / f64::from(slots) * each
@@ -133,6 +145,11 @@ impl Replica {
         let full_ns = self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens);
         let decode_ns = if self.num_placed > 0 { self.step_ns() } else { 0.0 };
         decode_ns.max(full_ns.min(self.waiting_ns as f64))
+    }
+
+    /// One more answer of so many tokens, once those that wait have begun.
+    pub fn answer_ns(&self, num_tokens: f64) -> f64 {
+        (self.late_ns + self.waiting_ns) as f64 + num_tokens * self.step_ns()
     }
 
     /// Until the last that waits has begun.
@@ -161,20 +178,38 @@ impl Outlook {
 
     /// From now until one request more would have ended, the rest of whose prompt takes `prompt_ns`.
     pub fn finish_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
-        let step_ns = self.step_with_ns(prompt_tokens);
-        self.lead_ns + prompt_ns + (self.slot_steps + f64::from(answer_tokens)) * step_ns
+        self.lead_ns + self.slot_ns(prompt_tokens) + self.served_ns(prompt_tokens, prompt_ns, answer_tokens)
     }
 
-    /// What it takes from others, summed: those there wait for its prompt, and have longer steps while both go on;
-    /// where it waits for a slot or for a device that is late, so do those that come after it.
+    /// The same of one that has a slot.
+    pub fn own_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
+        self.lead_ns + self.served_ns(prompt_tokens, prompt_ns, answer_tokens)
+    }
+
+    /// What it takes from others, summed: from those there, and where it waits for a slot or for a device that is late,
+    /// so do those that come after it.
     pub fn delay_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
-        let step_ns = self.step_with_ns(prompt_tokens);
+        let followers_ns = FOLLOWERS * (self.late_ns + self.slot_ns(prompt_tokens));
+        self.takes_ns(prompt_tokens, prompt_ns, answer_tokens) + followers_ns
+    }
+
+    /// What it takes from those there: they wait for its prompt, and have longer steps while both go on.
+    pub fn takes_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
         let num_steps = self.other_answer_tokens.min(f64::from(answer_tokens));
-        let there_ns = self.other_rows * (prompt_ns + num_steps * (step_ns - self.step_without_ns).max(0.0));
-        there_ns + FOLLOWERS * (self.late_ns + self.slot_steps * step_ns)
+        let longer_ns = (self.step_with_ns(prompt_tokens) - self.step_without_ns).max(0.0);
+        self.other_rows * (prompt_ns + num_steps * longer_ns)
+    }
+
+    fn slot_ns(&self, prompt_tokens: u32) -> f64 {
+        self.slot_steps * self.step_with_ns(prompt_tokens)
+    }
+
+    fn served_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
+        prompt_ns + f64::from(answer_tokens) * self.step_with_ns(prompt_tokens)
     }
 }
 
 /// How many times its own wait those have together that come after one that waits: r / (1 - r) where a device is busy
-/// for r of its time, here nine tenths (what one more costs the others in an M/G/1 queue).
+/// for r of its time, here nine tenths (what one more costs the others in an M/G/1 queue). Less ends a burst sooner after
+/// which nothing comes, and keeps first tokens waiting under a steady load.
 const FOLLOWERS: f64 = 9.0;

@@ -6,7 +6,7 @@ use crate::cost::Prices;
 /// `speed` times as fast as 10 ms a step and 0.1 ms for each row more.
 fn traits(speed: f64) -> Traits {
     let cost = CostModel::line(10e6 / speed, 0.1e6 / speed, Prices::default());
-    Traits { cost, max_num_seqs: 4, max_num_batched_tokens: 512 }
+    Traits { cost, max_num_seqs: 4, max_num_batched_tokens: 512, kv_tokens: 1 << 20 }
 }
 
 fn router(speeds: &[f64]) -> Router {
@@ -211,4 +211,44 @@ fn a_device_that_gets_slower_gets_less() {
     let places: Vec<Placement> = (0..100).map(|_| place(&mut router)).collect();
     let slow = places.iter().filter(|placement| placement.replica == ReplicaId(0)).count();
     assert!((15..=25).contains(&slow), "{slow}");
+}
+
+/// One that runs has 100 tokens to come: 1.1 s where a step takes 10 ms, and 51 ms on one that is twenty times as fast,
+/// its prompt of 500 tokens again and all.
+#[test]
+fn who_runs_begins_anew_where_that_is_so_much_sooner() {
+    let restarts = |speed: f64, prompt_tokens: u32, max_tokens: u32| {
+        let mut router = router(&[1.0, speed]);
+        let mut placement = router.place_on(ReplicaId(0), ask(&[]));
+        router.token(&mut placement);
+        let is_worth_it =
+            router.is_worth_a_restart(&placement, Ask { chain: &[], prompt_tokens, max_tokens }, ReplicaId(1));
+        router.withdraw(placement);
+        is_worth_it
+    };
+    assert!(restarts(20.0, 500, 100));
+    // There is nothing to gain where both are alike, nor for the last token, nor beside a long prompt.
+    assert!(!restarts(1.0, 500, 100) && !restarts(20.0, 5000, 1) && !restarts(20.0, 200_000, 100));
+    // What is late is as good as slow.
+    let mut router = router(&[1.0, 1.0]);
+    let mut placement = router.place_on(ReplicaId(0), ask(&[]));
+    router.token(&mut placement);
+    assert!(!router.is_worth_a_restart(&placement, ask(&[]), ReplicaId(1)));
+    router.set_stalled(ReplicaId(0), Duration::from_secs(5));
+    assert!(router.is_worth_a_restart(&placement, ask(&[]), ReplicaId(1)));
+    assert_eq!(router.slowest(|_| true), Some(ReplicaId(0)));
+    assert_eq!(router.slowest(|replica| replica == ReplicaId(1)), Some(ReplicaId(1)));
+    router.withdraw(placement);
+}
+
+/// Both have four slots; the second has memory for two requests, and gets a third as many before others wait there.
+#[test]
+fn a_slot_without_memory_is_none() {
+    let large = Traits { max_num_seqs: 6, ..traits(1.0) };
+    let small = Traits { kv_tokens: 2 * 528, ..large };
+    let mut router = Router::new(16, &[large, small]);
+    let places: Vec<Placement> = (0..8).map(|_| place(&mut router)).collect();
+    let counts = [0, 1].map(|id| router.num_placed(ReplicaId(id)));
+    assert_eq!(counts, [6, 2]);
+    places.into_iter().for_each(|placement| router.withdraw(placement));
 }
