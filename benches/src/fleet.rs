@@ -98,8 +98,6 @@ struct Device {
     there: BTreeSet<usize>,
     /// Requests that wait there, oldest first.
     waiting: VecDeque<usize>,
-    /// How many were there after its last step.
-    num_there: usize,
     num_completed: u32,
     output_tokens: u64,
     busy: Duration,
@@ -230,7 +228,6 @@ impl<'a> Fleet<'a> {
                 life_number: 0,
                 there: BTreeSet::new(),
                 waiting: VecDeque::new(),
-                num_there: 0,
                 num_completed: 0,
                 output_tokens: 0,
                 busy: Duration::ZERO,

@@ -455,6 +455,9 @@ impl Engine {
 
     fn tell(&mut self, outcome: Outcome, logprobs: Option<TokenLogprobs>) {
         let Some(client) = self.clients.get_mut(&outcome.sequence) else { return };
+        if outcome.finished.is_some() {
+            client.sink.will_end();
+        }
         let mut flow = Flow::Continue;
         let failed = matches!(outcome.finished, Some((FinishReason::Error(_) | FinishReason::Contradiction(_), _)));
         let prompt_done = !failed && (outcome.token.is_some() || outcome.finished.is_some());

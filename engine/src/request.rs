@@ -221,6 +221,9 @@ pub trait Sink: Send {
     /// Whether the client is gone; asked of waiting sequences, and of running ones before each step.
     fn is_closed(&self) -> bool;
 
+    /// The events that come next are its last, whatever they are: no other engine is to go on from here.
+    fn will_end(&mut self) {}
+
     /// Whether it is closed because another engine serves the client from now on.
     fn has_moved(&self) -> bool {
         false

@@ -1,5 +1,5 @@
-//! What a device takes from others because it has room, as a server's does: the router says from whom, and whether it is
-//! worth it.
+//! What a device takes from others because it has room, as a server's does: the router says from whom, and whether it
+//! is worth it.
 
 use fullbore_engine::fleet::ReplicaId;
 
@@ -10,26 +10,21 @@ use crate::play::lock;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Who {
     Waits,
-    /// It has a slot and no token yet.
-    Begins,
     /// It has a slot.
     Runs,
 }
 
 impl Fleet<'_> {
     /// Device `id` is between two steps. Where nothing waits there, it takes what waits on the one that is most behind;
-    /// where nothing waits anywhere, what has a slot on the slowest: with its tokens if the device has nothing to do,
-    /// and without where it has a slot more than before.
+    /// where nothing waits anywhere and it has nothing to do, what has a slot on the slowest.
     pub(super) fn relieve(&mut self, id: usize) {
-        let device = &mut self.devices[id];
-        let has_ended = device.there.len() < std::mem::replace(&mut device.num_there, device.there.len());
+        let device = &self.devices[id];
         if !self.rules.moves() || !device.waiting.is_empty() {
             return;
         }
         match self.num_waiting {
             1.. => self.take(id, Who::Waits),
             0 if device.engine.is_idle() => self.take(id, Who::Runs),
-            0 if has_ended => self.take(id, Who::Begins),
             0 => {}
         }
     }
@@ -40,7 +35,7 @@ impl Fleet<'_> {
             let last = |other: ReplicaId| if other == replica { None } else { self.last(usize::from(other.0), who) };
             let from = match who {
                 Who::Waits => self.router.most_behind(|other| last(other).is_some()),
-                Who::Begins | Who::Runs => self.router.slowest(|other| last(other).is_some()),
+                Who::Runs => self.router.slowest(|other| last(other).is_some()),
             };
             let Some((from, index)) = from.and_then(|from| Some((usize::from(from.0), last(from)?))) else { return };
             let live = self.live[index].as_mut().expect("it is there");
@@ -48,7 +43,7 @@ impl Fleet<'_> {
             let here = live.placement.as_ref().expect("it is there");
             let is_worth_it = match who {
                 Who::Waits => self.router.is_worth_a_move(here, ask, replica),
-                Who::Begins | Who::Runs => self.router.is_worth_a_restart(here, ask, replica),
+                Who::Runs => self.router.is_worth_a_restart(here, ask, replica),
             };
             if !is_worth_it {
                 return;
@@ -77,10 +72,7 @@ impl Fleet<'_> {
         if who == Who::Waits {
             return device.waiting.back().copied();
         }
-        let may_restart = |index: &&usize| {
-            let live = self.live[**index].as_ref();
-            live.is_some_and(|live| !live.was_restarted && (who == Who::Runs || live.generated.is_empty()))
-        };
+        let may_restart = |index: &&usize| self.live[**index].as_ref().is_some_and(|live| !live.was_restarted);
         device.there.iter().rev().filter(|index| !device.waiting.contains(index)).find(may_restart).copied()
     }
 }

@@ -56,8 +56,6 @@ struct Seat {
     waiting: VecDeque<Arc<Routed>>,
     /// What has, oldest first.
     running: Vec<Arc<Routed>>,
-    /// How many were there after its last step.
-    num_placed: u32,
     /// What steps take there, once that is known.
     cost: CostModel,
     /// Its device is there.
@@ -81,7 +79,6 @@ impl Dispatch {
         let seat = |engine: &EngineHandle| Seat {
             waiting: VecDeque::new(),
             running: Vec::new(),
-            num_placed: 0,
             cost: engine.cost(),
             is_open: true,
             has_ended: false,

@@ -1,8 +1,8 @@
 //! A request on its way through a fleet: handed from engine to engine until it ends, as one to its client.
 //!
 //! Whoever waits may be sent elsewhere, and whose device is lost, or much slower than one that has nothing to do, goes
-//! on elsewhere from the tokens that it has: the sampler's state is a function of seed, position and tokens, so that the
-//! client gets those that it would have got.
+//! on elsewhere from the tokens that it has: the sampler's state is a function of seed, position and tokens, so that
+//! the client gets those that it would have got.
 //! Invariant: what an engine tells of an attempt that is not the last reaches nobody.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -25,10 +25,9 @@ pub(super) struct Routed {
     chain: BlockChain,
     /// The number of the last one; changes while `now` is held.
     attempt: AtomicU32,
-    /// Whether a device that had nothing to do has taken it from another one, where it ran; no second one does.
-    was_restarted: AtomicBool,
-    /// Whether any has come.
-    has_tokens: AtomicBool,
+    /// Whether it stays where it has a slot: another device has taken it from one once, or its end is under way.
+    /// Changes while `now` is held.
+    stays: AtomicBool,
     /// Held before the dispatch's board, where both are.
     pub now: Mutex<Now>,
 }
@@ -57,8 +56,8 @@ impl Routed {
             generated: Vec::new(),
             num_losses: 0,
         };
-        let (was_restarted, has_tokens) = (AtomicBool::new(false), AtomicBool::new(false));
-        Routed { dispatch, request, chain, attempt: AtomicU32::new(0), was_restarted, has_tokens, now: Mutex::new(now) }
+        let (attempt, stays) = (AtomicU32::new(0), AtomicBool::new(false));
+        Routed { dispatch, request, chain, attempt, stays, now: Mutex::new(now) }
     }
 
     pub fn tenant(&self) -> u64 {
@@ -69,14 +68,14 @@ impl Routed {
         self.request.pooling.is_some()
     }
 
-    /// Whether it may be taken from where it has a slot; `has_tokens` that it may have tokens there.
-    pub fn may_restart(&self, has_tokens: bool) -> bool {
-        let is_free = !self.is_pooled() && !self.was_restarted.load(Ordering::Relaxed);
-        is_free && (has_tokens || !self.has_tokens.load(Ordering::Relaxed))
+    /// Whether it may be taken from where it has a slot.
+    pub fn may_restart(&self) -> bool {
+        !self.is_pooled() && !self.stays.load(Ordering::Relaxed)
     }
 
-    pub fn restarts(&self) {
-        self.was_restarted.store(true, Ordering::Relaxed);
+    /// From now on it is taken from no slot; `now` is its own.
+    pub fn stay(&self) {
+        self.stays.store(true, Ordering::Relaxed);
     }
 
     /// Lower is served first, of one tenant.
@@ -142,7 +141,6 @@ impl Routed {
             }
             Event::Token { id, .. } => {
                 now.generated.push(*id);
-                self.has_tokens.store(true, Ordering::Relaxed);
                 self.dispatch.token(&mut now);
             }
             Event::Finished { reason: FinishReason::DeviceLost(_), .. } if now.num_losses < MAX_LOSSES => {
@@ -156,10 +154,14 @@ impl Routed {
                 self.dispatch.end(self, &mut now, reason);
                 usage.cached_tokens = now.cached_tokens.unwrap_or(0);
             }
-            Event::Prompt(_) | Event::Pooled(_) => {}
+            // Told once.
+            Event::Prompt(_) | Event::Pooled(_) => self.stay(),
         }
         let is_last = matches!(event, Event::Finished { .. });
         let flow = now.sink.as_mut().map_or(Flow::Stop, |sink| sink.event(event));
+        if flow == Flow::End {
+            self.stay();
+        }
         if is_last {
             now.sink = None;
         }
@@ -200,6 +202,13 @@ impl Sink for Attempt {
     fn is_closed(&self) -> bool {
         let is_closed = || lock(&self.routed.now).sink.as_ref().is_none_or(|sink| sink.is_closed());
         !self.routed.is_current(self.number) || is_closed()
+    }
+
+    fn will_end(&mut self) {
+        let _now = lock(&self.routed.now);
+        if self.routed.is_current(self.number) {
+            self.routed.stay();
+        }
     }
 
     fn has_moved(&self) -> bool {

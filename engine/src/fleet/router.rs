@@ -10,8 +10,8 @@
 //! counts for what it saves beyond the copies. Ties go round, but to who has more of the prompt where that costs no
 //! more time than it saves.
 //!
-//! A replica that has nothing to do takes from others: who waits there, and where nobody does, who runs on a device that
-//! is so slow that beginning anew costs less.
+//! A replica that has nothing to do takes from others: who waits there, and where nobody does, who runs on a device
+//! that is so slow that beginning anew costs less.
 //!
 //! Invariant: what is counted of a replica is the sum over its placements, each counted from [`Router::place`] until
 //! it is given back; nobody is asked how busy they are. How long answers are is learnt from those that ended.
@@ -195,8 +195,8 @@ impl Router {
         self.costs_less_on(other, placement, ask, placement.answer_tokens, stays)
     }
 
-    /// The same of a request that has a slot there: elsewhere all its tokens so far, which are a prompt now, are computed
-    /// anew.
+    /// The same of a request that has a slot there: elsewhere all its tokens so far, which are a prompt now, are
+    /// computed anew.
     pub fn is_worth_a_restart(&mut self, placement: &Placement, ask: Ask, other: ReplicaId) -> bool {
         let answer_tokens = self.answers.expected(ask.max_tokens);
         let stays = |router: &Router, others: &Outlook, _: f64| {

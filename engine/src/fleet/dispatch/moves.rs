@@ -1,5 +1,5 @@
-//! Which requests change their replica, because another one has room: where somebody waits, who waits; where nobody does,
-//! who has a slot and no token yet, and while a replica has nothing to do, who runs on a device that is so much slower.
+//! Which requests change their replica, because another one has room: where somebody waits, who waits; where nobody
+//! does and a replica has nothing to do, who runs on a device that is so much slower.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,9 +18,7 @@ pub(super) enum Why {
     Preferred,
     /// It waits, and would cost less there.
     Waits,
-    /// It has a slot and no token yet, and would cost less there.
-    Begins,
-    /// It runs, or is about to, and would cost less there, tokens and all.
+    /// It has a slot, and would cost less there.
     Runs,
 }
 
@@ -39,12 +37,9 @@ impl Dispatch {
                 imbalance.turn(replica, is_idle.then_some(Idle::PlacedElsewhere), Instant::now());
             }
             let has_room = seat.is_open && seat.waiting.is_empty();
-            let num_placed = router.num_placed(replica);
-            let has_ended = num_placed < std::mem::replace(&mut seats[usize::from(replica.0)].num_placed, num_placed);
             match seats.iter().any(|seat| !seat.waiting.is_empty()) {
                 true if has_room => Why::Waits,
                 false if is_idle => Why::Runs,
-                false if has_room && has_ended => Why::Begins,
                 _ => Why::Preferred,
             }
         };
@@ -80,8 +75,8 @@ impl Dispatch {
         self.engines[usize::from(replica.0)].config().max_num_seqs
     }
 
-    /// `replica`, where nothing waits, takes what waits on the one that is most behind, or what has a slot on the slowest,
-    /// while it has a slot and what it takes costs so much less there.
+    /// `replica`, where nothing waits, takes what waits on the one that is most behind, or what has a slot on the
+    /// slowest, while it has a slot and what it takes costs so much less there.
     pub(super) fn relieve(&self, replica: ReplicaId, max_num_seqs: u32, why: Why) {
         loop {
             let routed = {
@@ -90,7 +85,7 @@ impl Dispatch {
                     return;
                 }
                 match why {
-                    Why::Begins | Why::Runs => board.last_that_has_a_slot(replica, why == Why::Runs),
+                    Why::Runs => board.last_that_runs(replica),
                     Why::Preferred | Why::Waits => board.last_that_waits(replica),
                 }
             };
@@ -103,20 +98,23 @@ impl Dispatch {
     /// Whether a request that was elsewhere is with `replica` now.
     fn take_over(&self, routed: &Arc<Routed>, replica: ReplicaId, why: Why) -> bool {
         let mut now = lock(&routed.now);
-        let runs = matches!(why, Why::Begins | Why::Runs);
+        let runs = why == Why::Runs;
         let Some(placement) = now.placement.as_ref().filter(|_| now.is_waiting != runs) else { return false };
+        if runs && !routed.may_restart() {
+            return false;
+        }
         let ask = routed.ask(&now);
         let is_worth_it = match why {
             Why::Preferred => true,
             Why::Waits => lock(&self.board).router.is_worth_a_move(placement, ask, replica),
-            Why::Begins | Why::Runs => lock(&self.board).router.is_worth_a_restart(placement, ask, replica),
+            Why::Runs => lock(&self.board).router.is_worth_a_restart(placement, ask, replica),
         };
         if !is_worth_it {
             return false;
         }
         routed.recall(&mut now);
         if runs {
-            routed.restarts();
+            routed.stay();
         }
         let placement = {
             let mut board = lock(&self.board);
@@ -140,12 +138,11 @@ impl Board {
         waiting(behind).back().cloned()
     }
 
-    /// Of what has a slot elsewhere, and tokens only if `has_tokens`, the newest on the slowest replica; what has begun
-    /// anew because of this goes on where it is.
-    fn last_that_has_a_slot(&self, replica: ReplicaId, has_tokens: bool) -> Option<Arc<Routed>> {
+    /// Of what has a slot elsewhere, the newest on the slowest replica that does not stay there.
+    fn last_that_runs(&self, replica: ReplicaId) -> Option<Arc<Routed>> {
         let last = |other: ReplicaId| {
             let mut running = self.seats[usize::from(other.0)].running.iter().rev();
-            running.find(|routed| routed.may_restart(has_tokens))
+            running.find(|routed| routed.may_restart())
         };
         let slowest = self.router.slowest(|other| other != replica && last(other).is_some())?;
         last(slowest).cloned()

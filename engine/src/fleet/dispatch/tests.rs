@@ -115,7 +115,7 @@ fn who_is_not_known_is_taken_to_be_like_who_is() {
     assert_eq!(*last, first.faster(0.25));
 }
 
-/// A step of the first takes twenty times as long; three run there, and the second has nothing to do.
+/// A step of the first takes twenty times as long; four run there, and the second has nothing to do.
 #[test]
 fn who_runs_on_a_slow_device_begins_anew_once_on_one_that_has_nothing_to_do() {
     let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
@@ -138,17 +138,20 @@ fn who_runs_on_a_slow_device_begins_anew_once_on_one_that_has_nothing_to_do() {
         routed
     };
     let all = [Some(Pooling::Last), None, None].map(begun);
-    assert_eq!((runs_at(slow), runs_at(fast)), (3, 0));
+    let ending = begun(None);
+    let (_, mut sink) = ending.next_attempt(&lock(&ending.now));
+    sink.will_end();
+    assert_eq!((runs_at(slow), runs_at(fast)), (4, 0));
     lock(&dispatch.board).router.set_open(fast, true);
     dispatch.relieve(fast, 3, Why::Runs);
-    // They wait there now; what is pooled has no tokens with which it could begin anew.
-    assert_eq!((runs_at(slow), dispatch.num_waiting_at(fast)), (1, 2));
+    // They wait there now; what is pooled has no tokens with which it could begin anew, and what ends no more to come.
+    assert_eq!((runs_at(slow), dispatch.num_waiting_at(fast)), (2, 2));
     all[1..].iter().for_each(|routed| dispatch.begun(routed, &mut lock(&routed.now)));
     // Who has been taken is not taken back.
     lock(&dispatch.board).learn(fast, cost(0.001));
     dispatch.relieve(slow, 3, Why::Runs);
-    assert_eq!((runs_at(slow), runs_at(fast)), (1, 2));
-    for routed in &all {
+    assert_eq!((runs_at(slow), runs_at(fast)), (2, 2));
+    for routed in all.iter().chain([&ending]) {
         dispatch.end(routed, &mut lock(&routed.now), &FinishReason::Length);
     }
     assert_eq!((runs_at(slow), runs_at(fast)), (0, 0));

@@ -181,9 +181,9 @@ impl Outlook {
         self.lead_ns + self.slot_ns(prompt_tokens) + self.served_ns(prompt_tokens, prompt_ns, answer_tokens)
     }
 
-    /// The same of one that has a slot.
+    /// The same of one that has a slot, and waits for no prompt but its own.
     pub fn own_ns(&self, prompt_tokens: u32, prompt_ns: f64, answer_tokens: u32) -> f64 {
-        self.lead_ns + self.served_ns(prompt_tokens, prompt_ns, answer_tokens)
+        self.late_ns + self.served_ns(prompt_tokens, prompt_ns, answer_tokens)
     }
 
     /// What it takes from others, summed: from those there, and where it waits for a slot or for a device that is late,
@@ -210,6 +210,6 @@ impl Outlook {
 }
 
 /// How many times its own wait those have together that come after one that waits: r / (1 - r) where a device is busy
-/// for r of its time, here nine tenths (what one more costs the others in an M/G/1 queue). Less ends a burst sooner after
-/// which nothing comes, and keeps first tokens waiting under a steady load.
+/// for r of its time, here nine tenths (what one more costs the others in an M/G/1 queue). Less ends a burst sooner
+/// after which nothing comes, and keeps first tokens waiting under a steady load.
 const FOLLOWERS: f64 = 9.0;

@@ -241,7 +241,7 @@ fn who_runs_begins_anew_where_that_is_so_much_sooner() {
     router.withdraw(placement);
 }
 
-/// Both have four slots; the second has memory for two requests, and gets a third as many before others wait there.
+/// Both have six slots; the second has memory for two requests, and gets no third while the first has a slot.
 #[test]
 fn a_slot_without_memory_is_none() {
     let large = Traits { max_num_seqs: 6, ..traits(1.0) };

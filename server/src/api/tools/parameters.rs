@@ -28,7 +28,7 @@ const ARRAY: u8 = 16;
 const OBJECT: u8 = 32;
 const ANY: u8 = 63;
 
-/// Schemas within a parameter's that are looked at.
+/// Schemas within a parameter's that are looked at, and values of a list.
 const MAX_SCHEMAS: u32 = 256;
 /// Of references that lead to each other.
 const MAX_HOPS: u32 = 8;
@@ -41,7 +41,7 @@ impl Callee {
 
     pub fn new(function: &Function) -> Callee {
         let root = &function.parameters;
-        let properties = root["properties"].as_object().into_iter().flatten();
+        let properties = object_of(root)["properties"].as_object().into_iter().flatten();
         let parameters = properties.map(|(name, schema)| (name.clone(), Parameter::new(schema, root)));
         Callee { name: function.name.clone(), parameters: parameters.collect() }
     }
@@ -114,6 +114,7 @@ fn types(schema: &Value, root: &Value, num_left: &mut u32) -> u8 {
             ("$ref", Value::String(reference)) => {
                 target(reference, root).map_or(ANY, |schema| types(schema, root, num_left))
             }
+            (_, Value::Array(many)) if many.len() > MAX_SCHEMAS as usize => ANY,
             ("type", Value::Array(names)) => names.iter().fold(0, |any, name| any | type_named(name)),
             ("type", name) => type_named(name),
             ("enum", Value::Array(values)) => values.iter().fold(0, |any, value| any | type_of(value)),
@@ -128,6 +129,16 @@ fn types(schema: &Value, root: &Value, num_left: &mut u32) -> u8 {
         };
     }
     all
+}
+
+/// The schema of a function's parameters, where it is a reference what that leads to.
+pub fn object_of(root: &Value) -> &Value {
+    let mut object = root;
+    for _ in 0..MAX_HOPS {
+        let Some(next) = object["$ref"].as_str().and_then(|reference| target(reference, root)) else { break };
+        object = next;
+    }
+    object
 }
 
 fn target<'s>(reference: &str, root: &'s Value) -> Option<&'s Value> {
@@ -151,7 +162,7 @@ fn texts<'s>(schema: &'s Value, root: &'s Value, num_hops: u32) -> Option<Vec<&'
         Some(("$ref", Value::String(reference))) if num_hops > 0 => {
             texts(target(reference, root)?, root, num_hops - 1)?
         }
-        Some(("enum", Value::Array(values))) => {
+        Some(("enum", Value::Array(values))) if values.len() <= MAX_SCHEMAS as usize => {
             values.iter().map(|value| value.as_str().filter(is_safe)).collect::<Option<_>>()?
         }
         Some(("const", value)) => vec![value.as_str().filter(is_safe)?],

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::super::constraint::quoted;
 use super::Function;
 use super::format::{ARGS, CALL_ID, CallFormat, Marks};
-use super::parameters::{is_key_letter, plain_texts};
+use super::parameters::{is_key_letter, object_of, plain_texts};
 use super::tagged::{GLM, QWEN_CODER, Tags};
 
 /// `call_{index}`: one call of a function, without the marks around it; of a list in Python also `first_{index}`.
@@ -54,9 +54,13 @@ struct Property<'s> {
 }
 
 fn properties<'s>(parameters: &'s Value) -> Vec<Property<'s>> {
-    let required = parameters["required"].as_array().map_or(&[][..], Vec::as_slice);
-    let properties = parameters["properties"].as_object().into_iter().flatten();
-    let property = |(name, schema): (&'s String, &'s Value)| {
+    let object = object_of(parameters);
+    let required = object["required"].as_array().map_or(&[][..], Vec::as_slice);
+    let known = object["properties"].as_object();
+    let is_unknown = |name: &&str| known.is_none_or(|known| !known.contains_key(*name));
+    let unknown = required.iter().filter_map(Value::as_str).filter(is_unknown).map(|name| (name, &Value::Bool(true)));
+    let properties = known.into_iter().flatten().map(|(name, schema)| (name.as_str(), schema)).chain(unknown);
+    let property = |(name, schema): (&'s str, &'s Value)| {
         let is_required = required.iter().any(|known| known == name);
         let is_writable = !name.is_empty() && name.chars().all(is_key_letter);
         let (texts, schema) = match schema {
@@ -79,10 +83,11 @@ impl Property<'_> {
 
 /// A schema from within `root`, with what references in it lead to.
 fn alone(fields: &Map<String, Value>, root: &Value) -> Value {
-    if !has_reference(root) {
-        return Value::Object(fields.clone());
+    let own = Value::Object(fields.clone());
+    if !has_reference(&own) {
+        return own;
     }
-    let mut schema = rebased(&Value::Object(fields.clone()));
+    let mut schema = rebased(&own);
     schema["$defs"] = json!({"root": rebased(root)});
     schema
 }

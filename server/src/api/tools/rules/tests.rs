@@ -113,3 +113,21 @@ fn a_parameter_that_cannot_be_written_is_missed_or_fails_a_form() {
     let all_left_out = source(CallFormat::Pythonic, json!([]));
     assert!(rig.takes(&all_left_out, "[f()]") && rig.takes(&all_left_out, "[f(c=null)]"), "{all_left_out:?}");
 }
+
+/// What is required is a parameter though nothing is said of it, and a reference copies what it leads to where it is.
+#[test]
+fn parameters_are_found_behind_a_reference_and_copied_for_none_but_those_that_have_one() {
+    let object = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city", "more"]});
+    let parameters = json!({"$ref": "#/$defs/f", "$defs": {"f": object}});
+    let found: Vec<_> = properties(&parameters).iter().map(|property| (property.name, property.is_required)).collect();
+    assert_eq!(found, [("city", true), ("more", true)]);
+    let function = Function { name: "f".to_owned(), parameters, strict: true, tool: Value::Null };
+    let callee = Callee::new(&function);
+    assert_eq!(["city", "more"].map(|name| callee.parameter(name).json_of("5")), ["\"5\"", "5"]);
+
+    let mut many = json!({"properties": {"at": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"type": "integer"}}});
+    (0..100).for_each(|nth| many["properties"][format!("p{nth}")] = json!({"type": "integer"}));
+    let all = properties(&many);
+    let copied = all.iter().filter(|property| !property.schema["$defs"].is_null());
+    assert_eq!((all.len(), copied.map(|property| property.name).collect::<Vec<_>>()), (101, vec!["at"]));
+}
