@@ -319,11 +319,10 @@ fn guessed(costs: &[CostModel], alone: &[Duration]) -> Vec<CostModel> {
         let is_unlike = |other: &usize| ratio(*other).ln().abs();
         match known.iter().copied().min_by(|a, b| is_unlike(a).total_cmp(&is_unlike(b))) {
             Some(other) => costs[other].faster(ratio(other)),
-            None => CostModel::line(
-                alone[index].as_nanos() as f64,
-                alone[index].as_nanos() as f64 / 100.0,
-                Prices::default(),
-            ),
+            None => {
+                let base_ns = alone[index].as_nanos() as f64;
+                CostModel::line(base_ns, base_ns / 100.0, Prices::default())
+            }
         }
     };
     (0..costs.len()).map(|index| if costs[index].is_known() { costs[index] } else { guess(index) }).collect()

@@ -119,7 +119,7 @@ impl Dispatch {
         let placement = {
             let mut board = lock(&self.board);
             board.list(routed, replica);
-            board.router.place_on(replica, routed.ask(&now))
+            board.router.place_on(replica, ask)
         };
         let taken = self.hand_over(routed, &mut now, placement);
         drop(now);

@@ -337,6 +337,7 @@ fn json_of_word(word: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::calls::told;
     use super::*;
 
     /// Name and arguments, or what is handed back.
@@ -349,15 +350,8 @@ mod tests {
                 return Err(scanner.into_raw());
             }
         }
-        let mut call = (String::new(), String::new());
-        for event in events {
-            match event {
-                CallEvent::Begin(name) => call.0 = name,
-                CallEvent::Arguments(piece) => call.1 += &piece,
-                CallEvent::End => assert!(scanner.is_closed()),
-            }
-        }
-        Ok(call)
+        assert!(scanner.is_closed() || !events.contains(&CallEvent::End));
+        Ok(told(events))
     }
 
     #[test]
