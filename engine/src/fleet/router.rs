@@ -31,7 +31,7 @@ mod replica;
 mod tests;
 
 pub use fetch::Fetch;
-use fetch::Rest;
+use fetch::{Rest, Source};
 use replica::{Outlook, Replica};
 
 /// A request as the router sees it.
@@ -152,13 +152,7 @@ impl Router {
         self.find_cached(ask);
         let answer_tokens = self.answers.expected(ask.max_tokens);
         let source = self.source();
-        let mut all = std::mem::take(&mut self.costs_ns);
-        all.clear();
-        all.extend(self.outlooks.iter().enumerate().map(|(index, outlook)| {
-            let rest_ns = self.rest(index, ask.prompt_tokens, source).ns;
-            self.cost_ns(outlook, ask.prompt_tokens, rest_ns, answer_tokens)
-        }));
-        self.costs_ns = all;
+        self.find_costs(ask, answer_tokens, source);
         let least = self.costs_ns.iter().copied().fold(f64::INFINITY, f64::min);
         if least == f64::INFINITY {
             return None;
@@ -175,6 +169,20 @@ impl Router {
         self.turn = (index + 1) % num_replicas;
         let rest = self.rest(index, ask.prompt_tokens, source);
         Some(self.put(index, ask, answer_tokens, rest))
+    }
+
+    /// Of open replicas but this one, where a request would cost the least.
+    pub fn cheapest_other(&mut self, replica: ReplicaId, ask: Ask) -> Option<ReplicaId> {
+        self.find_cached(ask);
+        self.find_costs(ask, self.answers.expected(ask.max_tokens), self.source());
+        let others = (0..).map(ReplicaId).zip(&self.costs_ns).filter(|(id, cost)| *id != replica && cost.is_finite());
+        others.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(id, _)| id)
+    }
+
+    /// Replicas that have been at a step for longer than they should.
+    pub fn late(&self) -> impl Iterator<Item = ReplicaId> {
+        let all = (0..).map(ReplicaId).zip(&self.replicas);
+        all.filter(|(_, replica)| replica.late_ns > 0).map(|(id, _)| id)
     }
 
     /// Counts a request on a replica that somebody else has chosen.
@@ -315,6 +323,17 @@ impl Router {
         let index = usize::from(replica.0);
         change(&mut self.replicas[index]);
         self.outlooks[index] = self.replicas[index].outlook();
+    }
+
+    /// Refills `costs_ns`, once `cached_tokens` are there.
+    fn find_costs(&mut self, ask: Ask, answer_tokens: u32, source: Option<Source>) {
+        let mut all = std::mem::take(&mut self.costs_ns);
+        all.clear();
+        all.extend(self.outlooks.iter().enumerate().map(|(index, outlook)| {
+            let rest_ns = self.rest(index, ask.prompt_tokens, source).ns;
+            self.cost_ns(outlook, ask.prompt_tokens, rest_ns, answer_tokens)
+        }));
+        self.costs_ns = all;
     }
 
     /// Refills `cached_tokens`.

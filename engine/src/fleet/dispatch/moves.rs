@@ -1,5 +1,6 @@
-//! Which requests change their replica, because another one has room: where somebody waits, who waits; where nobody
-//! does and a replica has nothing to do, who runs on a device that is so much slower.
+//! Which requests change their replica. Because another one has room: where somebody waits, who waits; where nobody
+//! does and a replica has nothing to do, who runs on a device that is so much slower. Because their own is late with a
+//! step: whoever is there, as far as it costs less elsewhere, though others wait there too.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ impl Dispatch {
     pub fn stepped(&self, replica: ReplicaId, engine: &mut Engine) {
         let (cost, max_num_seqs) = (*engine.cost(), engine.config().max_num_seqs);
         let why = {
-            let mut board = lock(&self.board);
+            let mut board = self.look();
             board.learn(replica, cost);
             let Board { router, seats, imbalance, .. } = &mut *board;
             engine.cache_mut().block_events().for_each(|event| router.tell(replica, event));
@@ -46,6 +47,26 @@ impl Dispatch {
         match why {
             Why::Preferred => self.prefer(replica),
             _ => self.relieve(replica, max_num_seqs, why),
+        }
+        self.relieve_late();
+    }
+
+    /// Who is with a device that is late with a step goes to the one where it costs the least, the oldest first.
+    pub(super) fn relieve_late(&self) {
+        let late: Vec<ReplicaId> = lock(&self.board).router.late().collect();
+        for (id, why) in late.into_iter().flat_map(|id| [(id, Why::Waits), (id, Why::Runs)]) {
+            loop {
+                let first = lock(&self.board).first_at(id, why);
+                let Some(routed) = first else { break };
+                let other = {
+                    let now = lock(&routed.now);
+                    let ask = routed.ask(&now);
+                    lock(&self.board).router.cheapest_other(id, ask)
+                };
+                if !other.is_some_and(|other| self.take_over(&routed, other, why)) {
+                    break;
+                }
+            }
         }
     }
 
@@ -131,6 +152,16 @@ impl Dispatch {
 }
 
 impl Board {
+    /// The oldest of what waits at `replica`, or of what has a slot there and may be taken from it.
+    fn first_at(&self, replica: ReplicaId, why: Why) -> Option<Arc<Routed>> {
+        let seat = &self.seats[usize::from(replica.0)];
+        let first = match why {
+            Why::Runs => seat.running.iter().find(|routed| routed.may_restart()),
+            Why::Preferred | Why::Waits => seat.waiting.front(),
+        };
+        first.cloned()
+    }
+
     /// Of what waits elsewhere, the newest on the replica that is most behind.
     fn last_that_waits(&self, replica: ReplicaId) -> Option<Arc<Routed>> {
         let waiting = |other: ReplicaId| &self.seats[usize::from(other.0)].waiting;

@@ -156,3 +156,48 @@ fn who_runs_on_a_slow_device_begins_anew_once_on_one_that_has_nothing_to_do() {
     }
     assert_eq!((runs_at(slow), runs_at(fast)), (0, 0));
 }
+
+/// Both are full, and one waits at the second too.
+#[test]
+fn who_is_with_a_device_that_is_late_goes_elsewhere_though_others_wait_there() {
+    let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
+    let dispatch = Arc::new(Dispatch::new(engines, None));
+    let (late, other) = (ReplicaId(0), ReplicaId(1));
+    let on = |replica: ReplicaId, pooling: Option<Pooling>, has_begun: bool| {
+        for id in [late, other] {
+            lock(&dispatch.board).router.set_open(id, id == replica);
+        }
+        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
+        let routed =
+            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
+        dispatch.place(&routed);
+        if has_begun {
+            dispatch.begun(&routed, &mut lock(&routed.now));
+        }
+        routed
+    };
+    let pooled = on(late, Some(Pooling::Last), true);
+    let begun = [late, late, other, other, other].map(|id| on(id, None, true));
+    let waiting = [late, late, late, other].map(|id| on(id, None, false));
+    [late, other].into_iter().for_each(|id| lock(&dispatch.board).router.set_open(id, true));
+    let there = |id: ReplicaId| {
+        let board = lock(&dispatch.board);
+        let seat = &board.seats[usize::from(id.0)];
+        (seat.running.len(), seat.waiting.len())
+    };
+    for _ in 0..3 {
+        dispatch.relieve_late();
+        assert_eq!([late, other].map(there), [(3, 3), (3, 1)], "nobody is late");
+    }
+    lock(&dispatch.board).router.set_stalled(late, Duration::from_secs(100));
+    dispatch.relieve_late();
+    // What is pooled has no tokens with which it could begin anew.
+    assert_eq!([late, other].map(there), [(1, 0), (3, 6)]);
+    let in_order: Vec<Arc<Routed>> = lock(&dispatch.board).seats[1].waiting.iter().cloned().collect();
+    let expected = [&waiting[3], &waiting[0], &waiting[1], &waiting[2], &begun[0], &begun[1]];
+    assert!(in_order.iter().zip(expected).all(|(routed, expected)| Arc::ptr_eq(routed, expected)));
+    for routed in begun.iter().chain(&waiting).chain([&pooled]) {
+        dispatch.end(routed, &mut lock(&routed.now), &FinishReason::Length);
+    }
+    assert_eq!([late, other].map(there), [(0, 0), (0, 0)]);
+}
