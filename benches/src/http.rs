@@ -14,23 +14,25 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::json;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{sleep, sleep_until};
 
 use crate::report::Percentiles;
 use crate::statistics::Histogram;
 use client::{ClientError, Connection, on_client_thread};
 use process::{CpuTimes, resident_bytes};
+use sink::Sink;
 use telltale::{Steps, made_at};
 
 pub mod client;
 pub mod process;
+pub mod sink;
 pub mod telltale;
 
 #[derive(Debug, thiserror::Error)]
 pub enum HttpBenchError {
     #[error(transparent)]
     Client(#[from] ClientError),
-    #[error("the client's thread cannot be started: {0}")]
+    #[error("a client's thread cannot be started: {0}")]
     Thread(#[from] io::Error),
     #[error("{received} tokens came of the {expected} that were asked for")]
     Missing { received: u64, expected: u64 },
@@ -72,7 +74,8 @@ pub struct IdleReport {
     pub bytes_per_stream: u64,
 }
 
-/// What others see before and while long prompts are posted, all at once, until the last has its answer begun.
+/// What others see before and while long prompts are posted, all at once, until the last has its answer begun; and
+/// while the same is posted to somebody who throws it away, which is the clients' part of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct LongPromptsReport {
     pub clients: u32,
@@ -81,15 +84,19 @@ pub struct LongPromptsReport {
     pub seconds: f64,
     pub decoders: u32,
     /// Between two tokens of a stream that decodes, as its client sees it.
-    pub gap_ms: BeforeAndDuring,
+    pub gap_ms: Phases<Percentiles>,
     /// Answers of `/health/live`.
-    pub health_ms: BeforeAndDuring,
+    pub health_ms: Phases<Percentiles>,
+    /// Cores that threads were busy on, by their names.
+    pub cores: Phases<BTreeMap<String, f64>>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct BeforeAndDuring {
-    pub before: Percentiles,
-    pub during: Percentiles,
+pub struct Phases<T> {
+    pub before: T,
+    /// Once a second everything is posted to a [`Sink`].
+    pub sink: T,
+    pub during: T,
 }
 
 const CHAT: &str = "/v1/chat/completions";
@@ -236,6 +243,9 @@ pub struct LongPrompts {
 /// Between two looks at `/health/live`.
 const HEALTH_PERIOD: Duration = Duration::from_millis(5);
 
+/// Between two times that everything is posted to a sink: about what a server takes for it.
+const SINK_PERIOD: Duration = Duration::from_secs(1);
+
 /// Of what others see.
 #[derive(Clone, Debug, Default)]
 struct Seen {
@@ -247,12 +257,31 @@ struct Seen {
 #[derive(Clone, Default)]
 struct Watch(Arc<Mutex<Seen>>);
 
+/// What was seen in a phase, for how many seconds, and what threads took meanwhile.
+struct Phase {
+    seen: Seen,
+    seconds: f64,
+    taken_ns: BTreeMap<String, u64>,
+}
+
 impl Watch {
     fn note(&self, note: impl FnOnce(&mut Seen)) {
         note(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// What was seen since this was asked last.
+    /// What is seen while `work` is done.
+    async fn during<T>(&self, work: impl Future<Output = Result<T, ClientError>>) -> Result<Phase, ClientError> {
+        let (before, begun) = (CpuTimes::now(), Instant::now());
+        self.take();
+        // What it made is kept until the phase is over: connections that close are work too.
+        let _made = work.await?;
+        Ok(Phase {
+            seen: self.take(),
+            seconds: begun.elapsed().as_secs_f64(),
+            taken_ns: CpuTimes::now().since(&before),
+        })
+    }
+
     fn take(&self) -> Seen {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -260,7 +289,8 @@ impl Watch {
 
 pub fn long_prompts(address: SocketAddr, options: &LongPrompts) -> Result<LongPromptsReport, HttpBenchError> {
     let LongPrompts { num_clients, prompt_bytes, num_decoders, before, .. } = *options;
-    let (quiet, busy, seconds) = on_client_thread(|| async {
+    let sink = Sink::start()?;
+    let [quiet, posting, busy] = on_client_thread(|| async {
         let watch = Watch::default();
         let mut watched = JoinSet::new();
         for nth in 0..num_decoders {
@@ -269,39 +299,49 @@ pub fn long_prompts(address: SocketAddr, options: &LongPrompts) -> Result<LongPr
         watched.spawn(look(address, watch.clone()));
         // Before anybody is watched: this takes time of its own.
         let bodies: Vec<String> = (0..num_clients).map(|nth| chat(&long_prompt(nth, prompt_bytes), 1)).collect();
+        let bodies: Vec<Arc<str>> = bodies.into_iter().map(Arc::from).collect();
         sleep(SETTLE_TIME).await;
-        watch.take();
-        sleep(before).await;
-        let (quiet, begun) = (watch.take(), Instant::now());
-        let mut posts = JoinSet::new();
-        for body in bodies {
-            posts.spawn(post_long(address, body));
-        }
-        let mut begun_answers = Vec::new();
-        while let Some(posted) = posts.join_next().await {
-            begun_answers.push(posted.expect("a post is not cancelled, and does not panic")?);
-        }
-        let seconds = begun.elapsed().as_secs_f64();
-        let busy = watch.take();
+        let quiet = watch.during(async { Ok(sleep(before).await) }).await?;
+        let posting = watch
+            .during(async {
+                let begun = Instant::now();
+                while begun.elapsed() < before {
+                    let next = tokio::time::Instant::now() + SINK_PERIOD;
+                    post_all(sink.address(), &bodies).await?;
+                    sleep_until(next).await;
+                }
+                Ok(())
+            })
+            .await?;
+        let busy = watch.during(post_all(address, &bodies)).await?;
         match watched.try_join_next() {
             Some(ended) => Err(ended.expect("nobody is cancelled, or panics").err().unwrap_or_else(|| {
                 ClientError::Refused("a decoder ended before the long prompts had their answers".to_owned())
             })),
-            None => Ok((quiet, busy, seconds)),
+            None => Ok([quiet, posting, busy]),
         }
     })??;
-    let both = |of: fn(&Seen) -> &Histogram| BeforeAndDuring {
-        before: Percentiles::from(of(&quiet)),
-        during: Percentiles::from(of(&busy)),
-    };
+    fn each<T>(phases: &[Phase; 3], of: impl Fn(&Phase) -> T) -> Phases<T> {
+        let [before, sink, during] = phases.each_ref().map(of);
+        Phases { before, sink, during }
+    }
+    let seconds = busy.seconds;
+    let phases = [quiet, posting, busy];
     Ok(LongPromptsReport {
         clients: num_clients,
         prompt_bytes,
         seconds,
         decoders: num_decoders,
-        gap_ms: both(|seen| &seen.gaps),
-        health_ms: both(|seen| &seen.health),
+        gap_ms: each(&phases, |phase| Percentiles::from(&phase.seen.gaps)),
+        health_ms: each(&phases, |phase| Percentiles::from(&phase.seen.health)),
+        cores: each(&phases, Phase::cores),
     })
+}
+
+impl Phase {
+    fn cores(&self) -> BTreeMap<String, f64> {
+        self.taken_ns.iter().map(|(name, ns)| (name.clone(), *ns as f64 / 1e9 / self.seconds)).collect()
+    }
 }
 
 async fn decode(address: SocketAddr, nth: u32, num_tokens: u32, watch: Watch) -> Result<(), ClientError> {
@@ -333,8 +373,21 @@ pub fn long_prompt(nth: u32, num_bytes: usize) -> String {
     prompt
 }
 
+/// Posts all at once, and waits until the last has its answer begun.
+async fn post_all(address: SocketAddr, bodies: &[Arc<str>]) -> Result<Vec<Connection>, ClientError> {
+    let mut posts = JoinSet::new();
+    for body in bodies {
+        posts.spawn(post_long(address, body.clone()));
+    }
+    let mut begun = Vec::new();
+    while let Some(posted) = posts.join_next().await {
+        begun.push(posted.expect("a post is not cancelled, and does not panic")?);
+    }
+    Ok(begun)
+}
+
 /// Posts a request, and waits until its answer has begun.
-async fn post_long(address: SocketAddr, body: String) -> Result<Connection, ClientError> {
+async fn post_long(address: SocketAddr, body: Arc<str>) -> Result<Connection, ClientError> {
     let mut connection = Connection::open(address).await?;
     connection.post(CHAT, &body).await?;
     connection.begun().await?;

@@ -19,9 +19,12 @@ fn the_bench_over_http_gets_every_token_and_measures_everything() {
     for percentile in [
         &report["delay"][0]["added_ms"]["p99"],
         &report["long_prompts"]["gap_ms"]["before"]["p99"],
+        &report["long_prompts"]["gap_ms"]["sink"]["p99"],
         &report["long_prompts"]["health_ms"]["before"]["p99"],
     ] {
         assert!(percentile.as_f64().is_some_and(|ms| ms > 0.0), "{report}");
     }
+    let cores = &report["long_prompts"]["cores"];
+    assert!(cores["sink"]["sink"].as_f64() > Some(0.0) && cores["during"]["engine"].as_f64() > Some(0.0), "{cores}");
     assert_eq!((&report["idle_streams"]["streams"], &report["long_prompts"]["clients"]), (&20.into(), &5.into()));
 }
