@@ -13,6 +13,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import jsonschema
 import kubernetes_validate
@@ -110,16 +111,48 @@ def manifests_go_with_each_other_and_with_the_server():
     events = json.loads(given["--kv-events-config"])
     for name, port in [("endpoint", "kv-events"), ("replay_endpoint", "kv-replay")]:
         assert re.fullmatch(r"tcp://\*:(\d+)", events[name])[1] == str(ports[port])
-    dry = subprocess.run([BINARY, *container["args"], "--device=cpu", "--dry-run"], capture_output=True, text=True,
-                         env={"PATH": "", **cache()})
-    assert dry.returncode == 0 and "KV" in dry.stdout, dry.stderr
+    assert "KV cache" in planned([*container["args"], "--device=cpu"])
+    # Gateways and Prometheus have namespaces of their own.
+    client = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"fullbore-client": "true"}}}
+    assert find("NetworkPolicy")["spec"]["ingress"] == [{"from": [client]}]
     # It may drain for as long as it is given.
     drain = int(given["--drain-timeout"]) + container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert drain < template["spec"]["terminationGracePeriodSeconds"]
+
+
+def planned(args, limit=None):
+    """The table of memory; in a cgroup of `limit` bytes, as the process sees it that runs in a container."""
+    command, environment = [BINARY, *args, "--dry-run"], {"PATH": os.environ["PATH"], **cache()}
+    with tempfile.TemporaryDirectory(prefix="fullbore-cgroup-") as folder:
+        if limit is not None:
+            os.mkdir(f"{folder}/memory")
+            for file in ["memory.max", "memory/memory.limit_in_bytes"]:
+                pathlib.Path(folder, file).write_text(f"{limit}\n")
+            mounted = 'mount --bind "$0" /sys/fs/cgroup && exec "$@"'
+            command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mounted, folder, *command]
+        dry = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert dry.returncode == 0, dry.stderr
+    return dry.stdout
+
+
+def what_is_planned_is_within_the_pods_memory():
+    """Also on a node that has much more: who takes more is ended by the system, without a word."""
+    [container] = find("Deployment")["spec"]["template"]["spec"]["containers"]
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+
+    def total(limit):
+        table = planned([*container["args"], "--device=cpu"], limit)
+        units = {"MiB": 1 << 20, "GiB": 1 << 30}
+        rows = [re.search(rf"^{row} +([0-9.]+) (MiB|GiB)", table, re.MULTILINE) for row in ["total", "swap"]]
+        return sum(float(row[1]) * units[row[2]] for row in rows)
+
+    # The rest is the process's own.
+    assert total(limit // 2) < total(limit) < limit - (512 << 20), f"{total(limit) / 2**30:.1f} GiB are planned"
 
 
 def cache():
     return {name: os.environ[name] for name in ["HOME", "FULLBORE_CACHE"] if name in os.environ}
 
 
-run(manifests_follow_their_schemas, mistakes_are_seen, manifests_go_with_each_other_and_with_the_server)
+run(manifests_follow_their_schemas, mistakes_are_seen, manifests_go_with_each_other_and_with_the_server,
+    what_is_planned_is_within_the_pods_memory)

@@ -32,6 +32,7 @@ pub mod around;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod host_memory;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod packing;
 pub mod sim;

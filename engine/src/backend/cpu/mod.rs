@@ -13,6 +13,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, RowSource, Ticket, WeightSpec, copy_words,
+    host_memory,
 };
 use crate::op::Op;
 use crate::recording::Recording;
@@ -86,7 +87,7 @@ impl CpuBackend {
             arithmetic: "f32".to_owned(),
             kernels: String::new(),
             pci_bus_id: None,
-            memory_bytes: memory_bytes(),
+            memory_bytes: host_memory::total_bytes(),
             max_buffer_bytes: u64::MAX,
         };
         let (pool, memory) = (Arc::new(pool), Arc::new(Mutex::new(Memory::default())));
@@ -248,12 +249,4 @@ fn cpu_name() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or(std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
-}
-
-/// All of the machine's memory, on Linux.
-fn memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

@@ -7,7 +7,7 @@
 use wgpu::{BufferUsages, DeviceType, ErrorFilter, MemoryBudgetThresholds};
 
 use super::adapters::adapters;
-use super::device::host_memory_bytes;
+use crate::backend::host_memory;
 
 /// What is looked for in steps of this size; what may be missed.
 const LEAST_BYTES: u64 = 16 << 20;
@@ -19,7 +19,7 @@ const MOST_BYTES: u64 = 1 << 40;
 pub fn free_bytes(id: &str) -> Option<u64> {
     let within_budget = MemoryBudgetThresholds { for_resource_creation: Some(100), for_device_loss: None };
     let (_, adapter) = adapters(within_budget).into_iter().find(|(found, _)| found == id)?;
-    let host = host_memory_bytes();
+    let host = host_memory::available_bytes();
     let most = match adapter.get_info().device_type {
         DeviceType::Cpu => return host,
         // Its memory is the host's.

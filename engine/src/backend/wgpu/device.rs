@@ -16,7 +16,7 @@ use super::arithmetic::{self, Abilities, ArithmeticChoice};
 use super::encode::{MAX_BUFFERS, MAX_PARAMS};
 use super::kill_switch::KillSwitch;
 use super::pipeline_cache;
-use crate::backend::{DeviceError, DeviceInfo};
+use crate::backend::{DeviceError, DeviceInfo, host_memory};
 
 /// Weights are split so that no buffer is larger; drivers grow slow or wrong beyond.
 const MAX_SHARD_BYTES: u64 = 1 << 30;
@@ -151,17 +151,9 @@ fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> D
         arithmetic: ArithmeticChoice::F32.name().to_owned(),
         kernels: pipeline_cache::kernels(),
         pci_bus_id: Some(info.device_pci_bus_id.to_lowercase()).filter(|id| !id.is_empty()),
-        memory_bytes: (info.device_type == wgpu::DeviceType::Cpu).then(host_memory_bytes).flatten(),
+        memory_bytes: (info.device_type == wgpu::DeviceType::Cpu).then(host_memory::available_bytes).flatten(),
         max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
     }
-}
-
-/// What the system could still hand out, where it says so.
-pub(super) fn host_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 /// The first that an adapter with these features lacks of what a tier needs, in words. The subgroup tier's kernels take
