@@ -105,7 +105,6 @@ fn several_devices_answer_as_one_does_and_are_told_apart() {
     let steps = all("fullbore_steps_total");
     let moved = all("fullbore_requests_moved_total");
     assert!(steps.iter().filter(|&&steps| steps > 0.0).count() > 1, "{steps:?}, {moved:?}");
-    assert_eq!(server.metric("vllm:num_requests_running{engine=\"2\"}"), 0.0);
 
     let card = server.get("/v1/models").ok()["data"][0].clone();
     assert_eq!((&card["device_id"], &card["max_num_seqs"]), (&json!("sim@0, sim@1, sim@2"), &json!(48)));
@@ -133,6 +132,46 @@ fn several_devices_answer_as_one_does_and_are_told_apart() {
     assert_eq!(devices.map(|device| &device["id"]).collect::<Vec<_>>(), ["sim@0", "sim@1", "sim@2"]);
     assert_eq!(live["engines"][0]["device"]["id"], "sim@0, sim@1, sim@2");
     server.get("/health/ready").ok();
+}
+
+/// They read one series of each name, and one rank.
+#[test]
+fn routers_are_told_of_all_devices_as_of_one() {
+    let config = EngineConfig { max_num_seqs: 1, max_logit_rows: 1, ..Setup::default().config };
+    // An answer takes 9 s until the gates are opened.
+    let fleet = fleet(2, Setup { config, pace: Pace::Each(Duration::from_millis(10)), ..Setup::default() });
+    let server = &fleet.server;
+    let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true}).to_string();
+    let streams: Vec<TcpStream> = (0..5).map(|_| server.send(post("/v1/completions", body.as_bytes()))).collect();
+    let all = |name: &str, labels: &str| -> f64 {
+        (0..2).map(|device| server.metric(&format!("{name}{{device=\"sim@{device}\"{labels}}}"))).sum()
+    };
+    server.wait_for("both to be at work", |_| all("fullbore_requests_running", "") == 2.0);
+    fleet.gates.iter().for_each(|gate| gate.set(Pace::Stalled));
+    // A step may still be ending.
+    server.wait_for("sums", |server| {
+        let used = all("fullbore_kv_blocks", ",state=\"used\"");
+        let load = server.get("/v1/loads").ok()["loads"][0].clone();
+        let of_router = ["running", "waiting"].map(|what| server.metric(&format!("vllm:num_requests_{what}")));
+        let of_loads = ["running", "waiting"].map(|what| load[format!("num_{what}_reqs")].as_f64().expect("a count"));
+        let usage = ["kv", "gpu"].map(|what| server.metric(&format!("vllm:{what}_cache_usage_perc")) * 2048.0);
+        let is_told = usage == [used; 2] && load["num_used_tokens"] == used * 16.0;
+        of_router == [2.0, 3.0] && of_loads == of_router && used >= 2.0 && is_told && load["gen_throughput"].is_f64()
+    });
+    assert_eq!(server.metric("vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"2048\"}"), 1.0);
+    let loads = server.get("/v1/loads").ok();
+    assert_eq!((&loads["dp_rank_count"], loads["loads"].as_array().map(Vec::len)), (&json!(1), Some(1)));
+    let rank = &loads["loads"][0];
+    assert_eq!(
+        [&rank["dp_rank"], &rank["max_total_num_tokens"], &rank["max_running_requests"]],
+        [&json!(0), &json!(2 * 16 * 1024), &json!(2)]
+    );
+    fleet.gates.iter().for_each(|gate| gate.set(Pace::Free));
+    streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
+    fleet.wait_until_idle();
+    for name in ["generation_tokens_total", "iteration_tokens_total_count"] {
+        assert!(server.metric(&format!("vllm:{name}")) > 0.0, "{name}");
+    }
 }
 
 /// How many have begun, by their prompts, which are of `num_tokens`.
@@ -341,12 +380,18 @@ fn imbalance_is_told() {
 
 #[test]
 fn what_waits_while_all_devices_are_gone_is_served_when_one_is_back() {
-    let fleet = fleet(2, Setup { pace: Pace::Stalled, ..Setup::default() });
+    let config = EngineConfig { max_num_seqs: 1, max_logit_rows: 1, ..Setup::default().config };
+    let fleet = fleet(2, Setup { config, pace: Pace::Stalled, ..Setup::default() });
     let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
     let streams: Vec<TcpStream> = (0..6).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
     fleet.wait_until_there(6, "x");
     fleet.gates.iter().for_each(|gate| gate.set(Pace::Lost));
     fleet.server.wait_for("both to be lost", |server| server.get("/health/ready").status == 503);
+    // No device has those that have not begun, and routers are told of them.
+    let waiting = || fleet.server.metric("vllm:num_requests_waiting");
+    let at_devices = || (0..2).map(|device| fleet.of("fullbore_requests_waiting", device)).sum::<f64>();
+    fleet.server.wait_for("none to wait at a device", |_| at_devices() == 0.0);
+    assert_eq!(waiting(), 4.0);
     fleet.gates[1].set(Pace::Free);
     for stream in streams {
         assert_eq!(read_reply(stream).ok()["usage"]["completion_tokens"], 5);

@@ -3,9 +3,7 @@
 
 use std::sync::Arc;
 
-use fullbore_engine::fleet::ReplicaId;
 use fullbore_engine::request::TokenId;
-use fullbore_engine::worker::EngineHandle;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -27,29 +25,16 @@ pub fn load(models: &[Arc<ServedModel>]) -> Value {
     json!({"server_load": models.iter().map(|model| model.metrics.num_open()).sum::<u64>()})
 }
 
-/// Each device is a rank.
+/// All devices are one rank, as they are one worker to who routes to it.
 pub fn loads(model: &ServedModel) -> Value {
-    let engines = model.engine.engines();
-    let loads: Vec<Value> =
-        (0..).map(ReplicaId).zip(engines).map(|(replica, engine)| rank(model, replica, engine)).collect();
-    let rate = model.history.after(0).last().map(|frame| frame.generated_tokens as f64 / frame.period.as_secs_f64());
-    let mut answer = json!({"timestamp": unix_seconds(), "dp_rank_count": loads.len(), "loads": loads});
-    // Of all ranks together, where there are several.
-    if let (Some(rate), [_]) = (rate, engines) {
-        answer["loads"][0]["gen_throughput"] = rate.into();
-    }
-    answer
-}
-
-fn rank(model: &ServedModel, ReplicaId(rank): ReplicaId, engine: &EngineHandle) -> Value {
-    let (stats, config) = (engine.stats(), engine.config());
-    let num_waiting = model.engine.num_waiting_at(ReplicaId(rank));
+    let (stats, config) = (model.engine.stats(), model.engine.config());
+    let num_waiting = model.engine.num_waiting();
     let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
     let tokens = |num_blocks: u32| u64::from(num_blocks) * u64::from(config.block_size);
     let token_usage = share(tokens(stats.blocks.referenced), tokens(config.num_blocks));
     let slot_usage = share(stats.num_running.into(), config.max_num_seqs.into());
-    json!({
-        "dp_rank": rank,
+    let mut rank = json!({
+        "dp_rank": 0,
         "num_running_reqs": stats.num_running,
         "num_waiting_reqs": num_waiting,
         "num_total_reqs": u64::from(stats.num_running) + num_waiting,
@@ -59,7 +44,11 @@ fn rank(model: &ServedModel, ReplicaId(rank): ReplicaId, engine: &EngineHandle) 
         "cache_hit_rate": share(stats.cached_tokens, stats.prompt_tokens),
         "utilization": token_usage.max(slot_usage),
         "max_running_requests": config.max_num_seqs,
-    })
+    });
+    if let Some(frame) = model.history.after(0).last() {
+        rank["gen_throughput"] = (frame.generated_tokens as f64 / frame.period.as_secs_f64()).into();
+    }
+    json!({"timestamp": unix_seconds(), "dp_rank_count": 1, "loads": [rank]})
 }
 
 /// As transformers' configuration of a tokenizer has it.

@@ -122,7 +122,7 @@ pub fn metrics(app: &App) -> Response {
     // One for all models: families of one name are told together.
     let registry = Registry::new();
     for model in app.models() {
-        vllm::register_engines(&registry, model);
+        vllm::register_model(&registry, model);
         model.metrics.register(&registry);
         register_model(&registry, model);
         for (replica, engine) in (0..).map(ReplicaId).zip(model.engine.engines()) {

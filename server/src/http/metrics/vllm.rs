@@ -1,31 +1,20 @@
 //! What vLLM's dashboards and the routers that speak its dialect read: its names, from the engine's own numbers.
 //! Invariant: a name means here what it means there; what Fullbore alone knows has its own name, in the parent module.
 
-use fullbore_engine::fleet::ReplicaId;
-use fullbore_engine::worker::EngineHandle;
 use prometheus::{Gauge, GaugeVec, IntCounter, Opts, Registry};
 
 use super::register;
 use super::steps::{Counts, register_histogram};
 use crate::api::ServedModel;
 
-pub fn register_engines(registry: &Registry, model: &ServedModel) {
-    for (replica, engine) in (0..).map(ReplicaId).zip(model.engine.engines()) {
-        register_engine(registry, model, replica, engine);
-    }
-}
-
-/// By the number that it has among the model's.
-fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId, engine: &EngineHandle) {
-    let stats = engine.stats();
-    let number = replica.0.to_string();
+/// Of all devices of a model together: routers read one series of each name, and take its engine for the worker.
+pub fn register_model(registry: &Registry, model: &ServedModel) {
+    let (stats, config) = (model.engine.stats(), model.engine.config());
     let options = |name: &str, help: &str| {
-        Opts::new(name, help).const_label("model_name", &model.name).const_label("engine", &number)
+        Opts::new(name, help).const_label("model_name", &model.name).const_label("engine", "0")
     };
-    let num_waiting = model.engine.num_waiting_at(replica) as f64;
-    let blocks = stats.blocks;
-    let num_blocks = blocks.free + blocks.cached + blocks.referenced;
-    let usage = f64::from(blocks.referenced) / f64::from(num_blocks.max(1));
+    let num_waiting = model.engine.num_waiting() as f64;
+    let usage = f64::from(stats.blocks.referenced) / f64::from(stats.blocks.total.max(1));
     let gauges = [
         ("vllm:num_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
         ("vllm:num_requests_waiting", "Sequences that wait for admission.", num_waiting),
@@ -51,7 +40,6 @@ fn register_engine(registry: &Registry, model: &ServedModel, replica: ReplicaId,
         options("vllm:iteration_tokens_total", "Tokens of a step, those of prompts and of answers together.");
     let tokens = &stats.step_tokens;
     register_histogram(registry, of_steps, vec![Counts::doubling(None, 1.0, &tokens.num_steps, tokens.sum as f64)]);
-    let config = engine.config();
     let cache = options("vllm:cache_config_info", "How the KV cache is laid out; always 1.");
     let cache = register(registry, GaugeVec::new(cache, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]));
     let prefix = if config.prefix_cache { "True" } else { "False" };
