@@ -210,7 +210,9 @@ fn table(devices: &[DeviceInfo], software: &[String]) -> String {
             _ => "gpu",
         };
         let memory = device.memory_bytes.map_or_else(|| "unknown".to_owned(), human_bytes);
-        [&device.id, kind, &device.name, &memory, &device.tier, &device.driver].map(str::to_owned)
+        let place = device.pci_bus_id.as_ref().map_or_else(String::new, |place| format!("; PCI {place}"));
+        let driver = format!("{}{place}", device.driver);
+        [&device.id, kind, &device.name, &memory, &device.tier, &driver].map(str::to_owned)
     };
     let head = ["device", "kind", "name", "memory", "tier", "driver and features"].map(str::to_owned);
     let rows: Vec<[String; 6]> = std::iter::once(head).chain(devices.iter().map(cells)).collect();
@@ -291,8 +293,13 @@ mod tests {
     #[test]
     fn columns_stand_below_each_other() {
         let device = |id: &str| DeviceInfo { id: id.to_owned(), tier: "plain".to_owned(), ..DeviceInfo::default() };
-        let ids = ["cpu", "vulkan:0", "vulkan:1"];
-        let text = table(&ids.map(device), &["vulkan:1".to_owned()]);
+        let mut devices = ["cpu", "vulkan:0", "vulkan:1"].map(device);
+        devices[1].pci_bus_id = Some("0000:0b:00.0".to_owned());
+        let text = table(&devices, &["vulkan:1".to_owned()]);
+        assert_eq!(
+            text.lines().map(|line| line.contains("PCI 0000:0b:00.0")).collect::<Vec<_>>(),
+            [false, false, true, false]
+        );
         let columns: Vec<_> = text.lines().skip(1).map(|line| line.find("plain")).collect();
         assert_eq!(columns, [text.find("tier"); 3]);
         let kinds: Vec<_> = text.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();

@@ -257,6 +257,22 @@ pub struct DeviceInfo {
     pub max_buffer_bytes: u64,
 }
 
+/// Whether both are one place on the PCI bus: `0000:0b:00.0`, of which `lspci` leaves domain 0 out, and `nvidia-smi`
+/// writes it longer.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn is_one_pci_place(a: &str, b: &str) -> bool {
+    let place = |text: &str| {
+        let (slot, function) = text.rsplit_once('.')?;
+        let number = |digits: &str| u32::from_str_radix(digits, 16).ok();
+        let mut numbers: Vec<u32> = slot.split(':').map(number).collect::<Option<_>>()?;
+        if numbers.len() == 2 {
+            numbers.insert(0, 0);
+        }
+        (numbers.len() == 3).then_some((numbers, number(function)?))
+    };
+    place(a).is_some_and(|place_of_a| place(b) == Some(place_of_a))
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     #[error(

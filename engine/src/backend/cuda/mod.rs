@@ -15,6 +15,7 @@ use siphasher::sip::SipHasher13;
 use crate::backend::packing::{pack_rows, packed_bytes};
 use crate::backend::{
     Backend, DeviceError, DeviceInfo, LoadError, LoadTimes, MAX_IN_FLIGHT, Needs, RowSource, Ticket, WeightSpec,
+    is_one_pci_place,
 };
 use crate::recording::Recording;
 use crate::tensor::{BufferId, Weight, WeightFormat, WeightId};
@@ -96,7 +97,7 @@ fn well(found: Vec<Result<GpuInfo, CudaError>>) -> Result<Vec<GpuInfo>, OpenErro
     Ok(well)
 }
 
-/// What `selector` names: nothing for the first, a number, or the begin of a UUID.
+/// What `selector` names: nothing for the first, a number, a place on the PCI bus, or the begin of a UUID.
 fn choose(found: Vec<Result<GpuInfo, CudaError>>, selector: &str) -> Result<GpuInfo, OpenError> {
     let ordinal = selector.parse::<i32>().ok();
     let unwell = ordinal.and_then(|ordinal| found.get(usize::try_from(ordinal).ok()?)?.as_ref().err());
@@ -106,6 +107,7 @@ fn choose(found: Vec<Result<GpuInfo, CudaError>>, selector: &str) -> Result<GpuI
     let well = well(found)?;
     let is_meant = |gpu: &&GpuInfo| match ordinal {
         Some(ordinal) => gpu.ordinal == ordinal,
+        None if is_one_pci_place(selector, &gpu.pci_bus_id) => true,
         None => gpu.uuid.to_lowercase().starts_with(&selector.to_lowercase()),
     };
     let named = well.iter().map(|gpu| format!("{PREFIX}:{} ({}, {})", gpu.ordinal, gpu.name, gpu.uuid));
@@ -135,8 +137,8 @@ fn describe(gpu: &GpuInfo, memory_bytes: Option<u64>) -> DeviceInfo {
 }
 
 impl CudaBackend {
-    /// Opens the GPU that `selector` names: nothing for the first, a number, or the begin of a UUID. In f32 where there
-    /// are no kernels for `wanted`: Turing takes those of tensor cores from NVRTC alone.
+    /// Opens the GPU that `selector` names: nothing for the first, a number, a place on the PCI bus, or the begin of a
+    /// UUID. In f32 where there are no kernels for `wanted`: Turing takes those of tensor cores from NVRTC alone.
     pub fn open(selector: &str, wanted: Arithmetic) -> Result<CudaBackend, OpenError> {
         let gpu = choose(gpus()?, selector)?;
         let mut device = Gpu::open(&gpu)?;
@@ -388,9 +390,11 @@ mod tests {
         let found = || vec![unwell(), gpu(1, "GPU-3f2a"), gpu(2, "MIG-77aa")];
         let chosen = |selector| choose(found(), selector).map(|gpu| gpu.ordinal).map_err(|error| error.to_string());
         assert_eq!(["", "1", "gpu-3f", "2", "mig-77AA"].map(chosen), [1, 1, 1, 2, 2].map(Ok));
+        assert_eq!(["0000:02:00.0", "02:00.0", "00000000:02:00.0"].map(chosen), [2; 3].map(Ok));
         assert_eq!(chosen("0"), Err("GPU 0: it is unwell".to_owned()));
         let others = "CUDA has cuda:1 (a GPU, GPU-3f2a), cuda:2 (a GPU, MIG-77aa)";
-        assert_eq!(["3", "-1", "GPU-0"].map(chosen), [others; 3].map(|others| Err(others.to_owned())));
+        let unknown = ["3", "-1", "GPU-0", "0000:03:00.0", "0001:02:00.0"];
+        assert_eq!(unknown.map(chosen), [others; 5].map(|others| Err(others.to_owned())));
         assert_eq!(well(found()).expect("two are well").len(), 2);
         for (found, reason) in [(vec![unwell()], "GPU 0: it is unwell"), (vec![], "no GPU: see CUDA_VISIBLE_DEVICES")] {
             let error = well(found).expect_err("none is well").to_string();

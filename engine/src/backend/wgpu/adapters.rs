@@ -6,6 +6,7 @@ use wgpu::{InstanceFlags, MemoryBudgetThresholds};
 
 use super::denied::{Denied, denied};
 use super::device::OpenError;
+use crate::backend::is_one_pci_place;
 
 /// What a hardware GPU is to the machine, the better one first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,7 +80,7 @@ fn matches(selector: &str, id: &str, info: &wgpu::AdapterInfo) -> bool {
     selector == id
         || (api == info.backend.to_str()
             && rest.parse::<u32>().is_err()
-            && (within(&info.name) || within(&info.driver_info)))
+            && (within(&info.name) || within(&info.driver_info) || is_one_pci_place(&rest, &info.device_pci_bus_id)))
 }
 
 /// None of what is no hardware.
@@ -136,6 +137,23 @@ mod tests {
         let expected = [("vulkan:1", GpuKind::Discrete), ("vulkan:0", GpuKind::Integrated)];
         assert_eq!(hardware_of(all, false), expected.map(|(id, kind)| (id.to_owned(), kind)));
         assert!(hardware_of(vec![gpu("vulkan:0", DeviceType::Cpu, vulkan)], false).is_empty());
+    }
+
+    #[test]
+    fn a_gpu_is_named_by_number_words_or_its_place_on_the_bus() {
+        let mut info = adapter(wgpu::DeviceType::DiscreteGpu);
+        info.name = "AMD Radeon RX 7900 XTX".to_owned();
+        (info.driver_info, info.device_pci_bus_id) = ("Mesa 25.0.7".to_owned(), "0000:0b:00.0".to_owned());
+        let meant = |selectors: [&'static str; 6]| {
+            selectors.into_iter().filter(|selector| matches(selector, "vulkan:1", &info)).collect::<Vec<_>>()
+        };
+        let its = ["vulkan", "vulkan:1", "vulkan:7900 xtx", "vulkan:mesa 25", "vulkan:0000:0b:00.0", "vulkan:0B:00.0"];
+        assert_eq!(meant(its), its);
+        let others =
+            ["vulkan:0", "vulkan:11", "vulkan:RTX", "vulkan:0000:0b:00.1", "vulkan:0001:0b:00.0", "dx12:0000:0b:00.0"];
+        assert_eq!(meant(others), [""; 0]);
+        info.device_pci_bus_id = String::new();
+        assert!(!matches("vulkan:0000:0b:00.0", "vulkan:1", &info), "it does not say");
     }
 
     #[test]
