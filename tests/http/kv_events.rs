@@ -1,11 +1,13 @@
 //! KV events over real sockets: subscribers of their own, who speak ZMTP by hand and know nothing but what they are
 //! sent, against what the server finds of prompts. That they are the block table's truth is in `kv_events.rs` above.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
 
 use fullbore::kv_events::{KvEventsConfig, Publisher};
-use fullbore_engine::memory::kv_events::KvEventSender;
+use fullbore_engine::memory::kv_events::{KvEvent, KvEventBatch, KvEventSender};
 
 use super::*;
 use crate::random::Random;
@@ -170,6 +172,14 @@ impl Index {
 
 /// A server on so many devices with few blocks, and what tells of them.
 fn published(num_devices: u16) -> (Harness, Publisher) {
+    published_through(num_devices, |sender| sender)
+}
+
+/// The same, with each device's events through what is in between.
+fn published_through(
+    num_devices: u16,
+    mut between: impl FnMut(KvEventSender) -> KvEventSender,
+) -> (Harness, Publisher) {
     let config = EngineConfig { max_num_seqs: 4, max_model_len: 256, num_blocks: 48, ..Setup::default().config };
     let setup = Setup { config, loaded: false, ..Setup::default() };
     let mut plans: Vec<Plan> = (0..num_devices).map(|_| setup.plan_behind(Gate::new(Pace::Free))).collect();
@@ -182,11 +192,35 @@ fn published(num_devices: u16) -> (Harness, Publisher) {
     let to = publisher.start(BLOCK_SIZE as u32).expect("a thread");
     for (source, plan) in (0..).zip(&mut plans) {
         plan.seat.title = format!("sim@{source}");
-        plan.kv_events = Some(KvEventSender { source, to: to.clone() });
+        plan.kv_events = Some(between(KvEventSender { source, to: to.clone() }));
     }
     drop(to);
     server.server.as_ref().expect("running").set_models(vec![start::load(plans).expect("simulators load")]);
     (server, publisher)
+}
+
+/// Hands on what a device tells, and keeps the names of the blocks that it has by that.
+fn overheard(sender: KvEventSender, names: Arc<Mutex<HashSet<u64>>>) -> KvEventSender {
+    let (source, (to, batches)) = (sender.source, sync_channel::<KvEventBatch>(1));
+    std::thread::spawn(move || {
+        for batch in batches {
+            let mut names = names.lock().expect("nobody panics");
+            for event in &batch.events {
+                let is_new = match event {
+                    KvEvent::Stored(block) => names.insert(block.hash.0 as u64),
+                    KvEvent::Removed(hash) => names.remove(&(hash.0 as u64)),
+                    KvEvent::Cleared => {
+                        names.clear();
+                        true
+                    }
+                };
+                assert!(is_new, "{event:?} was so already");
+            }
+            drop(names);
+            sender.to.send(batch).expect("somebody publishes");
+        }
+    });
+    KvEventSender { source, to }
 }
 
 /// Several begin alike, and all together are more than there is room for.
@@ -276,14 +310,27 @@ fn salts_are_told_with_the_first_block() {
 
 #[test]
 fn devices_of_one_worker_are_told_as_one() {
-    let (server, publisher) = published(2);
-    let prompts = prompts(2);
-    ask(&server, &prompts);
-    server.wait_for("both to be idle", |server| {
-        (0..2).all(|device| {
-            server.metric(&format!("fullbore_kv_blocks{{device=\"sim@{device}\",state=\"used\"}}")) == 0.0
-        })
+    let tables = [0, 1].map(|_| Arc::new(Mutex::new(HashSet::new())));
+    let (server, publisher) = published_through(2, |sender| {
+        let table = tables[usize::from(sender.source)].clone();
+        overheard(sender, table)
     });
+    let prompts = prompts(2);
+    // What a device tells is its table, and what the worker tells is what any of them has: no block less or more.
+    let wait_for_the_truth = || {
+        server.wait_for("events of all blocks of both devices", |server| {
+            let told: HashSet<u64> =
+                Index::replayed(publisher.replay_address().expect("there")).blocks.into_keys().collect();
+            let tables = [0, 1].map(|device: usize| tables[device].lock().expect("nobody panics").clone());
+            let is_its_table = |device: usize| {
+                let of = |state| server.metric(&format!("fullbore_kv_blocks{{device=\"sim@{device}\",{state}}}"));
+                of("state=\"used\"") == 0.0 && of("state=\"cached\"") == tables[device].len() as f64
+            };
+            (0..2).all(is_its_table) && !told.is_empty() && told == &tables[0] | &tables[1]
+        });
+    };
+    ask(&server, &prompts);
+    wait_for_the_truth();
     for prompt in &prompts {
         // What one device has, the worker has; the request may be with the other.
         server.wait_for("what is found to have been told", |server| {
@@ -293,6 +340,7 @@ fn devices_of_one_worker_are_told_as_one() {
             num_cached(&reply) <= told
         });
     }
+    wait_for_the_truth();
 }
 
 #[test]
