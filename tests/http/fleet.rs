@@ -13,6 +13,7 @@ use super::*;
 /// A server on so many simulators, called `sim@0` and so on.
 struct Fleet {
     server: Harness,
+    engines: fullbore_engine::fleet::Fleet,
     gates: Vec<Gate>,
 }
 
@@ -31,10 +32,11 @@ fn fleet(num_devices: usize, setup: Setup) -> Fleet {
     };
     let mut model = start::load(gates.iter().enumerate().map(plan).collect()).expect("simulators load");
     model.shares = setup.shares.iter().map(|&(name, share)| (name.to_owned(), share)).collect();
+    let engines = model.engine.clone();
     let setup = Setup { loaded: false, ..setup };
     let server = setup.start();
     server.server.as_ref().expect("running").set_models(vec![model]);
-    Fleet { server, gates }
+    Fleet { server, engines, gates }
 }
 
 impl Fleet {
@@ -396,6 +398,23 @@ fn what_waits_while_all_devices_are_gone_is_served_when_one_is_back() {
     for stream in streams {
         assert_eq!(read_reply(stream).ok()["usage"]["completion_tokens"], 5);
     }
+    fleet.server.get("/health/ready").ok();
+}
+
+/// However long its driver takes to reset it: nobody waits for it, and the process, whose end might bring it back,
+/// serves.
+#[test]
+fn a_device_that_does_not_come_back_is_tried_on_while_another_serves() {
+    let fleet = fleet(2, Setup { pace: Pace::Stalled, ..Setup::default() });
+    let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
+    let streams: Vec<TcpStream> = (0..6).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
+    fleet.wait_until_there(6, "x");
+    fleet.gates[0].set(Pace::Lost);
+    fleet.gates[1].set(Pace::Free);
+    streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
+    let told = || fleet.engines.engines()[0].recovering().unwrap_or_default();
+    fleet.server.wait_for("an attempt beyond those of one alone", |_| told().contains("attempt 7, after 8s"));
+    assert_eq!(fleet.engines.engines()[0].stopped(), None);
     fleet.server.get("/health/ready").ok();
 }
 

@@ -78,9 +78,9 @@ impl Fleet {
             assert!(is_common, "replicas name blocks differently");
             Arc::new(Dispatch::new(engines.clone(), hashers[0]))
         });
-        for (id, (worker, first)) in (0..).map(ReplicaId).zip(workers) {
-            worker.start(dispatch.as_ref().map(|dispatch| Member::new(id, dispatch)), first);
-        }
+        let members = dispatch.iter().flat_map(|dispatch| Member::all(engines.len(), dispatch));
+        let members = members.map(Some).chain(std::iter::repeat_with(|| None));
+        workers.into_iter().zip(members).for_each(|((worker, first), member)| worker.start(member, first));
         let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
         let backlog = Arc::new(Mutex::new(backlog));
         Fleet(Arc::new(Shared { engines, config, backlog, dispatch }))

@@ -2,7 +2,8 @@
 //!
 //! Whoever the device was working for is told at once; who only waits keeps waiting, and so does what is handed in
 //! meanwhile. Invariant: attempts are counted over losses that follow one another, so that a device that is lost again
-//! and again is given up like one that does not come back.
+//! and again is given up like one that does not come back. While others of its fleet serve none is given up: nobody
+//! waits for it, and whoever ends the process ends them too.
 
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
@@ -11,10 +12,12 @@ use super::{ENDED, Worker, lock};
 use crate::backend::DeviceError;
 use crate::fleet::member::Member;
 
-/// Attempts to make a device anew, before the engine ends.
+/// Attempts to make a device anew, before the engine ends where no other serves.
 pub const MAX_ATTEMPTS: u32 = 6;
 /// Before the second attempt, and doubled before each one after it: a driver that resets a GPU takes seconds.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Doublings of it at most: 32 s.
+const MAX_DOUBLINGS: u32 = 7;
 /// A device that has served for so long has come back.
 const PROVEN: Duration = Duration::from_secs(60);
 
@@ -26,15 +29,17 @@ pub(super) struct Attempts {
 }
 
 impl Attempts {
-    /// The number of the next attempt, and the pause before it; `None` where there is none left.
-    fn next(&mut self, now: Instant) -> Option<(u32, Duration)> {
+    /// The number of the next attempt, and the pause before it; `None` where there is none left. While `others_serve`
+    /// there always is one.
+    fn next(&mut self, now: Instant, others_serve: bool) -> Option<(u32, Duration)> {
         if self.recovered_at.take().is_some_and(|at| now.saturating_duration_since(at) >= PROVEN) {
             self.num = 0;
         }
         let before = self.num;
         self.num += 1;
-        let pause = before.checked_sub(1).map_or(Duration::ZERO, |doublings| FIRST_PAUSE * (1 << doublings));
-        (before < MAX_ATTEMPTS).then_some((self.num, pause))
+        let doubled = |doublings: u32| FIRST_PAUSE * (1 << doublings.min(MAX_DOUBLINGS));
+        let pause = before.checked_sub(1).map_or(Duration::ZERO, doubled);
+        (before < MAX_ATTEMPTS || others_serve).then_some((self.num, pause))
     }
 }
 
@@ -55,10 +60,11 @@ impl Worker {
         }
         self.publish(begun);
         let mut last = error.to_string();
-        while let Some((attempt, pause)) = self.attempts.next(Instant::now()) {
-            self.pause(pause)?;
-            let now = format!("{error}; it is being made anew (attempt {attempt} of {MAX_ATTEMPTS})");
+        let others_serve = |member: &Option<Member>| member.as_ref().is_some_and(Member::others_serve);
+        while let Some((attempt, pause)) = self.attempts.next(Instant::now(), others_serve(&self.member)) {
+            let now = format!("{error}; it is being made anew (attempt {attempt}, after {pause:?})");
             lock(&self.shared.state).recovering = Some(now);
+            self.pause(pause)?;
             match self.engine.recover() {
                 Ok(()) => {
                     self.attempts.recovered_at = Some(Instant::now());
@@ -75,8 +81,9 @@ impl Worker {
             }
         }
         Err(format!(
-            "{error}; {MAX_ATTEMPTS} attempts to make it anew did not bring it back for long, and the last one ended \
-             so: {last}; see what its driver logs, and restart the server"
+            "{error}; {} attempts to make it anew did not bring it back for long, and the last one ended so: {last}; \
+             see what its driver logs, and restart the server",
+            self.attempts.num - 1
         ))
     }
 
@@ -101,24 +108,34 @@ impl Worker {
 mod tests {
     use super::*;
 
-    /// The pauses of as many attempts as are left.
-    fn pauses(attempts: &mut Attempts, now: Instant) -> Vec<u64> {
-        std::iter::from_fn(|| attempts.next(now)).map(|(_, pause)| pause.as_millis() as u64).collect()
+    /// The pauses of as many attempts as are left, twelve at most.
+    fn pauses(attempts: &mut Attempts, others_serve: bool) -> Vec<u64> {
+        let now = Instant::now();
+        let next = std::iter::from_fn(|| attempts.next(now, others_serve));
+        next.map(|(_, pause)| pause.as_millis() as u64).take(12).collect()
     }
 
     #[test]
     fn pauses_double_and_attempts_end() {
-        let now = Instant::now();
         let mut attempts = Attempts::default();
-        assert_eq!(pauses(&mut attempts, now), [0, 250, 500, 1000, 2000, 4000]);
-        assert_eq!(attempts.next(now), None);
+        assert_eq!(pauses(&mut attempts, false), [0, 250, 500, 1000, 2000, 4000]);
+        assert_eq!(attempts.next(Instant::now(), false), None);
+    }
+
+    #[test]
+    fn a_device_is_not_given_up_while_others_serve() {
+        let mut attempts = Attempts::default();
+        let long = [8000, 16000, 32000, 32000, 32000, 32000];
+        assert_eq!(pauses(&mut attempts, true), [&[0, 250, 500, 1000, 2000, 4000][..], &long].concat());
+        // Once they do not, it has had its attempts.
+        assert_eq!(attempts.next(Instant::now(), false), None);
     }
 
     #[test]
     fn a_device_that_is_lost_again_and_again_is_given_up_and_one_that_served_is_not() {
         let begun = Instant::now();
         let lose = |attempts: &mut Attempts, after: Duration| {
-            let next = attempts.next(begun + after);
+            let next = attempts.next(begun + after, false);
             attempts.recovered_at = next.map(|_| begun);
             next.map(|(number, _)| number)
         };
