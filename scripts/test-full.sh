@@ -9,6 +9,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 benches/gpu.sh --small target/debug/fullbore "$out" vulkan:0 "${FULLBORE_CACHE:-$HOME/.cache/fullbore}"/models/SmolLM2-135M-Instruct.Q4_1.gguf
 scripts/fuzz-api.sh target/debug/fullbore
+scripts/cluster.sh target/debug/fullbore
 FUZZ_SECONDS=${FUZZ_SECONDS:-10} scripts/fuzz.sh
 # Copied to another distribution the binary asks for no library but these, and for no newer glibc than the README says.
 beyond=$(ldd target/debug/fullbore | grep -vE 'linux-vdso|ld-linux|/lib(c|m|gcc_s)\.so' || true)

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import time
 import traceback
 import urllib.parse
 from dataclasses import dataclass
+
+DEPLOY = pathlib.Path(__file__).parents[2] / "deploy"
 
 
 def free_port():
@@ -135,13 +138,11 @@ class Worker(Process):
 class Smg(Process):
     def __init__(self, urls, policy):
         port, self.urls = free_port(), urls
-        command = [sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls,
-                   "--policy", policy, "--health-check-interval-secs", "1", "--health-failure-threshold", "1",
-                   "--health-success-threshold", "1", "--health-check-timeout-secs", "2",
-                   "--worker-startup-check-interval", "1", "--worker-warmup-secs", "0",
-                   "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()),
-                   "--disable-tokenizer-autoload", "--log-level", "info"]
-        super().__init__("smg", port, command, "/readiness")
+        # The command lies beside the package.
+        folders = [f"{folder}/bin" for folder in os.environ.get("PYTHONPATH", "").split(":")]
+        environment = {**os.environ, "PATH": ":".join([*folders, os.environ["PATH"]]), "PORT": str(port),
+                       "METRICS_PORT": str(free_port()), "POLICY": policy}
+        super().__init__("smg", port, [DEPLOY / "smg.sh", *urls], "/readiness", environment)
 
     def is_ready(self):
         return super().is_ready() and self.healthy() == set(self.urls)

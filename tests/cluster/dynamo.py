@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from cluster import Process, Worker, chat, exchange, free_port, run, until
+from cluster import DEPLOY, Process, Worker, chat, exchange, free_port, run, until
 from events import Index, Subscriber
 from load import PLACES, Load, hits, long_streams, session, sessions
 
@@ -52,11 +52,11 @@ class Sidecar(Process):
 class Frontend(Process):
     extra = {"nvext": {"extra_fields": ["worker_id"]}}
 
-    def __init__(self, folder, mode):
+    def __init__(self, folder, mode, command=None, **others):
         port = free_port()
-        command = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port),
-                   *PLANES, "--router-mode", mode, "--migration-limit", "3"]
-        super().__init__("frontend", port, command, "/v1/models", environment(folder))
+        command = command or [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port",
+                              str(port), *PLANES, "--router-mode", mode, "--migration-limit", "3"]
+        super().__init__("frontend", port, command, "/v1/models", {**environment(folder), "PORT": str(port), **others})
 
     def is_ready(self):
         if not super().is_ready():
@@ -227,21 +227,39 @@ def nodes_die_leave_and_return():
         assert [end.text for end in ends] == [end.text for end in undisturbed], (ends, undisturbed)
 
 
+@contextlib.contextmanager
+def deployed():
+    """A worker behind what deploy/dynamo.sh starts for it; nothing of that is left."""
+    grpc_port = free_port()
+    with tempfile.TemporaryDirectory(prefix="fullbore-dynamo-") as folder, \
+            Worker(BINARY, "cpu@0", "--grpc-port", str(grpc_port)) as worker:
+        script = [DEPLOY / "dynamo.sh", f"127.0.0.1:{grpc_port}"]
+        with Frontend(folder, "kv", script, DRAIN="1") as frontend:
+            yield frontend, worker
+            frontend.terminate()
+            assert frontend.process.wait(60) == 143
+            try:
+                exchange(frontend.url, "GET", "/v1/models")
+            except OSError:
+                return
+            raise AssertionError("deploy/dynamo.sh has ended, and its frontend has not")
+
+
 def frontends_tokenize_as_the_server_does():
     """What a GGUF file's folder says: the same tokens, texts and forms, through Dynamo and without it."""
-    with cluster("kv", 1) as (frontend, [node]):
+    with deployed() as (frontend, worker):
         for place in PLACES:
             messages = [{"role": "user", "content": f"{place}: 12,345 naïve 漢字 🙂 <b>  two  spaces</b>\n\n\tand a tab"}]
-            through, direct = [chat(server, messages, max_tokens=16) for server in [frontend, node.worker]]
+            through, direct = [chat(server, messages, max_tokens=16) for server in [frontend, worker]]
             assert through.text == direct.text, (through, direct)
             assert through.num_prompt_tokens == direct.num_prompt_tokens, (through, direct)
         form = {"response_format": {"type": "json_object"}, "max_tokens": 40}
         body = {"model": "smollm2", "messages": [{"role": "user", "content": "Describe a cat in JSON."}], "temperature": 0}
-        through, direct = [server.post("/v1/chat/completions", {**body, **form}) for server in [frontend, node.worker]]
+        through, direct = [server.post("/v1/chat/completions", {**body, **form}) for server in [frontend, worker]]
         assert texts(through) == texts(direct) and texts(through)[0].lstrip().startswith("{"), (through, direct)
         # Its frontend tells none of the log-probabilities, but would fail without them.
         told = {"logprobs": True, "top_logprobs": 2, "max_tokens": 3}
-        through, direct = [server.post("/v1/chat/completions", {**body, **told}) for server in [frontend, node.worker]]
+        through, direct = [server.post("/v1/chat/completions", {**body, **told}) for server in [frontend, worker]]
         assert texts(through) == texts(direct), (through, direct)
         # What can never be is refused, as the server's client is.
         connection, response = exchange(frontend.url, "POST", "/v1/chat/completions", {**body, "max_tokens": 4000})

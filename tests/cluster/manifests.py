@@ -19,10 +19,10 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from cluster import run
+from cluster import DEPLOY, run
 
 BINARY = sys.argv[1]
-FOLDER = pathlib.Path(__file__).parents[2] / "deploy" / "kubernetes"
+FOLDER = DEPLOY / "kubernetes"
 VERSION = "1.33"
 
 
