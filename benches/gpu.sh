@@ -174,7 +174,7 @@ most=(--limit 256 --lengths fixed:448:192)
 bf16=(--weights random --shape llama-3.1-8b:bf16 "${plain[@]}" --max-model-len 1024 --max-num-seqs 32)
 units=(--arithmetic matrix-units)
 few=(--formats q4_0,q5_k,q8_0,bf16)
-others=add_norm,embed,gated_act,mul_add,reset_counts,rms_norm,rope_kv,sample,update_table
+others=add_norm,embed,gated_act,mul_add,rms_norm,rope_kv,sample,update_table
 
 # What is not timed goes side by side: most of it is the driver's own compiler, a core each. No run asks for free memory,
 # and each has all of the time: none waits for another.

@@ -1,15 +1,21 @@
 //! `benches/gpu.sh` beside a binary that says what a GPU might have measured: whether every demand gets its verdict.
 //! Needs bash and Python.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process;
+
+use clap::Parser;
+use fullbore::args::{Args, Command, VerifyArgs};
+use fullbore_engine::verify::every_case;
 
 /// In the place of `fullbore`. A model is put together from its pieces before it is read.
 const BINARY: &str = r#"#!/usr/bin/env bash
 all=" $* "
+# One write a call, for some go side by side.
+(IFS=$'\x1f'; echo "$*" >> "${0%/*}/calls")
 case "$1 ${2:-}" in
   "devices "*)
     echo "cpu       cpu       a cpu    1 GiB  avx2  features"
@@ -111,7 +117,7 @@ fn run_on(device: &str, name: &str, variables: &[(&str, &str)]) -> (PathBuf, Str
     }
     let out = folder.join("out");
     let path = format!("{}:{}", folder.display(), std::env::var("PATH").expect("PATH is set"));
-    let mut command = Command::new("bash");
+    let mut command = process::Command::new("bash");
     command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/gpu.sh"));
     command.arg(folder.join("fullbore")).arg(&out).arg(device).arg(folder.join("model.gguf"));
     for name in ["FULLBORE_CACHE", "VK_DRIVER_FILES", "LD_LIBRARY_PATH"] {
@@ -202,6 +208,32 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
     let has = |wanted: &str| rest.iter().any(|(name, ..)| name == wanted);
     assert!(has("peer-transformers") && has("peer-llama-cpp") && has("model-32-cuda"), "{rest:?}");
     assert!(runs.iter().all(|(_, status, _)| !status.starts_with("left out")), "{runs:?}");
+}
+
+/// Words of each call of the binary, in a whole run.
+fn calls(out: &Path) -> Vec<Vec<String>> {
+    let text = fs::read_to_string(out.with_file_name("calls")).expect("the binary was called");
+    text.lines().map(|line| line.split('\x1f').map(str::to_owned).collect()).collect()
+}
+
+/// The binary in these tests takes any words; the real one is asked here whether it would.
+#[test]
+fn what_the_script_asks_for_is_there_and_cuda_is_asked_for_every_op() {
+    let calls = calls(&run("gpu-script-words", &[]));
+    let known: BTreeSet<&str> = every_case().iter().map(|case| case.op).collect();
+    let (mut num_runs, mut tried) = (0, BTreeSet::new());
+    for words in &calls {
+        let args = Args::try_parse_from(["fullbore"].into_iter().chain(words.iter().map(String::as_str)));
+        let args = args.unwrap_or_else(|error| panic!("{words:?}: {error}"));
+        num_runs += 1;
+        let Command::Verify(VerifyArgs { device, only, golden, .. }) = args.command else { continue };
+        assert!(only.iter().all(|op| known.contains(op.as_str())), "{words:?}: there is {known:?}");
+        if device.name.starts_with("cuda") && golden.golden.is_none() {
+            tried.extend(only);
+        }
+    }
+    assert!(num_runs > 40, "{calls:?}");
+    assert!(tried.iter().map(String::as_str).eq(known), "{tried:?}");
 }
 
 #[test]
