@@ -132,9 +132,8 @@ def main():
         else:
             import transformers
 
-            # Which is when its own modules are read.
-            transformers.LlamaForCausalLM  # noqa: B018
-            result["transformers"] = transformers.__version__
+            # To name it is what reads its modules.
+            result |= {"transformers": transformers.__version__, "model": transformers.LlamaForCausalLM.__name__}
             if args.what == "throughput":
                 result["output_tokens_per_s"] = throughput(torch, transformers, args)
     # Whatever it is that is missing or does not go together there.
