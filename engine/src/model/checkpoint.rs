@@ -8,6 +8,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::backend::{LoadError, RowSource};
 use crate::format::TensorInfo;
 use crate::format::gguf::Gguf;
@@ -79,7 +81,8 @@ impl Checkpoint {
     pub fn open(&self, name: &str, rows: u32, cols: u32) -> Result<(WeightFormat, Box<dyn RowSource>), LoadError> {
         if let Checkpoint::Random { seed, format } = *self {
             let name_hash = name.bytes().fold(seed, |hash, byte| hash.rotate_left(8) ^ mix(u64::from(byte)));
-            return Ok((format, Box::new(RandomRows { state: mix(name_hash), format })));
+            let row_bytes = format.row_bytes(cols) as usize;
+            return Ok((format, Box::new(RandomRows { state: mix(name_hash), format, row_bytes })));
         }
         if let Checkpoint::Quantized { of, to } = self {
             let (from, source) = of.open(name, rows, cols)?;
@@ -230,31 +233,63 @@ fn hugging_face_name(name: &str, family: Family) -> Option<String> {
     Some(format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-/// Finite values of any format: random codes under fixed scales, about as large as a trained model's weights.
+/// Finite values of any format: random codes under fixed scales, about as large as a trained model's weights. They do
+/// not depend on how many rows are read at once, nor on how many threads fill them.
 struct RandomRows {
+    /// Of the words before the next row.
     state: u64,
     format: WeightFormat,
+    row_bytes: usize,
 }
 
 impl RowSource for RandomRows {
     fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()> {
-        for block in out.chunks_exact_mut(self.format.block_bytes() as usize) {
-            for bytes in block.chunks_mut(8) {
-                self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-                bytes.copy_from_slice(&mix(self.state).to_le_bytes()[..bytes.len()]);
-            }
-            for &(at, half) in half_scales(self.format) {
-                block[at..at + 2].copy_from_slice(&half.to_le_bytes());
-            }
-            match self.format {
-                // Exponents of 2^-5 and below.
-                WeightFormat::F32 => block[3] = block[3] & 0x80 | 0x3c,
-                WeightFormat::F16 => block[1] = block[1] & 0x83 | 0x28,
-                WeightFormat::BF16 => block[1] = block[1] & 0x80 | 0x3c,
-                _ => {}
-            }
-        }
+        // Floats are too small for a word each.
+        let block_bytes = match self.format.block_bytes() as usize {
+            block_bytes if block_bytes < WORD => self.row_bytes,
+            block_bytes => block_bytes,
+        };
+        let words_of_row = (self.row_bytes / block_bytes * block_bytes.div_ceil(WORD)) as u64;
+        let (first, format) = (self.state, self.format);
+        let of_row = |row: usize| first.wrapping_add((row as u64 * words_of_row).wrapping_mul(STEP));
+        out.par_chunks_exact_mut(self.row_bytes).enumerate().for_each(|(row, bytes)| {
+            let mut state = of_row(row);
+            bytes.chunks_exact_mut(block_bytes).for_each(|block| fill(block, format, &mut state));
+        });
+        self.state = of_row(out.len() / self.row_bytes);
         Ok(())
+    }
+}
+
+/// Bytes of what [`mix`] gives at once.
+const WORD: usize = 8;
+/// SplitMix64's.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Begins with a word of its own.
+fn fill(block: &mut [u8], format: WeightFormat, state: &mut u64) {
+    let (kept, exponents) = floats(format);
+    let mut next = || {
+        *state = state.wrapping_add(STEP);
+        (mix(*state) & kept | exponents).to_le_bytes()
+    };
+    let (words, rest) = block.as_chunks_mut::<WORD>();
+    words.iter_mut().for_each(|word| *word = next());
+    if !rest.is_empty() {
+        rest.copy_from_slice(&next()[..rest.len()]);
+    }
+    for &(at, half) in half_scales(format) {
+        block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+    }
+}
+
+/// What floats keep of random bits, a word of them, and their exponents: of 2^-5 and below.
+fn floats(format: WeightFormat) -> (u64, u64) {
+    match format {
+        WeightFormat::F32 => (0x80ff_ffff_80ff_ffff, 0x3c00_0000_3c00_0000),
+        WeightFormat::F16 => (0x83ff_83ff_83ff_83ff, 0x2800_2800_2800_2800),
+        WeightFormat::BF16 => (0x80ff_80ff_80ff_80ff, 0x3c00_3c00_3c00_3c00),
+        _ => (u64::MAX, 0),
     }
 }
 
@@ -286,4 +321,42 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::WeightFormat;
+
+    fn rows(format: WeightFormat, rows: u32, cols: u32, at_once: u32) -> Vec<u8> {
+        let checkpoint = Checkpoint::Random { seed: 5, format };
+        let (_, mut source) = checkpoint.open("output.weight", rows, cols).expect("never fails");
+        let mut bytes = vec![0; (rows * format.row_bytes(cols) as u32) as usize];
+        let pieces = bytes.chunks_mut((at_once * format.row_bytes(cols) as u32) as usize);
+        pieces.for_each(|piece| source.read_rows(piece).expect("never fails"));
+        bytes
+    }
+
+    /// Rows of floats that fill no word among them.
+    #[test]
+    fn random_weights_are_the_same_however_they_are_read_small_and_all_different() {
+        for format in WeightFormat::ALL {
+            let cols = if format.block_bytes() < 8 { 515 } else { 512 };
+            let all = rows(format, 7, cols, 7);
+            assert_eq!(
+                [1, 2, 3].map(|at_once| rows(format, 7, cols, at_once)),
+                [&all; 3].map(Vec::clone),
+                "{format:?}"
+            );
+            let mut values = vec![0.0; cols as usize];
+            let rows: Vec<&[u8]> = all.chunks(format.row_bytes(cols) as usize).collect();
+            for row in &rows {
+                dequantize_row(format, row, &mut values);
+                let (least, most) = values.iter().fold((0.0f32, 0.0f32), |(a, b), &x| (a.min(x), b.max(x)));
+                assert!(least < 0.0 && (1e-3..1.0).contains(&(most - least)), "{format:?}: {least} to {most}");
+            }
+            let words: std::collections::HashSet<&[u8]> = rows.iter().flat_map(|row| row.chunks_exact(16)).collect();
+            assert_eq!(words.len(), rows.len() * (rows[0].len() / 16), "{format:?}: the same comes again");
+        }
+    }
 }
