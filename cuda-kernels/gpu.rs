@@ -1,7 +1,8 @@
 //! NVIDIA GPUs through the CUDA driver, which is opened when it is first asked for.
 //!
-//! Invariant: one context and one stream a device; an error other than of memory voids the device, and says so. A list
-//! of launches whose kernels came before is launched as one graph, which is made ready before its work's clock begins.
+//! Invariant: an open device has one context, which is nobody else's, and one stream; an error other than of memory
+//! voids it, and says so. A list of launches whose kernels came before is launched as one graph, which is made ready
+//! before its work's clock begins.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -14,10 +15,12 @@ use cudarc::driver::sys;
 use crate::{CudaError, Device, DeviceInfo, Function, Launch, Module, Work, ptx};
 
 pub mod compile;
+mod context;
 mod driver;
 mod graphs;
 mod image;
 
+use context::Context;
 use driver::start;
 use graphs::Graphs;
 
@@ -107,14 +110,13 @@ fn lost(error: DriverError) -> CudaError {
 pub struct Gpu {
     gpu: GpuInfo,
     info: DeviceInfo,
-    context: sys::CUcontext,
     stream: sys::CUstream,
     modules: HashMap<Module, sys::CUmodule>,
     functions: Vec<Loaded>,
-    memory: Vec<sys::CUdeviceptr>,
-    host_memory: Vec<*mut c_void>,
     places: Vec<Place>,
     graphs: Graphs,
+    /// With which everything of the driver's goes that is here.
+    context: Context,
 }
 
 /// # Safety
@@ -151,21 +153,16 @@ impl Pinned {
             return Ok(());
         }
         let wanted = size_bytes.next_power_of_two().max(1 << 16);
+        let old = std::mem::replace(self, Pinned::NONE);
         // SAFETY: the old memory is no longer used: its work was waited for.
         unsafe {
-            self.release();
+            if !old.at.is_null() {
+                cuda::free_host(old.at).map_err(lost)?;
+            }
             self.at = cuda::malloc_host(wanted, 0).map_err(|error| of_memory(error, wanted as u64))?;
         }
         self.size_bytes = wanted;
         Ok(())
-    }
-
-    unsafe fn release(&mut self) {
-        if !self.at.is_null() {
-            // A device that was lost frees it by itself.
-            let _ = unsafe { cuda::free_host(self.at) };
-        }
-        *self = Pinned::NONE;
     }
 }
 
@@ -184,13 +181,8 @@ impl Gpu {
             let reason = format!("{} has {has}; {least} or newer is needed", gpu.name);
             return Err(CudaError::NotThere(reason));
         }
-        let device = cuda::device::get(gpu.ordinal).map_err(not_there)?;
-        // SAFETY: the device is from `get`; the context is released in `drop`.
-        let (context, free_bytes) = unsafe {
-            let context = cuda::primary_ctx::retain(device).map_err(not_there)?;
-            cuda::ctx::set_current(context).map_err(not_there)?;
-            (context, cuda::mem_get_info().map_err(not_there)?.0)
-        };
+        let context = Context::new(gpu.ordinal)?;
+        let (free_bytes, _) = cuda::mem_get_info().map_err(not_there)?;
         let stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(not_there)?;
         let info = DeviceInfo {
             name: gpu.name.clone(),
@@ -202,24 +194,17 @@ impl Gpu {
         let mut opened = Gpu {
             gpu: gpu.clone(),
             info,
-            context,
             stream,
             modules: HashMap::new(),
             functions: Vec::new(),
-            memory: Vec::new(),
-            host_memory: Vec::new(),
             places: Vec::new(),
             graphs: Graphs::default(),
+            context,
         };
         // A driver that takes no kernel is found out here, where another device can still be chosen.
         let smallest = Module { parts: &["mul_add"], constants: Vec::new() };
         opened.function(&smallest, "mul_add").map_err(|error| CudaError::NotThere(error.to_string()))?;
         Ok(opened)
-    }
-
-    fn enter(&self) -> Result<(), CudaError> {
-        // SAFETY: the context is open as long as this is.
-        unsafe { cuda::ctx::set_current(self.context) }.map_err(lost)
     }
 
     /// As NVRTC compiles it now, or, where there is none or it does not go with the driver, as it was compiled
@@ -244,46 +229,13 @@ impl Gpu {
         Ok(&mut self.places[place])
     }
 
-    /// Lets go of what went with its context, but for the claim on the context itself.
+    /// Lets go of what went with its context.
     fn forget(&mut self) {
         self.modules.clear();
         self.functions.clear();
-        self.memory.clear();
-        self.host_memory.clear();
         self.places.clear();
         self.graphs.forget();
-        (self.context, self.stream) = (std::ptr::null_mut(), std::ptr::null_mut());
-    }
-
-    /// Frees all that is on the device, as far as it still answers.
-    fn release(&mut self) {
-        if self.enter().is_err() {
-            return;
-        }
-        self.graphs.destroy();
-        // SAFETY: each handle was made here and is used no more.
-        unsafe {
-            for place in &mut self.places {
-                place.upload.release();
-                place.download.release();
-                let _ = cuda::event::destroy(place.begin).and(cuda::event::destroy(place.end));
-            }
-            for &at in &self.memory {
-                let _ = cuda::free_sync(at);
-            }
-            for &at in &self.host_memory {
-                let _ = cuda::free_host(at);
-            }
-            for &module in self.modules.values() {
-                let _ = cuda::module::unload(module);
-            }
-            if !self.stream.is_null() {
-                let _ = cuda::stream::destroy(self.stream);
-            }
-            if let Ok(device) = cuda::device::get(self.gpu.ordinal) {
-                let _ = cuda::primary_ctx::release(device);
-            }
-        }
+        self.stream = std::ptr::null_mut();
     }
 }
 
@@ -298,7 +250,10 @@ unsafe fn launch_one(functions: &[Loaded], stream: sys::CUstream, launch: &Launc
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        self.release();
+        // What they were made from is in no context.
+        if self.context.enter().is_ok() {
+            self.graphs.destroy();
+        }
     }
 }
 
@@ -308,11 +263,10 @@ impl Device for Gpu {
     }
 
     fn alloc(&mut self, size_bytes: u64) -> Result<u64, CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         // SAFETY: memory of that size is filled before anyone has its address.
         unsafe {
             let at = cuda::malloc_sync(size_bytes as usize).map_err(|error| of_memory(error, size_bytes))?;
-            self.memory.push(at);
             cuda::memset_d8_async(at, 0, size_bytes as usize, self.stream).map_err(lost)?;
             cuda::stream::synchronize(self.stream).map_err(lost)?;
             Ok(at)
@@ -320,18 +274,17 @@ impl Device for Gpu {
     }
 
     fn alloc_host(&mut self, size_bytes: u64) -> Result<u64, CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         // SAFETY: as in `alloc`.
         unsafe {
             let at = cuda::malloc_host(size_bytes as usize, 0).map_err(|error| of_memory(error, size_bytes))?;
-            self.host_memory.push(at);
             std::ptr::write_bytes(at.cast::<u8>(), 0, size_bytes as usize);
             Ok(at as u64)
         }
     }
 
     fn stage(&mut self, places: usize, upload_bytes: u64, download_bytes: u64) -> Result<(), CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         for place in 0..places {
             let Place { upload, download, .. } = self.place(place)?;
             upload.grow(upload_bytes as usize)?;
@@ -341,7 +294,7 @@ impl Device for Gpu {
     }
 
     fn write(&mut self, to: u64, data: &[u8]) -> Result<(), CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         // On the stream of all work, which does not wait for what other streams are at.
         // SAFETY: the address is the caller's to know, and the data is there until it has arrived.
         unsafe {
@@ -351,7 +304,7 @@ impl Device for Gpu {
     }
 
     fn function(&mut self, module: &Module, kernel: &str) -> Result<Function, CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         let failed = |reason: String| CudaError::Kernel { kernel: format!("{} {kernel}", module.name()), reason };
         let (threads, _) = module.kernel(kernel).ok_or_else(|| failed("it is not in its module".to_owned()))?;
         let loaded = match self.modules.get(module) {
@@ -370,7 +323,7 @@ impl Device for Gpu {
     }
 
     fn submit(&mut self, place: usize, work: &Work) -> Result<(), CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         let stream = self.stream;
         let Place { upload, download, download_bytes, begin, end } = self.place(place)?;
         upload.grow(work.upload.len())?;
@@ -409,7 +362,7 @@ impl Device for Gpu {
     }
 
     fn wait(&mut self, place: usize, out: &mut Vec<u8>) -> Result<Duration, CudaError> {
-        self.enter()?;
+        self.context.enter()?;
         let Place { download, download_bytes, begin, end, .. } = &self.places[place];
         let begun = Instant::now();
         loop {
@@ -439,10 +392,7 @@ impl Device for Gpu {
 
     fn reopen(&mut self) -> Result<(), CudaError> {
         // All that it has goes with its context. To free it piece by piece would wait for what hangs.
-        // SAFETY: nothing of the old context is used any more.
-        if let Ok(device) = cuda::device::get(self.gpu.ordinal) {
-            let _ = unsafe { sys::cuDevicePrimaryCtxReset_v2(device) };
-        }
+        self.context.end();
         self.forget();
         let gpu = gpus()?.into_iter().flatten().find(|gpu| gpu.uuid == self.gpu.uuid);
         let gone = || CudaError::NotThere(format!("{} ({}) is gone", self.gpu.name, self.gpu.uuid));

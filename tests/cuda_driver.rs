@@ -67,6 +67,8 @@ fn said_of(folder: &Path, kind: &str, selector: &str) -> String {
     let output = command.output().expect("it runs");
     let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     assert!(output.status.success() && text.contains("1 passed") && !text.contains("panicked"), "{kind}: {text}");
+    let contexts = ["begins", "ends"].map(|which| text.matches(&format!("a context {which}")).count());
+    assert_eq!(contexts[0], contexts[1], "{kind}: one is left: {text}");
     text
 }
 
@@ -99,6 +101,9 @@ fn with_this_driver() {
     }
     if kind == "decode" {
         return decode(Box::new(backend));
+    }
+    if kind == "beside" {
+        return beside_another(&mut backend);
     }
     // As launches, as a graph, and as the graph with other parameters, and with the same.
     let places = places(&mut backend);
@@ -143,6 +148,22 @@ fn decode(mut backend: Box<dyn Backend>) {
     println!("{num_steps} steps");
 }
 
+/// Another model on the same GPU begins, is lost and opened anew, and ends.
+fn beside_another(backend: &mut CudaBackend) {
+    let own = places(backend);
+    let first = compute(backend, own, 1.0).expect("it is well");
+    let mut other = CudaBackend::open("", Arithmetic::F32).expect("there is room");
+    for _ in 0..2 {
+        let places = places(&mut other);
+        assert_eq!(compute(&mut other, places, 1.0).expect("it is well"), first);
+        assert_eq!(compute(backend, own, 1.0).expect("it is well"), first);
+        other.reopen().expect("it is there");
+    }
+    std::thread::spawn(|| drop(other)).join().expect("another thread ends it");
+    assert_eq!(compute(backend, own, 1.0).expect("it is well"), first);
+    println!("neither minds the other");
+}
+
 /// Where numbers are brought, and where they are computed with.
 fn places(backend: &mut CudaBackend) -> [BufferId; 2] {
     ["upload", "x"].map(|label| backend.alloc(label, 4096).expect("it has memory"))
@@ -178,6 +199,8 @@ fn work_goes_through_the_driver_and_comes_back() {
     assert!(full.contains("a double with") && !full.contains("a graph of"), "{full}");
     let lost = said(&folder, "lost");
     assert!(lost.contains("lost: ") && lost.contains("it is lost"), "{lost}");
+    let beside = said(&folder, "beside");
+    assert!(beside.contains("neither minds the other"), "{beside}");
 }
 
 /// Prompts are read, contexts grow, blocks are begun, answers end: graphs are few, and most steps are one.

@@ -1,8 +1,8 @@
 // A CUDA driver without a GPU, of the kind that FULLBORE_DRIVER names, for tests of what calls one. Memory is the host's;
 // of kernels it runs `mul_add` alone, when it is launched, or when a graph is that has it. What a driver would not
-// survive ends the process: addresses that are not its own, calls without a context, nodes of another graph. It tells of
-// each piece of memory and each module that is taken, of each graph that is made, and that is launched with how many of
-// its nodes set anew.
+// survive ends the process: addresses, streams, events and kernels that are not of the current context, nodes of another
+// graph. It tells of each context that begins and ends, of each piece of memory and each module that is taken, of each
+// graph that is made, and that is launched with how many of its nodes set anew.
 
 #include <algorithm>
 #include <cstdint>
@@ -23,16 +23,25 @@ enum {
     NOT_FOUND = 500,
     UNKNOWN = 999,
     NOT_READY = 600,
+    CONTEXT_IS_DESTROYED = 709,
     LAUNCH_FAILED = 719,
 };
 
 typedef uintptr_t Address;
 
+// What was made in it is of no use in another, nor after its end. Its streams and events are its own address.
+struct Context {
+    std::map<Address, size_t> memory;
+    bool has_ended;
+};
+
 struct Module {
+    Context* context;
     std::string ptx;
 };
 
 struct Function {
+    Context* context;
     std::string name;
     size_t params_size;
 };
@@ -54,8 +63,8 @@ struct Executable {
     unsigned num_set;
 };
 
-std::map<Address, size_t> memory;
-bool has_context = false, was_lost = false;
+thread_local Context* current = nullptr;
+bool was_lost = false;
 unsigned num_queries = 0;
 // By themselves, since a graph was launched.
 unsigned num_launched = 0;
@@ -71,28 +80,27 @@ void expect(bool condition, const char* what) {
     abort();
 }
 
+void check_context(const void* of) { expect(current && !current->has_ended && (!of || of == current), "a call without its context"); }
+
 void check(Address at, size_t size) {
+    check_context(nullptr);
+    auto& memory = current->memory;
     auto next = memory.upper_bound(at);
     bool inside = next != memory.begin() && at + size <= (--next)->first + next->second;
     expect(inside, "an address that is not of its memory");
 }
 
 int allocate(const char* where, Address* at, size_t size) {
-    expect(has_context, "a call without a context");
+    check_context(nullptr);
     fprintf(stderr, "takes %zu bytes of the %s\n", size, where);
     if (is("small") && size > 1 << 20) return OUT_OF_MEMORY;
     *at = (Address)malloc(size);
-    memory[*at] = size;
-    return SUCCESS;
-}
-
-int release(Address at) {
-    expect(memory.erase(at) == 1, "memory that is freed twice");
-    free((void*)at);
+    current->memory[*at] = size;
     return SUCCESS;
 }
 
 void run(const Launch& launch) {
+    check_context(launch.function->context);
     if (launch.function->name != "mul_add") return;
     struct {
         float* x;
@@ -139,35 +147,51 @@ CALL cuDeviceGetAttribute(int* value, int which, int) {
     bool is_turing = is("turing");
     return *value = which == 75 ? (is_turing ? 7 : 8) : which == 76 ? (is_turing ? 5 : 6) : 4, SUCCESS;
 }
-CALL cuDevicePrimaryCtxRetain(void** context, int) { return *context = &memory, is("busy") ? DEVICE_UNAVAILABLE : SUCCESS; }
-CALL cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
-CALL cuDevicePrimaryCtxReset_v2(int) {
-    was_lost = true;
-    memory.clear();
+CALL cuCtxCreate_v2(Context** context, unsigned, int) {
+    if (is("busy")) return DEVICE_UNAVAILABLE;
+    fprintf(stderr, "a context begins\n");
+    return *context = current = new Context{}, SUCCESS;
+}
+CALL cuCtxDestroy_v2(Context* context) {
+    expect(context && !context->has_ended, "a context that ends twice");
+    fprintf(stderr, "a context ends\n");
+    for (auto& [at, size] : context->memory) free((void*)at);
+    context->memory.clear();
+    was_lost = context->has_ended = true;
+    if (current == context) current = nullptr;
     return SUCCESS;
 }
-CALL cuCtxSetCurrent(void* context) {
-    has_context = context == &memory;
-    return SUCCESS;
+CALL cuCtxSetCurrent(Context* context) {
+    if (context && context->has_ended) return CONTEXT_IS_DESTROYED;
+    return current = context, SUCCESS;
 }
-CALL cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = 1 << 30, SUCCESS; }
+CALL cuMemGetInfo_v2(size_t* free, size_t* total) {
+    check_context(nullptr);
+    return *free = *total = 1 << 30, SUCCESS;
+}
 
 CALL cuMemAlloc_v2(Address* at, size_t size) { return allocate("device", at, size); }
 CALL cuMemHostAlloc(void** at, size_t size, unsigned) { return allocate("host", (Address*)at, size); }
-CALL cuMemFree_v2(Address at) { return release(at); }
-CALL cuMemFreeHost(void* at) { return release((Address)at); }
-CALL cuMemsetD8Async(Address at, unsigned char value, size_t size, void*) {
+CALL cuMemFreeHost(void* at) {
+    check_context(nullptr);
+    expect(current->memory.erase((Address)at) == 1, "memory that is freed twice");
+    return free(at), SUCCESS;
+}
+CALL cuMemsetD8Async(Address at, unsigned char value, size_t size, void* stream) {
+    check_context(stream);
     check(at, size);
     memset((void*)at, value, size);
     return SUCCESS;
 }
-CALL cuMemcpyAsync(Address to, Address from, size_t size, void*) {
+CALL cuMemcpyAsync(Address to, Address from, size_t size, void* stream) {
+    check_context(stream);
     check(to, size);
     check(from, size);
     memcpy((void*)to, (void*)from, size);
     return SUCCESS;
 }
-CALL cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, void*) {
+CALL cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t size, void* stream) {
+    check_context(stream);
     check(to, size);
     memcpy((void*)to, from, size);
     return SUCCESS;
@@ -178,35 +202,35 @@ CALL cuMemcpyDtoHAsync_v2(void* to, Address from, size_t size, void* stream) {
 }
 
 CALL cuModuleLoadDataEx(Module** module, const char* image, unsigned num_options, const int* options, void** values) {
+    check_context(nullptr);
     expect(num_options == 2 && options[0] == 5 && options[1] == 6 && (size_t)values[1] > 64, "no room for a log");
     if (is("strange")) {
         snprintf((char*)values[0], (size_t)values[1], "ptxas fatal: no such version");
         return UNSUPPORTED_PTX;
     }
     fprintf(stderr, "takes a module\n");
-    *module = new Module{image};
+    *module = new Module{current, image};
     return SUCCESS;
 }
-CALL cuModuleUnload(Module* module) { return delete module, SUCCESS; }
 CALL cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    check_context(module->context);
     size_t at = module->ptx.find(".entry " + std::string(name) + "(");
     if (at == std::string::npos) return NOT_FOUND;
     // `.param .align 8 .b8 NAME_param_0[SIZE]`
     at = module->ptx.find('[', at);
-    *function = new Function{name, strtoul(module->ptx.c_str() + at + 1, nullptr, 10)};
+    *function = new Function{current, name, strtoul(module->ptx.c_str() + at + 1, nullptr, 10)};
     return SUCCESS;
 }
-CALL cuLaunchKernel(const Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned, void*,
-                    void** params, void**) {
-    expect(has_context, "a call without a context");
+CALL cuLaunchKernel(const Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned,
+                    void* stream, void** params, void**) {
+    check_context(stream);
     run(launch_of(function, x, y, z, threads, params));
     num_launched++;
     return SUCCESS;
 }
 
-CALL cuStreamCreate(void** stream, unsigned) { return *stream = &memory, SUCCESS; }
-CALL cuStreamDestroy_v2(void*) { return SUCCESS; }
-CALL cuStreamSynchronize(void*) { return SUCCESS; }
+CALL cuStreamCreate(void** stream, unsigned) { return check_context(nullptr), *stream = current, SUCCESS; }
+CALL cuStreamSynchronize(void* stream) { return check_context(stream), SUCCESS; }
 
 struct NodeParams {
     const Function* function;
@@ -242,7 +266,8 @@ CALL cuGraphDestroy(Graph* graph) {
 }
 CALL cuGraphExecDestroy(Executable* executable) { return delete executable, SUCCESS; }
 #ifndef WITHOUT_GRAPHS
-CALL cuGraphLaunch(Executable* executable, void*) {
+CALL cuGraphLaunch(Executable* executable, void* stream) {
+    check_context(stream);
     fprintf(stderr, "a graph of %zu launches, %u set, after %u\n", executable->launches.size(), executable->num_set, num_launched);
     executable->num_set = num_launched = 0;
     for (const Launch& launch : executable->launches) run(launch);
@@ -250,11 +275,11 @@ CALL cuGraphLaunch(Executable* executable, void*) {
 }
 #endif
 
-CALL cuEventCreate(void** event, unsigned) { return *event = &memory, SUCCESS; }
-CALL cuEventDestroy_v2(void*) { return SUCCESS; }
-CALL cuEventRecord(void*, void*) { return SUCCESS; }
+CALL cuEventCreate(void** event, unsigned) { return check_context(nullptr), *event = current, SUCCESS; }
+CALL cuEventRecord(void* event, void* stream) { return check_context(event), check_context(stream), SUCCESS; }
 // Not ready when it is first asked.
-CALL cuEventQuery(void*) {
+CALL cuEventQuery(void* event) {
+    check_context(event);
     if (is("lost") && !was_lost) return LAUNCH_FAILED;
     return num_queries++ % 2 == 0 ? NOT_READY : SUCCESS;
 }
