@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use fullbore::args::DeviceArgs;
+use fullbore::devices;
 use fullbore_cuda_kernels::{Device, Gpu, gpus};
 use fullbore_engine::backend::cuda::kernel::Kernel;
 use fullbore_engine::backend::cuda::{Arithmetic, CudaBackend};
+use fullbore_engine::backend::wgpu::{ArithmeticChoice, Tier};
 use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo, MAX_IN_FLIGHT};
 use fullbore_engine::config::EngineConfig;
 use fullbore_engine::engine::Engine;
@@ -105,6 +108,9 @@ fn with_this_driver() {
     if kind == "beside" {
         return beside_another(&mut backend);
     }
+    if kind == "plainer" {
+        return plainer();
+    }
     // As launches, as a graph, and as the graph with other parameters, and with the same.
     let places = places(&mut backend);
     for offset in [1.0, 1.0, 2.0, 2.0] {
@@ -146,6 +152,19 @@ fn decode(mut backend: Box<dyn Backend>) {
         num_steps += 1;
     }
     println!("{num_steps} steps");
+}
+
+/// From tensor cores to f32, and no further.
+fn plainer() {
+    let units = ArithmeticChoice::MatrixUnits;
+    let wanted = DeviceArgs { arithmetic: units, ..DeviceArgs::new("cuda") };
+    let first = devices::open(&wanted).expect("it is well").info().clone();
+    assert_eq!((first.id.as_str(), first.arithmetic.as_str()), ("cuda:0", units.name()));
+    let next = devices::plainer(&first, &wanted).expect("there are some").expect("it is well").info().clone();
+    assert_eq!((next.id.as_str(), next.arithmetic.as_str()), ("cuda:0", "f32"));
+    assert!(devices::plainer(&next, &wanted).is_none());
+    let refused = devices::open_at(&wanted, Some(Tier::Base)).err().expect("it has no tiers").to_string();
+    println!("plainer kernels in f32; {refused}");
 }
 
 /// Another model on the same GPU begins, is lost and opened anew, and ends.
@@ -199,6 +218,8 @@ fn work_goes_through_the_driver_and_comes_back() {
     assert!(full.contains("a double with") && !full.contains("a graph of"), "{full}");
     let lost = said(&folder, "lost");
     assert!(lost.contains("lost: ") && lost.contains("it is lost"), "{lost}");
+    let plainer = said(&folder, "plainer");
+    assert!(plainer.contains("plainer kernels in f32; cuda:0 has no kernels of tier base"), "{plainer}");
     let beside = said(&folder, "beside");
     assert!(beside.contains("neither minds the other"), "{beside}");
 }

@@ -215,7 +215,7 @@ pub struct EngineArgs {
 pub struct VerifyArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// base, subgroup or lavapipe, instead of the kernel tier that the device would get.
+    /// base, subgroup or lavapipe, instead of the kernel tier that the device would get: Vulkan's, Metal's or DX12's.
     #[arg(long, value_parser = parse_tier)]
     pub tier: Option<adapters::Tier>,
     /// Some ops alone, such as mat_mul,attention.

@@ -29,6 +29,8 @@ pub enum DeviceChoiceError {
     Cpu(#[from] DeviceError),
     #[error("{first} and {second} are one device: leave one out{remedy}")]
     Twice { first: String, second: String, remedy: &'static str },
+    #[error("{device} has no kernels of tier {tier}: --tier is of what Vulkan, Metal and DX12 give")]
+    NoTier { device: String, tier: &'static str },
     #[error("{device} cannot run on those cores: {source}")]
     Cores { device: String, source: io::Error },
     #[error("{0}")]
@@ -50,10 +52,13 @@ pub fn open(wanted: &DeviceArgs) -> Result<Box<dyn Backend>, DeviceChoiceError> 
     open_at(wanted, None)
 }
 
-/// The same with kernels of `tier`, where it is a GPU.
+/// The same with kernels of `tier`, which not every device has.
 pub fn open_at(wanted: &DeviceArgs, tier: Option<adapters::Tier>) -> Result<Box<dyn Backend>, DeviceChoiceError> {
     let backend = open_any(wanted, tier)?;
     let (asked, info) = (wanted.arithmetic.name(), backend.info());
+    if let Some(tier) = tier.map(adapters::Tier::name).filter(|tier| info.tier != *tier) {
+        return Err(DeviceChoiceError::NoTier { device: info.id.clone(), tier });
+    }
     if asked != info.arithmetic {
         tracing::warn!(device = info.id, "this device has no --arithmetic {asked}: going on in {}", info.arithmetic);
     }
@@ -118,15 +123,38 @@ fn arithmetic_of(name: &str) -> adapters::ArithmeticChoice {
 /// The same device as `device`, opened as `wanted` says, with plainer kernels, where it has some: in f32 first, then of
 /// a plainer tier.
 pub fn plainer(device: &DeviceInfo, wanted: &DeviceArgs) -> Option<Result<Box<dyn Backend>, DeviceChoiceError>> {
-    if device.tier == "avx2" {
-        let plain = CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() });
-        return Some(plain.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(DeviceChoiceError::Cpu));
+    let wanted = DeviceArgs { name: device.id.clone(), arithmetic: adapters::ArithmeticChoice::F32, ..wanted.clone() };
+    Some(match Plainer::of(device)? {
+        Plainer::Cpu => {
+            let plain = CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() });
+            plain.map(|backend| Box::new(backend) as Box<dyn Backend>).map_err(DeviceChoiceError::Cpu)
+        }
+        Plainer::Gpu(tier) => open_at(&wanted, tier),
+    })
+}
+
+/// Whether there are such kernels.
+pub fn has_plainer(device: &DeviceInfo) -> bool {
+    Plainer::of(device).is_some()
+}
+
+/// What [`plainer`] opens.
+#[derive(Debug, PartialEq, Eq)]
+enum Plainer {
+    Cpu,
+    /// In f32; without a tier where the device has none, as by CUDA.
+    Gpu(Option<adapters::Tier>),
+}
+
+impl Plainer {
+    fn of(device: &DeviceInfo) -> Option<Plainer> {
+        let is_f32 = arithmetic_of(&device.arithmetic) == adapters::ArithmeticChoice::F32;
+        match tier_of(&device.tier) {
+            _ if device.tier == "avx2" => Some(Plainer::Cpu),
+            tier if !is_f32 => Some(Plainer::Gpu(tier)),
+            tier => Some(Plainer::Gpu(Some(tier?.plainer()?))),
+        }
     }
-    let tier = tier_of(&device.tier)?;
-    let tier =
-        if arithmetic_of(&device.arithmetic) == adapters::ArithmeticChoice::F32 { tier.plainer()? } else { tier };
-    let wanted = DeviceArgs { arithmetic: adapters::ArithmeticChoice::F32, ..wanted.clone() };
-    Some(gpu(&device.id, Some(tier), &wanted).map_err(DeviceChoiceError::Gpu))
 }
 
 /// Memory that the device has for us: asked, else tried; `None` where neither says.
@@ -280,6 +308,31 @@ mod tests {
                 assert!(text.contains(&format!("going on without CUDA: {reason}")), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn in_f32_what_has_no_tiers_has_nothing_plainer() {
+        let [base, subgroup] = ["base", "subgroup"].map(|name| Plainer::Gpu(tier_of(name)));
+        for (id, tier, arithmetic, expected) in [
+            ("cpu", "avx2", "f32", Some(Plainer::Cpu)),
+            ("cpu", "plain", "f32", None),
+            ("cuda:0", "sm_90", "matrix-units", Some(Plainer::Gpu(None))),
+            ("cuda:0", "sm_90", "f32", None),
+            ("vulkan:0", "subgroup", "f16", Some(subgroup)),
+            ("vulkan:0", "subgroup", "f32", Some(base)),
+            ("vulkan:0", "base", "f32", None),
+        ] {
+            let [id, tier, arithmetic] = [id, tier, arithmetic].map(str::to_owned);
+            let device = DeviceInfo { id, tier, arithmetic, ..DeviceInfo::default() };
+            assert_eq!(Plainer::of(&device), expected, "{device:?}");
+        }
+    }
+
+    #[test]
+    fn a_tier_that_a_device_has_not_is_refused() {
+        let sentence = open_at(&DeviceArgs::new("cpu"), tier_of("base")).err().expect("the cpu has none").to_string();
+        let expected = "cpu has no kernels of tier base: --tier is of what Vulkan, Metal and DX12 give";
+        assert_eq!(sentence, expected);
     }
 
     #[test]

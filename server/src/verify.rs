@@ -162,8 +162,7 @@ pub fn verify_on(
     if num_failed == 0 {
         return Ok(writeln!(table.out, "{num_checks} checks pass")?);
     }
-    let has_plainer = !["base", "plain"].contains(&info.tier.as_str());
-    let hint = if has_plainer { "; a start takes plainer kernels by itself, see --tier base" } else { "" };
+    let hint = if devices::has_plainer(info) { "; a start takes plainer kernels by itself" } else { "" };
     let DeviceInfo { id: device, driver, tier, .. } = info.clone();
     Err(VerifyError::Failed { num_failed, num_checks, device, tier, driver, hint })
 }
