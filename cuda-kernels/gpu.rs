@@ -65,7 +65,7 @@ impl GpuInfo {
         // The first form of this call says of a part which GPU it is of.
         // SAFETY: the device is from `get`.
         unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, device) }.result().map_err(not_there)?;
-        let hex: String = uuid.bytes.iter().map(|byte| format!("{:02x}", byte.cast_unsigned())).collect();
+        let hex: String = compile::bytes(&uuid.bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let groups = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
         let attribute = |which| {
             // SAFETY: the device is from `get`.

@@ -61,9 +61,9 @@ pub fn compile(module: &Module, architecture: u32) -> Result<Vec<u8>, String> {
     unsafe {
         let compiled = match compiled {
             None => Err(format!("NVRTC knows no GPU as old as compute capability {architecture}")),
-            Some(Ok(())) => nvrtc::get_ptx(program).map(bytes).map_err(failed),
+            Some(Ok(())) => nvrtc::get_ptx(program).map(|ptx| bytes(&ptx)).map_err(failed),
             Some(Err(error)) => {
-                let log = nvrtc::get_program_log(program).map(bytes).unwrap_or_default();
+                let log = nvrtc::get_program_log(program).map(|log| bytes(&log)).unwrap_or_default();
                 let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
                 Err(format!("{}: {log}", failed(error)))
             }
@@ -78,6 +78,7 @@ fn has(function: &str) -> bool {
     unsafe { sys::culib().get::<*const c_void>(function.as_bytes()).is_ok() }
 }
 
-fn bytes(chars: Vec<c_char>) -> Vec<u8> {
-    chars.into_iter().map(c_char::cast_unsigned).collect()
+/// Whether C's `char` has a sign, as on x86, or none, as on Arm.
+pub(super) fn bytes(chars: &[c_char]) -> Vec<u8> {
+    chars.iter().flat_map(|char| char.to_ne_bytes()).collect()
 }
