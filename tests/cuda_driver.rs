@@ -79,7 +79,8 @@ fn said_of(folder: &Path, kind: &str, selector: &str) -> String {
 #[test]
 fn with_this_driver() {
     let Ok(kind) = std::env::var(KIND) else { return };
-    let arithmetic = if kind == "turing" { Arithmetic::MatrixUnits } else { Arithmetic::F32 };
+    let is_on_units = ["turing", "decode-on-units"].contains(&kind.as_str());
+    let arithmetic = if is_on_units { Arithmetic::MatrixUnits } else { Arithmetic::F32 };
     let mut backend = match CudaBackend::open(&std::env::var(SELECTOR).unwrap_or_default(), arithmetic) {
         Ok(backend) => backend,
         Err(error) => return println!("refused: {error}"),
@@ -102,7 +103,7 @@ fn with_this_driver() {
         println!("lost: {error}");
         backend.reopen().expect("it is there again");
     }
-    if kind == "decode" {
+    if kind.starts_with("decode") {
         return decode(Box::new(backend));
     }
     if kind == "beside" {
@@ -227,7 +228,8 @@ fn work_goes_through_the_driver_and_comes_back() {
 /// Prompts are read, contexts grow, blocks are begun, answers end: graphs are few, and most steps are one.
 #[test]
 fn a_decode_is_launched_as_few_graphs() {
-    let text = said(&compiled("cuda-driver-decode", &[]), "decode");
+    let folder = compiled("cuda-driver-decode", &[]);
+    let text = said(&folder, "decode");
     let num_steps: usize =
         text.lines().find_map(|line| line.strip_suffix(" steps")?.parse().ok()).expect("it says how many");
     let num_made = text.matches("made a graph").count();
@@ -237,11 +239,16 @@ fn a_decode_is_launched_as_few_graphs() {
         format!("{num_steps} steps, {num_made} graphs, launched {} times, as they were {num_same}", launched.len());
     println!("{counts}");
     assert!(launched.len() * 3 > num_steps * 2 && num_made * 4 < launched.len(), "{counts}");
-    // Weights, buffers, and what is small; pinned memory of the steps in flight. The rest is the driver's own.
-    let (before, after) = text.split_once("all is there").expect("it says so");
-    let taken = ["bytes of the device", "bytes of the host", "takes a module"];
-    assert_eq!(taken[..2].iter().map(|what| before.matches(what).count()).collect::<Vec<_>>(), [3, 2 * MAX_IN_FLIGHT]);
-    assert_eq!(taken.map(|what| after.matches(what).count()), [0; 3], "in steps: {after}");
+    for text in [text, said(&folder, "decode-on-units")] {
+        // Weights, buffers, and what is small; pinned memory of the steps in flight. The rest is the driver's own.
+        let (before, after) = text.split_once("all is there").expect("it says so");
+        let count = |text: &str| {
+            ["bytes of the device", "bytes of the host", "takes a module"].map(|what| text.matches(what).count())
+        };
+        let [of_device, of_host, _] = count(before);
+        assert_eq!([of_device, of_host], [3, 2 * MAX_IN_FLIGHT], "{before}");
+        assert_eq!(count(after), [0; 3], "in steps: {after}");
+    }
 }
 
 #[test]

@@ -54,6 +54,10 @@ pub trait Around: Send {
         self.inner().weight_bytes(spec)
     }
 
+    fn beside_weights_bytes(&self, cols: u32) -> u64 {
+        self.inner().beside_weights_bytes(cols)
+    }
+
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
         self.inner_mut().submit(recording)
     }
@@ -138,6 +142,10 @@ impl<A: Around> Backend for A {
 
     fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
         Around::weight_bytes(self, spec)
+    }
+
+    fn beside_weights_bytes(&self, cols: u32) -> u64 {
+        Around::beside_weights_bytes(self, cols)
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {

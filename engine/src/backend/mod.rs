@@ -78,6 +78,12 @@ pub trait Backend: Send {
     /// Bytes that `load_weight` would take, once packed.
     fn weight_bytes(&self, spec: &WeightSpec) -> u64;
 
+    /// Bytes beside all weights that products with them take, of which none has more than `cols` columns.
+    fn beside_weights_bytes(&self, cols: u32) -> u64 {
+        let _ = cols;
+        0
+    }
+
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError>;
 
     /// Appends the downloads of the ticket's recording to `out`, and says from when until when the device was at it, on
@@ -208,8 +214,10 @@ impl AddAssign for LoadTimes {
 /// What a model takes of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
-    /// Of all weights, packed.
+    /// Of all weights, packed, and of what products take beside them.
     pub weights_bytes: u64,
+    /// Columns of the widest weight.
+    pub weight_cols: u32,
     /// Of the cache, activations and tables.
     pub buffers_bytes: u64,
     /// To the device in a step, at most.

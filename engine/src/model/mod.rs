@@ -285,6 +285,7 @@ fn needs(config: &ModelConfig, limits: &StateLimits, checkpoint: &Checkpoint, ba
     let Footprint { kv, scratch, tables, .. } = Model::footprint(config, limits);
     Needs {
         weights_bytes: Weights::size_bytes(config, checkpoint, backend),
+        weight_cols: Weights::max_cols(config, checkpoint),
         buffers_bytes: kv + scratch + tables,
         upload_bytes: limits.max_upload_words(config.vocab_size) * 4,
         download_bytes: u64::from(limits.max_logit_rows) * u64::from(CHOSEN_WORDS + 2 * MAX_TOP) * 4,

@@ -119,9 +119,15 @@ impl Weights {
         spec(checkpoint, name, config.vocab_size, config.dim)
     }
 
-    /// Bytes that the weights would take on `backend`, without loading them.
+    /// Bytes that the weights would take on `backend`, without loading them, with what products take beside them.
     pub fn size_bytes(config: &ModelConfig, checkpoint: &Checkpoint, backend: &dyn Backend) -> u64 {
-        Self::specs(config, checkpoint).iter().map(|spec| backend.weight_bytes(spec)).sum()
+        let weights: u64 = Self::specs(config, checkpoint).iter().map(|spec| backend.weight_bytes(spec)).sum();
+        weights + backend.beside_weights_bytes(Self::max_cols(config, checkpoint))
+    }
+
+    /// Columns of the widest.
+    pub fn max_cols(config: &ModelConfig, checkpoint: &Checkpoint) -> u32 {
+        Self::specs(config, checkpoint).iter().map(|spec| spec.cols).max().unwrap_or(0)
     }
 
     /// The same of a layer alone.

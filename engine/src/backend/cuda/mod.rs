@@ -192,14 +192,18 @@ impl CudaBackend {
         taken.map_err(|error| self.error(error, label))
     }
 
-    /// For products with a weight of `cols` columns on tensor cores.
+    /// For products with a weight of `cols` columns on tensor cores: `beside_weights_bytes`, where no narrower one came
+    /// before.
     fn make_room(&mut self, cols: u32) -> Result<(), DeviceError> {
+        if self.mat_muls.arithmetic() != Arithmetic::MatrixUnits {
+            return Ok(());
+        }
         if self.parts.is_none() {
             let size_bytes = SplitK::bytes(self.device.info().num_multiprocessors);
-            self.parts = Some(self.take("parts of products", size_bytes, Holds::Buffers)?);
+            self.parts = Some(self.take("parts of products", size_bytes, Holds::Weights)?);
         }
         if self.halves.1 < cols {
-            self.halves = (self.take("activations in f16", halves_bytes(cols), Holds::Buffers)?, cols);
+            self.halves = (self.take("activations in f16", halves_bytes(cols), Holds::Weights)?, cols);
         }
         Ok(())
     }
@@ -232,6 +236,7 @@ impl Backend for CudaBackend {
             let reserved = self.memory.reserve(holds, size_bytes, self.device.as_mut());
             reserved.map_err(|error| self.error(error, what))?;
         }
+        self.make_room(needs.weight_cols)?;
         let staged = self.device.stage(MAX_IN_FLIGHT, needs.upload_bytes, needs.download_bytes);
         staged.map_err(|error| self.error(error, "steps in flight"))?;
         let kernels = Kernel::beside_products(needs.kv_type, needs.head_dim, self.mat_muls.arithmetic());
@@ -259,9 +264,7 @@ impl Backend for CudaBackend {
         let variants: Vec<_> = self.mat_muls.variants().collect();
         variants.into_iter().try_for_each(|variant| self.function(Kernel::MatMul(spec.format, variant)).map(drop))?;
         self.function(Kernel::Embed(spec.format))?;
-        if self.mat_muls.arithmetic() == Arithmetic::MatrixUnits {
-            self.make_room(spec.cols)?;
-        }
+        self.make_room(spec.cols)?;
         let address = self.take(&spec.name, self.weight_bytes(spec), Holds::Weights)?;
         let mut times = self.times;
         pack_rows(spec, spec.rows, source, &mut times, |offset_bytes, words| {
@@ -275,6 +278,13 @@ impl Backend for CudaBackend {
 
     fn weight_bytes(&self, spec: &WeightSpec) -> u64 {
         packed_bytes(spec.format, spec.rows, spec.cols)
+    }
+
+    fn beside_weights_bytes(&self, cols: u32) -> u64 {
+        match self.mat_muls.arithmetic() {
+            Arithmetic::F32 => 0,
+            Arithmetic::MatrixUnits => SplitK::bytes(self.device.info().num_multiprocessors) + halves_bytes(cols),
+        }
     }
 
     fn submit(&mut self, recording: &Recording) -> Result<Ticket, DeviceError> {
