@@ -293,14 +293,20 @@ mod tests {
         }
     }
 
-    #[test]
-    fn auto_says_why_it_goes_on_without_cuda() {
+    /// What something gives, and what it logs.
+    pub fn logged<T>(something: impl FnOnce() -> T) -> (T, String) {
         let lines = Lines::default();
         let own = lines.clone();
         let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || own.clone()).finish();
-        let opened = tracing::subscriber::with_default(subscriber, || open(&DeviceArgs::new("auto")));
-        let device = opened.expect("there is always the cpu").info().id.clone();
+        let given = tracing::subscriber::with_default(subscriber, something);
         let text = String::from_utf8(lines.0.lock().expect("no writer panics").clone()).expect("text");
+        (given, text)
+    }
+
+    #[test]
+    fn auto_says_why_it_goes_on_without_cuda() {
+        let (opened, text) = logged(|| open(&DeviceArgs::new("auto")));
+        let device = opened.expect("there is always the cpu").info().id.clone();
         match cuda::open("", adapters::ArithmeticChoice::default()) {
             Ok(_) => assert!(cuda::is_meant(&device), "{device}"),
             Err(reason) => {

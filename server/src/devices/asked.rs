@@ -35,7 +35,9 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
         return Ok(listed.into_iter().map(|own| Asked { listed: Some(own.clone()), ..one(own.name) }).collect());
     }
     if args.name == "all" {
-        let mut all: Vec<Asked> = every_gpu(args).into_iter().map(|gpu| gpu.asked(args)).collect();
+        let (gpus, no_cuda) = every_gpu(args);
+        tell(no_cuda);
+        let mut all: Vec<Asked> = gpus.into_iter().map(|gpu| gpu.asked(args)).collect();
         all.extend(all.is_empty().then(|| Asked { is_optional: true, ..one("cpu".to_owned()) }));
         return Ok(all);
     }
@@ -45,13 +47,28 @@ pub fn asked(args: &DeviceArgs) -> Result<Vec<Asked>, DeviceChoiceError> {
 /// What `auto` means to a server: every GPU of the best kind that there is, and where that is no more than one, what it
 /// means to everybody else.
 pub fn asked_by_auto(args: &DeviceArgs) -> Vec<Asked> {
-    let (best, others) = of_best_kind(every_gpu(args));
+    let (gpus, no_cuda) = every_gpu(args);
+    by_auto(args, gpus, no_cuda)
+}
+
+fn by_auto(args: &DeviceArgs, gpus: Vec<Gpu>, no_cuda: Option<String>) -> Vec<Asked> {
+    let (best, others) = of_best_kind(gpus);
     for Gpu { id, kind, .. } in &others {
         tracing::info!(device = id, ?kind, "auto leaves this GPU to --device all, because there is a better kind");
     }
     match best.len() {
+        // Which asks CUDA again, and tells.
         0 | 1 => vec![Asked::named(args, args.name.clone())],
-        _ => best.into_iter().map(|gpu| gpu.asked(args)).collect(),
+        _ => {
+            tell(no_cuda);
+            best.into_iter().map(|gpu| gpu.asked(args)).collect()
+        }
+    }
+}
+
+fn tell(no_cuda: Option<String>) {
+    if let Some(reason) = no_cuda {
+        tracing::info!("going on without CUDA: {reason}");
     }
 }
 
@@ -69,11 +86,16 @@ impl Gpu {
     }
 }
 
-fn every_gpu(args: &DeviceArgs) -> Vec<Gpu> {
+/// And why CUDA gives none.
+fn every_gpu(args: &DeviceArgs) -> (Vec<Gpu>, Option<String>) {
     let hardware = adapters::hardware(args.any_driver);
     let kind = |id: &String| hardware.iter().find(|(known, _)| known == id).map(|(_, kind)| *kind);
     let by_api = adapters::devices().into_iter().filter_map(|device| Some((kind(&device.id)?, device))).collect();
-    every_once(cuda::devices().unwrap_or_default(), by_api)
+    let (by_cuda, no_cuda) = match cuda::devices() {
+        Ok(by_cuda) => (by_cuda, None),
+        Err(reason) => (Vec::new(), Some(reason)),
+    };
+    (every_once(by_cuda, by_api), no_cuda)
 }
 
 /// Each once, by CUDA where that gives it. What CUDA gives counts as discrete where no other way to it tells.
@@ -143,6 +165,7 @@ pub fn check_apart(devices: &[(&Asked, &DeviceInfo)]) -> Result<(), DeviceChoice
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::logged;
     use super::*;
 
     fn sentence(names: &str, ids: &[&str], memory_bytes: Option<u64>) -> Option<String> {
@@ -177,6 +200,22 @@ mod tests {
         assert_eq!(apart("0000:0b:00.0"), Err("cuda:0 and vulkan:0 are one device: leave one out".to_owned()));
         // Cores of the host do not make two of a GPU.
         assert!(sentence("vulkan:0@0,vulkan:0@1", &["vulkan:0", "vulkan:0"], None).is_some());
+    }
+
+    /// One alone is opened as it is named, and whoever opens it tells.
+    #[test]
+    fn auto_says_of_several_gpus_why_none_is_by_cuda() {
+        let gpu = |id: &str| Gpu { id: id.to_owned(), kind: GpuKind::Discrete, otherwise: None };
+        let chosen = |ids: &[&str]| {
+            let (gpus, reason) = (ids.iter().map(|id| gpu(id)).collect(), Some("no driver".to_owned()));
+            let (asked, log) = logged(|| by_auto(&DeviceArgs::new("auto"), gpus, reason));
+            (
+                asked.into_iter().map(|one| one.title).collect::<Vec<_>>(),
+                log.contains("going on without CUDA: no driver"),
+            )
+        };
+        assert_eq!(chosen(&["vulkan:0"]), (vec!["auto".to_owned()], false));
+        assert_eq!(chosen(&["vulkan:0", "vulkan:1"]), (["vulkan:0", "vulkan:1"].map(str::to_owned).to_vec(), true));
     }
 
     #[test]
