@@ -194,7 +194,7 @@ follow golden-vulkan $side &
 wait
 # Limits of what is asked, and of what ran side by side, sum to no more than there is.
 on cuda
-run ops-8b-cuda 25 bench ops --shapes 8b --m 1,8,32,256,2048 --only "mat_mul ffn" --seconds 4 "${units[@]}" --csv "$kept/ops-8b-cuda.csv"
+run ops-8b-cuda 25 bench ops --shapes 8b --m 1,2,4,8,32,256,2048 --only "mat_mul ffn" --seconds 4 "${units[@]}" --csv "$kept/ops-8b-cuda.csv"
 timed peer-matrix 20 python3 "$benches/gpu_peer.py" matrix
 offline 8b-decode-1-cuda 20 "${big[@]}" "${one[@]}" "${units[@]}"
 offline 8b-decode-32-cuda 25 "${big[@]}" "${many[@]}" "${units[@]}"
@@ -220,6 +220,9 @@ else
 fi
 # What was asked is settled, whatever becomes of the rest.
 keep
+# Few rows in f32, beside what tensor cores were above.
+offline 8b-decode-1-f32-cuda 20 "${big[@]}" "${one[@]}"
+run ops-8b-f32-cuda 20 bench ops --shapes 8b --m 1,2,4,8 --only "mat_mul ffn" --seconds 4 --csv "$kept/ops-8b-f32-cuda.csv"
 on vulkan
 run verify 90 verify
 run run 30 run "Name three primary colours." "${model[@]}" --max-tokens 48 --temperature 0

@@ -111,13 +111,21 @@ fn rows_of_a_product_do_not_depend_on_how_many_there_are() {
     }
 }
 
+/// Up to 64: K is divided in the same way, and added in the same order.
+#[test]
+fn few_rows_of_a_product_on_tensor_cores_do_not_depend_on_how_many_there_are() {
+    let device = &mut Device::new(computing_in(Arithmetic::MatrixUnits, false));
+    for (format, n, k) in [(WeightFormat::Q4_0, 70, 1056), (WeightFormat::F16, 40, 68), (WeightFormat::Q6K, 33, 768)] {
+        assert_rows_do_not_depend_on_m(device, format, n, k, 64, "on the host's tensor cores");
+    }
+}
+
 #[test]
 fn every_family_agrees_with_transformers() {
     tiny::assert_every_family_agrees(&tiny::EXACT, &|_| on_host(false));
 }
 
-/// Whole models on tensor cores: with few rows of a product in f32, as they go there, and with all rows of all products
-/// by one kernel.
+/// Whole models on tensor cores: as they go there, and with all rows of all products by one kernel.
 #[test]
 fn every_family_agrees_with_transformers_on_tensor_cores() {
     for kernel in [None, Some("mat_mul_matrix_16"), Some("mat_mul_matrix_64"), Some("mat_mul_matrix_128")] {
