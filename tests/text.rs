@@ -155,6 +155,40 @@ mod tokenizer {
         }
     }
 
+    /// Where every place that is sound is one, too.
+    #[test]
+    fn a_text_in_parts_has_the_ids_of_the_whole() {
+        let gguf =
+            |path: PathBuf| Tokenizer::from_gguf(&Gguf::open(&path).expect("a model file")).expect("a tokenizer");
+        let load: [&dyn Fn() -> Tokenizer; 6] = [
+            &|| gguf(cache("models/SmolLM2-135M-Instruct.Q4_1.gguf", "make models")),
+            &|| gguf(cache("models/gemma-3-270m-Q4_K_M.gguf", "make models")),
+            &|| gguf(cache("vocab/ggml-vocab-llama-spm.gguf", "scripts/vocab.sh")),
+            &|| gguf(cache("vocab/ggml-vocab-llama-bpe.gguf", "scripts/vocab.sh")),
+            &|| gguf(cache("vocab/ggml-vocab-qwen2.gguf", "scripts/vocab.sh")),
+            &|| Tokenizer::from_json(hf_json::smollm2_json().to_string().as_bytes()).expect("a tokenizer"),
+        ];
+        let words = "[a-zA-Z]{1,4}( [a-zA-Z]{1,4}){0,3}";
+        let text = proptest::collection::vec(prop_oneof![words, Just("\n".to_owned()), texts()], 1..6);
+        for load in load {
+            let (whole, parts) = (load().with_parts_of(usize::MAX), load().with_parts_of(1));
+            assert!(parts.cuts().parts("one two\nthree four").count() > 2);
+            runner(200)
+                .run(&text, |text| {
+                    let text = text.concat();
+                    for special in [Special::AsText, Special::Parse] {
+                        let ids = whole.encode(&text, special);
+                        prop_assert_eq!(&parts.encode(&text, special), &ids, "{:?}", text);
+                        // What is cut short is a beginning of it.
+                        let some = parts.encode_at_most(&text, special, 3);
+                        prop_assert!(ids.starts_with(&some) && (some.len() > 3 || some.len() == ids.len()));
+                    }
+                    Ok(())
+                })
+                .expect("the same ids");
+        }
+    }
+
     /// A vocabulary in which merging, or a word as a whole, could spell control tokens.
     #[test]
     fn merging_never_makes_a_special_token() {
@@ -220,7 +254,7 @@ mod hf_json {
     use super::*;
 
     /// The tokenizer.json that says what SmolLM2's GGUF says.
-    fn smollm2_json() -> Value {
+    pub(super) fn smollm2_json() -> Value {
         let gguf = Gguf::open(&cache("models/SmolLM2-135M-Instruct.Q4_1.gguf", "make models")).expect("a model");
         let tokens = gguf.strings("tokenizer.ggml.tokens").expect("strings").expect("tokens");
         let merges = gguf.strings("tokenizer.ggml.merges").expect("strings").expect("merges");

@@ -2,6 +2,8 @@
 
 use fullbore::http::keys::Keys;
 use fullbore::http::proxies::{Proxies, parse_network};
+use fullbore_engine::model::ModelConfig;
+use fullbore_engine::text::{GgufVocab, Tokenizer};
 
 use super::access::{chat_as, keys};
 use super::*;
@@ -206,6 +208,70 @@ fn bodies_that_wait_are_bounded_together_and_leave_room_for_others() {
     drop(held);
     server.wait_for("room", |server| kept(server) == 0);
     assert_eq!(ask_as(&server, "the-key-of-alice", &large).status, 200);
+}
+
+/// A context so long that no text of a body is refused by its length, and a token that stands for much.
+fn large_context() -> Setup {
+    let bundle = |bundle: &mut Bundle| {
+        let letters = ('!'..='~').chain(['Ġ', 'Ċ']).map(String::from);
+        let controls = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>"].map(str::to_owned);
+        let tokens: Vec<String> = controls.into_iter().chain(letters).chain(["~".repeat(256)]).collect();
+        let token_types = (0..tokens.len()).map(|id| if id < 4 { 3 } else { 1 }).collect();
+        let vocab = GgufVocab { model: "gpt2".to_owned(), tokens, token_types, eos: Some(2), ..GgufVocab::default() };
+        bundle.tokenizer = Tokenizer::from_vocab(vocab).expect("a vocabulary").into();
+        bundle.config = ModelConfig::tiny(bundle.tokenizer.vocab_size() as u32, 2);
+    };
+    let config = EngineConfig { max_model_len: 1 << 17, num_blocks: 1 << 14, ..Setup::default().config };
+    Setup { config, bundle, ..Setup::default() }
+}
+
+const LARGE_BODIES: &str = "FULLBORE_TEST_LARGE_BODIES";
+
+/// The part of a test that has a process of its own, whose memory is its own too; else it does nothing.
+#[test]
+fn bodies_as_large_as_are_taken() {
+    let Ok(_) = std::env::var(LARGE_BODIES) else { return };
+    let server = large_context().start();
+    let whole = |begin: &str, unit: &str, end: &str| {
+        [begin, &unit.repeat(((8 << 20) - begin.len() - end.len()) / unit.len()), end].concat()
+    };
+    let most = || {
+        let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+    };
+    server.complete(json!({"prompt": "x", "max_tokens": 1}));
+    let before = most();
+    let call = r#"{"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"{\"x\":["#;
+    let bodies = [
+        ("/v1/completions", whole(r#"{"prompt":["#, "0,", "0]}")),
+        ("/v1/completions", whole(r#"{"prompt":["#, "[],", "0]}")),
+        ("/v1/completions", whole(r#"{"prompt":"x","pad":{"#, r#""":{},"#, r#""":0}}"#)),
+        ("/v1/chat/completions", whole(call, "0,", r#"0]}"}}]}]}"#)),
+        ("/v1/chat/completions", whole(r#"{"messages":["#, r#"{"role":"user"},"#, r#"{"role":"user"}]}"#)),
+        ("/v1/completions", whole(r#"{"prompt":""#, "a few words of a text ", r#""}"#)),
+        ("/v1/completions", whole(r#"{"prompt":""#, "1\\n", r#""}"#)),
+        ("/v1/chat/completions", whole(r#"{"messages":[{"role":"user","content":""#, "words of it ", r#""}]}"#)),
+        ("/tokenize", whole(r#"{"prompt":""#, "a few words of a text ", r#""}"#)),
+    ];
+    for (path, body) in bodies {
+        let begin: String = body.chars().take(40).collect();
+        server.post_bytes(path, body.as_bytes()).error(400);
+        println!("{begin}: {} MiB more than {before}", most() - before);
+    }
+    // The body as it is sent, as it is kept, and as what it says.
+    assert!(most() - before < 320, "{} MiB", most() - before);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_body_takes_little_more_memory_than_it_has_bytes() {
+    let mut command = std::process::Command::new(std::env::current_exe().expect("this test has a file"));
+    command.args(["--exact", "--nocapture", "http::reading::bodies_as_large_as_are_taken"]).env(LARGE_BODIES, "1");
+    let ended = command.output().expect("it runs");
+    let told = [ended.stdout, ended.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    println!("{told}");
+    assert!(ended.status.success() && told.contains("1 passed"), "{told}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use tokenizers::tokenizer::{Model, Normalizer, PreTokenizer};
 use tokenizers::{NormalizedString, OffsetReferential, OffsetType, PreTokenizedString};
 
 use super::TextError;
+use super::cuts::Cuts;
 use super::special_tokens::TokenKind;
 use crate::request::TokenId;
 
@@ -22,16 +23,23 @@ pub struct Bpe {
     pub model: BPE,
     /// The two that each merge takes, in the order of their rank.
     pub merges: Vec<[TokenId; 2]>,
+    pub cuts: Cuts,
 }
 
 impl Bpe {
-    pub fn encode(&self, text: &str, at_start: bool, ids: &mut Vec<TokenId>) {
-        let splits = self.split(text, at_start).expect("a model that was checked at load tokenises any text");
-        let splits = splits.get_splits(OffsetReferential::Original, OffsetType::None);
-        ids.extend(splits.iter().filter_map(|(_, _, tokens)| tokens.as_ref()).flatten().map(|token| TokenId(token.id)));
+    /// Appends the ids of `text`; stops soon after `max_tokens` of them.
+    pub fn encode(&self, text: &str, at_start: bool, max_tokens: usize, ids: &mut Vec<TokenId>) {
+        const CHECKED: &str = "a model that was checked at load tokenises any text";
+        let words = self.words(text, at_start).expect(CHECKED);
+        for (word, ..) in words.get_splits(OffsetReferential::Original, OffsetType::None) {
+            if ids.len() > max_tokens {
+                return;
+            }
+            ids.extend(self.model.tokenize(word).expect(CHECKED).iter().map(|token| TokenId(token.id)));
+        }
     }
 
-    fn split(&self, text: &str, at_start: bool) -> tokenizers::Result<PreTokenizedString> {
+    fn words(&self, text: &str, at_start: bool) -> tokenizers::Result<PreTokenizedString> {
         let mut normalized = NormalizedString::from(text);
         if let Some(normalizer) = &self.normalizer {
             normalizer.normalize(&mut normalized)?;
@@ -40,7 +48,6 @@ impl Bpe {
         if let Some(pre_tokenizer) = &self.pre_tokenizers[usize::from(!at_start)] {
             pre_tokenizer.pre_tokenize(&mut words)?;
         }
-        words.tokenize(|word| self.model.tokenize(word.get()))?;
         Ok(words)
     }
 }

@@ -121,14 +121,19 @@ impl ChatTemplate {
         Ok(self.encode_at_most(tokenizer, &input, usize::MAX)?.ids)
     }
 
-    /// The same with all that there may be, refused before anything is tokenized where the prompt can only be more than
-    /// `max_tokens` long.
+    /// The same with all that there may be, refused where the prompt is more than `max_tokens` long: before it is
+    /// rendered where its texts alone are, and without the rest once so many ids are there.
     pub fn encode_at_most(
         &self,
         tokenizer: &Tokenizer,
         input: &ChatInput,
         max_tokens: usize,
     ) -> Result<Prompt, TextError> {
+        let num_bytes = input.messages.iter().map(|message| message.content.len()).sum();
+        let least_tokens = tokenizer.least_tokens(num_bytes).max(input.messages.len());
+        if least_tokens > max_tokens {
+            return Err(TextError::TooLong { least_tokens });
+        }
         let mut stand_ins = StandIns::new();
         let safe = Safe::new(input, &mut stand_ins, tokenizer);
         let rendered = self.render(safe)?;
@@ -137,8 +142,12 @@ impl ChatTemplate {
         if least_tokens > max_tokens {
             return Err(TextError::TooLong { least_tokens });
         }
-        let ids = tokenizer.encode_restoring(&rendered, Special::Parse, |text| stand_ins.restore(text));
-        Ok(Prompt { ids, text })
+        let restore = |text| stand_ins.restore(text);
+        let ids = tokenizer.encode_restoring(&rendered, Special::Parse, max_tokens, restore);
+        match ids.len() > max_tokens {
+            true => Err(TextError::TooLong { least_tokens: ids.len() }),
+            false => Ok(Prompt { ids, text }),
+        }
     }
 
     fn render(&self, safe: Safe) -> Rendering {
@@ -446,6 +455,21 @@ mod tests {
              {{% set a.x = [a.x, a.x] %}}{{% set b.x = [b.x, b.x] %}}{{% endfor %}}{{{{ a.x == b.x }}}}"
         );
         ChatTemplate { deadline: Duration::from_millis(50), ..ChatTemplate::new(&source, "", "").expect("a template") }
+    }
+
+    #[test]
+    fn messages_that_can_only_be_too_long_are_not_rendered() {
+        let template = ChatTemplate::new("{{ raise_exception('it is rendered') }}", "", "").expect("a template");
+        let error = |num_messages: usize, content: &str| {
+            let messages = vec![ChatMessage::new("user", content); num_messages];
+            let input = ChatInput { messages: &messages, ..ChatInput::default() };
+            template.encode_at_most(&tokenizer(), &input, 10).expect_err("it fails either way")
+        };
+        for (num_messages, content, least_tokens) in [(11, "", 11), (1, "aaaaaaaaaaa", 11), (2, "aaaaaa", 12)] {
+            let found = error(num_messages, content);
+            assert!(matches!(found, TextError::TooLong { least_tokens: least } if least == least_tokens), "{found}");
+        }
+        assert!(matches!(error(10, "a"), TextError::Refused(_)));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use super::TextError;
 use super::bpe::{self, Bpe};
+use super::cuts::Cuts;
 use super::pre_tokenizer::PreTokenizer;
 use super::sentence_piece::SentencePiece;
 use super::special_tokens::{SpecialToken, SpecialTokens, TokenKind};
@@ -137,7 +138,7 @@ impl GgufVocab {
             .build()
             .map_err(|error| TextError::Vocabulary(error.to_string()))?;
         let pre_tokenizers = [Some(pre.build()), Some(pre.build())];
-        let bpe = Bpe { normalizer: None, pre_tokenizers, model, merges };
+        let bpe = Bpe { normalizer: None, pre_tokenizers, model, merges, cuts: Cuts::BOTH };
         Ok((Merger::Bpe(bpe.into()), Alphabet::ByteLevel, pre.add_bos))
     }
 

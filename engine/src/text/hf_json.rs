@@ -9,6 +9,8 @@ use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 
 use super::TextError;
 use super::bpe::{self, Bpe};
+use super::cuts::Cuts;
+use super::pre_tokenizer::is_known_pattern;
 use super::special_tokens::{SpecialToken, SpecialTokens, TokenKind};
 use super::tokenizer::{Alphabet, Merger, Tokenizer};
 use crate::request::TokenId;
@@ -129,7 +131,15 @@ impl TokenizerJson {
         let mut elsewhere = self.json["pre_tokenizer"].clone();
         prepend_only_at_start(&mut elsewhere);
         let later: Option<PreTokenizerWrapper> = part(&elsewhere, "pre_tokenizer")?;
-        Ok(Bpe { normalizer, pre_tokenizers: [first, later], model, merges })
+        let cuts = if self.has_known_words() { Cuts::BOTH } else { Cuts::NONE };
+        Ok(Bpe { normalizer, pre_tokenizers: [first, later], model, merges, cuts })
+    }
+
+    /// Whether text becomes words as it does in files of GGUF.
+    fn has_known_words(&self) -> bool {
+        let normalizer = &self.json["normalizer"];
+        let keeps_letters = normalizer.is_null() || normalizer["type"] == "NFC";
+        keeps_letters && self.json["pre_tokenizer"].is_object() && is_known_part(&self.json["pre_tokenizer"])
     }
 
     /// The spelling of the special token that the post-processor puts before a text.
@@ -167,6 +177,20 @@ fn checked_id(id: u64, piece: &str) -> Result<TokenId, TextError> {
         return Err(problem(format!("the id of {piece:?} is {id}; Fullbore reads ids below {MAX_VOCAB}")));
     }
     Ok(TokenId(id as u32))
+}
+
+/// Whether what cuts text into words does it by patterns that [`Cuts`] knows.
+fn is_known_part(part: &Value) -> bool {
+    match part["type"].as_str() {
+        Some("Sequence") => part["pretokenizers"].as_array().is_some_and(|parts| parts.iter().all(is_known_part)),
+        Some("Digits") => true,
+        Some("ByteLevel") => part["add_prefix_space"] == false,
+        Some("Split") => {
+            let is_plain = part["behavior"] == "Isolated" && part["invert"] == false;
+            is_plain && part["pattern"]["Regex"].as_str().is_some_and(is_known_pattern)
+        }
+        _ => false,
+    }
 }
 
 /// A merge is "left right", or a list of both.

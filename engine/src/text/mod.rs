@@ -11,6 +11,7 @@ use crate::format::FormatError;
 
 mod bpe;
 mod chat_template;
+mod cuts;
 mod detokenizer;
 mod gguf_vocab;
 mod hf_json;
@@ -23,6 +24,7 @@ mod to_json;
 mod tokenizer;
 
 pub use chat_template::{ChatInput, ChatMessage, ChatTemplate, Prompt};
+pub use cuts::Cuts;
 pub use detokenizer::Detokenizer;
 pub use gguf_vocab::GgufVocab;
 pub use stop_strings::{Scan, StopStrings};

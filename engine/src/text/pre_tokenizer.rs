@@ -63,6 +63,16 @@ static TABLE: [PreTokenizer; 9] = [
     PreTokenizer { names: &["glm4"], patterns: &[LLAMA3], ignore_merges: true, add_bos: false },
 ];
 
+/// As Hugging Face's files write the contractions.
+const ANY_CASE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
+const BY_LETTER: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]";
+
+/// Whether words are found as some entry of the table finds them.
+pub fn is_known_pattern(pattern: &str) -> bool {
+    let pattern = pattern.replace(ANY_CASE, BY_LETTER);
+    TABLE.iter().flat_map(|entry| entry.patterns).any(|known| *known == pattern)
+}
+
 impl PreTokenizer {
     /// An empty name is a file that names none.
     pub fn by_name(name: &str) -> Result<&'static PreTokenizer, TextError> {
@@ -95,6 +105,42 @@ mod tests {
             entry.build();
             for name in entry.names {
                 assert!(std::ptr::eq(PreTokenizer::by_name(name).expect("a name of the table"), entry), "{name}");
+            }
+        }
+    }
+
+    /// What [`super::super::cuts`] says of all patterns here.
+    #[test]
+    fn no_word_reaches_over_a_place_where_texts_are_cut() {
+        use tokenizers::tokenizer::PreTokenizer as _;
+        use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString};
+
+        use super::super::cuts::Cuts;
+
+        const UNITS: [&str; 20] = [
+            "a", "B", "é", "中", "\u{301}", "'s", "'RE", "'", " ", "  ", "\t", "\n", "\r\n", "1", "234", "!", "=>",
+            "/", "\u{a0}", "🙂",
+        ];
+        let mut state = 1u64;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % below
+        };
+        let texts: Vec<String> =
+            (0..2000).map(|_| (0..3 + random(12)).map(|_| UNITS[random(UNITS.len())]).collect()).collect();
+        let cuts = Cuts { part_bytes: 1, ..Cuts::BOTH };
+        assert!(texts.iter().filter(|text| cuts.parts(text).count() > 1).count() > 200);
+        for entry in &TABLE {
+            let built = entry.build();
+            let words = |text: &str| -> Vec<String> {
+                let mut words = PreTokenizedString::from(text);
+                built.pre_tokenize(&mut words).expect("words");
+                let words = words.get_splits(OffsetReferential::Original, OffsetType::None);
+                words.iter().map(|(word, ..)| (*word).to_owned()).collect()
+            };
+            for text in &texts {
+                let parts: Vec<String> = cuts.parts(text).flat_map(words).collect();
+                assert_eq!(parts, words(text), "{:?}: {text:?}", entry.names);
             }
         }
     }

@@ -7,6 +7,7 @@ use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::TextError;
+use super::cuts::Cuts;
 use super::special_tokens::TokenKind;
 use crate::request::TokenId;
 
@@ -20,6 +21,7 @@ pub struct SentencePiece {
     /// The tokens of the 256 bytes, or the unknown token.
     bytes: Vec<TokenId>,
     add_space_prefix: bool,
+    pub cuts: Cuts,
 }
 
 /// A run of the text; `len` 0 once it has been merged into its left neighbour.
@@ -89,7 +91,8 @@ impl SentencePiece {
             })
         };
         let bytes = (0..=255).map(byte).collect::<Result<_, _>>()?;
-        Ok(SentencePiece { pieces, bytes, add_space_prefix })
+        let cuts = Cuts::of_pieces(pieces.keys().map(String::as_str), SPACE);
+        Ok(SentencePiece { pieces, bytes, add_space_prefix, cuts })
     }
 
     /// What merging may produce, each with its id and score, in no order.
@@ -105,10 +108,10 @@ impl SentencePiece {
         self.add_space_prefix
     }
 
-    /// Appends the ids of `text`, which follows a special token or nothing.
-    pub fn encode(&self, text: &str, ids: &mut Vec<TokenId>) {
+    /// Appends the ids of `text`, which follows a special token or nothing, unless it `goes_on`.
+    pub fn encode(&self, text: &str, goes_on: bool, ids: &mut Vec<TokenId>) {
         let mut escaped = String::with_capacity(text.len() + 8);
-        if self.add_space_prefix {
+        if self.add_space_prefix && !goes_on {
             escaped.push_str(SPACE);
         }
         escaped.push_str(&text.replace(' ', SPACE));

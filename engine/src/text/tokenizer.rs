@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::sync::LazyLock;
 
 use super::bpe::Bpe;
+use super::cuts::Cuts;
 use super::sentence_piece::{SPACE, SentencePiece};
 use super::special_tokens::{Fragment, SpecialTokens, TokenKind};
 use crate::request::TokenId;
@@ -59,47 +60,81 @@ pub enum Alphabet {
 
 impl Tokenizer {
     pub fn encode(&self, text: &str, special: Special) -> Vec<TokenId> {
-        self.encode_restoring(text, special, Cow::Borrowed)
+        self.encode_at_most(text, special, usize::MAX)
     }
 
-    /// Like `encode`; between the special tokens, `restore` is applied first, and what it brings in is content.
+    /// Like `encode`, but stops soon after `max_tokens`: ids beyond that are not all there are.
+    pub fn encode_at_most(&self, text: &str, special: Special, max_tokens: usize) -> Vec<TokenId> {
+        self.encode_restoring(text, special, max_tokens, Cow::Borrowed)
+    }
+
+    /// Like `encode_at_most`; between the special tokens, `restore` is applied first, and what it brings in is content.
     pub(super) fn encode_restoring<'t>(
         &self,
         text: &'t str,
         special: Special,
+        max_tokens: usize,
         restore: impl Fn(&'t str) -> Cow<'t, str>,
     ) -> Vec<TokenId> {
         let mut ids = Vec::new();
         for (index, fragment) in self.special.split(text, |kind| special.wants(kind)).into_iter().enumerate() {
+            if ids.len() > max_tokens {
+                break;
+            }
             match fragment {
                 Fragment::Token(id) => ids.push(id),
                 Fragment::Text(text) => match restore(text) {
-                    Cow::Borrowed(text) => self.merge(text, index == 0, &mut ids),
-                    Cow::Owned(content) => self.encode_content(&content, index == 0, &mut ids),
+                    Cow::Borrowed(text) => self.merge(text, index == 0, max_tokens, &mut ids),
+                    Cow::Owned(content) => self.encode_content(&content, index == 0, max_tokens, &mut ids),
                 },
             }
         }
         ids
     }
 
-    fn encode_content(&self, text: &str, at_start: bool, ids: &mut Vec<TokenId>) {
+    fn encode_content(&self, text: &str, at_start: bool, max_tokens: usize, ids: &mut Vec<TokenId>) {
         for (index, fragment) in self.special.split(text, |kind| Special::AsText.wants(kind)).into_iter().enumerate() {
+            if ids.len() > max_tokens {
+                break;
+            }
             match fragment {
                 Fragment::Token(id) => ids.push(id),
-                Fragment::Text(text) => self.merge(text, at_start && index == 0, ids),
+                Fragment::Text(text) => self.merge(text, at_start && index == 0, max_tokens, ids),
             }
         }
     }
 
-    fn merge(&self, text: &str, at_start: bool, ids: &mut Vec<TokenId>) {
-        match &self.merger {
-            Merger::Bpe(bpe) => bpe.encode(text, at_start, ids),
-            Merger::SentencePiece(pieces) => pieces.encode(text, ids),
+    fn merge(&self, text: &str, at_start: bool, max_tokens: usize, ids: &mut Vec<TokenId>) {
+        for (index, part) in self.cuts().parts(text).enumerate() {
+            if ids.len() > max_tokens {
+                return;
+            }
+            match &self.merger {
+                Merger::Bpe(bpe) => bpe.encode(part, at_start && index == 0, max_tokens, ids),
+                Merger::SentencePiece(pieces) => pieces.encode(part, index > 0, ids),
+            }
         }
     }
 
-    /// How many tokens a text of `num_bytes` is at least. Costs nothing, where tokenizing a long text takes seconds and
-    /// hundreds of times its size in memory.
+    /// The same, whose parts end at the first place from `num_bytes` on, of which there is at least one.
+    pub fn with_parts_of(mut self, num_bytes: usize) -> Tokenizer {
+        let cuts = match &mut self.merger {
+            Merger::Bpe(bpe) => &mut bpe.cuts,
+            Merger::SentencePiece(pieces) => &mut pieces.cuts,
+        };
+        cuts.part_bytes = num_bytes.max(1);
+        self
+    }
+
+    /// Where long texts are cut, so that each part's memory is given back before the next.
+    pub fn cuts(&self) -> Cuts {
+        match &self.merger {
+            Merger::Bpe(bpe) => bpe.cuts,
+            Merger::SentencePiece(pieces) => pieces.cuts,
+        }
+    }
+
+    /// How many tokens a text of `num_bytes` is at least. Costs nothing, where tokenizing a long text takes seconds.
     pub fn least_tokens(&self, num_bytes: usize) -> usize {
         num_bytes.div_ceil(self.max_bytes_per_token)
     }

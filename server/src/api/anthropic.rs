@@ -11,7 +11,7 @@ use super::fields::{Fields, wrong};
 use super::generation::{Delta, Generation, Jobs, Usage};
 use super::parts::{Change, Part, PartKind, Parts};
 use super::sampling::{self, Own, Sampling};
-use super::{ServedModel, chat_completions};
+use super::{ServedModel, chat_completions, texts};
 use crate::http::access::Client;
 use crate::http::error::ApiError;
 
@@ -73,7 +73,7 @@ pub fn chat(fields: &Fields) -> Result<Chat, ApiError> {
 /// `/v1/messages/count_tokens`.
 pub fn count_tokens(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
     fields.refuse(&UNSUPPORTED)?;
-    Ok(json!({"input_tokens": chat(fields)?.render(model)?.ids.len()}))
+    Ok(json!({"input_tokens": chat(fields)?.render(model, texts::max_tokens(model))?.ids.len()}))
 }
 
 /// Whether the model is to think, where its template lets a request say so. As with Anthropic, not unless asked.

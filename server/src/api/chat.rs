@@ -47,7 +47,7 @@ impl Chat {
         let ChatOptions { logprobs, prompt_logprobs } = asked;
         let template = self.template(model)?;
         let mut places = sampling.reserve(model, 1)?;
-        let RenderedChat { ids, text } = self.render(model)?;
+        let RenderedChat { ids, text } = self.render(model, model.max_model_len() as usize)?;
         let thought = thought(template, &text);
         let form = self.form(model, template, thought)?;
         let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
@@ -73,10 +73,10 @@ impl Chat {
         self.constraint.is_some() && self.tools.are_offered() && !self.tools.are_forced()
     }
 
-    pub fn render(&self, model: &ServedModel) -> Result<RenderedChat, ApiError> {
+    /// As a prompt of `max_tokens` at most.
+    pub fn render(&self, model: &ServedModel, max_tokens: usize) -> Result<RenderedChat, ApiError> {
         let template = self.template(model)?;
         let format = self.call_format(template);
-        let max_model_len = model.max_model_len();
         let told = self.tools.are_offered() && format.is_of_template();
         let tools: Vec<Value> = self.tools.functions.iter().map(|function| function.tool.clone()).collect();
         let plain;
@@ -93,9 +93,9 @@ impl Chat {
             tools: told.then_some(tools.as_slice()),
             variables: Some(&self.variables),
         };
-        let rendered = template.encode_at_most(&model.tokenizer, &input, max_model_len as usize);
+        let rendered = template.encode_at_most(&model.tokenizer, &input, max_tokens);
         rendered.map_err(|error| match error {
-            TextError::TooLong { least_tokens } => ApiError::too_long(self.param, least_tokens, max_model_len),
+            TextError::TooLong { least_tokens } => ApiError::too_long(self.param, least_tokens, model.max_model_len()),
             // No fault of these messages.
             TextError::TemplateTime { .. } => ApiError::not_yet(&error.to_string()),
             error => ApiError::invalid(self.param, error.to_string()),

@@ -91,21 +91,23 @@ pub fn inputs<'a>(fields: &Fields<'a>, param: &str, max_inputs: usize) -> Result
 pub fn ids(model: &ServedModel, param: &str, input: &Input) -> Result<Vec<TokenId>, ApiError> {
     match input {
         Input::Ids(ids) => ids.iter().map(|id| token_id(model, param, id)).collect(),
-        Input::Text(text) => text_ids(model, param, text, Special::Parse, true),
+        Input::Text(text) => text_ids(model, param, text, Special::Parse, true, model.max_model_len() as usize),
     }
 }
 
-/// A prompt's text in field `param` as ids, after a BOS token where the model wants one.
+/// A prompt's text in field `param` as ids, `max_tokens` at most, after a BOS token where the model wants one.
 pub fn text_ids(
     model: &ServedModel,
     param: &str,
     text: &str,
     special: Special,
     with_bos: bool,
+    max_tokens: usize,
 ) -> Result<Vec<TokenId>, ApiError> {
-    model.check_text(param, text.len())?;
     let tokenizer = &model.tokenizer;
-    let mut ids = tokenizer.encode(text, special);
+    model.check_tokens(param, tokenizer.least_tokens(text.len()), max_tokens)?;
+    let mut ids = tokenizer.encode_at_most(text, special, max_tokens);
+    model.check_tokens(param, ids.len(), max_tokens)?;
     let bos = tokenizer.bos().filter(|bos| with_bos && tokenizer.add_bos() && ids.first() != Some(bos));
     ids.splice(0..0, bos);
     Ok(ids)

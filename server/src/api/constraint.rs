@@ -6,6 +6,7 @@ use fullbore_engine::grammar::{CheckedSource, Compilation, Grammar, GrammarError
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong};
+use super::json::JsonRoom;
 use crate::http::error::ApiError;
 
 pub const MAX_CHOICES: usize = 1024;
@@ -126,8 +127,9 @@ fn by_name(param: &str, name: &str, value: &Value) -> Result<Option<Constraint>,
 /// A schema as an object, or as text.
 fn schema(param: &str, value: &Value) -> Result<Value, ApiError> {
     let Some(text) = value.as_str() else { return object_of(param, value) };
-    let parsed = serde_json::from_str(text);
-    let parsed = parsed.map_err(|error| ApiError::invalid(param, format!("{param} is no JSON schema: {error}")))?;
+    let parsed = JsonRoom::default().parse(text.as_bytes());
+    let parsed =
+        parsed.map_err(|error| ApiError::invalid(param, format!("{param} is no JSON schema: it is {error}")))?;
     object_of(param, &parsed)
 }
 

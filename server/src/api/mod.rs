@@ -38,6 +38,7 @@ mod constraint;
 mod embeddings;
 mod fields;
 mod generation;
+pub(crate) mod json;
 pub mod limits;
 pub mod live;
 mod logprobs;
@@ -105,11 +106,10 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    /// Refuses text of `num_bytes` in field `param` that cannot fit into the context, before it is tokenized.
-    fn check_text(&self, param: &str, num_bytes: usize) -> Result<(), ApiError> {
-        let (least_tokens, max_model_len) = (self.tokenizer.least_tokens(num_bytes), self.max_model_len());
-        match least_tokens > max_model_len as usize {
-            true => Err(ApiError::too_long(param, least_tokens, max_model_len)),
+    /// Refuses text in field `param` that has so many tokens or more, where that is over `max_tokens`.
+    fn check_tokens(&self, param: &str, least_tokens: usize, max_tokens: usize) -> Result<(), ApiError> {
+        match least_tokens > max_tokens {
+            true => Err(ApiError::too_long(param, least_tokens, self.max_model_len())),
             false => Ok(()),
         }
     }

@@ -29,7 +29,7 @@ pub fn chat(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
     let answer = OpenAiAnswer::read(Endpoint::Chat, "", model, fields)?;
     let (chat, sampling, _) = chat_completions::read(model, &Client::default(), fields)?;
     chat.constraint.clone().map(Constraint::check).transpose()?;
-    let ids = chat.render(model)?.ids;
+    let ids = chat.render(model, model.max_model_len() as usize)?.ids;
     let max_tokens = sampling.max_tokens(|| Sampling::rest_of_context(model, ids.len()))?;
     let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();
     Ok(json!({

@@ -24,8 +24,12 @@ pub enum TextEndpoint {
     RenderChat,
 }
 
-/// Tokens of one detokenized text at most, in contexts of the model.
+/// Tokens of one text at most, in contexts of the model.
 const MAX_CONTEXTS: usize = 4;
+
+pub fn max_tokens(model: &ServedModel) -> usize {
+    MAX_CONTEXTS * model.max_model_len() as usize
+}
 
 pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Result<Value, ApiError> {
     let fields = fields_of(body)?;
@@ -35,7 +39,7 @@ pub fn answer(endpoint: TextEndpoint, model: &ServedModel, body: &Value) -> Resu
         TextEndpoint::CountTokens => anthropic::count_tokens(model, &fields),
         TextEndpoint::RenderCompletions => render::completions(model, &fields),
         TextEndpoint::RenderChat => render::chat(model, &fields),
-        TextEndpoint::ApplyTemplate => Ok(json!({"prompt": chat(&fields)?.render(model)?.text})),
+        TextEndpoint::ApplyTemplate => Ok(json!({"prompt": chat(&fields)?.render(model, max_tokens(model))?.text})),
     }
 }
 
@@ -45,9 +49,11 @@ fn tokenize(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
     let content = Content::read(fields)?;
     let with_pieces = fields.bool("with_pieces")?.unwrap_or(false);
     let ids = match (fields.string("prompt")?, content) {
-        (Some(prompt), _) => completions::text_ids(model, "prompt", prompt, Special::Parse, with_bos)?,
+        (Some(prompt), _) => {
+            completions::text_ids(model, "prompt", prompt, Special::Parse, with_bos, max_tokens(model))?
+        }
         (None, Some(content)) => content.ids(model)?,
-        (None, None) if fields.get("messages").is_some() => chat(fields)?.render(model)?.ids,
+        (None, None) if fields.get("messages").is_some() => chat(fields)?.render(model, max_tokens(model))?.ids,
         (None, None) => {
             return Err(ApiError::invalid("prompt", "prompt is missing; it must be a text, or messages a chat"));
         }
@@ -89,16 +95,19 @@ impl<'a> Content<'a> {
     }
 
     fn ids(&self, model: &ServedModel) -> Result<Vec<TokenId>, ApiError> {
-        model.check_text(Self::NAME, self.parts.iter().filter_map(Value::as_str).map(str::len).sum())?;
+        let max_tokens = max_tokens(model);
+        let num_bytes = self.parts.iter().filter_map(Value::as_str).map(str::len).sum();
+        model.check_tokens(Self::NAME, model.tokenizer.least_tokens(num_bytes), max_tokens)?;
         let mut ids = Vec::new();
         for (index, part) in self.parts.iter().enumerate() {
             match part.as_str() {
                 Some(text) => {
                     let with_bos = self.with_bos && index == 0;
-                    ids.extend(completions::text_ids(model, Self::NAME, text, self.special, with_bos)?);
+                    ids.extend(completions::text_ids(model, Self::NAME, text, self.special, with_bos, max_tokens)?);
                 }
                 None => ids.push(token_id(model, Self::NAME, part)?),
             }
+            model.check_tokens(Self::NAME, ids.len(), max_tokens)?;
         }
         Ok(ids)
     }
@@ -115,7 +124,7 @@ fn piece(model: &ServedModel, id: TokenId) -> Value {
 
 fn detokenize(model: &ServedModel, fields: &Fields) -> Result<Value, ApiError> {
     const NAME: &str = "tokens";
-    let max_tokens = MAX_CONTEXTS * model.max_model_len() as usize;
+    let max_tokens = max_tokens(model);
     let value = fields.get(NAME).unwrap_or(&Value::Null);
     let items = value.as_array().filter(|items| items.len() <= max_tokens);
     let items = items.ok_or_else(|| wrong(NAME, value, format!("a list of at most {max_tokens} token ids")))?;

@@ -27,6 +27,7 @@ use super::error::{self, ApiError, json_response};
 use super::request_id::AnswerId;
 use super::stream::{self, Prepared};
 use super::{App, health, metrics, page};
+use crate::api::json::JsonRoom;
 use crate::api::limits::LimitsQuery;
 use crate::api::live::LiveQuery;
 use crate::api::texts::{self, TextEndpoint};
@@ -334,24 +335,6 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-/// Lists and objects within each other; a schema of the deepest that is taken has room in a tool.
-const MAX_JSON_DEPTH: usize = 64;
-
 fn parse(body: &[u8]) -> Result<Value, ApiError> {
-    let parsed = serde_json::from_slice(body);
-    let parsed = parsed.map_err(|error| ApiError::not_json(format!("the request body is not JSON: {error}")))?;
-    match is_deeper(&parsed, MAX_JSON_DEPTH) {
-        true => Err(ApiError::not_json(format!("the JSON of the request body has more than {MAX_JSON_DEPTH} levels"))),
-        false => Ok(parsed),
-    }
-}
-
-fn is_deeper(value: &Value, levels: usize) -> bool {
-    let is_deeper = |value: &Value| is_deeper(value, levels - 1);
-    match value {
-        Value::Array(_) | Value::Object(_) if levels == 0 => true,
-        Value::Array(items) => items.iter().any(is_deeper),
-        Value::Object(fields) => fields.values().any(is_deeper),
-        _ => false,
-    }
+    JsonRoom::default().parse(body).map_err(|error| ApiError::not_json(format!("the request body is {error}")))
 }

@@ -1,10 +1,11 @@
 //! What a request takes before the engine has it: its text through templates and tokenizers, its grammar compiled.
 //! Computed on threads of its own, so that no connection waits for another's.
 //!
-//! Invariant: long texts are read a few at a time, so that they leave cores to the engine and to everybody else; short
-//! ones never wait for them, and neither for a grammar. In each lane clients have turns in fairness, and none waits
-//! without an end. One grammar is compiled once, however many ask for it at the same time: on the turn of whoever has
-//! one first, so that nobody waits in another's line, and nobody's line pays for more than if he had asked alone.
+//! Invariant: long texts are read a few at a time, so that they leave cores to the engine and to everybody else, and
+//! vast ones one at a time, for their memory; shorter ones never wait for them, and neither for a grammar. In each lane
+//! clients have turns in fairness, and none waits without an end. One grammar is compiled once, however many ask for it
+//! at the same time: on the turn of whoever has one first, so that nobody waits in another's line, and nobody's line
+//! pays for more than if he had asked alone.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -25,6 +26,7 @@ use crate::api::{Form, ServedModel};
 pub struct RequestWork {
     short: Arc<Lane>,
     long: Arc<Lane>,
+    vast: Arc<Lane>,
     looks: Arc<Lane>,
     grammars: Arc<Lane>,
     flights: Mutex<Flights>,
@@ -44,7 +46,10 @@ type Flights = HashMap<(String, Arc<str>), Weak<Flight>>;
 
 /// Above this a body is long: about 4000 tokens, which take a tokenizer some milliseconds.
 const LONG_BYTES: usize = 16 << 10;
+/// Above this it is vast: its values and its tokens may take some hundreds of times what it takes itself.
+const VAST_BYTES: usize = 1 << 20;
 const MAX_SHORT: usize = 64;
+const MAX_VAST: usize = 1;
 /// Bodies of which one field is looked for, at a time.
 const MAX_LOOKS: usize = 1;
 /// Compilations at a time, and of one client.
@@ -65,6 +70,7 @@ impl Default for RequestWork {
         RequestWork {
             short: lane(MAX_SHORT),
             long: lane((num_cores / 2).max(1)),
+            vast: lane(MAX_VAST),
             looks: lane(MAX_LOOKS),
             grammars: Lane::new(MAX_GRAMMARS, MAX_GRAMMARS_EACH),
             flights: Mutex::default(),
@@ -81,7 +87,11 @@ impl RequestWork {
         num_bytes: usize,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let lane = if num_bytes > LONG_BYTES { &self.long } else { &self.short };
+        let lane = match num_bytes {
+            _ if num_bytes > VAST_BYTES => &self.vast,
+            _ if num_bytes > LONG_BYTES => &self.long,
+            _ => &self.short,
+        };
         let turn = in_time(self.text_wait, "long requests are being read", lane.turn(origin)).await?;
         let done = spawn_blocking(move || {
             // Kept to the end also where nobody waits for it any more.

@@ -5,6 +5,7 @@ use fullbore_engine::text::ChatMessage;
 use serde_json::{Value, json};
 
 use super::super::fields::{Fields, wrong};
+use super::super::json::JsonRoom;
 use super::super::messages::arguments;
 use super::super::text_parts::TextParts;
 use super::super::tools::{Function, ToolChoice, Tools, read_tools};
@@ -22,8 +23,9 @@ pub fn messages(fields: &Fields) -> Result<Vec<ChatMessage>, ApiError> {
     match value {
         Value::String(text) => messages.push(ChatMessage::new("user", text.as_str())),
         Value::Array(items) if !items.is_empty() => {
+            let mut room = JsonRoom::default();
             for (index, item) in items.iter().enumerate() {
-                read_item(&format!("input[{index}]"), item, &mut messages)?;
+                read_item(&format!("input[{index}]"), item, &mut room, &mut messages)?;
             }
         }
         other => return Err(wrong("input", other, EXPECTED)),
@@ -31,7 +33,7 @@ pub fn messages(fields: &Fields) -> Result<Vec<ChatMessage>, ApiError> {
     Ok(messages)
 }
 
-fn read_item(at: &str, item: &Value, messages: &mut Vec<ChatMessage>) -> Result<(), ApiError> {
+fn read_item(at: &str, item: &Value, room: &mut JsonRoom, messages: &mut Vec<ChatMessage>) -> Result<(), ApiError> {
     let text_in = |name: &str| {
         let value = &item[name];
         value.as_str().ok_or_else(|| wrong(&format!("{at}.{name}"), value, "a string"))
@@ -51,7 +53,7 @@ fn read_item(at: &str, item: &Value, messages: &mut Vec<ChatMessage>) -> Result<
         }
         Some("function_call") => {
             let (name, id) = (text_in("name")?, text_in("call_id")?);
-            let arguments = arguments(&format!("{at}.arguments"), &item["arguments"])?;
+            let arguments = arguments(&format!("{at}.arguments"), &item["arguments"], room)?;
             let call = json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
             let calls = turn(messages, |_| true).extra.entry("tool_calls").or_insert_with(|| json!([]));
             calls.as_array_mut().into_iter().for_each(|calls| calls.push(call.clone()));
