@@ -27,10 +27,10 @@ use warp::http::{Method, Request, Response, header};
 
 use super::access::{self, Access, Client};
 use super::calls::{Calls, Pieces};
+use super::client_stream::ClientStream;
 use super::connections::{Connections, Place};
 use super::error::ApiError;
 use super::tls::Tls;
-use super::write_limit::WriteLimited;
 use super::{App, OpenRequest, orca, request_id};
 
 /// What a client may take of the server.
@@ -45,7 +45,7 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// For a request's body to arrive.
     pub body_timeout: Duration,
-    /// For the client to take some of what is being written.
+    /// For the client to take a piece of what is being written, or all that there is.
     pub write_timeout: Duration,
     pub max_body_bytes: u64,
     /// Of all bodies whose text is not read yet.
@@ -175,7 +175,7 @@ async fn serve<P: Protocol>(
     // Tokens are small and wanted at once. Without the option they only come later.
     let _ = stream.set_nodelay(true);
     let Limits { head_timeout, write_timeout, .. } = app.limits;
-    let stream = WriteLimited::new(stream, write_timeout);
+    let stream = ClientStream::new(stream, write_timeout);
     let Some(tls) = tls else { return converse(stream, address, app, protocol, stop).await };
     match timeout(head_timeout, tls.acceptor().accept(stream)).await {
         Ok(Ok(stream)) => converse(stream, address, app, protocol, stop).await,

@@ -1,5 +1,5 @@
 //! Calls on a connection of HTTP/2, each with a limit of time on what its client takes. Of the connection itself
-//! [`super::write_limit`] knows no more than that it is alive: its client may answer pings and give no call any room.
+//! [`super::client_stream`] knows no more than that it is alive: its client may answer pings and give no call any room.
 //! Invariant: a call whose client takes nothing of a piece that is there for it ends, and no other with it.
 
 use std::cell::Cell;
@@ -69,7 +69,7 @@ pub struct Pieces<B> {
 }
 
 /// Bytes of a piece: who takes so many within the limit is slow, and no more than that.
-const PIECE_BYTES: usize = 16 << 10;
+pub const PIECE_BYTES: usize = 16 << 10;
 
 tokio::task_local! {
     /// Since when a piece of this call waits.

@@ -23,6 +23,7 @@ pub mod accept;
 pub mod access;
 pub mod bodies;
 mod calls;
+mod client_stream;
 pub mod connections;
 pub mod descriptors;
 pub mod error;
@@ -40,7 +41,6 @@ pub mod routes;
 mod stream;
 pub mod tls;
 pub mod work;
-mod write_limit;
 
 pub struct App {
     pub limits: Limits,
