@@ -31,7 +31,7 @@ fn keyed(lines: &str) -> Harness {
 }
 
 /// An empty folder of a test's own.
-fn folder(name: &str) -> Folder {
+pub fn folder(name: &str) -> Folder {
     static NUM_FOLDERS: AtomicU32 = AtomicU32::new(0);
     let folder = Folder::new(&format!("{name}-{}", NUM_FOLDERS.fetch_add(1, Ordering::Relaxed)));
     std::fs::create_dir_all(&folder.0).expect("a folder");
@@ -200,7 +200,7 @@ fn other_sites_pages_read_nothing_unless_they_are_named() {
 }
 
 /// A certificate for localhost in two files of `folder`.
-fn certify(folder: &Folder) -> CertificateDer<'static> {
+pub fn certify(folder: &Folder) -> CertificateDer<'static> {
     let CertifiedKey { cert, signing_key } =
         generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
     std::fs::write(folder.0.join("cert.pem"), cert.pem()).expect("a file");

@@ -1,5 +1,7 @@
 //! Connections: used again, dropped, slow, deaf, half closed, too many.
 
+use fullbore::http::tls::Tls;
+
 use super::*;
 
 #[test]
@@ -32,7 +34,8 @@ fn a_dropped_connection_frees_its_blocks() {
     let behind: [&[u8]; 3] = [b"", b"\r\n", &next];
     for (stream, behind) in [true, false].into_iter().flat_map(|stream| behind.map(|behind| (stream, behind))) {
         let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true, "stream": stream, "n": 2});
-        let mut connection = server.send(post("/v1/completions", body.to_string().as_bytes()));
+        let request = post("/v1/completions", body.to_string().as_bytes());
+        let mut connection = server.send([request.as_slice(), behind].concat());
         server.wait_for("both choices to run", |server| server.metric("fullbore_requests_running") == 2.0);
         assert!(server.metric("fullbore_kv_blocks{state=\"used\"}") >= 2.0);
         if stream {
@@ -115,25 +118,77 @@ fn heads_and_bodies_that_trickle_are_cut_off() {
         ..Limits::default()
     };
     let server = Setup { limits, ..Setup::default() }.start();
-    // Eight of them take every connection.
-    let mut trickles: Vec<_> = (0..8).map(|_| server.send("GET /health/live HTTP/1.1\r\nx-slow: ")).collect();
-    let begin = Instant::now();
-    for stream in &mut trickles {
-        let mut rest = Vec::new();
-        // A reset is as good an end as a close.
-        let _ = stream.read_to_end(&mut rest);
-    }
-    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    // Eight of them take every connection: some send on, and others fall silent.
+    let heads = ["", "G", "GET /health/live HTTP/1.1\r\nx-slow: ", "GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"];
+    std::thread::scope(|scope| {
+        for (head, next) in heads.into_iter().flat_map(|head| [(head, None), (head, Some(b'x'))]) {
+            let server = &server;
+            scope.spawn(move || {
+                let answer = is_cut_off(server.send(head), next).unwrap_or_else(|| panic!("{head:?}, {next:?}"));
+                assert_eq!(answer.starts_with(b"HTTP/1.1 200"), head.ends_with("\r\n\r\n"), "{head:?}, {next:?}");
+            });
+        }
+    });
     server.wait_for("a free connection", |server| server.get("/health/live").status == 200);
-    let body = server
-        .send("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n{\"pro");
-    assert_eq!(read_reply(body).error(408)["code"], "request_timeout");
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 1000\r\n\r\n{\"pro";
+    for next in [None, Some(b' ')] {
+        let answer = is_cut_off(server.send(head), next).expect("an end");
+        assert_eq!(parse_reply(&answer).error(408)["code"], "request_timeout");
+    }
     // One that ends early is no request, and no harm.
     let half = server.send("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"pro");
     half.shutdown(Shutdown::Write).expect("an open connection");
     drop(half);
     drop(server.send("\x16\x03\x01\x02 no HTTP at all\r\n\r\n"));
     assert_eq!(server.get("/health/live").status, 200);
+}
+
+/// Sends `next` again and again until the server hangs up, and gives what it said; `None` if it listens to the end.
+fn is_cut_off(mut stream: TcpStream, next: Option<u8>) -> Option<Vec<u8>> {
+    const MOST: usize = 200;
+    let mut writer = stream.try_clone().expect("the same connection");
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(move || {
+            let sent = |_: &usize| {
+                std::thread::sleep(Duration::from_millis(50));
+                next.is_none_or(|next| writer.write_all(&[next]).is_ok())
+            };
+            next.map_or(0, |_| (0..MOST).take_while(sent).count())
+        });
+        let mut answer = Vec::new();
+        // A reset is as good an end as a close.
+        let ended = stream.read_to_end(&mut answer);
+        let is_ended = !ended.is_err_and(|error| [ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind()));
+        drop(stream);
+        (sending.join().expect("no panic") < MOST && is_ended).then_some(answer)
+    })
+}
+
+#[test]
+fn a_handshake_that_stops_is_cut_off() {
+    let files = access::folder("handshake");
+    access::certify(&files);
+    let tls = Tls::open(&files.0.join("cert.pem"), &files.0.join("key.pem")).expect("files");
+    let limits = Limits { head_timeout: Duration::from_millis(200), ..Limits::default() };
+    let server = Setup { limits, tls: Some(tls), ..Setup::default() }.start();
+    // The first bytes of a greeting of 512.
+    for (head, next) in [(&b"\x16\x03\x01\x02\x00\x01"[..], None), (b"\x16\x03\x01\x02\x00\x01", Some(0)), (b"", None)]
+    {
+        assert!(is_cut_off(server.send(head), next).is_some(), "{head:?}, {next:?}");
+    }
+}
+
+#[test]
+fn heads_are_bounded_before_any_key_is_looked_at() {
+    let server = Setup::default().start();
+    let of = |num_bytes: usize, num_headers: usize| {
+        let headers = format!("x-pad: {}\r\n", "a".repeat(num_bytes / num_headers)).repeat(num_headers);
+        format!("GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}")
+    };
+    assert_eq!(read_reply(server.send(of(30_000, 1) + "\r\n")).status, 200);
+    // Refused though it does not end, and whatever it says next.
+    assert_eq!(read_reply(server.send(of(40_000, 1))).status, 431);
+    assert_eq!(read_reply(server.send(of(2_000, 100) + "\r\n")).status, 431);
 }
 
 /// Half a connection is none: who will hear nothing of an answer cannot be told from who has left.

@@ -84,6 +84,10 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const MAX_CALLS: u32 = 256;
 /// Of one request's head in HTTP/2.
 const MAX_HEAD_BYTES: u32 = 16 << 10;
+/// Of a connection of HTTP/1: what is read and nobody has taken yet, as a head is that has no end; and what waits to be
+/// written before more of an answer is asked for.
+const MAX_BUFFER_BYTES: usize = 32 << 10;
+const MAX_HEADERS: usize = 100;
 
 /// What answers at a port, in what is spoken there.
 pub trait Protocol: Clone + Send + Sync + 'static {
@@ -215,7 +219,8 @@ where
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
-        .max_headers(100)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_BUFFER_BYTES)
         // Pieces are small: one copy is less than a list of them.
         .writev(false)
         .serve_connection(TokioIo::new(stream), answer);
