@@ -199,6 +199,19 @@ fn other_sites_pages_read_nothing_unless_they_are_named() {
     }
 }
 
+/// What a reload of the service for systemd has read again is the file that people write to.
+#[test]
+fn the_unit_is_a_command_whose_keys_are_read_again() {
+    let unit = include_str!("../../deploy/fullbore.service");
+    let value = |name: &str| unit.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    let words = value("ExecStart").expect("a command").split_whitespace().skip(1);
+    let args = Args::try_parse_from(["fullbore"].into_iter().chain(words)).expect("our own words");
+    let Command::Serve(args) = args.command else { panic!("it serves") };
+    let keys = args.access.api_key_file.expect("a key file");
+    assert!(keys.is_absolute(), "{}: no copy that systemd keeps", keys.display());
+    assert!(value("LoadCredential").is_none() && value("ExecReload").is_some_and(|reload| reload.contains("-HUP")));
+}
+
 /// A certificate for localhost in two files of `folder`.
 pub fn certify(folder: &Folder) -> CertificateDer<'static> {
     let CertifiedKey { cert, signing_key } =
