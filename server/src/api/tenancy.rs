@@ -1,8 +1,9 @@
 //! Whom a request is served for, and what it may share. Invariant: a name is only ever compared, by its hash: equal
-//! names are one tenant, and no name at all is one too. Whether a client may ask at all is for `http/access.rs` to say.
+//! names are one tenant, and no name at all is one too; nobody can look for two names that have one hash. Whether a
+//! client may ask at all is for `http/access.rs` to say.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, LazyLock};
 
 use fullbore_engine::request::Share;
 
@@ -58,15 +59,25 @@ pub fn parse_share(text: &str) -> Result<(String, Share), String> {
     Ok((name.to_owned(), Share { weight, max_num_seqs }))
 }
 
+/// By a key that is drawn once, so that nobody can look elsewhere for a name that has another's hash.
 fn hash(names: (Option<&str>, Option<&str>)) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    names.hash(&mut hasher);
-    hasher.finish()
+    static KEYED: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    KEYED.hash_one(names)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+
     use super::*;
+
+    #[test]
+    fn hashes_are_of_this_process_alone() {
+        let mut known = DefaultHasher::new();
+        (Some("x"), None::<&str>).hash(&mut known);
+        assert_ne!(hash((Some("x"), None)), known.finish());
+        assert_eq!(hash((Some("x"), None)), hash((Some("x"), None)));
+    }
 
     #[test]
     fn names_of_unlike_kinds_are_unlike() {
