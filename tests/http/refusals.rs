@@ -275,6 +275,17 @@ fn paths_and_methods_that_are_not_there() {
     for path in ["/v1/models", "/health/live", "/health/ready", "/metrics", "/"] {
         server.post(path, &json!({})).error(405);
     }
+    // Each as its path's clients expect it.
+    for (head, status, kind) in [
+        ("GET /v1/messages/nothing", 404, "not_found_error"),
+        ("GET /v1/messages/count_tokens/more", 404, "not_found_error"),
+        ("GET /v1/messages", 405, "invalid_request_error"),
+        ("DELETE /v1/messages/count_tokens", 405, "invalid_request_error"),
+    ] {
+        let reply = read_reply(server.send(format!("{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")));
+        let error = reply.json();
+        assert_eq!((reply.status, &error["type"], &error["error"]["type"]), (status, &json!("error"), &json!(kind)));
+    }
     let delete = server.send("DELETE /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     read_reply(delete).error(405);
 }

@@ -298,6 +298,10 @@ pub fn json_response(value: &Value) -> Response {
     response
 }
 
+/// In the extensions of a response to what no route took, whose path is not known where it is made.
+#[derive(Clone)]
+pub struct Unrouted(pub ApiError);
+
 /// What no route took.
 pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
     let error = if rejection.is_not_found() {
@@ -315,5 +319,7 @@ pub async fn recover(rejection: Rejection) -> Result<Response, Infallible> {
         tracing::error!(?rejection, "a rejection without an answer");
         ApiError::internal("the server met an error of its own")
     };
-    Ok(error.response(""))
+    let mut response = error.response("");
+    response.extensions_mut().insert(Unrouted(error));
+    Ok(response)
 }

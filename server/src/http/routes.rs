@@ -23,7 +23,7 @@ use warp::reply::{Reply, Response};
 use super::accept::Protocol;
 use super::access::{Access, Client};
 use super::bodies::Body;
-use super::error::{self, ApiError, json_response};
+use super::error::{self, ApiError, Unrouted, json_response};
 use super::request_id::AnswerId;
 use super::stream::{self, Prepared};
 use super::{App, health, metrics, page};
@@ -123,8 +123,12 @@ where
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response {
-        let Ok(response) = self.0.clone().call(request).await;
-        response
+        let anthropic_path = Some(request.uri().path()).filter(|path| error::is_anthropic(path)).map(str::to_owned);
+        let Ok(mut response) = self.0.clone().call(request).await;
+        match (response.extensions_mut().remove(), anthropic_path) {
+            (Some(Unrouted(error)), Some(path)) => error.response(&path),
+            _ => response,
+        }
     }
 
     fn refusal(&self, error: &ApiError, path: &str) -> Response {
