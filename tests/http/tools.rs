@@ -420,6 +420,12 @@ fn thoughts_are_told_apart_and_switched_off() {
     assert!(num_thoughts > 0, "{reply}");
     let off = ask(json!({"tools": null, "guided_regex": regex, "chat_template_kwargs": {"enable_thinking": false}}));
     assert!(prompt_of(&server, &off).ends_with("<think></think>"));
+    let effort = |effort: &str, kwargs: Value| {
+        prompt_of(&server, &ask(json!({"reasoning_effort": effort, "chat_template_kwargs": kwargs})))
+    };
+    assert!(effort("none", json!({})).ends_with("<think></think>"));
+    assert!(!effort("none", json!({"enable_thinking": true})).ends_with("<think></think>"));
+    assert!(!effort("low", json!({})).ends_with("<think></think>"));
     let reply = server.chat(off);
     let message = &reply["choices"][0]["message"];
     assert!(message.get("reasoning_content").is_none(), "{message}");

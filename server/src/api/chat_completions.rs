@@ -55,12 +55,19 @@ fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
 
 /// What the request adds to the template's variables: vLLM's `chat_template_kwargs`, and OpenAI's `reasoning_effort`.
 fn variables(fields: &Fields) -> Result<Map<String, Value>, ApiError> {
-    let mut variables = Map::new();
+    let mut variables = template_variables(fields)?;
     if let Some(effort) = fields.string("reasoning_effort")? {
-        variables.insert("reasoning_effort".to_owned(), effort.into());
+        variables.entry("reasoning_effort").or_insert(effort.into());
+        skip_thought(effort, &mut variables);
     }
-    variables.extend(template_variables(fields)?);
     Ok(variables)
+}
+
+/// Has an answer begin with no thought where the effort for one is none, unless the request says otherwise by name.
+pub fn skip_thought(effort: &str, variables: &mut Map<String, Value>) {
+    if effort == "none" {
+        variables.entry("enable_thinking").or_insert(false.into());
+    }
 }
 
 /// vLLM's `chat_template_kwargs`.

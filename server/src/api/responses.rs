@@ -50,9 +50,7 @@ fn chat(fields: &Fields) -> Result<Chat, ApiError> {
     let mut variables = chat_completions::template_variables(fields)?;
     if let Some(effort) = option(fields, "reasoning", "effort")? {
         variables.insert("reasoning_effort".to_owned(), effort.into());
-        if effort == "none" {
-            variables.entry("enable_thinking").or_insert(false.into());
-        }
+        chat_completions::skip_thought(effort, &mut variables);
     }
     Ok(Chat {
         param: "input",
