@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Random requests by our own /openapi.json, right ones and wrong ones, against a server on the simulator: no answer may
-# be a server's error.
+# be a server's error, and each is what the document says of it.
 #
 #   scripts/fuzz-api.sh [BINARY] [SECONDS]
 set -euo pipefail
@@ -25,7 +25,8 @@ for _ in $(seq 600); do
   sleep 0.1
 done
 cd "$folder"
-PYTHONPATH=$packages "$packages/bin/st" run "http://127.0.0.1:$port/openapi.json" --checks not_a_server_error \
+PYTHONPATH=$packages "$packages/bin/st" run "http://127.0.0.1:$port/openapi.json" \
+  --checks not_a_server_error,response_schema_conformance,content_type_conformance,status_code_conformance \
   --phases examples,coverage,fuzzing --max-examples 60 --max-time "$seconds" --seed 1 --suppress-health-check all \
   --generation-database none --no-color
 if grep -q panicked "$folder/log"; then cat "$folder/log"; exit 1; fi

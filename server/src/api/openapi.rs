@@ -152,7 +152,8 @@ fn operation(summary: &str, body: Option<Value>, answer: &str, streams: &[&str])
         name => content.insert("application/json".to_owned(), json!({"schema": reference(name)})),
     };
     for kind in streams {
-        content.insert((*kind).to_owned(), json!({"schema": {"type": "string"}}));
+        // There is no word yet for what one event is: a schema would be of all the stream.
+        content.insert((*kind).to_owned(), json!({}));
     }
     let error = json!({"description": "An error, in the shape of the path's dialect.",
         "content": {"application/json": {"schema": reference("Error")}}});
