@@ -301,7 +301,11 @@ pub fn long_prompts(address: SocketAddr, options: &LongPrompts) -> Result<LongPr
         let bodies: Vec<String> = (0..num_clients).map(|nth| chat(&long_prompt(nth, prompt_bytes), 1)).collect();
         let bodies: Vec<Arc<str>> = bodies.into_iter().map(Arc::from).collect();
         sleep(SETTLE_TIME).await;
-        let quiet = watch.during(async { Ok(sleep(before).await) }).await?;
+        let wait = async {
+            sleep(before).await;
+            Ok(())
+        };
+        let quiet = watch.during(wait).await?;
         let posting = watch
             .during(async {
                 let begun = Instant::now();
