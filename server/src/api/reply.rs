@@ -1,7 +1,7 @@
 //! What an assistant's text is made of: a thought, what it says, and calls of functions.
 //!
 //! Invariant: the pieces do not depend on how the text was cut, and nothing of it is lost but marks and the white space
-//! around them: what begins like a mark and is none is said after all. Knows no tokens.
+//! around them: what begins like a mark or a call and is none is said after all. Knows no tokens.
 
 use super::tools::calls::CallEvent;
 use super::tools::format::{CallFormat, Marks, Thought};
@@ -69,7 +69,8 @@ enum State {
     Content,
     /// Before a call, or between calls.
     Calls {
-        opened: bool,
+        /// Marks that no call has followed yet, and what is between them: text if none does.
+        before: String,
     },
     Call(Scanner),
 }
@@ -132,7 +133,7 @@ impl Reply {
             let is_marked = self.format.calls.is_some_and(|format| format.marks().open.is_some());
             match scanner.has_begun() || is_marked || self.format.calls_alone {
                 true => self.is_cut_off = true,
-                false => pieces.content += &scanner.into_raw(),
+                false => pieces.content += &scanner.into_untold(),
             }
         }
         pieces
@@ -146,7 +147,7 @@ impl Reply {
             State::Answer => self.answer(is_end),
             State::Content => self.say(pieces, is_end),
             State::Calls { .. } => self.between_calls(pieces, is_end),
-            State::Call(_) => self.call(pieces),
+            State::Call(_) => self.call(pieces, is_end),
         }
     }
 
@@ -204,8 +205,10 @@ impl Reply {
             let fence = FENCES.iter().find(|fence| text.starts_with(**fence));
             let rest = fence.map_or(text, |fence| text[fence.len()..].trim_start());
             if rest.starts_with(if format == CallFormat::Pythonic { '[' } else { '{' }) {
+                // White space after a thought is layout.
+                let all = if self.format.thought == Thought::Never { self.held.as_str() } else { text };
+                self.state = State::Call(Scanner::of(format, &all[..all.len() - rest.len()]));
                 self.held = rest.to_owned();
-                self.state = State::Call(Scanner::of(format));
                 return true;
             }
             let may_be_fence = rest.is_empty() || FENCES.iter().any(|fence| fence.starts_with(text));
@@ -218,7 +221,7 @@ impl Reply {
         {
             if let Some(rest) = text.strip_prefix(open) {
                 self.held = rest.to_owned();
-                self.state = State::Calls { opened: true };
+                self.state = State::Calls { before: open.to_owned() };
                 return true;
             }
             if open.starts_with(text) && !is_end {
@@ -242,7 +245,7 @@ impl Reply {
         if let Some(at) = self.held.find(open) {
             pieces.content += self.held[..at].trim_end();
             self.held.drain(..at + open.len());
-            self.state = State::Calls { opened: true };
+            self.state = State::Calls { before: open.to_owned() };
             return true;
         }
         let known = safe_len(&self.held, open, is_end);
@@ -255,78 +258,90 @@ impl Reply {
     fn between_calls(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
         let Some(format) = self.format.calls else { return false };
         let Marks { open, close, .. } = format.marks();
-        let State::Calls { opened } = &mut self.state else { return false };
+        let State::Calls { before } = &mut self.state else { return false };
         let is_bare = matches!(format, CallFormat::MistralNamed | CallFormat::QwenCoder | CallFormat::Glm);
         let is_layout = |c: char| c.is_whitespace() || !is_bare && matches!(c, ',' | ';' | '[' | ']' | '`');
         let text = self.held.trim_start_matches(is_layout);
+        let layout_len = self.held.len() - text.len();
         let is_list = open.is_none() || format == CallFormat::Mistral;
         let begins = match format {
             CallFormat::MistralNamed | CallFormat::Glm | CallFormat::Pythonic => text.starts_with(is_name_letter),
             CallFormat::QwenCoder => text.starts_with('<'),
             _ => text.starts_with('{'),
         };
-        if begins && (*opened || is_list) {
-            self.held = text.to_owned();
-            self.state = State::Call(Scanner::of(format));
+        let layout = &self.held[..layout_len];
+        let goes_on = if before.is_empty() {
+            is_list && !layout.contains(']')
+        } else {
+            open.is_some_and(|open| before.ends_with(open))
+        };
+        if begins && goes_on {
+            before.extend(self.held.drain(..layout_len));
+            self.state = State::Call(Scanner::of(format, before));
             return true;
         }
         let marks = [open.unwrap_or_default(), close];
         if let Some(mark) = marks.iter().find(|mark| !mark.is_empty() && text.starts_with(**mark)) {
-            *opened = open == Some(*mark);
-            self.held = text[mark.len()..].to_owned();
+            let passed = self.held.drain(..layout_len + mark.len());
+            // What closes a call is none of the text.
+            if open == Some(*mark) || !before.is_empty() {
+                before.extend(passed);
+            }
             return true;
         }
-        // At the end a mark behind a call was cut off, and is none of the text.
-        let may_be_mark = marks.iter().any(|mark| mark.starts_with(text));
-        if text.is_empty() || may_be_mark && (!is_end || self.num_calls > 0) {
+        // At the end a mark was cut off, and is none of the text.
+        if text.is_empty() || marks.iter().any(|mark| mark.starts_with(text)) {
             if is_end {
                 self.held.clear();
             }
             return false;
         }
         // Text after calls, or behind a mark that none follows.
-        if self.num_calls == 0 {
-            pieces.content += open.unwrap_or_default();
+        if before.is_empty() {
+            let closing_len = layout.find(['[', ',', ';']).unwrap_or(layout_len);
+            self.held.drain(..closing_len);
         }
-        self.held = if self.num_calls == 0 { self.held.clone() } else { text.to_owned() };
+        pieces.content += before;
         self.state = State::Content;
         true
     }
 
-    fn call(&mut self, pieces: &mut Pieces) -> bool {
+    fn call(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
         let State::Call(scanner) = &mut self.state else { return false };
         let functions = &self.format.functions;
         let mut events = Vec::new();
         let mut taken = 0;
         let mut failed = false;
+        let mut again = None;
         for c in self.held.chars() {
             taken += c.len_utf8();
             failed = scanner.push(c, functions, &mut events).is_err();
-            if failed && scanner.has_begun() {
-                // Text again.
-                taken -= c.len_utf8();
-            }
-            if failed || scanner.is_closed() {
+            again = scanner.reread(false);
+            if failed || again.is_some() || scanner.is_closed() {
                 break;
             }
         }
         self.held.drain(..taken);
-        let (has_begun, is_closed) = (scanner.has_begun(), scanner.is_closed());
+        again = again.or_else(|| scanner.reread(is_end && !failed));
+        let is_closed = scanner.is_closed();
         events.into_iter().for_each(|event| self.take(event, pieces));
         if failed {
             let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) else { return false };
-            self.is_cut_off = has_begun;
-            if !has_begun {
-                let open = self.format.calls.and_then(|format| format.marks().open);
-                pieces.content += open.unwrap_or_default();
-                pieces.content += &scanner.into_raw();
+            let has_begun = scanner.has_begun();
+            let untold = scanner.into_untold();
+            // Text again; what becomes no call at all is nothing else.
+            match has_begun {
+                true => self.held.insert_str(0, untold.trim_start()),
+                false => pieces.content += &untold,
             }
+            self.is_cut_off |= has_begun;
             return true;
         }
         if is_closed {
-            self.state = State::Calls { opened: false };
+            self.state = State::Calls { before: String::new() };
         }
-        is_closed
+        self.held.insert_str(0, again.as_deref().unwrap_or_default());
+        is_closed || again.is_some()
     }
 
     fn take(&mut self, event: CallEvent, pieces: &mut Pieces) {

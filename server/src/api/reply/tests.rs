@@ -206,6 +206,59 @@ fn text_between_tags_streams() {
     }
 }
 
+/// Whatever quotes are in it: of no text of a few letters a reader of JSON is kept from seeing the end.
+#[test]
+fn a_value_that_is_no_json_ends_at_its_tag() {
+    let schema = serde_json::json!({"type": ["string", "array", "object", "null"]});
+    let parameters = serde_json::json!({"type": "object", "properties": {"a": schema}});
+    let function = Function { name: "f".to_owned(), parameters, strict: false, tool: serde_json::Value::Null };
+    let callee = Callee::new(&function);
+    let mut texts = vec![String::new()];
+    for length in 1..=3 {
+        let longer = texts.iter().filter(|text| text.len() == length - 1);
+        texts.extend(
+            longer.flat_map(|text| "\"\\[{:,a\n".chars().map(move |c| format!("{text}{c}"))).collect::<Vec<_>>(),
+        );
+    }
+    texts.extend(["\"a\" b \"c", "[a] \"b", "{\"a\": b \"c\"\"}", "[\"a\", b \"c]", "5\" by 3\""].map(str::to_owned));
+    for (calls, open, between, close) in [
+        (
+            CallFormat::QwenCoder,
+            "<tool_call>\n<function=f>\n<parameter=a>\n",
+            "\n</parameter>\n<parameter=b>\n",
+            "\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (
+            CallFormat::Glm,
+            "<tool_call>f<arg_key>a</arg_key><arg_value>",
+            "</arg_value><arg_key>b</arg_key><arg_value>",
+            "</arg_value></tool_call>",
+        ),
+    ] {
+        let functions = vec![callee.clone()];
+        let format = ReplyFormat { functions, ..format(Thought::Never, Some(calls)) };
+        for text in &texts {
+            let written = format!("{open}{text}{between}[1]{close}");
+            let arguments = format!("{{\"a\": {}, \"b\": [1]}}", callee.parameter("a").json_of(text));
+            let whole = expect("", "", &[("f", &arguments)]);
+            // Anywhere in the value, and behind it.
+            for cut in open.len()..=open.len() + text.len() + between.len() {
+                let (first, second) = written.split_at(cut);
+                let mut reply = Reply::new(format.clone());
+                assert_eq!(said(&mut reply, &[first, second]), whole, "{calls:?} {first:?} {second:?}");
+                assert_eq!(reply.finish_reason(), "tool_calls", "{calls:?} {text:?}");
+            }
+        }
+    }
+    // Tags in what is JSON are words of it, also where more of them follow.
+    let format = format(Thought::Never, Some(CallFormat::Glm));
+    let words = r#"["</arg_value></tool_call>\"", "</arg_value><arg_key>"]"#;
+    let text = format!("<tool_call>f<arg_key>a</arg_key><arg_value>{words}</arg_value></tool_call>");
+    assert_eq!(parse(&format, &text), expect("", "", &[("f", &format!("{{\"a\": {words}}}"))]));
+    let two = "<tool_call>f<arg_key>a</arg_key><arg_value>\"x</arg_value></tool_call>\n<tool_call>g</tool_call>";
+    assert_eq!(parse(&format, two), expect("", "", &[("f", "{\"a\": \"\\\"x\"}"), ("g", "{}")]));
+}
+
 #[test]
 fn calls_in_python_are_told_from_text() {
     let python = format(Thought::Never, Some(CallFormat::Pythonic));
@@ -219,6 +272,7 @@ fn calls_in_python_are_told_from_text() {
     for text in ["[1, 2]", "[f]", "[h(a=1)]", "[f(1)]", "f(a=1)", "[]", "[", "See [f(a=1)]", "[f (", "[é"] {
         assert_eq!(parse(&python, text), expect("", text, &[]), "{text}");
     }
+    assert_eq!(parse(&python, "```json\n[1]\n```"), expect("", "```json\n[1]\n```", &[]));
     assert_eq!(parse(&python, "[f(a='cut o"), expect("", "", &[("f", "{\"a\": \"cut o")]));
 }
 
@@ -234,5 +288,66 @@ fn calls_that_are_all_of_a_text_are_told_from_text() {
     assert_eq!(parse(&gemma, &format!("```json\n{call}\n```")), expect("", "", &[("f", "{\"a\": 1}")]));
     for text in ["{\"age\": 3}", "{\"name\": \"Ada\"}", "It is {\"name\": \"f\"}", "```rust\nfn", "``", " "] {
         assert_eq!(parse(&gemma, text), expect("", text, &[]), "{text}");
+    }
+}
+
+/// Two calls of each format, whose arguments are alike.
+const CALLS: [(CallFormat, &str); 8] = [
+    (
+        CallFormat::Hermes,
+        "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, \"x\"]}}\n</tool_call>\n\
+         <tool_call>\n{\"name\": \"g\"}\n</tool_call>",
+    ),
+    (
+        CallFormat::Mistral,
+        "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {\"a\": [1, \"x\"]}}, {\"name\": \"g\", \"id\": 7}]",
+    ),
+    (CallFormat::MistralNamed, "[TOOL_CALLS]f[ARGS]{\"a\": [1, \"x\"]}[TOOL_CALLS]g[CALL_ID]abcdef012[ARGS] {}"),
+    (
+        CallFormat::QwenCoder,
+        "<tool_call>\n<function=f>\n<parameter=a>\n[1, \"x\"]\n</parameter>\n</function>\n</tool_call>\n\
+         <tool_call>\n<function=g>\n</function>\n</tool_call>",
+    ),
+    (
+        CallFormat::Glm,
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>[1, \"x\"]</arg_value>\n</tool_call>\n<tool_call>g</tool_call>",
+    ),
+    (CallFormat::Pythonic, "```python\n[f(a=[1, 'x']), g(b={'c': None})]\n```"),
+    (CallFormat::Llama3, "<|python_tag|>{\"name\": \"f\", \"parameters\": {\"a\": [1, \"x\"]}}; {\"name\": \"g\"}"),
+    (CallFormat::Gemma, "```json\n{\"name\": \"f\", \"parameters\": {\"a\": [1, \"x\"]}}; {\"name\": \"g\"}\n```"),
+];
+
+/// Text comes out as it went in, but for what was told of a call and what closes one.
+#[test]
+fn of_a_call_that_breaks_off_nothing_is_lost() {
+    for (calls, text) in CALLS {
+        let format = format(Thought::Never, Some(calls));
+        let read = |text: &str| said(&mut Reply::new(format.clone()), &[text]);
+        assert_eq!((read(text).1, read(text).2.len()), (String::new(), 2), "{calls:?}");
+        let (mut num_broken, ends) = (0, text.char_indices().map(|(at, c)| at + c.len_utf8()));
+        for (cut, fault) in ends.flat_map(|cut| ["é no", "\"", "<f ", "[no", "9!", ", \\"].map(|fault| (cut, fault))) {
+            let broken = format!("{}{fault}", &text[..cut]);
+            let mut reply = Reply::new(format.clone());
+            reply.push(&broken);
+            // It may still be a call.
+            if matches!(reply.state, State::Call(_) | State::Calls { .. }) {
+                continue;
+            }
+            let letters: Vec<String> = broken.chars().map(String::from).collect();
+            let letters: Vec<&str> = letters.iter().map(String::as_str).collect();
+            let mut reply = Reply::new(format.clone());
+            let (_, content, told) = said(&mut reply, &letters);
+            assert_eq!(read(&broken), (String::new(), content.clone(), told.clone()), "{calls:?} {broken:?}");
+            let before = broken.strip_suffix(&content).unwrap_or_else(|| panic!("{calls:?} {broken:?}: {content:?}"));
+            let ends = before.char_indices().map(|(at, c)| at + c.len_utf8());
+            let told_len = std::iter::once(0).chain(ends).find(|end| read(&before[..*end]).2 == told);
+            let between = told_len.map_or("", |told_len| &before[told_len..]);
+            let is_within = reply.finish_reason() == "stop";
+            let closes = between.replace(if is_within { "\0" } else { calls.marks().close }, "");
+            let is_lost = |c: char| !(c.is_whitespace() || !is_within && matches!(c, '}' | ']' | '`'));
+            assert!(!content.is_empty() && !closes.contains(is_lost), "{calls:?} {broken:?}: {between:?} {content:?}");
+            num_broken += 1;
+        }
+        assert!(num_broken > text.len(), "{calls:?}: {num_broken}");
     }
 }

@@ -1,12 +1,13 @@
 //! A call of a function read from the model's text while it comes: `{"name": ..., "arguments": {...}}`, in any order of
 //! its fields, or Mistral's `name[ARGS]{...}`.
 //!
-//! Invariant: what the arguments are is handed on as it is written, however the text is cut into pieces, and what turns
-//! out to be no call is handed back whole. Knows JSON, not the marks around it.
+//! Invariant: what the arguments are is handed on as it is written, however the text is cut into pieces. Knows JSON,
+//! not the marks around it.
 
 use serde_json::Value;
 
 use super::format::{ARGS, CALL_ID};
+use super::parameters::Callee;
 use super::{MAX_NAME_BYTES, is_name};
 
 /// What more of the text says.
@@ -29,6 +30,12 @@ impl CallEvent {
             _ => events.push(CallEvent::Arguments(piece.to_owned())),
         }
     }
+
+    /// Of which more events, and more arguments, are more.
+    pub fn measure(events: &[CallEvent]) -> (usize, usize) {
+        let last = events.last().map_or(0, |event| if let CallEvent::Arguments(last) = event { last.len() } else { 0 });
+        (events.len(), last)
+    }
 }
 
 /// The text is no call of a function that there is.
@@ -37,8 +44,6 @@ pub struct NoCall;
 
 #[derive(Clone, Debug)]
 pub struct CallScanner {
-    /// All of it, to be handed back.
-    raw: String,
     state: State,
     key: String,
     value: String,
@@ -79,7 +84,6 @@ impl Default for CallScanner {
     fn default() -> CallScanner {
         let empty = String::new;
         CallScanner {
-            raw: empty(),
             state: State::Open,
             key: empty(),
             value: empty(),
@@ -99,21 +103,14 @@ impl CallScanner {
         CallScanner { state: State::Named, ..CallScanner::default() }
     }
 
-    /// Takes one more character; `is_function` says whether there is a function of a name. After an end or an error
-    /// nothing more is taken.
-    pub fn push(
-        &mut self,
-        c: char,
-        is_function: impl Fn(&str) -> bool,
-        events: &mut Vec<CallEvent>,
-    ) -> Result<(), NoCall> {
-        self.raw.push(c);
+    /// As [`super::scanner::Scanner::push`].
+    pub fn push(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
         match self.state {
             State::Named => self.more_head(c)?,
             State::Bare => match c {
                 '{' => {
                     let name = std::mem::take(&mut self.value);
-                    self.begin(name, is_function, events)?;
+                    self.begin(name, functions, events)?;
                     self.key = "arguments".to_owned();
                     self.begin_value(c, events)?;
                     self.state = State::Nested { depth: 1, in_text: false, escaped: false, is_last: true };
@@ -147,7 +144,7 @@ impl CallScanner {
             },
             State::ValueStart => self.begin_value(c, events)?,
             State::Text { .. } | State::Nested { .. } | State::Scalar => {
-                return self.more_value(c, is_function, events);
+                return self.more_value(c, functions, events);
             }
             State::Closed => return Err(NoCall),
         }
@@ -156,16 +153,6 @@ impl CallScanner {
 
     pub fn is_closed(&self) -> bool {
         self.state == State::Closed
-    }
-
-    /// Whether its name was told.
-    pub fn has_begun(&self) -> bool {
-        self.name.is_some()
-    }
-
-    /// All that was taken.
-    pub fn into_raw(self) -> String {
-        self.raw
     }
 
     /// A name, perhaps an id, and what says that the arguments follow.
@@ -217,12 +204,7 @@ impl CallScanner {
         Ok(())
     }
 
-    fn more_value(
-        &mut self,
-        c: char,
-        is_function: impl Fn(&str) -> bool,
-        events: &mut Vec<CallEvent>,
-    ) -> Result<(), NoCall> {
+    fn more_value(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
         match &mut self.state {
             State::Text { escaped } => {
                 let is_end = c == '"' && !*escaped;
@@ -230,7 +212,7 @@ impl CallScanner {
                 self.value.push(c);
                 if is_end {
                     self.state = State::NextKey;
-                    self.end_text(is_function, events)?;
+                    self.end_text(functions, events)?;
                 }
             }
             State::Nested { depth, in_text, escaped, is_last } => {
@@ -260,10 +242,10 @@ impl CallScanner {
         Ok(())
     }
 
-    fn end_text(&mut self, is_function: impl Fn(&str) -> bool, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
+    fn end_text(&mut self, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
         let text = || serde_json::from_str::<String>(&self.value).map_err(|_| NoCall);
         if self.key == "name" {
-            self.begin(text()?, is_function, events)?;
+            self.begin(text()?, functions, events)?;
         } else if self.is_arguments() {
             let object = text()?;
             serde_json::from_str::<Value>(&object).ok().filter(Value::is_object).ok_or(NoCall)?;
@@ -272,13 +254,8 @@ impl CallScanner {
         Ok(())
     }
 
-    fn begin(
-        &mut self,
-        name: String,
-        is_function: impl Fn(&str) -> bool,
-        events: &mut Vec<CallEvent>,
-    ) -> Result<(), NoCall> {
-        if !is_function(&name) {
+    fn begin(&mut self, name: String, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
+        if !functions.iter().any(|known| known.name == name) {
             return Err(NoCall);
         }
         self.name = Some(name.clone());
@@ -309,38 +286,14 @@ impl CallScanner {
     }
 }
 
-/// Name and arguments of the one call that these tell of.
-#[cfg(test)]
-pub fn told(events: Vec<CallEvent>) -> (String, String) {
-    let mut call = (String::new(), String::new());
-    for event in events {
-        match event {
-            CallEvent::Begin(name) => call.0 = name,
-            CallEvent::Arguments(piece) => call.1 += &piece,
-            CallEvent::End => {}
-        }
-    }
-    call
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::format::CallFormat;
+    use super::super::scanner::scan as scan_by;
     use super::*;
 
-    /// Name and arguments, or what is handed back.
     fn scan(text: &str) -> Result<(String, String), String> {
-        scan_by(CallScanner::default(), text)
-    }
-
-    fn scan_by(mut scanner: CallScanner, text: &str) -> Result<(String, String), String> {
-        let mut events = Vec::new();
-        for c in text.chars() {
-            if scanner.push(c, |name| name == "f", &mut events).is_err() {
-                return Err(scanner.into_raw());
-            }
-        }
-        assert!(scanner.is_closed() || !events.contains(&CallEvent::End));
-        Ok(told(events))
+        scan_by(CallFormat::Hermes, text)
     }
 
     #[test]
@@ -360,25 +313,24 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_call_comes_back_whole() {
-        let cases = [
-            r#"{"name": "g""#,
-            r#"{"name": 1"#,
-            r#"{"age": 3}"#,
-            "[",
-            r#"{"name":"f","arguments":["#,
-            r#"{"name":"f","arguments":"[1]""#,
-            r#"{"name":"f","arguments":{},"arguments":{"#,
-            r#"{x"#,
-        ];
+    fn what_is_no_call_comes_back() {
+        let cases = [r#"{"name": "g""#, r#"{"name": 1"#, r#"{"age": 3}"#, "[", r#"{x"#];
         for text in cases {
             assert_eq!(scan(text), Err(text.to_owned()));
+        }
+        let cases = [
+            (r#"{"name":"f""#, r#","arguments":["#),
+            (r#"{"name":"f""#, r#","arguments":"[1]""#),
+            (r#"{"name":"f","arguments":{}"#, r#","arguments":{"#),
+        ];
+        for (told, untold) in cases {
+            assert_eq!(scan(&format!("{told}{untold}")), Err(untold.to_owned()));
         }
     }
 
     #[test]
     fn a_name_may_come_before_its_arguments() {
-        let scan = |text: &str| scan_by(CallScanner::named(), text);
+        let scan = |text: &str| scan_by(CallFormat::MistralNamed, text);
         for head in ["f[ARGS]", "f[CALL_ID]abcdef012[ARGS]", "f [ARGS] ", "f[CALL_ID][ARGS]\n"] {
             for arguments in ["{}", r#"{"a": [{"b": "}\"]"}]}"#, r#"{"a":"[ARGS]"}"#] {
                 let text = format!("{head}{arguments}");
@@ -386,7 +338,8 @@ mod tests {
             }
         }
         let long = "f".repeat(MAX_NAME_BYTES + 1);
-        for text in ["f[ARGS]{}x", "g[ARGS]{", "f[ARGS][", "f[TOOL", "f\"", "f g", "[ARGS]", " ", &long] {
+        assert_eq!(scan("f[ARGS]{}x"), Err("x".to_owned()));
+        for text in ["g[ARGS]{", "f[ARGS][", "f[TOOL", "f\"", "f g", "[ARGS]", " ", &long] {
             let raw = scan(text).expect_err("no call");
             assert!(text.starts_with(&raw) && !raw.is_empty(), "{text}: {raw}");
         }

@@ -12,10 +12,9 @@ use super::tagged::within_quotes;
 
 #[derive(Clone, Debug, Default)]
 pub struct PythonicScanner {
-    /// All of it, to be handed back.
-    raw: String,
     /// What has come of a name, a number or an escape.
     held: String,
+    last: Option<char>,
     state: State,
     /// Until it is told.
     name: String,
@@ -29,6 +28,7 @@ pub struct PythonicScanner {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
+    Start,
     Head,
     /// Where an item or a closing bracket may come.
     Item,
@@ -60,10 +60,13 @@ struct Bracket {
 impl PythonicScanner {
     /// As [`super::scanner::Scanner::push`].
     pub fn push(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
-        self.raw.push(c);
         let is_space = c.is_whitespace();
         match self.state {
-            State::Head => self.more_head(c, functions)?,
+            State::Start if c == '[' => self.state = State::Head,
+            State::Start | State::Head => {
+                self.state = State::Head;
+                self.more_head(c, functions)?;
+            }
             State::Key => match c {
                 '=' => self.begin_argument(events)?,
                 c if is_space || self.joins(c, is_key_letter) => {}
@@ -88,19 +91,12 @@ impl PythonicScanner {
             State::Value => self.begin_value(c, events)?,
             State::Colon | State::After => self.after(c, events)?,
         }
+        self.last = Some(c);
         Ok(())
     }
 
     pub fn is_closed(&self) -> bool {
         self.state == State::Closed
-    }
-
-    pub fn has_begun(&self) -> bool {
-        self.has_begun
-    }
-
-    pub fn into_raw(self) -> String {
-        self.raw
     }
 
     fn more_head(&mut self, c: char, functions: &[Callee]) -> Result<(), NoCall> {
@@ -109,7 +105,6 @@ impl PythonicScanner {
                 self.name = std::mem::take(&mut self.held);
                 self.open(')');
             }
-            '[' if self.raw.len() == 1 => {}
             c if c.is_whitespace() => {}
             // What becomes no name is told at once.
             c if self.joins(c, is_name_letter)
@@ -121,8 +116,7 @@ impl PythonicScanner {
 
     /// Takes a letter of a name that has no space in it.
     fn joins(&mut self, c: char, is_letter: fn(char) -> bool) -> bool {
-        let before = self.raw[..self.raw.len() - c.len_utf8()].chars().next_back();
-        let joins = is_letter(c) && (self.held.is_empty() || before.is_some_and(is_letter));
+        let joins = is_letter(c) && (self.held.is_empty() || self.last.is_some_and(is_letter));
         if joins {
             self.held.push(c);
         }
@@ -337,21 +331,12 @@ fn json_of_word(word: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::calls::told;
+    use super::super::format::CallFormat;
+    use super::super::scanner::scan as scan_by;
     use super::*;
 
-    /// Name and arguments, or what is handed back.
     fn scan(text: &str) -> Result<(String, String), String> {
-        let functions = [Callee::named("f")];
-        let mut scanner = PythonicScanner::default();
-        let mut events = Vec::new();
-        for c in text.chars() {
-            if scanner.push(c, &functions, &mut events).is_err() {
-                return Err(scanner.into_raw());
-            }
-        }
-        assert!(scanner.is_closed() || !events.contains(&CallEvent::End));
-        Ok(told(events))
+        scan_by(CallFormat::Pythonic, text)
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! A call whose arguments stand between tags, each without quotes, read while it comes: Qwen3-Coder's and GLM's.
 //!
 //! Invariant: as in [`super::calls`]; the arguments are handed on as the JSON that they stand for. Text goes out as it
-//! comes, any other value once it is whole.
+//! comes, any other value once it is whole. A tag within a text of JSON is a word of it; of what does not become JSON
+//! the first tag is the end.
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::calls::{CallEvent, NoCall};
@@ -41,14 +43,16 @@ pub const GLM: Tags = Tags {
 #[derive(Clone, Debug)]
 pub struct TaggedScanner {
     tags: &'static Tags,
-    /// All of it, to be handed back.
-    raw: String,
     /// What has come of the present part.
     held: String,
     state: State,
     function: Option<Callee>,
     key: String,
     num_arguments: usize,
+    /// Whether tags are words of no text.
+    is_literal: bool,
+    /// Whether something that was taken as within such a text is not.
+    is_astray: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,13 +66,8 @@ enum State {
     Colon,
     Value {
         parameter: Parameter,
-        /// Whether it looks like JSON in which text is quoted; tags in such text are words of it.
-        is_quoting: bool,
-        in_text: bool,
-        escaped: bool,
-        /// Whether some of it has come, and some that is no white space.
+        /// Whether some of it has come.
         has_begun: bool,
-        is_blank: bool,
     },
     Closed,
 }
@@ -77,12 +76,20 @@ impl TaggedScanner {
     pub fn new(tags: &'static Tags) -> TaggedScanner {
         let state = if tags.name.0.is_empty() { State::Name } else { State::Open };
         let empty = String::new;
-        TaggedScanner { tags, raw: empty(), held: empty(), state, function: None, key: empty(), num_arguments: 0 }
+        TaggedScanner {
+            tags,
+            held: empty(),
+            state,
+            function: None,
+            key: empty(),
+            num_arguments: 0,
+            is_literal: false,
+            is_astray: false,
+        }
     }
 
     /// As [`super::scanner::Scanner::push`].
     pub fn push(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
-        self.raw.push(c);
         match self.state {
             State::Open => {
                 self.held.push(c);
@@ -126,12 +133,27 @@ impl TaggedScanner {
         self.state == State::Closed
     }
 
-    pub fn has_begun(&self) -> bool {
-        self.function.is_some()
+    /// How much was taken last and is no part of anything yet.
+    pub fn held_len(&self) -> usize {
+        self.held.len()
     }
 
-    pub fn into_raw(self) -> String {
-        self.raw
+    /// Whether all that nothing was told of is to be pushed again: a value's first tag was its end, for it has not
+    /// become JSON, and at an end does not any more.
+    pub fn reread(&mut self, is_end: bool) -> bool {
+        let is_value = matches!(self.state, State::Value { .. });
+        let again = self.is_astray || is_end && is_value && !self.is_literal && self.has_passed_end();
+        if again {
+            (self.is_astray, self.is_literal, self.state) = (false, true, State::Between);
+            self.held.clear();
+        }
+        again
+    }
+
+    /// Whether a tag in the value may have been its end: another follows.
+    fn has_passed_end(&self) -> bool {
+        let (_, rest) = self.held.split_once(self.tags.value.1).unwrap_or_default();
+        [self.tags.key.0, self.tags.end].iter().any(|tag| rest.trim_start().starts_with(tag))
     }
 
     /// Which of the tags is there, if it may be one.
@@ -179,14 +201,7 @@ impl TaggedScanner {
             self.begin_argument(events);
             CallEvent::hand_on("\"", events);
         }
-        self.state = State::Value {
-            parameter,
-            is_quoting: false,
-            in_text: false,
-            escaped: false,
-            has_begun: false,
-            is_blank: true,
-        };
+        self.state = State::Value { parameter, has_begun: false };
     }
 
     fn begin_argument(&mut self, events: &mut Vec<CallEvent>) {
@@ -197,38 +212,23 @@ impl TaggedScanner {
 
     fn more_value(&mut self, c: char, events: &mut Vec<CallEvent>) {
         let on_lines = self.tags.on_lines;
-        let State::Value { parameter, is_quoting, in_text, escaped, has_begun, is_blank } = &mut self.state else {
-            return;
-        };
+        let State::Value { parameter, has_begun } = &mut self.state else { return };
         if !std::mem::replace(has_begun, true) && on_lines && c == '\n' {
             return;
         }
-        if !parameter.is_plain {
-            *is_quoting |= *is_blank && matches!(c, '"' | '[' | '{');
-            *is_blank &= c.is_whitespace();
-            match c {
-                '"' if *is_quoting && !*escaped => *in_text = !*in_text,
-                // No text of JSON has one.
-                '\n' => *in_text = false,
-                _ => {}
-            }
-            *escaped = *in_text && c == '\\' && !*escaped;
-        }
-        let (parameter, in_text) = (*parameter, *in_text);
+        let parameter = *parameter;
         self.held.push(c);
         let end = self.tags.value.1;
-        if !in_text && self.held.ends_with(end) {
-            let mut value = std::mem::take(&mut self.held);
-            value.truncate(value.len() - end.len());
-            if on_lines && value.ends_with('\n') {
-                value.pop();
-            }
+        if self.held.ends_with(end) && (parameter.is_plain || self.is_literal || self.ends_here()) {
+            let held = std::mem::take(&mut self.held);
+            let value = &held[..held.len() - end.len()];
+            let value = if on_lines { value.strip_suffix('\n').unwrap_or(value) } else { value };
             self.state = State::Between;
             if parameter.is_plain {
-                CallEvent::hand_on(&format!("{}\"", within_quotes(&value)), events);
+                CallEvent::hand_on(&format!("{}\"", within_quotes(value)), events);
             } else {
                 self.begin_argument(events);
-                CallEvent::hand_on(&parameter.json_of(&value), events);
+                CallEvent::hand_on(&parameter.json_of(value), events);
             }
         } else if parameter.is_plain {
             let known = safe_len(&self.held, end, false);
@@ -236,6 +236,18 @@ impl TaggedScanner {
             let said: String = self.held.drain(..known - line_end).collect();
             CallEvent::hand_on(&within_quotes(&said), events);
         }
+    }
+
+    /// Whether the tag that is there ends a value, and is no word of a text in it.
+    fn ends_here(&mut self) -> bool {
+        // Outside of its texts JSON has no tags.
+        let json = serde_json::from_str::<IgnoredAny>;
+        if json(&self.held).is_err_and(|error| error.is_eof()) {
+            return false;
+        }
+        let value = &self.held[..self.held.len() - self.tags.value.1.len()];
+        self.is_astray = self.has_passed_end() && json(value).is_err();
+        !self.is_astray
     }
 
     fn close(&mut self, events: &mut Vec<CallEvent>) {
