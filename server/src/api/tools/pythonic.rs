@@ -12,7 +12,7 @@ use super::tagged::within_quotes;
 
 #[derive(Clone, Debug, Default)]
 pub struct PythonicScanner {
-    /// What has come of a name, a number or an escape.
+    /// What has come of a name, a number, an escape or quotes in a row.
     held: String,
     last: Option<char>,
     state: State,
@@ -37,16 +37,25 @@ enum State {
     /// Behind a dictionary's key.
     Colon,
     Value,
-    Text {
-        quote: char,
-    },
-    Escape {
-        quote: char,
-    },
-    /// A number, or a name of a constant.
+    /// The quotes before a text, of which there may be three.
+    Quotes(Quotes),
+    Text(Quotes),
+    Escape(Quotes),
+    /// Behind a text, which goes on with another.
+    TextEnd,
+    /// A number, a name of a constant, or what says how a text is written.
     Word,
     After,
     Closed,
+}
+
+/// What is around a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Quotes {
+    mark: char,
+    is_triple: bool,
+    /// Whether nothing in it is escaped.
+    is_raw: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -72,13 +81,27 @@ impl PythonicScanner {
                 c if is_space || self.joins(c, is_key_letter) => {}
                 _ => return Err(NoCall),
             },
-            State::Text { quote } => match c {
-                c if c == quote => self.end_text(events),
-                '\\' => self.state = State::Escape { quote },
-                c => self.put(u32::from(c), events),
+            State::Quotes(quotes) if c == quotes.mark => {
+                self.held.push(c);
+                if self.held.len() == 3 {
+                    self.held.clear();
+                    self.state = State::Text(Quotes { is_triple: true, ..quotes });
+                }
+            }
+            State::Quotes(quotes) => match std::mem::take(&mut self.held).len() {
+                // A text with nothing in it.
+                2 => self.more_after_text(c, events)?,
+                _ => self.more_text(c, quotes, events),
             },
-            State::Escape { quote } => self.more_escape(c, quote, events)?,
+            State::Text(quotes) => self.more_text(c, quotes, events),
+            State::Escape(quotes) => self.more_escape(c, quotes, events)?,
+            State::TextEnd => self.more_after_text(c, events)?,
             State::Word if is_word_letter(c) => self.held.push(c),
+            State::Word if matches!(c, '"' | '\'') => match std::mem::take(&mut self.held).as_str() {
+                "r" | "R" => self.begin_text(c, true, events),
+                "u" | "U" => self.begin_text(c, false, events),
+                _ => return Err(NoCall),
+            },
             State::Word => {
                 self.end_word(events)?;
                 if !is_space {
@@ -165,10 +188,7 @@ impl PythonicScanner {
     fn begin_value(&mut self, c: char, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
         let is_key = self.brackets.last().is_some_and(|bracket| bracket.is_key);
         match c {
-            '"' | '\'' => {
-                CallEvent::hand_on("\"", events);
-                self.state = State::Text { quote: c };
-            }
+            '"' | '\'' => self.begin_text(c, false, events),
             '[' | '(' if !is_key => {
                 CallEvent::hand_on("[", events);
                 self.open(if c == '[' { ']' } else { ')' });
@@ -225,12 +245,49 @@ impl PythonicScanner {
         self.state = if is_key { State::Colon } else { State::After };
     }
 
-    fn end_text(&mut self, events: &mut Vec<CallEvent>) {
-        if self.high.take().is_some() {
-            CallEvent::hand_on("\u{fffd}", events);
-        }
+    fn begin_text(&mut self, mark: char, is_raw: bool, events: &mut Vec<CallEvent>) {
         CallEvent::hand_on("\"", events);
-        self.end_value();
+        self.held = mark.to_string();
+        self.state = State::Quotes(Quotes { mark, is_triple: false, is_raw });
+    }
+
+    fn more_text(&mut self, c: char, quotes: Quotes, events: &mut Vec<CallEvent>) {
+        self.state = State::Text(quotes);
+        if c == quotes.mark {
+            self.held.push(c);
+            if !quotes.is_triple || self.held.len() == 3 {
+                self.held.clear();
+                self.state = State::TextEnd;
+            }
+            return;
+        }
+        // They were words of it.
+        let held = std::mem::take(&mut self.held);
+        held.chars().for_each(|mark| self.put(u32::from(mark), events));
+        match c {
+            '\\' => self.state = State::Escape(quotes),
+            c => self.put(u32::from(c), events),
+        }
+    }
+
+    fn more_after_text(&mut self, c: char, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
+        self.state = State::TextEnd;
+        match c {
+            '"' | '\'' => {
+                self.held = c.to_string();
+                self.state = State::Quotes(Quotes { mark: c, is_triple: false, is_raw: false });
+            }
+            c if c.is_whitespace() => {}
+            c => {
+                if self.high.take().is_some() {
+                    CallEvent::hand_on("\u{fffd}", events);
+                }
+                CallEvent::hand_on("\"", events);
+                self.end_value();
+                self.after(c, events)?;
+            }
+        }
+        Ok(())
     }
 
     fn end_word(&mut self, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
@@ -263,7 +320,7 @@ impl PythonicScanner {
         }
     }
 
-    fn more_escape(&mut self, c: char, quote: char, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
+    fn more_escape(&mut self, c: char, quotes: Quotes, events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
         let num_digits = match self.held.chars().next() {
             Some('x') => 2,
             Some('u') => 4,
@@ -277,11 +334,15 @@ impl PythonicScanner {
             if digits.len() == num_digits {
                 self.held.clear();
                 self.put(code, events);
-                self.state = State::Text { quote };
+                self.state = State::Text(quotes);
             }
             return Ok(());
         }
         let meant = match c {
+            c if quotes.is_raw => {
+                self.put(u32::from('\\'), events);
+                Some(c)
+            }
             'x' | 'u' | 'U' => {
                 self.held.push(c);
                 return Ok(());
@@ -305,7 +366,7 @@ impl PythonicScanner {
         if let Some(meant) = meant {
             self.put(u32::from(meant), events);
         }
-        self.state = State::Text { quote };
+        self.state = State::Text(quotes);
         Ok(())
     }
 }
@@ -324,6 +385,14 @@ fn json_of_word(word: &str) -> Option<String> {
         _ => {}
     }
     let digits = word.replace('_', "");
+    let unsigned = digits.trim_start_matches(['+', '-']);
+    for (prefixes, radix) in [(["0x", "0X"], 16), (["0o", "0O"], 8), (["0b", "0B"], 2)] {
+        if let Some(rest) = prefixes.iter().find_map(|prefix| unsigned.strip_prefix(prefix)) {
+            let signed = digits.replace(unsigned, rest);
+            let number = i64::from_str_radix(&signed, radix).ok().filter(|_| !rest.starts_with(['+', '-']));
+            return number.map(|number| number.to_string());
+        }
+    }
     let whole = digits.parse::<i64>().map(Value::from).ok();
     let fraction = || digits.parse::<f64>().ok().filter(|number| number.is_finite()).map(Value::from);
     whole.or_else(fraction).map(|number| number.to_string())
@@ -356,6 +425,10 @@ mod tests {
             ("f(a=1_000, b=+2, c=.5, d=5.)", r#"{"a": 1000, "b": 2, "c": 0.5, "d": 5.0}"#),
             ("f(a=')', b=\"[f(\")", r#"{"a": ")", "b": "[f("}"#),
             ("f(a='two\nlines')", r#"{"a": "two\nlines"}"#),
+            (r#"f(a="""x "" 'y'\n""", b='''''', c="")"#, r#"{"a": "x \"\" 'y'\n", "b": "", "c": ""}"#),
+            (r#"f(a='x' "y" '' """z""", b={'k' 'l': ''})"#, r#"{"a": "xyz", "b": {"kl": ""}}"#),
+            (r#"f(a=r'\d\'', b=[R"\u00e9", u'\x41'])"#, r#"{"a": "\\d\\'", "b": ["\\u00e9", "A"]}"#),
+            ("f(a=0x1F, b=-0b1_0, c=+0o17, d=0XfF)", r#"{"a": 31, "b": -2, "c": 15, "d": 255}"#),
         ];
         for (text, arguments) in cases {
             assert_eq!(scan(text), Ok(("f".to_owned(), arguments.to_owned())), "{text}");
@@ -370,7 +443,11 @@ mod tests {
             let raw = scan(text).expect_err("no call");
             assert!(text.starts_with(&raw) && !raw.is_empty(), "{text}: {raw}");
         }
-        for text in ["f(a=b)", "f(a=1 2)", "f(a={1, 2})", "f(a=[1)", "f(a=inf)", "f(a='x' 'y')", "f(a=\"\\xg", "f())"] {
+        for text in ["f(a=b)", "f(a=1 2)", "f(a={1, 2})", "f(a=[1)", "f(a=inf)", "f(a='x' y)", "f(a=\"\\xg", "f())"] {
+            assert!(scan(text).is_err(), "{text}");
+        }
+        for text in ["f(a=b'x')", "f(a=f'x')", "f(a=r)", "f(a=0x)", "f(a=--0x1)", "f(a=0b12)", "f(a=1'x')", "f(a=''1)"]
+        {
             assert!(scan(text).is_err(), "{text}");
         }
     }
