@@ -4,7 +4,7 @@
 //! around them: what begins like a mark or a call and is none is said after all. Knows no tokens.
 
 use super::tools::calls::CallEvent;
-use super::tools::format::{CallFormat, Marks, Thought};
+use super::tools::format::{Body, CallFormat, Marks, Thought};
 use super::tools::is_name_letter;
 use super::tools::parameters::Callee;
 use super::tools::scanner::Scanner;
@@ -71,6 +71,8 @@ enum State {
     Calls {
         /// Marks that no call has followed yet, and what is between them: text if none does.
         before: String,
+        /// Whether one may follow.
+        is_open: bool,
     },
     Call(Scanner),
 }
@@ -79,8 +81,7 @@ impl ReplyFormat {
     /// Spellings of control tokens that tell of a part.
     pub fn control_marks(&self) -> impl Iterator<Item = &'static str> {
         let thought = self.thought.marks().map(|marks| [marks.open, marks.close]);
-        let calls = self.calls.map_or(&[][..], CallFormat::control_marks);
-        thought.into_iter().flatten().chain(calls.iter().copied())
+        thought.into_iter().flatten().chain(self.calls.into_iter().flat_map(CallFormat::control_marks))
     }
 }
 
@@ -221,7 +222,7 @@ impl Reply {
         {
             if let Some(rest) = text.strip_prefix(open) {
                 self.held = rest.to_owned();
-                self.state = State::Calls { before: open.to_owned() };
+                self.state = State::Calls { before: open.to_owned(), is_open: true };
                 return true;
             }
             if open.starts_with(text) && !is_end {
@@ -245,7 +246,7 @@ impl Reply {
         if let Some(at) = self.held.find(open) {
             pieces.content += self.held[..at].trim_end();
             self.held.drain(..at + open.len());
-            self.state = State::Calls { before: open.to_owned() };
+            self.state = State::Calls { before: open.to_owned(), is_open: true };
             return true;
         }
         let known = safe_len(&self.held, open, is_end);
@@ -258,33 +259,33 @@ impl Reply {
     fn between_calls(&mut self, pieces: &mut Pieces, is_end: bool) -> bool {
         let Some(format) = self.format.calls else { return false };
         let Marks { open, close, .. } = format.marks();
-        let State::Calls { before } = &mut self.state else { return false };
-        let is_bare = matches!(format, CallFormat::MistralNamed | CallFormat::QwenCoder | CallFormat::Glm);
-        let is_layout = |c: char| c.is_whitespace() || !is_bare && matches!(c, ',' | ';' | '[' | ']' | '`');
+        let State::Calls { before, is_open } = &mut self.state else { return false };
+        let body = format.body();
+        let has_lists = matches!(body, Body::Object | Body::List | Body::Pythonic);
+        let is_layout = |c: char| c.is_whitespace() || has_lists && matches!(c, ',' | ';' | '[' | ']' | '`');
         let text = self.held.trim_start_matches(is_layout);
         let layout_len = self.held.len() - text.len();
-        let is_list = open.is_none() || format == CallFormat::Mistral;
-        let begins = match format {
-            CallFormat::MistralNamed | CallFormat::Glm | CallFormat::Pythonic => text.starts_with(is_name_letter),
-            CallFormat::QwenCoder => text.starts_with('<'),
-            _ => text.starts_with('{'),
+        let begins = match body {
+            Body::Object | Body::List => text.starts_with('{'),
+            Body::Tagged(tags) if !tags.name.0.is_empty() => {
+                text.len() > 1 && text.starts_with('<') && !text.starts_with("</")
+            }
+            Body::Named | Body::Tagged(_) | Body::Pythonic => text.starts_with(is_name_letter),
         };
         let layout = &self.held[..layout_len];
-        let goes_on = if before.is_empty() {
-            is_list && !layout.contains(']')
-        } else {
-            open.is_some_and(|open| before.ends_with(open))
-        };
-        if begins && goes_on {
+        // A list that is closed has no more calls.
+        *is_open &= !(before.is_empty() && layout.contains(']'));
+        if begins && *is_open {
             before.extend(self.held.drain(..layout_len));
             self.state = State::Call(Scanner::of(format, before));
             return true;
         }
         let marks = [open.unwrap_or_default(), close];
         if let Some(mark) = marks.iter().find(|mark| !mark.is_empty() && text.starts_with(**mark)) {
+            *is_open = open == Some(*mark);
             let passed = self.held.drain(..layout_len + mark.len());
             // What closes a call is none of the text.
-            if open == Some(*mark) || !before.is_empty() {
+            if *is_open || !before.is_empty() {
                 before.extend(passed);
             }
             return true;
@@ -338,7 +339,8 @@ impl Reply {
             return true;
         }
         if is_closed {
-            self.state = State::Calls { before: String::new() };
+            let is_open = self.format.calls.is_some_and(CallFormat::shares_marks);
+            self.state = State::Calls { before: String::new(), is_open };
         }
         self.held.insert_str(0, again.as_deref().unwrap_or_default());
         is_closed || again.is_some()

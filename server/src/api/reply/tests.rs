@@ -292,7 +292,26 @@ fn calls_that_are_all_of_a_text_are_told_from_text() {
 }
 
 /// Two calls of each format, whose arguments are alike.
-const CALLS: [(CallFormat, &str); 8] = [
+const CALLS: [(CallFormat, &str); 13] = [
+    (
+        CallFormat::Seed,
+        "<seed:tool_call>\n<function=f>\n<parameter=a>[1, \"x\"]</parameter>\n</function>\n</seed:tool_call>\n\
+         <seed:tool_call>\n<function=g>\n</function>\n</seed:tool_call>",
+    ),
+    (
+        CallFormat::MiniMax,
+        "<minimax:tool_call>\n<invoke name=\"f\">\n<parameter name=\"a\">[1, \"x\"]</parameter>\n</invoke>\n\
+         <invoke name=\"g\">\n</invoke>\n</minimax:tool_call>",
+    ),
+    (
+        CallFormat::Nemotron,
+        "<TOOLCALL>[{\"name\": \"f\", \"arguments\": {\"a\": [1, \"x\"]}}, {\"name\": \"g\"}]</TOOLCALL>",
+    ),
+    (
+        CallFormat::Apriel,
+        "<tool_calls>[{\"name\": \"f\", \"arguments\": {\"a\": [1, \"x\"]}}, {\"name\": \"g\"}]</tool_calls>",
+    ),
+    (CallFormat::Lfm, "<|tool_call_start|>[f(a=[1, 'x']), g(b={'c': None})]<|tool_call_end|>"),
     (
         CallFormat::Hermes,
         "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, \"x\"]}}\n</tool_call>\n\
@@ -316,6 +335,20 @@ const CALLS: [(CallFormat, &str); 8] = [
     (CallFormat::Llama3, "<|python_tag|>{\"name\": \"f\", \"parameters\": {\"a\": [1, \"x\"]}}; {\"name\": \"g\"}"),
     (CallFormat::Gemma, "```json\n{\"name\": \"f\", \"parameters\": {\"a\": [1, \"x\"]}}; {\"name\": \"g\"}\n```"),
 ];
+
+/// What follows them is text, whatever it looks like.
+#[test]
+fn a_list_of_calls_has_an_end() {
+    for (calls, text) in CALLS.into_iter().filter(|(calls, _)| calls.marks().open.is_some() && calls.shares_marks()) {
+        let format = format(Thought::Never, Some(calls));
+        let (_, _, both) = parse(&format, text);
+        for after in ["done", "{\"name\": \"f\"}", "f(a=1)", "<invoke name=\"f\">", "[f()]", "[{\"name\": \"f\"}]"] {
+            assert_eq!(parse(&format, &format!("{text} {after}")), (String::new(), after.to_owned(), both.clone()));
+        }
+        let (_, _, again) = parse(&format, &format!("{text}\n{text}"));
+        assert_eq!(again, [both.clone(), both].concat(), "{calls:?}");
+    }
+}
 
 /// Text comes out as it went in, but for what was told of a call and what closes one.
 #[test]

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::super::constraint::quoted;
 use super::super::reply::FENCES;
 use super::rules::{self, control_token, escaped, mark, until};
+use super::tagged::{GLM, MINIMAX, QWEN_CODER, SEED, Tags};
 use super::{ToolChoice, Tools};
 use crate::start::random;
 
@@ -26,6 +27,17 @@ pub enum CallFormat {
     QwenCoder,
     /// `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>`: GLM's since 4.5.
     Glm,
+    /// Qwen3-Coder's tags between `<seed:tool_call>`, with values that have no lines of their own: Seed-OSS's.
+    Seed,
+    /// `<minimax:tool_call><invoke name="name"><parameter name="key">value</parameter></invoke></minimax:tool_call>`,
+    /// all calls between one pair of marks: MiniMax's M2.
+    MiniMax,
+    /// `<TOOLCALL>[{"name": ..., "arguments": ...}, ...]</TOOLCALL>`: Nemotron Nano's.
+    Nemotron,
+    /// The same between `<tool_calls>`: Apriel's.
+    Apriel,
+    /// `<|tool_call_start|>[name(key=value), ...]<|tool_call_end|>`: LFM's since 2.5.
+    Lfm,
     /// `[name(key=value), ...]` instead of a text, as Python has it: Llama 3.2's and 4's, where they are asked for it.
     Pythonic,
     /// `{"name": ..., "parameters": ...}` instead of a text.
@@ -36,8 +48,28 @@ pub enum CallFormat {
     Generic,
 }
 
-/// In templates that write calls in some other way, or as a list, some between the same marks.
-const OTHERS: [&str; 4] = ["<function=", "<arg_key>", "<invoke ", "<tool_calls>"];
+/// What a template has in it that writes calls so; the first that fits is taken.
+const KNOWN: [(&[&str], CallFormat); 18] = [
+    (&[TOOL_CALLS, ARGS], CallFormat::MistralNamed),
+    (&[TOOL_CALLS], CallFormat::Mistral),
+    (&["<tool_call>", "<function=", "<parameter="], CallFormat::QwenCoder),
+    (&["<tool_call>", "<arg_key>"], CallFormat::Glm),
+    (&["<seed:tool_call>", "<function=", "<parameter="], CallFormat::Seed),
+    (&["<minimax:tool_call>", "<invoke name="], CallFormat::MiniMax),
+    (&["<TOOLCALL>["], CallFormat::Nemotron),
+    (&["<tool_calls>["], CallFormat::Apriel),
+    (&["<|tool_call_start|>["], CallFormat::Lfm),
+    // Others' own, some of them between the same marks.
+    (&["<function="], CallFormat::Generic),
+    (&["<arg_key>"], CallFormat::Generic),
+    (&["<invoke "], CallFormat::Generic),
+    (&["<tool_calls>"], CallFormat::Generic),
+    (&["<tool_call>"], CallFormat::Hermes),
+    (&["[func_name1("], CallFormat::Pythonic),
+    (&["<|python_tag|>"], CallFormat::Llama3),
+    (&["ipython", "parameters"], CallFormat::Llama3),
+    (&["<start_of_turn>"], CallFormat::Gemma),
+];
 
 /// Mistral's tokens.
 const TOOL_CALLS: &str = "[TOOL_CALLS]";
@@ -54,22 +86,25 @@ pub struct Marks {
     pub arguments: &'static str,
 }
 
+/// How a call is written between marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// As an object of JSON.
+    Object,
+    /// As one of a list.
+    List,
+    /// As a name and an object of arguments.
+    Named,
+    Tagged(&'static Tags),
+    /// As one of a list in Python.
+    Pythonic,
+}
+
 impl CallFormat {
     /// By the source of a chat template.
     pub fn of_template(source: &str) -> CallFormat {
-        let has = |text: &str| source.contains(text);
-        match () {
-            _ if has(TOOL_CALLS) && has(ARGS) => CallFormat::MistralNamed,
-            _ if has(TOOL_CALLS) => CallFormat::Mistral,
-            _ if has("<tool_call>") && has("<function=") && has("<parameter=") => CallFormat::QwenCoder,
-            _ if has("<tool_call>") && has("<arg_key>") => CallFormat::Glm,
-            _ if OTHERS.iter().any(|other| has(other)) => CallFormat::Generic,
-            _ if has("<tool_call>") => CallFormat::Hermes,
-            _ if has("[func_name1(") => CallFormat::Pythonic,
-            _ if has("<|python_tag|>") || (has("ipython") && has("parameters")) => CallFormat::Llama3,
-            _ if has("<start_of_turn>") => CallFormat::Gemma,
-            _ => CallFormat::Generic,
-        }
+        let fits = |marks: &[&str]| marks.iter().all(|mark| source.contains(mark));
+        KNOWN.iter().find(|(marks, _)| fits(marks)).map_or(CallFormat::Generic, |(_, format)| *format)
     }
 
     /// As which calls come where a text of a form may come instead: with marks, for JSON may look like a call without.
@@ -83,31 +118,52 @@ impl CallFormat {
     }
 
     pub fn marks(self) -> Marks {
-        match self {
+        let (open, close) = match self {
             CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder | CallFormat::Glm => {
-                Marks { open: Some("<tool_call>"), close: "</tool_call>", arguments: "arguments" }
+                (Some("<tool_call>"), "</tool_call>")
             }
-            CallFormat::Mistral | CallFormat::MistralNamed => {
-                Marks { open: Some(TOOL_CALLS), close: "", arguments: "arguments" }
-            }
-            CallFormat::Pythonic => Marks { open: None, close: "<|python_end|>", arguments: "" },
-            CallFormat::Llama3 | CallFormat::Gemma => Marks { open: None, close: "", arguments: "parameters" },
+            CallFormat::Mistral | CallFormat::MistralNamed => (Some(TOOL_CALLS), ""),
+            CallFormat::Seed => (Some("<seed:tool_call>"), "</seed:tool_call>"),
+            CallFormat::MiniMax => (Some("<minimax:tool_call>"), "</minimax:tool_call>"),
+            CallFormat::Nemotron => (Some("<TOOLCALL>"), "</TOOLCALL>"),
+            CallFormat::Apriel => (Some("<tool_calls>"), "</tool_calls>"),
+            CallFormat::Lfm => (Some("<|tool_call_start|>"), "<|tool_call_end|>"),
+            CallFormat::Pythonic => (None, "<|python_end|>"),
+            CallFormat::Llama3 | CallFormat::Gemma => (None, ""),
+        };
+        let has_parameters = matches!(self, CallFormat::Llama3 | CallFormat::Gemma);
+        Marks { open, close, arguments: if has_parameters { "parameters" } else { "arguments" } }
+    }
+
+    pub fn body(self) -> Body {
+        match self {
+            CallFormat::Hermes | CallFormat::Generic | CallFormat::Llama3 | CallFormat::Gemma => Body::Object,
+            CallFormat::Mistral | CallFormat::Nemotron | CallFormat::Apriel => Body::List,
+            CallFormat::MistralNamed => Body::Named,
+            CallFormat::QwenCoder => Body::Tagged(&QWEN_CODER),
+            CallFormat::Glm => Body::Tagged(&GLM),
+            CallFormat::Seed => Body::Tagged(&SEED),
+            CallFormat::MiniMax => Body::Tagged(&MINIMAX),
+            CallFormat::Lfm | CallFormat::Pythonic => Body::Pythonic,
         }
     }
 
+    /// Whether one pair of marks is around all calls.
+    pub fn shares_marks(self) -> bool {
+        self.marks().open.is_none() || matches!(self.body(), Body::List | Body::Pythonic) || self == CallFormat::MiniMax
+    }
+
     /// Spellings of control tokens that tell of a call.
-    pub fn control_marks(self) -> &'static [&'static str] {
-        match self {
-            CallFormat::Mistral => &[TOOL_CALLS],
-            CallFormat::MistralNamed => &[TOOL_CALLS, CALL_ID, ARGS],
+    pub fn control_marks(self) -> impl Iterator<Item = &'static str> {
+        let Marks { open, close, .. } = self.marks();
+        let more: &[&str] = match self {
+            CallFormat::MistralNamed => &[CALL_ID, ARGS],
             CallFormat::Llama3 => &["<|python_tag|>"],
-            CallFormat::Pythonic => &["<|python_tag|>", "<|python_start|>", "<|python_end|>"],
-            CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder => &["<tool_call>", "</tool_call>"],
-            CallFormat::Glm => {
-                &["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
-            }
-            CallFormat::Gemma => &[],
-        }
+            CallFormat::Pythonic => &["<|python_tag|>", "<|python_start|>"],
+            CallFormat::Glm => &["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"],
+            _ => &[],
+        };
+        open.into_iter().chain([close]).filter(|mark| !mark.is_empty()).chain(more.iter().copied())
     }
 
     pub fn new_id(self) -> String {
@@ -120,38 +176,33 @@ impl CallFormat {
 
     /// Rules of Lark: `calls` for one call of a function, or more where that may be; nothing else of a text.
     fn rules(self, tools: &Tools, tokenizer: &Tokenizer) -> String {
-        let mark = |spelling| mark(spelling, tokenizer);
-        let (begin, end, between) = match self {
-            CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder => {
-                let [begin, end] = ["<tool_call>", "</tool_call>"].map(mark);
-                (format!("{begin} \"\\n\""), format!("\"\\n\" {end}"), quoted("\n"))
-            }
-            CallFormat::Glm => (mark("<tool_call>"), mark("</tool_call>"), "GAP?".to_owned()),
-            CallFormat::Pythonic => (String::new(), String::new(), quoted(", ")),
-            CallFormat::Mistral => (String::new(), String::new(), quoted(", ")),
-            CallFormat::MistralNamed => (mark(TOOL_CALLS), String::new(), String::new()),
-            CallFormat::Llama3 | CallFormat::Gemma => (String::new(), String::new(), quoted("; ")),
+        let Marks { open, close, .. } = self.marks();
+        let mark = |spelling: &str| if spelling.is_empty() { String::new() } else { mark(spelling, tokenizer) };
+        // Without one before calls there is none behind them.
+        let [open, close] = [open.unwrap_or_default(), open.map_or("", |_| close)].map(mark);
+        let (before, behind, between) = match self.body() {
+            Body::Object if open.is_empty() => ("", "", quoted("; ")),
+            Body::Tagged(tags) if tags.name.0.is_empty() => ("", "", "GAP?".to_owned()),
+            Body::Object | Body::Tagged(_) => ("\"\\n\"", "\"\\n\"", quoted("\n")),
+            Body::List | Body::Pythonic if !open.is_empty() => ("\"[\"", "\"]\"", quoted(", ")),
+            Body::List | Body::Pythonic => ("", "\"]\"", quoted(", ")),
+            Body::Named => ("", "", String::new()),
         };
-        let more = if tools.parallel && !matches!(tools.choice, ToolChoice::Named(_)) {
-            format!(" ({between} marked)*")
-        } else {
-            String::new()
-        };
-        let (calls, list) = match self {
-            CallFormat::Mistral => {
-                let open = mark(TOOL_CALLS);
-                (format!("{open} list"), format!("list: \"[\" marked{more} \"]\"\n"))
-            }
-            CallFormat::Pythonic => {
-                let first: Vec<String> = (0..tools.callable().len()).map(|index| format!("first_{index}")).collect();
-                (format!("first{more} \"]\""), format!("first: {}\n", first.join(" | ")))
-            }
-            _ => (format!("marked{more}"), String::new()),
+        let several = tools.parallel && !matches!(tools.choice, ToolChoice::Named(_));
+        let first = if self == CallFormat::Pythonic { "first" } else { "marked" };
+        let more = if several { format!(" ({between} marked)*") } else { String::new() };
+        let list = format!("list: {before} {first}{more} {behind}\n");
+        let calls = match self.shares_marks() {
+            true => format!("calls: {open} list {close}\n{list}marked: call\n"),
+            false => format!("calls: marked{more}\nmarked: {open} {before} call {behind} {close}\n"),
         };
         let functions = tools.callable();
         let names: Vec<String> = (0..functions.len()).map(|index| format!("call_{index}")).collect();
-        let mut rules = format!("calls: {calls}\n{list}marked: {begin} call {end}\ncall: {}\n", names.join(" | "));
-        rules += "GAP: /[ \\n]{1,4}/\n";
+        let mut rules = format!("{calls}call: {}\nGAP: /[ \\n]{{1,4}}/\n", names.join(" | "));
+        if self == CallFormat::Pythonic {
+            let first: Vec<String> = (0..functions.len()).map(|index| format!("first_{index}")).collect();
+            rules += &format!("first: {}\n", first.join(" | "));
+        }
         rules.extend(functions.iter().enumerate().map(|(nth, function)| rules::call(self, nth, function, tokenizer)));
         rules
     }
@@ -180,10 +231,11 @@ impl ThoughtMarks {
     pub const TAGS: ThoughtMarks = ThoughtMarks { open: "<think>", close: "</think>" };
     /// Magistral's and Ministral's, which are tokens of their own.
     pub const BRACKETS: ThoughtMarks = ThoughtMarks { open: "[THINK]", close: "[/THINK]" };
+    pub const SEED: ThoughtMarks = ThoughtMarks { open: "<seed:think>", close: "</seed:think>" };
 
     /// By the source of a chat template; `None` where it knows of no thoughts.
     pub fn of_template(source: &str) -> Option<ThoughtMarks> {
-        [Self::TAGS, Self::BRACKETS].into_iter().find(|marks| source.contains(marks.close))
+        [Self::TAGS, Self::BRACKETS, Self::SEED].into_iter().find(|marks| source.contains(marks.close))
     }
 }
 
@@ -268,22 +320,20 @@ fn free_text(format: CallFormat, tools: &Tools, thought: Thought, tokenizer: &To
             None => format!("lead[suffix={}]: /(?s:.*)/{not}\n{text}", quoted(open)),
         }
     };
-    match format {
-        CallFormat::Hermes | CallFormat::Generic | CallFormat::QwenCoder | CallFormat::Glm => {
-            let (lead, close) = (marked("<tool_call>"), mark("</tool_call>", tokenizer));
-            let repeat = if tools.parallel { "*" } else { "?" };
-            format!("answer: (lead GAP? call GAP? {close}){repeat} TEXT?\n{lead}")
+    let Marks { open, close, .. } = format.marks();
+    let repeat = if tools.parallel { "*" } else { "?" };
+    let close = if close.is_empty() { String::new() } else { mark(close, tokenizer) };
+    match (open, format.body()) {
+        (Some(open), _) if format.shares_marks() => {
+            format!("answer: lead GAP? list GAP? {close} | TEXT?\n{}", marked(open))
         }
-        CallFormat::Mistral => format!("answer: lead list | TEXT?\n{}", marked(TOOL_CALLS)),
-        CallFormat::MistralNamed => {
-            let repeat = if tools.parallel { "*" } else { "?" };
-            format!("answer: (lead call){repeat} TEXT?\n{}", marked(TOOL_CALLS))
-        }
-        CallFormat::Pythonic | CallFormat::Llama3 | CallFormat::Gemma => {
+        (Some(open), Body::Named) => format!("answer: (lead call){repeat} TEXT?\n{}", marked(open)),
+        (Some(open), _) => format!("answer: (lead GAP? call GAP? {close}){repeat} TEXT?\n{}", marked(open)),
+        (None, body) => {
             let fences = FENCES.map(escaped).join("|");
             let names: Vec<String> = tools.callable().iter().map(|function| escaped(&function.name)).collect();
-            let begin = match format {
-                CallFormat::Pythonic => format!(r"\[\s*({})\s*\(", names.join("|")),
+            let begin = match body {
+                Body::Pythonic => format!(r"\[\s*({})\s*\(", names.join("|")),
                 _ => r"\{".to_owned(),
             };
             let call = format!(r"\s*(({fences})\s*)?{begin}(?s:.*)");

@@ -91,7 +91,7 @@ fn read(format: CallFormat, text: &str) -> (String, Vec<(String, Value)>) {
 }
 
 /// What ends a turn.
-const ENDS: [&str; 9] = [
+const ENDS: [&str; 13] = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -101,6 +101,10 @@ const ENDS: [&str; 9] = [
     "<|role_end|>",
     "<｜end▁of▁sentence｜>",
     "</assistant>",
+    "<seed:eos>",
+    "[e~[",
+    "<SPECIAL_12>",
+    "<|end|>",
 ];
 
 /// What precedes a call as a template writes it: the question may end in a thought that is open.
@@ -172,7 +176,7 @@ fn what_a_template_writes_of_a_call_is_read_and_let_come() {
             (result, _) => failures.push(format!("{format:?} {name}: {result:?}")),
         }
     }
-    assert!(num_of_template >= 28, "{num_of_template} of templates say how they write calls");
+    assert!(num_of_template >= 34, "{num_of_template} of templates say how they write calls");
     assert!(failures.is_empty(), "{} of templates:\n{}", failures.len(), failures.join("\n"));
 }
 
@@ -197,9 +201,15 @@ fn families_are_known_by_their_templates() {
         ("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", CallFormat::QwenCoder),
         ("GLM-4.6", CallFormat::Glm),
         ("GLM-4.7-Flash", CallFormat::Glm),
-        // What they write has tags of other names.
+        ("ByteDance-Seed-OSS", CallFormat::Seed),
+        ("MiniMax-M2", CallFormat::MiniMax),
+        ("NVIDIA-Nemotron-Nano-v2", CallFormat::Nemotron),
+        ("unsloth-Apriel-1.5", CallFormat::Apriel),
+        ("Apriel-1.6-15b-Thinker-fixed", CallFormat::Apriel),
+        ("LFM2.5-8B-A1B", CallFormat::Lfm),
+        // What they write has tags of other names, or no list.
         ("MiniMax-M3", CallFormat::Generic),
-        ("ByteDance-Seed-OSS", CallFormat::Generic),
+        ("MiniMax-M1", CallFormat::Generic),
     ];
     let templates = templates();
     for (name, format) in known {

@@ -9,17 +9,20 @@ use serde_json::{Map, Value, json};
 
 use super::super::constraint::quoted;
 use super::Function;
-use super::format::{ARGS, CALL_ID, CallFormat, Marks};
+use super::format::{ARGS, Body, CALL_ID, CallFormat, Marks};
 use super::parameters::{is_key_letter, object_of, plain_texts};
-use super::tagged::{GLM, QWEN_CODER, Tags};
+use super::tagged::Tags;
 
 /// `call_{index}`: one call of a function, without the marks around it; of a list in Python also `first_{index}`.
 pub fn call(format: CallFormat, index: usize, function: &Function, tokenizer: &Tokenizer) -> String {
-    match format {
-        CallFormat::QwenCoder => tagged(&QWEN_CODER, index, function, tokenizer),
-        CallFormat::Glm => tagged(&GLM, index, function, tokenizer),
-        CallFormat::Pythonic => pythonic(index, function),
-        _ => {
+    match format.body() {
+        Body::Tagged(tags) => {
+            // A mark behind the call may be its end.
+            let end = if tags.end == format.marks().close { String::new() } else { quoted(tags.end) };
+            tagged(tags, &end, index, function, tokenizer)
+        }
+        Body::Pythonic => pythonic(index, function),
+        Body::Object | Body::List | Body::Named => {
             let (open, close) = around_arguments(format, &function.name, tokenizer);
             let schema = GrammarSource::JsonSchema(function.parameters.clone()).expression();
             format!("call_{index}: {open} arguments_{index} {close}\narguments_{index}: {schema}\n")
@@ -116,7 +119,7 @@ fn rebased(schema: &Value) -> Value {
     }
 }
 
-fn tagged(tags: &Tags, index: usize, function: &Function, tokenizer: &Tokenizer) -> String {
+fn tagged(tags: &Tags, end: &str, index: usize, function: &Function, tokenizer: &Tokenizer) -> String {
     let mark = |spelling| mark(spelling, tokenizer);
     let line = if tags.on_lines { "\"\\n\"" } else { "GAP?" };
     let (mut arguments, mut rules) = (String::new(), String::new());
@@ -125,7 +128,8 @@ fn tagged(tags: &Tags, index: usize, function: &Function, tokenizer: &Tokenizer)
         arguments += &format!(" argument_{index}_{nth}{is_optional}");
         let (open, close) = (mark(tags.key.0), mark(tags.key.1));
         let before = match tags.value.0 {
-            "" => line.to_owned(),
+            "" if tags.on_lines => line.to_owned(),
+            "" => String::new(),
             open => format!("{line} {}", mark(open)),
         };
         rules += &format!("argument_{index}_{nth}: {open} {} {close} {before} ", quoted(property.name));
@@ -146,12 +150,10 @@ fn tagged(tags: &Tags, index: usize, function: &Function, tokenizer: &Tokenizer)
         };
     }
     let name = quoted(&format!("{}{}{}", tags.name.0, function.name, tags.name.1));
-    // The end is a mark around the call where it is not the call's own.
-    let end = if tags.on_lines { quoted(tags.end) } else { String::new() };
     format!("call_{index}: {name} {line}{arguments} {end}\n{rules}")
 }
 
-/// Arguments as JSON has them, which but for three constants is Python.
+/// Arguments as JSON has them, which but for three constants is Python, and texts as Python has them too.
 fn pythonic(index: usize, function: &Function) -> String {
     let properties = properties(&function.parameters);
     // A list begins by one terminal, from what may be text before it up to where it cannot be text any more.
@@ -170,13 +172,25 @@ fn pythonic(index: usize, function: &Function) -> String {
     for (nth, property) in properties.iter().enumerate() {
         let key = quoted(&format!("{}=", property.name));
         rules += &format!("argument_{index}_{nth}: {key} json_{index}_{nth}\n");
-        rules += &format!("json_{index}_{nth}: {}\n", property.json());
+        rules += &format!("json_{index}_{nth}: {}{}\n", property.json(), single_quoted(property));
         if nth > 0 {
             let is_optional = if property.is_required { "" } else { "?" };
             rules += &format!("rest_{index}_{nth}: (\", \" argument_{index}_{nth}){is_optional}{}\n", rest(nth + 1));
         }
     }
     rules
+}
+
+/// Texts as most write them in Python, beside others.
+fn single_quoted(property: &Property) -> String {
+    match property.texts.as_deref() {
+        None => String::new(),
+        Some([]) => r" | /'[^'\\\n]*'/".to_owned(),
+        Some(texts) => {
+            let plain = texts.iter().filter(|text| !text.contains(['\'', '\\']));
+            plain.map(|text| format!(" | {}", quoted(&format!("'{text}'")))).collect()
+        }
+    }
 }
 
 /// A rule for any text up to a mark, with it; `not` is a part of a terminal.

@@ -2,10 +2,10 @@
 //! in pieces; what nothing was told of can be had back as it was written.
 
 use super::calls::{CallEvent, CallScanner, NoCall};
-use super::format::CallFormat;
+use super::format::{Body, CallFormat};
 use super::parameters::Callee;
 use super::pythonic::PythonicScanner;
-use super::tagged::{GLM, QWEN_CODER, TaggedScanner};
+use super::tagged::TaggedScanner;
 
 #[derive(Clone, Debug)]
 pub struct Scanner {
@@ -26,12 +26,11 @@ enum Syntax {
 impl Scanner {
     /// What stands before the call is text with it if it is none.
     pub fn of(format: CallFormat, before: &str) -> Scanner {
-        let syntax = match format {
-            CallFormat::MistralNamed => Syntax::Json(CallScanner::named()),
-            CallFormat::QwenCoder => Syntax::Tagged(TaggedScanner::new(&QWEN_CODER)),
-            CallFormat::Glm => Syntax::Tagged(TaggedScanner::new(&GLM)),
-            CallFormat::Pythonic => Syntax::Pythonic(PythonicScanner::default()),
-            _ => Syntax::Json(CallScanner::default()),
+        let syntax = match format.body() {
+            Body::Object | Body::List => Syntax::Json(CallScanner::default()),
+            Body::Named => Syntax::Json(CallScanner::named()),
+            Body::Tagged(tags) => Syntax::Tagged(TaggedScanner::new(tags)),
+            Body::Pythonic => Syntax::Pythonic(PythonicScanner::default()),
         };
         Scanner { syntax, raw: before.to_owned(), told_len: 0 }
     }

@@ -1,4 +1,4 @@
-//! A call whose arguments stand between tags, each without quotes, read while it comes: Qwen3-Coder's and GLM's.
+//! A call whose arguments stand between tags, each without quotes, read while it comes.
 //!
 //! Invariant: as in [`super::calls`]; the arguments are handed on as the JSON that they stand for. Text goes out as it
 //! comes, any other value once it is whole. A tag within a text of JSON is a word of it; of what does not become JSON
@@ -37,6 +37,16 @@ pub const GLM: Tags = Tags {
     key: ("<arg_key>", "</arg_key>"),
     value: ("<arg_value>", "</arg_value>"),
     end: "</tool_call>",
+    on_lines: false,
+};
+
+pub const SEED: Tags = Tags { on_lines: false, ..QWEN_CODER };
+
+pub const MINIMAX: Tags = Tags {
+    name: ("<invoke name=\"", "\">"),
+    key: ("<parameter name=\"", "\">"),
+    value: ("", "</parameter>"),
+    end: "</invoke>",
     on_lines: false,
 };
 
@@ -175,20 +185,20 @@ impl TaggedScanner {
     }
 
     fn more_name(&mut self, c: char, functions: &[Callee], events: &mut Vec<CallEvent>) -> Result<(), NoCall> {
-        if is_name_letter(c) && self.held.len() < MAX_NAME_BYTES {
-            self.held.push(c);
+        self.held.push(c);
+        let name_len = self.held.find(|c| !is_name_letter(c)).unwrap_or(self.held.len());
+        let (name, behind) = self.held.split_at(name_len);
+        let end = self.tags.name.1;
+        if end.starts_with(behind) && behind.len() < end.len().max(1) && name_len <= MAX_NAME_BYTES {
             return Ok(());
         }
-        let is_end = match self.tags.name.1 {
-            "" => c == '<' || c.is_whitespace(),
-            end => end.starts_with(c),
-        };
-        let name = std::mem::take(&mut self.held);
+        let is_end = behind == end || end.is_empty() && (c == '<' || c.is_whitespace());
         let function = functions.iter().find(|function| is_end && function.name == name).ok_or(NoCall)?;
         self.function = Some(function.clone());
-        events.push(CallEvent::Begin(name));
+        events.push(CallEvent::Begin(name.to_owned()));
+        self.held.clear();
         self.state = State::Between;
-        if self.tags.name.1.is_empty() {
+        if end.is_empty() {
             self.more_between(c);
         }
         Ok(())

@@ -95,7 +95,7 @@ impl Rig {
     }
 }
 
-pub const MARKS: [&str; 11] = [
+pub const MARKS: [&str; 21] = [
     "<tool_call>",
     "</tool_call>",
     "[TOOL_CALLS]",
@@ -105,6 +105,16 @@ pub const MARKS: [&str; 11] = [
     "</arg_key>",
     "<arg_value>",
     "</arg_value>",
+    "<seed:tool_call>",
+    "</seed:tool_call>",
+    "<minimax:tool_call>",
+    "</minimax:tool_call>",
+    "<TOOLCALL>",
+    "</TOOLCALL>",
+    "<tool_calls>",
+    "</tool_calls>",
+    "<|tool_call_start|>",
+    "<|tool_call_end|>",
     "[THINK]",
     "[/THINK]",
 ];
@@ -117,12 +127,17 @@ fn of_byte(byte: u8) -> TokenId {
     TokenId(4 + u32::from(byte))
 }
 
-const FORMATS: [CallFormat; 9] = [
+const FORMATS: [CallFormat; 14] = [
     CallFormat::Hermes,
     CallFormat::Mistral,
     CallFormat::MistralNamed,
     CallFormat::QwenCoder,
     CallFormat::Glm,
+    CallFormat::Seed,
+    CallFormat::MiniMax,
+    CallFormat::Nemotron,
+    CallFormat::Apriel,
+    CallFormat::Lfm,
     CallFormat::Pythonic,
     CallFormat::Llama3,
     CallFormat::Gemma,
@@ -130,7 +145,8 @@ const FORMATS: [CallFormat; 9] = [
 ];
 
 fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
-    let Marks { arguments, .. } = format.marks();
+    let Marks { open, close, arguments } = format.marks();
+    let open = open.unwrap_or_default();
     let one =
         |(name, city): &(&str, &str)| format!("{{\"name\": \"{name}\", \"{arguments}\": {{\"city\": \"{city}\"}}}}");
     let all: Vec<String> = calls.iter().map(one).collect();
@@ -138,7 +154,9 @@ fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
         CallFormat::Hermes | CallFormat::Generic => {
             all.iter().map(|call| format!("<tool_call>\n{call}\n</tool_call>")).collect::<Vec<_>>().join("\n")
         }
-        CallFormat::Mistral => format!("[TOOL_CALLS][{}]", all.join(", ")),
+        CallFormat::Mistral | CallFormat::Nemotron | CallFormat::Apriel => {
+            format!("{open}[{}]{close}", all.join(", "))
+        }
         CallFormat::MistralNamed => {
             calls.iter().map(|(name, city)| format!("[TOOL_CALLS]{name}[ARGS]{{\"city\": \"{city}\"}}")).collect()
         }
@@ -149,6 +167,18 @@ fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
             };
             calls.iter().map(one).collect::<Vec<_>>().join("\n")
         }
+        CallFormat::Seed => {
+            let one = |(name, city): &(&str, &str)| {
+                format!("{open}\n<function={name}>\n<parameter=city>{city}</parameter>\n</function>\n{close}")
+            };
+            calls.iter().map(one).collect::<Vec<_>>().join("\n")
+        }
+        CallFormat::MiniMax => {
+            let one = |(name, city): &(&str, &str)| {
+                format!("<invoke name=\"{name}\">\n<parameter name=\"city\">{city}</parameter>\n</invoke>")
+            };
+            format!("{open}\n{}\n{close}", calls.iter().map(one).collect::<Vec<_>>().join("\n"))
+        }
         CallFormat::Glm => {
             let one = |(name, city): &(&str, &str)| {
                 let argument = format!("<arg_key>city</arg_key>\n<arg_value>{city}</arg_value>");
@@ -156,9 +186,10 @@ fn calls(format: CallFormat, calls: &[(&str, &str)]) -> String {
             };
             calls.iter().map(one).collect::<Vec<_>>().join("\n")
         }
-        CallFormat::Pythonic => {
-            let all: Vec<String> = calls.iter().map(|(name, city)| format!("{name}(city=\"{city}\")")).collect();
-            format!("[{}]", all.join(", "))
+        CallFormat::Lfm | CallFormat::Pythonic => {
+            let (quote, close) = if format == CallFormat::Lfm { ('\'', close) } else { ('"', "") };
+            let one = |(name, city): &(&str, &str)| format!("{name}(city={quote}{city}{quote})");
+            format!("{open}[{}]{close}", calls.iter().map(one).collect::<Vec<_>>().join(", "))
         }
         CallFormat::Llama3 | CallFormat::Gemma => all.join("; "),
     }
@@ -275,7 +306,7 @@ fn a_call_may_come_by_the_tokens_that_the_model_has_for_it() {
 fn control_tokens_that_a_grammar_makes_come_are_read() {
     let rig = Rig::with_control_tokens(&MARKS);
     for format in FORMATS {
-        let known: Vec<_> = format.control_marks().iter().filter_map(|mark| rig.tokenizer.special_id(mark)).collect();
+        let known: Vec<_> = format.control_marks().filter_map(|mark| rig.tokenizer.special_id(mark)).collect();
         for choice in [ToolChoice::Auto, ToolChoice::Required] {
             let tools = Tools { functions: vec![function("f", true)], choice, parallel: true };
             let made = grammar(format, &tools, None, Thought::Never, &rig.tokenizer);
@@ -408,6 +439,12 @@ fn templates_tell_their_format() {
         ("<tool_call>\\n{\"name\": <function-name>", CallFormat::Hermes),
         ("<tool_call>\\n<function=example>\\n<parameter=a>", CallFormat::QwenCoder),
         ("<tool_call>{name}<arg_key>", CallFormat::Glm),
+        ("<seed:tool_call>\\n<function=example>\\n<parameter=a>", CallFormat::Seed),
+        ("<minimax:tool_call>\\n<invoke name=\"a\">", CallFormat::MiniMax),
+        ("<TOOLCALL>[{{\"name\": \"a\"}}]</TOOLCALL>", CallFormat::Nemotron),
+        ("within <tool_call></tool_call>: <tool_calls>[{\"name\": <function-name>}]</tool_calls>", CallFormat::Apriel),
+        ("<tool_calls>\\n{\"name\": <tool-name>}\\n</tool_calls>", CallFormat::Generic),
+        ("<|tool_call_start|>[a(b='c')]<|tool_call_end|>", CallFormat::Lfm),
         ("<other:tool_call>\\n<function=example>\\n<parameter=a>", CallFormat::Generic),
         ("<|python_tag|> in the format of [func_name1(a=b), func_name2()]", CallFormat::Pythonic),
         ("Environment: ipython ... {\"name\": function name, \"parameters\": ...}", CallFormat::Llama3),

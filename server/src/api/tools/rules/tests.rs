@@ -7,6 +7,15 @@ use super::super::{ToolChoice, Tools};
 use super::*;
 use crate::api::reply::{Reply, ReplyFormat};
 
+const FORMATS: [CallFormat; 6] = [
+    CallFormat::QwenCoder,
+    CallFormat::Glm,
+    CallFormat::Seed,
+    CallFormat::MiniMax,
+    CallFormat::Lfm,
+    CallFormat::Pythonic,
+];
+
 /// A call of `f` as a family writes it; a value that begins with `=` is the text behind that.
 fn call(format: CallFormat, values: &[(&str, &str)]) -> String {
     let bare = |value: &str| value.strip_prefix('=').map(str::to_owned);
@@ -15,18 +24,30 @@ fn call(format: CallFormat, values: &[(&str, &str)]) -> String {
             let value = bare(value).unwrap_or_else(|| (*value).to_owned());
             format!("<parameter={key}>\n{value}\n</parameter>\n")
         }
+        CallFormat::Seed | CallFormat::MiniMax => {
+            let value = bare(value).unwrap_or_else(|| (*value).to_owned());
+            let key = if format == CallFormat::Seed { format!("={key}") } else { format!(" name=\"{key}\"") };
+            format!("<parameter{key}>{value}</parameter>\n")
+        }
         CallFormat::Glm => {
             let value = bare(value).unwrap_or_else(|| (*value).to_owned());
             format!("<arg_key>{key}</arg_key><arg_value>{value}</arg_value>")
         }
+        CallFormat::Lfm if !value.contains(['\n', '\\', '\'', '"']) && bare(value).is_some() => {
+            format!("{key}='{}'", &value[1..])
+        }
         _ => format!("{key}={}", bare(value).map_or((*value).to_owned(), |text| json!(text).to_string())),
     });
     let arguments: Vec<String> = arguments.collect();
+    let Marks { open, close, .. } = format.marks();
+    let open = open.unwrap_or_default();
     match format {
-        CallFormat::QwenCoder => {
-            format!("<tool_call>\n<function=f>\n{}</function>\n</tool_call>", arguments.concat())
+        CallFormat::QwenCoder | CallFormat::Seed => {
+            format!("{open}\n<function=f>\n{}</function>\n{close}", arguments.concat())
         }
+        CallFormat::MiniMax => format!("{open}\n<invoke name=\"f\">\n{}</invoke>\n{close}", arguments.concat()),
         CallFormat::Glm => format!("<tool_call>f{}</tool_call>", arguments.concat()),
+        CallFormat::Lfm => format!("{open}[f({})]{close}", arguments.join(", ")),
         _ => format!("[f({})]", arguments.join(", ")),
     }
 }
@@ -69,7 +90,7 @@ fn arguments_that_are_no_json_follow_their_schema() {
         &[("text", "=x"), ("count", "2"), ("more", "3")],
     ];
     for rig in [Rig::new(), Rig::with_control_tokens(&MARKS)] {
-        for format in [CallFormat::QwenCoder, CallFormat::Glm, CallFormat::Pythonic] {
+        for format in FORMATS {
             for choice in [ToolChoice::Required, ToolChoice::Auto] {
                 let tools = Tools { functions: vec![function.clone()], choice, parallel: true };
                 let source = grammar(format, &tools, None, Thought::Never, &rig.tokenizer).expect("a grammar");
@@ -106,7 +127,7 @@ fn a_parameter_that_cannot_be_written_is_missed_or_fails_a_form() {
         };
         grammar(format, &tools, None, Thought::Never, &rig.tokenizer).expect("a grammar")
     };
-    for format in [CallFormat::QwenCoder, CallFormat::Glm, CallFormat::Pythonic] {
+    for format in FORMATS {
         assert!(rig.compiler.compile(&source(format, json!([]))).is_ok(), "{format:?}");
         assert!(rig.compiler.compile(&source(format, json!(["a=b>"]))).is_err(), "{format:?}");
     }
