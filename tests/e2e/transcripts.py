@@ -3,7 +3,8 @@ transcripts.
 
     python3 tests/e2e/transcripts.py BINARY [--rewrite]
 
-The device is the simulator, whose tokens are the same on every machine. Each client has a file of JSON lines in
+The device is the simulator, whose tokens are the same on every machine; calls in the formats of several templates come
+from a tiny random model on the CPU, for the simulator knows no template but its own. Each client has a file of JSON lines in
 tests/golden: one line a request, named by what was asked. Where a line differs, both are shown; with --rewrite they are
 written anew, to be read in the diff before they are kept.
 
@@ -18,11 +19,15 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import typing
 
 import anthropic
+import openai
 import openai.types
 import pydantic
 
@@ -40,6 +45,10 @@ WEATHER = {"name": "weather", "description": "The weather in a city."}
 TIME = {"name": "time", "description": "The time."}
 FORMS = {"text": {"type": "text"}, "json_object": {"type": "json_object"},
          "json_schema": {"type": "json_schema", "json_schema": {"name": "place", "strict": True, "schema": CITY}}}
+# What a template is known by, of formats whose calls are no JSON between a pair of marks each.
+FORMATS = {"qwen-coder": "<tool_call><function=name><parameter=key>", "glm": "<tool_call>name<arg_key>",
+           "seed": "<seed:tool_call><function=name><parameter=key>", "minimax": '<minimax:tool_call><invoke name="name">',
+           "nemotron": "<TOOLCALL>[", "apriel": "<tool_calls>[", "lfm": "<|tool_call_start|>[", "python": "[func_name1("}
 STREAMS = {"whole": {}, "stream": {"stream": True},
            "stream with usage": {"stream": True, "stream_options": {"include_usage": True}}}
 
@@ -241,6 +250,49 @@ def anthropic_python(server):
         yield transcript(name, body, answers)
 
 
+class Forecast(pydantic.BaseModel):
+    """A function's arguments, of every kind that a random model comes to an end of."""
+
+    city: typing.Literal["Rome", "Oslo"]
+    days: int = pydantic.Field(ge=1, le=9)
+    hourly: bool
+    unit: typing.Literal["C", "F"] | None
+    hours: list[typing.Literal[6, 18]] = pydantic.Field(max_length=2)
+
+
+def with_formats(folder):
+    """Arguments of a server of a tiny model whose template is another each time."""
+    tiny = GOLDEN / "tiny" / "qwen3"
+    for name, mark in FORMATS.items():
+        model = pathlib.Path(folder, name)
+        shutil.copytree(tiny, model)
+        config = json.loads((tiny / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+        told = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{# " + mark + " #}"
+        (model / "chat_template.jinja").write_text(told + (tiny / "chat_template.jinja").read_text())
+        yield from ("--model", f"{name}={model},max-model-len=2048,kv-memory=8MiB")
+
+
+def openai_formats(server):
+    """Forced calls of every format: the client's own reader takes their arguments, whole and streamed."""
+    tool = openai.pydantic_function_tool(Forecast, name="forecast")
+    for name in FORMATS:
+        body = {"model": name, "messages": [{"role": "user", "content": "How will it be in Oslo?"}], "tools": [tool],
+                "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1, "seed": 5, "max_tokens": 400}
+        whole = server.client.chat.completions.create(**body)
+        yield transcript(f"{name}, whole", body, [strictly(whole)])
+        chunks = server.client.chat.completions.create(**body, stream=True)
+        yield transcript(f"{name}, stream", {**body, "stream": True}, [strictly(chunk) for chunk in chunks])
+        with server.client.chat.completions.stream(**body) as stream:
+            streamed = stream.get_final_completion()
+        [expected] = whole.choices[0].message.tool_calls
+        for completion in [server.client.chat.completions.parse(**body), streamed]:
+            [call] = completion.choices[0].message.tool_calls
+            forecast = call.function.parsed_arguments
+            assert isinstance(forecast, Forecast), completion
+            assert forecast.model_dump() == json.loads(expected.function.arguments), (forecast, expected)
+
+
 def added_up(answer):
     """What a stream of choices adds up to: (text, calls, reason) of each."""
     for told in answer["choices"]:
@@ -305,6 +357,8 @@ def check(client, server):
 def main():
     with Server("sim", "--no-prefix-cache") as server:
         results = [run(client.__name__, check, client, server) for client in [openai_python, openai_javascript, anthropic_python]]
+    with tempfile.TemporaryDirectory() as folder, Server("cpu", *with_formats(folder)) as server:
+        results.append(run(openai_formats.__name__, check, openai_formats, server))
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     sys.exit(0 if all(results) else 1)
 
