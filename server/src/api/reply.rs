@@ -124,9 +124,13 @@ impl Reply {
         pieces
     }
 
-    /// What was held back, once no more text comes.
-    pub fn finish(&mut self) -> Pieces {
+    /// What was held back, once no more text comes, which `is_whole` where the model ended it.
+    pub fn finish(&mut self, is_whole: bool) -> Pieces {
         let mut pieces = Pieces::default();
+        if self.begins_a_call(is_whole) {
+            self.held.clear();
+            self.is_cut_off = true;
+        }
         while self.step(&mut pieces, true) {}
         if let State::Call(scanner) = std::mem::replace(&mut self.state, State::Content) {
             // A call that was cut off stays what it was, also before its name; where nothing says that it is one, what
@@ -138,6 +142,15 @@ impl Reply {
             }
         }
         pieces
+    }
+
+    /// Whether what is held is part of a mark and can be nothing else.
+    fn begins_a_call(&self, is_whole: bool) -> bool {
+        let ReplyFormat { calls, calls_alone, calls_or_text, .. } = self.format;
+        let (begun, open) = (self.held.trim_start(), calls.and_then(|format| format.marks().open));
+        let is_none_of_text = calls_alone || calls_or_text && !is_whole;
+        let is_before = matches!(self.state, State::Answer | State::Content);
+        is_before && is_none_of_text && !begun.is_empty() && open.is_some_and(|open| open.starts_with(begun))
     }
 
     /// Takes some of `held`; whether more of it may be taken.

@@ -9,7 +9,7 @@ type Said = (String, String, Vec<(String, String)>);
 
 fn said(reply: &mut Reply, parts: &[&str]) -> Said {
     let mut all: Vec<Pieces> = parts.iter().map(|part| reply.push(part)).collect();
-    all.push(reply.finish());
+    all.push(reply.finish(true));
     let mut said = Said::default();
     for Pieces { reasoning, content, calls } in all {
         said.0 += &reasoning;
@@ -382,5 +382,30 @@ fn of_a_call_that_breaks_off_nothing_is_lost() {
             num_broken += 1;
         }
         assert!(num_broken > text.len(), "{calls:?}: {num_broken}");
+    }
+}
+
+/// Of a call that was begun and is all that may come, or all that there is, no letter of its mark is an answer.
+#[test]
+fn a_mark_that_was_cut_off_is_no_text_where_a_call_has_to_follow() {
+    for calls in [CallFormat::Hermes, CallFormat::Mistral, CallFormat::MiniMax, CallFormat::Lfm] {
+        let open = calls.marks().open.expect("a mark");
+        let content = |format: &ReplyFormat, text: &str, is_whole: bool| {
+            let mut reply = Reply::new(format.clone());
+            let pushed = reply.push(text).content;
+            pushed + &reply.finish(is_whole).content
+        };
+        let either = ReplyFormat { calls_or_text: true, ..format(Thought::Never, Some(calls)) };
+        let alone = ReplyFormat { calls_alone: true, ..either.clone() };
+        let free = format(Thought::Never, Some(calls));
+        for begun in (1..open.len()).filter(|at| open.is_char_boundary(*at)).map(|at| &open[..at]) {
+            for is_whole in [true, false] {
+                assert_eq!(content(&free, begun, is_whole), begun, "{calls:?}");
+                assert_eq!(content(&alone, begun, is_whole), "", "{calls:?}");
+            }
+            // A form may have a text of these letters alone.
+            assert_eq!(content(&either, begun, true), begun, "{calls:?}");
+            assert_eq!(content(&either, begun, false), "", "{calls:?}");
+        }
     }
 }

@@ -79,7 +79,7 @@ fn read(format: CallFormat, text: &str) -> (String, Vec<(String, Value)>) {
     let mut reply =
         Reply::new(ReplyFormat { thought: thought(text), calls: Some(format), functions, ..ReplyFormat::default() });
     let (mut said, mut calls) = (String::new(), Vec::new());
-    for pieces in [reply.push(text), reply.finish()] {
+    for pieces in [reply.push(text), reply.finish(true)] {
         said += &pieces.content;
         for piece in pieces.calls {
             calls.extend(piece.begin.map(|(_, name)| (name, String::new())));
