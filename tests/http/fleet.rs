@@ -393,7 +393,7 @@ fn what_waits_while_all_devices_are_gone_is_served_when_one_is_back() {
     let waiting = || fleet.server.metric("vllm:num_requests_waiting");
     let at_devices = || (0..2).map(|device| fleet.of("fullbore_requests_waiting", device)).sum::<f64>();
     fleet.server.wait_for("none to wait at a device", |_| at_devices() == 0.0);
-    assert_eq!(waiting(), 4.0);
+    assert_eq!(waiting(), 6.0, "two of them had begun");
     fleet.gates[1].set(Pace::Free);
     for stream in streams {
         assert_eq!(read_reply(stream).ok()["usage"]["completion_tokens"], 5);
@@ -405,11 +405,20 @@ fn what_waits_while_all_devices_are_gone_is_served_when_one_is_back() {
 /// serves.
 #[test]
 fn a_device_that_does_not_come_back_is_tried_on_while_another_serves() {
-    let fleet = fleet(2, Setup { pace: Pace::Stalled, ..Setup::default() });
+    let limits = Limits { max_stall: Duration::from_millis(100), ..Limits::default() };
+    let fleet = fleet(2, Setup { limits, pace: Pace::Stalled, ..Setup::default() });
     let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
     let streams: Vec<TcpStream> = (0..6).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
     fleet.wait_until_there(6, "x");
     fleet.gates[0].set(Pace::Lost);
+    // What is lost is no free memory, nor a device that is not stalled.
+    let blocks =
+        |state: &str| fleet.server.metric(&format!("fullbore_kv_blocks{{device=\"sim@1\",state=\"{state}\"}}"));
+    fleet.server.wait_for("the other's share", |server| {
+        let (used, total) = (blocks("used"), ["used", "cached", "free"].map(blocks).iter().sum::<f64>());
+        used > 0.0 && (server.metric("vllm:kv_cache_usage_perc") - used / total).abs() < 1e-9
+    });
+    fleet.server.wait_for("the other's stall", |server| server.get("/health/ready").status == 503);
     fleet.gates[1].set(Pace::Free);
     streams.into_iter().for_each(|stream| drop(read_reply(stream).ok()));
     let told = || fleet.engines.engines()[0].recovering().unwrap_or_default();

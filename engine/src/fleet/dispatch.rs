@@ -198,6 +198,13 @@ impl Dispatch {
         lock(&self.board).seat(replica).waiting.len() as u64
     }
 
+    /// Requests that have begun once, and wait for a slot of another device, or for a device.
+    pub fn num_waiting_again(&self) -> u64 {
+        let board = lock(&self.board);
+        let waiting = board.seats.iter().flat_map(|seat| &seat.waiting).chain(&board.parked);
+        waiting.filter(|routed| routed.has_begun()).count() as u64
+    }
+
     /// How long a device has been idle while requests waited on others, in the order of [`Idle::ALL`].
     pub fn imbalance(&self, replica: ReplicaId) -> [Duration; Idle::ALL.len()] {
         lock(&self.board).imbalance.charged(replica, Instant::now())

@@ -131,15 +131,28 @@ impl Fleet {
 
     /// What runs and how fast, as of the last step of each or a little earlier.
     pub fn load(&self) -> Load {
-        let there = self.0.engines.iter().filter(|engine| engine.recovering().is_none() && engine.stopped().is_none());
-        Load::together(there.map(EngineHandle::load)).unwrap_or_else(|| self.first().load())
+        Load::together(self.there().map(EngineHandle::load)).unwrap_or_else(|| self.first().load())
     }
 
-    /// Requests that have not begun, those whose text is being read included, and sequences that were sent back to
-    /// wait.
+    /// Those whose devices are there.
+    pub fn there(&self) -> impl Iterator<Item = &EngineHandle> {
+        self.0.engines.iter().filter(|engine| engine.recovering().is_none() && engine.stopped().is_none())
+    }
+
+    /// Of the KV blocks of devices that are there, the share that running sequences hold; all, where none is.
+    pub fn kv_usage(&self) -> f64 {
+        let blocks = self.there().map(|engine| engine.stats().blocks);
+        let (used, total) =
+            blocks.fold((0, 0), |(used, total), blocks| (used + blocks.referenced, total + blocks.total));
+        if total == 0 { 1.0 } else { f64::from(used) / f64::from(total) }
+    }
+
+    /// Requests that have not begun, those whose text is being read included, and those that were sent back to wait, on
+    /// their device or for another one.
     pub fn num_waiting(&self) -> u64 {
         let num_preempted: u64 = self.0.engines.iter().map(|engine| u64::from(engine.stats().num_preempted)).sum();
-        num_preempted + u64::from(lock(&self.0.backlog).total().num_requests)
+        let num_again = self.0.dispatch.as_ref().map_or(0, |dispatch| dispatch.num_waiting_again());
+        num_preempted + num_again + u64::from(lock(&self.0.backlog).total().num_requests)
     }
 
     /// The same of one replica; of several, those that have been sent there.
@@ -155,10 +168,9 @@ impl Fleet {
         Some(std::array::from_fn(|index| (Idle::ALL[index], charged[index])))
     }
 
-    /// How long work has waited everywhere without a step being completed; zero while an engine is idle.
+    /// How long work has waited on all devices that are there without a step being completed; zero while one is idle.
     pub fn stalled_for(&self) -> Duration {
-        let there = self.0.engines.iter().filter(|engine| engine.stopped().is_none());
-        there.map(EngineHandle::stalled_for).min().unwrap_or_default()
+        self.there().map(EngineHandle::stalled_for).min().unwrap_or_default()
     }
 
     /// Why nothing is computed now, while all devices that have not ended are made anew.

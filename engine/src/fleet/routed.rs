@@ -28,6 +28,8 @@ pub(super) struct Routed {
     /// Whether it stays where it has a slot: another device has taken it from one once, or its end is under way.
     /// Changes while `now` is held.
     stays: AtomicBool,
+    /// Whether it has had a slot anywhere; changes while `now` is held.
+    has_begun: AtomicBool,
     /// Held before the dispatch's board, where both are.
     pub now: Mutex<Now>,
 }
@@ -56,8 +58,8 @@ impl Routed {
             generated: Vec::new(),
             num_losses: 0,
         };
-        let (attempt, stays) = (AtomicU32::new(0), AtomicBool::new(false));
-        Routed { dispatch, request, chain, attempt, stays, now: Mutex::new(now) }
+        let (attempt, stays, has_begun) = (AtomicU32::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        Routed { dispatch, request, chain, attempt, stays, has_begun, now: Mutex::new(now) }
     }
 
     pub fn tenant(&self) -> u64 {
@@ -76,6 +78,10 @@ impl Routed {
     /// From now on it is taken from no slot; `now` is its own.
     pub fn stay(&self) {
         self.stays.store(true, Ordering::Relaxed);
+    }
+
+    pub fn has_begun(&self) -> bool {
+        self.has_begun.load(Ordering::Relaxed)
     }
 
     /// Lower is served first, of one tenant.
@@ -133,9 +139,8 @@ impl Routed {
         match &mut event {
             Event::Started { cached_tokens } => {
                 self.dispatch.begun(self, &mut now);
-                let has_begun = now.cached_tokens.is_some();
                 now.cached_tokens.get_or_insert(*cached_tokens);
-                if has_begun {
+                if self.has_begun.swap(true, Ordering::Relaxed) {
                     return Flow::Continue;
                 }
             }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use fullbore_engine::request::TokenId;
+use fullbore_engine::worker::EngineHandle;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -27,23 +28,26 @@ pub fn load(models: &[Arc<ServedModel>]) -> Value {
 
 /// All devices are one rank, as they are one worker to who routes to it.
 pub fn loads(model: &ServedModel) -> Value {
-    let (stats, config) = (model.engine.stats(), model.engine.config());
+    let (stats, block_size) = (model.engine.stats(), model.engine.config().block_size);
+    let there = || model.engine.there().map(EngineHandle::config);
+    let (num_blocks, max_num_seqs): (u32, u32) =
+        (there().map(|config| config.num_blocks).sum(), there().map(|config| config.max_num_seqs).sum());
     let num_waiting = model.engine.num_waiting();
     let share = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
-    let tokens = |num_blocks: u32| u64::from(num_blocks) * u64::from(config.block_size);
-    let token_usage = share(tokens(stats.blocks.referenced), tokens(config.num_blocks));
-    let slot_usage = share(stats.num_running.into(), config.max_num_seqs.into());
+    let tokens = |num_blocks: u32| u64::from(num_blocks) * u64::from(block_size);
+    let token_usage = model.engine.kv_usage();
+    let slot_usage = share(stats.num_running.into(), max_num_seqs.into());
     let mut rank = json!({
         "dp_rank": 0,
         "num_running_reqs": stats.num_running,
         "num_waiting_reqs": num_waiting,
         "num_total_reqs": u64::from(stats.num_running) + num_waiting,
         "num_used_tokens": tokens(stats.blocks.referenced),
-        "max_total_num_tokens": tokens(config.num_blocks),
+        "max_total_num_tokens": tokens(num_blocks),
         "token_usage": token_usage,
         "cache_hit_rate": share(stats.cached_tokens, stats.prompt_tokens),
         "utilization": token_usage.max(slot_usage),
-        "max_running_requests": config.max_num_seqs,
+        "max_running_requests": max_num_seqs,
     });
     if let Some(frame) = model.history.after(0).last() {
         rank["gen_throughput"] = (frame.generated_tokens as f64 / frame.period.as_secs_f64()).into();

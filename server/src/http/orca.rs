@@ -28,11 +28,7 @@ pub fn asked(headers: &HeaderMap) -> Option<Format> {
 
 /// The fullest model's cache, and what waits for all.
 pub fn tell(headers: &mut HeaderMap, format: Format, models: &[Arc<ServedModel>]) {
-    let usage = |model: &Arc<ServedModel>| {
-        let blocks = model.engine.stats().blocks;
-        f64::from(blocks.referenced) / f64::from(blocks.total.max(1))
-    };
-    let usage = models.iter().map(usage).fold(0.0, f64::max);
+    let usage = models.iter().map(|model| model.engine.kv_usage()).fold(0.0, f64::max);
     let num_waiting: u64 = models.iter().map(|model| model.engine.num_waiting()).sum();
     let told = match format {
         Format::Text => {

@@ -14,7 +14,7 @@ pub fn register_model(registry: &Registry, model: &ServedModel) {
         Opts::new(name, help).const_label("model_name", &model.name).const_label("engine", "0")
     };
     let num_waiting = model.engine.num_waiting() as f64;
-    let usage = f64::from(stats.blocks.referenced) / f64::from(stats.blocks.total.max(1));
+    let usage = model.engine.kv_usage();
     let gauges = [
         ("vllm:num_requests_running", "Sequences that hold a slot.", f64::from(stats.num_running)),
         ("vllm:num_requests_waiting", "Sequences that wait for admission.", num_waiting),
