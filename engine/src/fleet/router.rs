@@ -179,10 +179,10 @@ impl Router {
         others.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(id, _)| id)
     }
 
-    /// Replicas that have been at a step for longer than they should.
+    /// Replicas that have been at a step for longer than a full one takes.
     pub fn late(&self) -> impl Iterator<Item = ReplicaId> {
         let all = (0..).map(ReplicaId).zip(&self.replicas);
-        all.filter(|(_, replica)| replica.late_ns > 0).map(|(id, _)| id)
+        all.filter(|(_, replica)| replica.is_late).map(|(id, _)| id)
     }
 
     /// Counts a request on a replica that somebody else has chosen.
@@ -283,8 +283,10 @@ impl Router {
 
     /// It has completed no step for so long, though it has work: what is beyond a full step is a delay to all there.
     pub fn set_stalled(&mut self, replica: ReplicaId, stalled: Duration) {
-        let late_ns = self.replicas[usize::from(replica.0)].late_ns(stalled);
-        if late_ns != self.replicas[usize::from(replica.0)].late_ns {
+        let index = usize::from(replica.0);
+        self.replicas[index].is_late = self.replicas[index].is_late_after(stalled);
+        let late_ns = self.replicas[index].late_ns(stalled);
+        if late_ns != self.replicas[index].late_ns {
             self.change(replica, |replica| replica.late_ns = late_ns);
         }
     }

@@ -16,6 +16,10 @@ use crate::fleet::member::Member;
 pub const MAX_ATTEMPTS: u32 = 6;
 /// Before the second attempt, and doubled before each one after it: a driver that resets a GPU takes seconds.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Before the last attempt of [`MAX_ATTEMPTS`].
+const LONGEST_ALONE: Duration = Duration::from_secs(4);
+/// How often it is looked whether others serve still.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Doublings of it at most: 32 s.
 const MAX_DOUBLINGS: u32 = 7;
 /// A device that has served for so long has come back.
@@ -64,7 +68,7 @@ impl Worker {
         while let Some((attempt, pause)) = self.attempts.next(Instant::now(), others_serve(&self.member)) {
             let now = format!("{error}; it is being made anew (attempt {attempt}, after {pause:?})");
             lock(&self.shared.state).recovering = Some(now);
-            self.pause(pause)?;
+            self.pause(pause, &others_serve)?;
             match self.engine.recover() {
                 Ok(()) => {
                     self.attempts.recovered_at = Some(Instant::now());
@@ -87,17 +91,24 @@ impl Worker {
         ))
     }
 
-    /// Takes requests in for so long; an error if the engine is to end.
-    fn pause(&mut self, pause: Duration) -> Result<(), String> {
+    /// Takes requests in for so long, or until nobody else serves, where one alone would not wait so long; an error if
+    /// the engine is to end.
+    fn pause(&mut self, pause: Duration, others_serve: &impl Fn(&Option<Member>) -> bool) -> Result<(), String> {
         let until = Instant::now() + pause;
         loop {
-            match self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(left.min(LOOK_INTERVAL)) {
                 Ok(message) => {
                     if !self.take(message) {
                         return Err(ENDED.to_owned());
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => {
+                    let is_alone = pause > LONGEST_ALONE && !others_serve(&self.member);
+                    if left <= LOOK_INTERVAL || is_alone {
+                        return Ok(());
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(ENDED.to_owned()),
             }
         }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Board, Dispatch};
 use crate::engine::Engine;
@@ -29,6 +29,7 @@ impl Dispatch {
         let (cost, max_num_seqs) = (*engine.cost(), engine.config().max_num_seqs);
         let why = {
             let mut board = self.look();
+            board.router.set_stalled(replica, Duration::ZERO);
             board.learn(replica, cost);
             let Board { router, seats, imbalance, .. } = &mut *board;
             engine.cache_mut().block_events().for_each(|event| router.tell(replica, event));

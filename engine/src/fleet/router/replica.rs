@@ -15,7 +15,9 @@ pub(super) struct Replica {
     ns_per_seen_token: f64,
     /// Whether it takes requests.
     pub is_open: bool,
-    /// How much longer than it should it has been at a step.
+    /// Whether it has been at a step for longer than a full one takes, and how much longer than all should take that
+    /// is to be computed before what comes next.
+    pub is_late: bool,
     pub late_ns: u64,
     pub num_placed: u32,
     /// Sums over placements.
@@ -53,6 +55,7 @@ impl Replica {
             ns_per_prompt_token: 0.0,
             ns_per_seen_token: 0.0,
             is_open: true,
+            is_late: false,
             late_ns: 0,
             num_placed: 0,
             prompt_tokens: 0,
@@ -136,15 +139,22 @@ impl Replica {
     /// Of the time that it has been at a step, what is beyond a full one and beyond the prompts that wait there, which
     /// count already and may be in it.
     pub fn late_ns(&self, stalled: Duration) -> u64 {
-        let full_ns = self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens);
-        (stalled.as_nanos() as u64).saturating_sub(self.waiting_ns.max(full_ns as u64))
+        (stalled.as_nanos() as u64).saturating_sub(self.waiting_ns.max(self.full_ns() as u64))
+    }
+
+    pub fn is_late_after(&self, stalled: Duration) -> bool {
+        stalled.as_nanos() as f64 > self.full_ns()
+    }
+
+    /// A step of as many tokens as may be.
+    fn full_ns(&self) -> f64 {
+        self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens)
     }
 
     /// Until it is between two steps: at most a full one of prompts, or one in which all decode.
     pub fn turn_ns(&self) -> f64 {
-        let full_ns = self.ns_per_prompt_token * f64::from(self.traits.max_num_batched_tokens);
         let decode_ns = if self.num_placed > 0 { self.step_ns() } else { 0.0 };
-        decode_ns.max(full_ns.min(self.waiting_ns as f64))
+        decode_ns.max(self.full_ns().min(self.waiting_ns as f64))
     }
 
     /// One more answer of so many tokens, once those that wait have begun.

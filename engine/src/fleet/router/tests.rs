@@ -194,7 +194,7 @@ fn who_is_stalled_is_passed_by_and_what_waits_there_moves() {
     assert!(!router.is_worth_a_move(&waiting, ask(&[]), ReplicaId(1)));
     let long = router.place_on(ReplicaId(0), Ask { prompt_tokens: 8000, ..ask(&[]) });
     router.set_stalled(ReplicaId(0), Duration::from_millis(900));
-    assert_eq!(router.replicas[0].late_ns, 0);
+    assert_eq!((router.replicas[0].late_ns, router.late().collect::<Vec<_>>()), (0, vec![ReplicaId(0)]));
     router.withdraw(long);
     router.set_stalled(ReplicaId(0), Duration::from_secs(1));
     assert!(router.is_worth_a_move(&waiting, ask(&[]), ReplicaId(1)));
