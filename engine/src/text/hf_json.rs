@@ -10,7 +10,7 @@ use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use super::TextError;
 use super::bpe::{self, Bpe};
 use super::cuts::Cuts;
-use super::pre_tokenizer::is_known_pattern;
+use super::pre_tokenizer::Pattern;
 use super::special_tokens::{SpecialToken, SpecialTokens, TokenKind};
 use super::tokenizer::{Alphabet, Merger, Tokenizer};
 use crate::request::TokenId;
@@ -139,7 +139,7 @@ impl TokenizerJson {
     fn has_known_words(&self) -> bool {
         let normalizer = &self.json["normalizer"];
         let keeps_letters = normalizer.is_null() || normalizer["type"] == "NFC";
-        keeps_letters && self.json["pre_tokenizer"].is_object() && is_known_part(&self.json["pre_tokenizer"])
+        keeps_letters && finds_known_words(&self.json["pre_tokenizer"])
     }
 
     /// The spelling of the special token that the post-processor puts before a text.
@@ -179,18 +179,21 @@ fn checked_id(id: u64, piece: &str) -> Result<TokenId, TextError> {
     Ok(TokenId(id as u32))
 }
 
-/// Whether what cuts text into words does it by patterns that [`Cuts`] knows.
-fn is_known_part(part: &Value) -> bool {
-    match part["type"].as_str() {
-        Some("Sequence") => part["pretokenizers"].as_array().is_some_and(|parts| parts.iter().all(is_known_part)),
-        Some("Digits") => true,
-        Some("ByteLevel") => part["add_prefix_space"] == false,
-        Some("Split") => {
-            let is_plain = part["behavior"] == "Isolated" && part["invert"] == false;
-            is_plain && part["pattern"]["Regex"].as_str().is_some_and(is_known_pattern)
-        }
-        _ => false,
-    }
+/// Whether a pre-tokenizer cuts text into words by patterns that [`Cuts`] knows, of which one knows words, before it
+/// writes bytes as letters.
+fn finds_known_words(pre_tokenizer: &Value) -> bool {
+    let steps = match pre_tokenizer["type"].as_str() {
+        Some("Sequence") => pre_tokenizer["pretokenizers"].as_array().map_or(&[][..], Vec::as_slice),
+        _ => std::slice::from_ref(pre_tokenizer),
+    };
+    let Some((last, splits)) = steps.split_last() else { return false };
+    let pattern = |step: &Value| {
+        let is_plain = step["type"] == "Split" && step["behavior"] == "Isolated" && step["invert"] == false;
+        Pattern::known(step["pattern"]["Regex"].as_str().filter(|_| is_plain)?)
+    };
+    let is_known = |step: &Value| step["type"] == "Digits" || pattern(step).is_some();
+    let has_words = splits.iter().any(|step| pattern(step) == Some(Pattern::Words)) || last["use_regex"] != false;
+    splits.iter().all(is_known) && last["type"] == "ByteLevel" && last["add_prefix_space"] == false && has_words
 }
 
 /// A merge is "left right", or a list of both.

@@ -67,10 +67,23 @@ static TABLE: [PreTokenizer; 9] = [
 const ANY_CASE: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
 const BY_LETTER: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]";
 
-/// Whether words are found as some entry of the table finds them.
-pub fn is_known_pattern(pattern: &str) -> bool {
-    let pattern = pattern.replace(ANY_CASE, BY_LETTER);
-    TABLE.iter().flat_map(|entry| entry.patterns).any(|known| *known == pattern)
+/// What a pattern of the table finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// Words, white space between them, and all else.
+    Words,
+    /// Digits or signs alone.
+    Some,
+}
+
+impl Pattern {
+    pub fn known(pattern: &str) -> Option<Pattern> {
+        let pattern = pattern.replace(ANY_CASE, BY_LETTER);
+        if [GPT2, LLAMA3, QWEN2, QWEN35, TEKKEN].contains(&pattern.as_str()) {
+            return Some(Pattern::Words);
+        }
+        TABLE.iter().flat_map(|entry| entry.patterns).any(|known| *known == pattern).then_some(Pattern::Some)
+    }
 }
 
 impl PreTokenizer {
