@@ -393,7 +393,8 @@ impl Choice {
         let _ = self.told_end.set((told, self.text.num_tokens()));
         self.receiver = None;
         if let Some(reply) = &mut self.reply {
-            let pieces = reply.finish(finish_reason == "stop");
+            let is_whole = finish_reason == "stop" && self.text.stop().is_none();
+            let pieces = reply.finish(is_whole);
             self.pending.take(pieces);
             if finish_reason == "stop" {
                 finish_reason = reply.finish_reason();

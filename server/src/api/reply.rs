@@ -127,7 +127,7 @@ impl Reply {
     /// What was held back, once no more text comes, which `is_whole` where the model ended it.
     pub fn finish(&mut self, is_whole: bool) -> Pieces {
         let mut pieces = Pieces::default();
-        if self.begins_a_call(is_whole) {
+        if self.holds_a_mark(is_whole) {
             self.held.clear();
             self.is_cut_off = true;
         }
@@ -145,12 +145,15 @@ impl Reply {
     }
 
     /// Whether what is held is part of a mark and can be nothing else.
-    fn begins_a_call(&self, is_whole: bool) -> bool {
-        let ReplyFormat { calls, calls_alone, calls_or_text, .. } = self.format;
-        let (begun, open) = (self.held.trim_start(), calls.and_then(|format| format.marks().open));
+    fn holds_a_mark(&self, is_whole: bool) -> bool {
+        let ReplyFormat { thought, calls, calls_alone, calls_or_text, .. } = self.format;
+        let of_thought = thought.marks().map(|marks| marks.open).filter(|_| matches!(self.state, State::Start));
+        let of_calls = calls.and_then(|format| format.marks().open);
         let is_none_of_text = calls_alone || calls_or_text && !is_whole;
-        let is_before = matches!(self.state, State::Answer | State::Content);
-        is_before && is_none_of_text && !begun.is_empty() && open.is_some_and(|open| open.starts_with(begun))
+        let is_before = matches!(self.state, State::Start | State::Answer | State::Content);
+        let begun = self.held.trim_start();
+        let mut marks = of_thought.into_iter().chain(of_calls);
+        is_before && is_none_of_text && !begun.is_empty() && marks.any(|mark| mark.starts_with(begun))
     }
 
     /// Takes some of `held`; whether more of it may be taken.
@@ -275,7 +278,11 @@ impl Reply {
         let State::Calls { before, is_open } = &mut self.state else { return false };
         let body = format.body();
         let has_lists = matches!(body, Body::Object | Body::List | Body::Pythonic);
-        let is_layout = |c: char| c.is_whitespace() || has_lists && matches!(c, ',' | ';' | '[' | ']' | '`');
+        // Marks have no fence around them: one behind them is of the text.
+        let may_be_fenced = open.is_none();
+        let is_layout = |c: char| {
+            c.is_whitespace() || has_lists && (matches!(c, ',' | ';' | '[' | ']') || may_be_fenced && c == '`')
+        };
         let text = self.held.trim_start_matches(is_layout);
         let layout_len = self.held.len() - text.len();
         let begins = match body {

@@ -395,17 +395,33 @@ fn a_mark_that_was_cut_off_is_no_text_where_a_call_has_to_follow() {
             let pushed = reply.push(text).content;
             pushed + &reply.finish(is_whole).content
         };
-        let either = ReplyFormat { calls_or_text: true, ..format(Thought::Never, Some(calls)) };
-        let alone = ReplyFormat { calls_alone: true, ..either.clone() };
         let free = format(Thought::Never, Some(calls));
+        let either = ReplyFormat { calls_or_text: true, ..free.clone() };
+        let alone = ReplyFormat { calls_alone: true, ..free.clone() };
+        let thinks = ReplyFormat { thought: Thought::Possible(ThoughtMarks::TAGS), ..alone.clone() };
+        for begun in ["<", "<thi", "\n<think"] {
+            assert_eq!(content(&thinks, begun, false), "", "{calls:?}");
+        }
         for begun in (1..open.len()).filter(|at| open.is_char_boundary(*at)).map(|at| &open[..at]) {
             for is_whole in [true, false] {
                 assert_eq!(content(&free, begun, is_whole), begun, "{calls:?}");
-                assert_eq!(content(&alone, begun, is_whole), "", "{calls:?}");
+                for format in [&alone, &thinks] {
+                    assert_eq!(content(format, begun, is_whole), "", "{calls:?}");
+                }
             }
             // A form may have a text of these letters alone.
             assert_eq!(content(&either, begun, true), begun, "{calls:?}");
             assert_eq!(content(&either, begun, false), "", "{calls:?}");
         }
+    }
+}
+
+#[test]
+fn a_fence_behind_a_call_is_text() {
+    let calls = format(Thought::Never, Some(CallFormat::Hermes));
+    let call = r#"<tool_call>{"name": "f", "arguments": {}}</tool_call>"#;
+    for text in ["```python\nprint(1)\n```", "`x` is it"] {
+        let said = parse(&calls, &format!("{call}\n\n{text}"));
+        assert_eq!((said.1.trim_start(), said.2.len()), (text, 1));
     }
 }
