@@ -48,7 +48,10 @@ FORMS = {"text": {"type": "text"}, "json_object": {"type": "json_object"},
 # What a template is known by, of formats whose calls are no JSON between a pair of marks each.
 FORMATS = {"qwen-coder": "<tool_call><function=name><parameter=key>", "glm": "<tool_call>name<arg_key>",
            "seed": "<seed:tool_call><function=name><parameter=key>", "minimax": '<minimax:tool_call><invoke name="name">',
-           "nemotron": "<TOOLCALL>[", "apriel": "<tool_calls>[", "lfm": "<|tool_call_start|>[", "python": "[func_name1("}
+           "nemotron": "<TOOLCALL>[", "apriel": "<tool_calls>[", "lfm": "<|tool_call_start|>[", "python": "[func_name1(",
+           "hermes": "<tool_call>"}
+# Of the tiny tokenizers: one has a call's mark in its place, so that a model that knows nothing may begin one.
+RESERVED = "<|reserved_0|>"
 STREAMS = {"whole": {}, "stream": {"stream": True},
            "stream with usage": {"stream": True, "stream_options": {"include_usage": True}}}
 
@@ -270,15 +273,23 @@ def with_formats(folder):
         (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
         told = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{# " + mark + " #}"
         (model / "chat_template.jinja").write_text(told + (tiny / "chat_template.jinja").read_text())
+        if name == "hermes":
+            (model / "tokenizer.json").write_text((tiny / "tokenizer.json").read_text().replace(RESERVED, "<tool_call>"))
         yield from ("--model", f"{name}={model},max-model-len=2048,kv-memory=8MiB")
 
 
 def openai_formats(server):
-    """Forced calls of every format: the client's own reader takes their arguments, whole and streamed."""
+    """Calls of every format, forced, and the model's own where their mark is a token: the client's own reader takes their
+    arguments, whole and streamed."""
     tool = openai.pydantic_function_tool(Forecast, name="forecast")
+    tokens = json.loads((GOLDEN / "tiny" / "qwen3" / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in tokens}
     for name in FORMATS:
         body = {"model": name, "messages": [{"role": "user", "content": "How will it be in Oslo?"}], "tools": [tool],
                 "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1, "seed": 5, "max_tokens": 400}
+        if name == "hermes":
+            # It begins a call as soon as it may, and ends as soon as it may where it may not.
+            body |= {"tool_choice": "auto", "logit_bias": {str(ids[RESERVED]): 100, str(ids["<|im_end|>"]): 50}}
         whole = server.client.chat.completions.create(**body)
         yield transcript(f"{name}, whole", body, [strictly(whole)])
         chunks = server.client.chat.completions.create(**body, stream=True)
