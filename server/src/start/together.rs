@@ -74,7 +74,8 @@ pub fn plan_all(models: &[ServedArgs]) -> Result<Vec<Plan>, StartError> {
     let mut memory = HashMap::new();
     for (replica, _) in &opened {
         let known = memory.entry(Pool::of(replica.backend.info())).or_insert(None);
-        *known = known.or_else(|| replica.measured_bytes());
+        // What the last one that was opened leaves, for on some devices each takes memory of its own.
+        *known = known.iter().copied().chain(replica.measured_bytes()).min();
     }
     let (mut replicas, mut claims) = (Vec::new(), Vec::new());
     for (replica, has_own_fraction) in opened {
