@@ -60,7 +60,7 @@ def throughput(torch, transformers, args):
     generation = transformers.GenerationConfig(
         max_new_tokens=args.output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    # One manager, with its cache and its graphs, for all runs; the first of them compiles and warms up.
+    # One manager, with its cache and what graphs it has, for all runs; the first of them warms up.
     with model.continuous_batching_context_manager(generation_config=generation) as manager:
         for run in range(2):
             source = random.Random(run)
@@ -72,7 +72,13 @@ def throughput(torch, transformers, args):
             seconds = time.perf_counter() - begun
             if num_tokens != args.requests * args.output_tokens:
                 raise RuntimeError(f"{num_tokens} tokens came of {args.requests} x {args.output_tokens}")
-    return num_tokens / seconds
+        # Not all that it can have is there everywhere: the end gives the model its own attention back.
+        settings = getattr(manager, "continuous_batching_config", None)
+        return {
+            "output_tokens_per_s": num_tokens / seconds,
+            "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+            "has_graphs": getattr(settings, "use_cuda_graph", None),
+        }
 
 
 def answer_all(manager, prompts):
@@ -135,7 +141,7 @@ def main():
             # To name it is what reads its modules.
             result |= {"transformers": transformers.__version__, "model": transformers.LlamaForCausalLM.__name__}
             if args.what == "throughput":
-                result["output_tokens_per_s"] = throughput(torch, transformers, args)
+                result |= throughput(torch, transformers, args)
     # Whatever it is that is missing or does not go together there.
     except Exception as error:
         result = {"not_there": f"{type(error).__name__}: {error}".splitlines()[0]}

@@ -244,6 +244,7 @@ struct RandomRows {
 
 impl RowSource for RandomRows {
     fn read_rows(&mut self, out: &mut [u8]) -> io::Result<()> {
+        assert!(out.len().is_multiple_of(self.row_bytes), "whole rows of {} bytes, not {}", self.row_bytes, out.len());
         // Floats are too small for a word each.
         let block_bytes = match self.format.block_bytes() as usize {
             block_bytes if block_bytes < WORD => self.row_bytes,
