@@ -174,6 +174,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_takes_all_is_not() {
         let (mut stream, mut client) = pair().await;
+        stream.limit = Duration::from_secs(60);
         let reading = tokio::spawn(async move {
             let mut bytes = Vec::new();
             client.read_to_end(&mut bytes).await.map(|_| (bytes.len(), client))
