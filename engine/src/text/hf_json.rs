@@ -234,3 +234,39 @@ fn prepend_only_at_start(value: &mut Value) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn words_are_known_where_a_pattern_finds_them_before_bytes_become_letters() {
+        let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": use_regex});
+        let sequence = |steps: &[&Value]| json!({"type": "Sequence", "pretokenizers": steps});
+        let words = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+        let (gpt2, digits) = (split(&format!("'s|'t|'re|'ve|'m|'ll|'d|{words}")), json!({"type": "Digits"}));
+        let known = [
+            bytes(true),
+            sequence(&[&digits, &bytes(true)]),
+            sequence(&[&gpt2, &bytes(false)]),
+            sequence(&[&split(r"\p{N}"), &gpt2, &bytes(false)]),
+        ];
+        let unknown = [
+            Value::Null,
+            sequence(&[]),
+            bytes(false),
+            sequence(&[&digits, &bytes(false)]),
+            sequence(&[&split(r"\p{N}"), &bytes(false)]),
+            sequence(&[&split(words), &bytes(true)]),
+            // Spaces are letters by then.
+            sequence(&[&bytes(false), &gpt2]),
+            sequence(&[&gpt2]),
+            json!({"type": "ByteLevel", "add_prefix_space": true}),
+        ];
+        assert_eq!(known.each_ref().map(finds_known_words), [true; 4]);
+        assert_eq!(unknown.each_ref().map(finds_known_words), [false; 9]);
+    }
+}
