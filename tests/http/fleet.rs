@@ -406,10 +406,11 @@ fn what_waits_while_all_devices_are_gone_is_served_when_one_is_back() {
 #[test]
 fn a_device_that_does_not_come_back_is_tried_on_while_another_serves() {
     let limits = Limits { max_stall: Duration::from_millis(100), ..Limits::default() };
-    let fleet = fleet(2, Setup { limits, pace: Pace::Stalled, ..Setup::default() });
-    let body = json!({"prompt": "x", "max_tokens": 5, "ignore_eos": true}).to_string();
+    let fleet = fleet(2, Setup { limits, pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
+    let body = json!({"prompt": "x", "max_tokens": 900, "ignore_eos": true}).to_string();
     let streams: Vec<TcpStream> = (0..6).map(|_| fleet.server.send(post("/v1/completions", body.as_bytes()))).collect();
-    fleet.wait_until_there(6, "x");
+    fleet.server.wait_for("some to run on each", |_| (0..2).all(|id| fleet.of("fullbore_requests_running", id) > 0.0));
+    fleet.gates[1].set(Pace::Stalled);
     fleet.gates[0].set(Pace::Lost);
     // What is lost is no free memory, nor a device that is not stalled.
     let blocks =
