@@ -243,7 +243,10 @@ mod tests {
 
     #[test]
     fn words_are_known_where_a_pattern_finds_them_before_bytes_become_letters() {
-        let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+        let split = |regex: &str| {
+            let pattern = json!({"Regex": regex});
+            json!({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false})
+        };
         let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": use_regex});
         let sequence = |steps: &[&Value]| json!({"type": "Sequence", "pretokenizers": steps});
         let words = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
