@@ -32,6 +32,20 @@ fn replica() -> (EngineHandle, Worker) {
     EngineHandle::new(Engine::new(config, model.expect("a small model"), backend, (1, 2)), "sim".to_owned())
 }
 
+/// A request of 8 tokens and 50 to come, on this one of two replicas, which alone is open then.
+fn placed_on(dispatch: &Arc<Dispatch>, replica: ReplicaId, request: Request, has_begun: bool) -> Arc<Routed> {
+    for id in [ReplicaId(0), ReplicaId(1)] {
+        lock(&dispatch.board).router.set_open(id, id == replica);
+    }
+    let request = Arc::new(Request { prompt: vec![TokenId(1); 8], max_tokens: 50, ..request });
+    let routed = Arc::new(Routed::new(dispatch.clone(), request, BlockChain::default(), Box::new(Nobody)));
+    dispatch.place(&routed);
+    if has_begun {
+        dispatch.begun(&routed, &mut lock(&routed.now));
+    }
+    routed
+}
+
 /// What is predicted of the next request goes down by an answer that had no token, and by nothing else that ends.
 #[test]
 fn what_failed_or_was_pooled_teaches_nothing_of_answers() {
@@ -73,17 +87,7 @@ fn a_free_slot_draws_one_of_those_that_wait_elsewhere() {
     let (engines, _workers): (Vec<EngineHandle>, Vec<Worker>) = [replica(), replica()].into_iter().unzip();
     let dispatch = Arc::new(Dispatch::new(engines, None));
     let on = |replica: ReplicaId, priority: i32, has_begun: bool| {
-        for id in [ReplicaId(0), ReplicaId(1)] {
-            lock(&dispatch.board).router.set_open(id, id == replica);
-        }
-        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, priority, ..Request::default() };
-        let routed =
-            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
-        dispatch.place(&routed);
-        if has_begun {
-            dispatch.begun(&routed, &mut lock(&routed.now));
-        }
-        routed
+        placed_on(&dispatch, replica, Request { priority, ..Request::default() }, has_begun)
     };
     let (full, free) = (ReplicaId(0), ReplicaId(1));
     let _begun = [full, full, full, free, free].map(|replica| on(replica, 5, true));
@@ -164,17 +168,7 @@ fn who_is_with_a_device_that_is_late_goes_elsewhere_though_others_wait_there() {
     let dispatch = Arc::new(Dispatch::new(engines, None));
     let (late, other) = (ReplicaId(0), ReplicaId(1));
     let on = |replica: ReplicaId, pooling: Option<Pooling>, has_begun: bool| {
-        for id in [late, other] {
-            lock(&dispatch.board).router.set_open(id, id == replica);
-        }
-        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
-        let routed =
-            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
-        dispatch.place(&routed);
-        if has_begun {
-            dispatch.begun(&routed, &mut lock(&routed.now));
-        }
-        routed
+        placed_on(&dispatch, replica, Request { pooling, ..Request::default() }, has_begun)
     };
     let pooled = on(late, Some(Pooling::Last), true);
     let begun = [late, late, other, other, other].map(|id| on(id, None, true));
