@@ -293,12 +293,17 @@ fn ids_of_choices(reply: &Value) -> Vec<Vec<u64>> {
     reply["choices"].as_array().expect("choices").iter().map(|choice| ids(&choice["token_ids"])).collect()
 }
 
-#[test]
-fn a_device_that_is_lost_under_streams_is_a_pause_to_them() {
+/// What is asked for, what one device answers to it, and two that take a millisecond a step.
+fn long_answers() -> (Vec<Value>, Vec<Vec<Vec<u64>>>, Fleet) {
     let one = Setup::default().start();
     let bodies = bodies(600);
-    let expected: Vec<Vec<Vec<u64>>> = bodies.iter().map(|body| ids_of_choices(&one.complete(body.clone()))).collect();
-    let fleet = fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
+    let expected = bodies.iter().map(|body| ids_of_choices(&one.complete(body.clone()))).collect();
+    (bodies, expected, fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() }))
+}
+
+#[test]
+fn a_device_that_is_lost_under_streams_is_a_pause_to_them() {
+    let (bodies, expected, fleet) = long_answers();
     let (server, gate) = (&fleet.server, &fleet.gates[0]);
     // Until the device had some of them as it was lost.
     for round in 1.. {
@@ -338,10 +343,7 @@ fn a_device_that_is_lost_under_streams_is_a_pause_to_them() {
 /// As if it hung, and came back when all is over.
 #[test]
 fn streams_of_a_stalled_device_go_on_where_nothing_is_to_do() {
-    let one = Setup::default().start();
-    let bodies = bodies(600);
-    let expected: Vec<Vec<Vec<u64>>> = bodies.iter().map(|body| ids_of_choices(&one.complete(body.clone()))).collect();
-    let fleet = fleet(2, Setup { pace: Pace::Each(Duration::from_millis(1)), ..Setup::default() });
+    let (bodies, expected, fleet) = long_answers();
     let (server, gate) = (&fleet.server, &fleet.gates[0]);
     for round in 1.. {
         assert!(round < 20, "all streams ended before the device stalled");

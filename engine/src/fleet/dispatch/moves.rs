@@ -27,7 +27,7 @@ impl Dispatch {
     /// An engine has done a step, or has nothing to do.
     pub fn stepped(&self, replica: ReplicaId, engine: &mut Engine) {
         let (cost, max_num_seqs) = (*engine.cost(), engine.config().max_num_seqs);
-        let why = {
+        let (why, late) = {
             let mut board = self.look();
             board.router.set_stalled(replica, Duration::ZERO);
             board.learn(replica, cost);
@@ -39,22 +39,22 @@ impl Dispatch {
                 imbalance.turn(replica, is_idle.then_some(Idle::PlacedElsewhere), Instant::now());
             }
             let has_room = seat.is_open && seat.waiting.is_empty();
-            match seats.iter().any(|seat| !seat.waiting.is_empty()) {
+            let why = match seats.iter().any(|seat| !seat.waiting.is_empty()) {
                 true if has_room => Why::Waits,
                 false if is_idle => Why::Runs,
                 _ => Why::Preferred,
-            }
+            };
+            (why, router.late().collect())
         };
         match why {
             Why::Preferred => self.prefer(replica),
             _ => self.relieve(replica, max_num_seqs, why),
         }
-        self.relieve_late();
+        self.relieve_late(late);
     }
 
-    /// Who is with a device that is late with a step goes to the one where it costs the least, the oldest first.
-    pub(super) fn relieve_late(&self) {
-        let late: Vec<ReplicaId> = lock(&self.board).router.late().collect();
+    /// Who is with one of these, which are late with a step, goes to where it costs the least, the oldest first.
+    pub(super) fn relieve_late(&self, late: Vec<ReplicaId>) {
         for (id, why) in late.into_iter().flat_map(|id| [(id, Why::Waits), (id, Why::Runs)]) {
             loop {
                 let first = lock(&self.board).first_at(id, why);

@@ -131,16 +131,8 @@ fn who_runs_on_a_slow_device_begins_anew_once_on_one_that_has_nothing_to_do() {
         let mut board = lock(&dispatch.board);
         board.learn(slow, cost(0.05));
         board.learn(fast, cost(1.0));
-        board.router.set_open(fast, false);
     }
-    let begun = |pooling: Option<Pooling>| {
-        let request = Request { prompt: vec![TokenId(1); 8], max_tokens: 50, pooling, ..Request::default() };
-        let routed =
-            Arc::new(Routed::new(dispatch.clone(), Arc::new(request), BlockChain::default(), Box::new(Nobody)));
-        dispatch.place(&routed);
-        dispatch.begun(&routed, &mut lock(&routed.now));
-        routed
-    };
+    let begun = |pooling: Option<Pooling>| placed_on(&dispatch, slow, Request { pooling, ..Request::default() }, true);
     let all = [Some(Pooling::Last), None, None].map(begun);
     let ending = begun(None);
     let (_, mut sink) = ending.next_attempt(&lock(&ending.now));
@@ -179,12 +171,16 @@ fn who_is_with_a_device_that_is_late_goes_elsewhere_though_others_wait_there() {
         let seat = &board.seats[usize::from(id.0)];
         (seat.running.len(), seat.waiting.len())
     };
+    let relieve_late = || {
+        let late = lock(&dispatch.board).router.late().collect();
+        dispatch.relieve_late(late);
+    };
     for _ in 0..3 {
-        dispatch.relieve_late();
+        relieve_late();
         assert_eq!([late, other].map(there), [(3, 3), (3, 1)], "nobody is late");
     }
     lock(&dispatch.board).router.set_stalled(late, Duration::from_secs(100));
-    dispatch.relieve_late();
+    relieve_late();
     // What is pooled has no tokens with which it could begin anew.
     assert_eq!([late, other].map(there), [(1, 0), (3, 6)]);
     let in_order: Vec<Arc<Routed>> = lock(&dispatch.board).seats[1].waiting.iter().cloned().collect();
