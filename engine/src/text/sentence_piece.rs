@@ -6,6 +6,8 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
+use rustc_hash::{FxBuildHasher, FxHashMap};
+
 use super::TextError;
 use super::cuts::Cuts;
 use super::special_tokens::TokenKind;
@@ -17,7 +19,7 @@ pub const SPACE: &str = "\u{2581}";
 #[derive(Debug)]
 pub struct SentencePiece {
     /// Pieces that merging may produce: no control token, no byte token.
-    pieces: HashMap<String, (u32, f32)>,
+    pieces: FxHashMap<String, (u32, f32)>,
     /// The tokens of the 256 bytes, or the unknown token.
     bytes: Vec<TokenId>,
     add_space_prefix: bool,
@@ -70,7 +72,7 @@ impl SentencePiece {
         unknown: Option<u32>,
         add_space_prefix: bool,
     ) -> Result<SentencePiece, TextError> {
-        let mut pieces = HashMap::with_capacity(tokens.len());
+        let mut pieces = FxHashMap::with_capacity_and_hasher(tokens.len(), FxBuildHasher);
         let mut all = HashMap::with_capacity(256);
         for (id, (token, kind)) in tokens.iter().zip(kinds).enumerate() {
             match kind {
