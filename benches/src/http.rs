@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::json;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
@@ -115,7 +116,7 @@ pub fn streams(
     num_tokens: u32,
 ) -> Result<StreamReport, HttpBenchError> {
     let (cpu_before, begun) = (CpuTimes::now(), Instant::now());
-    let (received, cpu) = on_client_thread(|| async move {
+    let (received, cpu) = on_client_thread("client", || async move {
         let received = receive(address, num_streams, num_tokens).await;
         // While this thread is there to be seen.
         (received, CpuTimes::now())
@@ -181,7 +182,7 @@ const SETTLE_TIME: Duration = Duration::from_secs(1);
 
 /// Memory of `num_streams` answers that have begun, on a device that is held then.
 pub fn idle(address: SocketAddr, steps: &Steps, num_streams: u32) -> Result<IdleReport, HttpBenchError> {
-    let grown = on_client_thread(|| async {
+    let grown = on_client_thread("client", || async {
         // What the first answers leave behind is not of those that follow.
         receive(address, 16, 16).await?;
         sleep(SETTLE_TIME).await;
@@ -288,49 +289,22 @@ impl Watch {
 }
 
 pub fn long_prompts(address: SocketAddr, options: &LongPrompts) -> Result<LongPromptsReport, HttpBenchError> {
-    let LongPrompts { num_clients, prompt_bytes, num_decoders, before, .. } = *options;
-    let sink = Sink::start()?;
-    let [quiet, posting, busy] = on_client_thread(|| async {
-        let watch = Watch::default();
-        let mut watched = JoinSet::new();
-        for nth in 0..num_decoders {
-            watched.spawn(decode(address, nth, options.decoder_tokens, watch.clone()));
-        }
-        watched.spawn(look(address, watch.clone()));
-        // Before anybody is watched: this takes time of its own.
-        let bodies: Vec<String> = (0..num_clients).map(|nth| chat(&long_prompt(nth, prompt_bytes), 1)).collect();
-        let bodies: Vec<Arc<str>> = bodies.into_iter().map(Arc::from).collect();
-        sleep(SETTLE_TIME).await;
-        let wait = async {
-            sleep(before).await;
-            Ok(())
-        };
-        let quiet = watch.during(wait).await?;
-        let posting = watch
-            .during(async {
-                let begun = Instant::now();
-                while begun.elapsed() < before {
-                    let next = tokio::time::Instant::now() + SINK_PERIOD;
-                    post_all(sink.address(), &bodies).await?;
-                    sleep_until(next).await;
-                }
-                Ok(())
-            })
-            .await?;
-        let busy = watch.during(post_all(address, &bodies)).await?;
-        match watched.try_join_next() {
-            Some(ended) => Err(ended.expect("nobody is cancelled, or panics").err().unwrap_or_else(|| {
-                ClientError::Refused("a decoder ended before the long prompts had their answers".to_owned())
-            })),
-            None => Ok([quiet, posting, busy]),
-        }
-    })??;
+    let LongPrompts { num_clients, prompt_bytes, num_decoders, .. } = *options;
+    let (sink, watch) = (Sink::start()?, Watch::default());
+    let (ends, over) = oneshot::channel();
+    let phases = std::thread::scope(|scope| {
+        // A thread of its own: one that posts megabytes reads no tokens meanwhile.
+        let watched = scope.spawn(|| on_client_thread("watch", || watch_all(address, options, &watch, over)));
+        let phases = on_client_thread("client", || post_phases([sink.address(), address], options, &watch, ends));
+        let watched = watched.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        watched??;
+        Ok::<_, HttpBenchError>(phases??)
+    })?;
     fn each<T>(phases: &[Phase; 3], of: impl Fn(&Phase) -> T) -> Phases<T> {
         let [before, sink, during] = phases.each_ref().map(of);
         Phases { before, sink, during }
     }
-    let seconds = busy.seconds;
-    let phases = [quiet, posting, busy];
+    let seconds = phases[2].seconds;
     Ok(LongPromptsReport {
         clients: num_clients,
         prompt_bytes,
@@ -340,6 +314,57 @@ pub fn long_prompts(address: SocketAddr, options: &LongPrompts) -> Result<LongPr
         health_ms: each(&phases, |phase| Percentiles::from(&phase.seen.health)),
         cores: each(&phases, Phase::cores),
     })
+}
+
+/// Decoders, and one who looks at the server's health, until there is an answer at the end of `over`.
+async fn watch_all(
+    address: SocketAddr,
+    options: &LongPrompts,
+    watch: &Watch,
+    over: oneshot::Receiver<()>,
+) -> Result<(), ClientError> {
+    let mut watched = JoinSet::new();
+    for nth in 0..options.num_decoders {
+        watched.spawn(decode(address, nth, options.decoder_tokens, watch.clone()));
+    }
+    watched.spawn(look(address, watch.clone()));
+    tokio::select! {
+        _ = over => Ok(()),
+        Some(ended) = watched.join_next() => Err(ended.expect("nobody is cancelled, or panics").err().unwrap_or_else(|| {
+            ClientError::Refused("a decoder ended before the long prompts had their answers".to_owned())
+        })),
+    }
+}
+
+/// Nothing is posted, then all of it to a sink, then to the server; `_ends` is dropped at the end.
+async fn post_phases(
+    [sink, address]: [SocketAddr; 2],
+    options: &LongPrompts,
+    watch: &Watch,
+    _ends: oneshot::Sender<()>,
+) -> Result<[Phase; 3], ClientError> {
+    let LongPrompts { num_clients, prompt_bytes, before, .. } = *options;
+    // Before anybody is watched: this takes time of its own.
+    let bodies: Vec<String> = (0..num_clients).map(|nth| chat(&long_prompt(nth, prompt_bytes), 1)).collect();
+    let bodies: Vec<Arc<str>> = bodies.into_iter().map(Arc::from).collect();
+    sleep(SETTLE_TIME).await;
+    let wait = async {
+        sleep(before).await;
+        Ok(())
+    };
+    let quiet = watch.during(wait).await?;
+    let to_sink = async {
+        let begun = Instant::now();
+        while begun.elapsed() < before {
+            let next = tokio::time::Instant::now() + SINK_PERIOD;
+            post_all(sink, &bodies).await?;
+            sleep_until(next).await;
+        }
+        Ok(())
+    };
+    let posting = watch.during(to_sink).await?;
+    let busy = watch.during(post_all(address, &bodies)).await?;
+    Ok([quiet, posting, busy])
 }
 
 impl Phase {

@@ -120,7 +120,7 @@ pub fn measure(
 ) -> Result<(), ServeBenchError> {
     result.targets = bench.sides.iter().map(|side| side.record.clone()).collect();
     let measurements = &mut result.measurements;
-    let is_whole = on_client_thread(move || async move {
+    let is_whole = on_client_thread("client", move || async move {
         tokio::select! {
             measured = bench.levels(levels, goes_on, progress, measurements) => measured.map(|()| true),
             () = stop => Ok(false),

@@ -26,15 +26,15 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_BYTES]);
 }
 
-/// Runs `work` on a thread of its own, which is named after what it is.
-pub fn on_client_thread<T, F>(work: impl FnOnce() -> F + Send) -> io::Result<T>
+/// Runs `work` on a thread of its own, by whose name its time is counted.
+pub fn on_client_thread<T, F>(name: &str, work: impl FnOnce() -> F + Send) -> io::Result<T>
 where
     T: Send,
     F: Future<Output = T>,
 {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("client".to_owned());
+        let thread = std::thread::Builder::new().name(name.to_owned());
         let thread = thread.spawn_scoped(scope, move || runtime.block_on(work()))?;
         Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })

@@ -82,7 +82,7 @@ mod tests {
     #[test]
     fn whoever_posts_is_told_yes() {
         let sink = Sink::start().expect("a free port");
-        let posted = on_client_thread(|| async {
+        let posted = on_client_thread("client", || async {
             for num_bytes in [0, 1, 1 << 20] {
                 let mut connection = Connection::open(sink.address()).await.expect("it listens");
                 connection.post("/", &"x".repeat(num_bytes)).await.expect("it reads");
