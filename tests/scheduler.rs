@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fullbore_engine::arrival::Arrival;
 use fullbore_engine::batch::{Batch, Logits, SequenceId};
 use fullbore_engine::config::{EngineConfig, LatencyTarget, UnfitRequest};
 use fullbore_engine::cost::{CostModel, Prices};
@@ -59,7 +60,7 @@ impl Run {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let chain = self.cache.chain(&request.prompt, request.cache_salt);
-        self.scheduler.add(Sequence::new(id, Arc::new(request), chain));
+        self.scheduler.add(Sequence::new(id, Arrival::new(Arc::new(request), chain, None)));
         id
     }
 

@@ -1,11 +1,11 @@
 //! Offline throughput: all requests at once, tokens a second until the last has ended.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use fullbore_engine::engine::EngineStats;
-use fullbore_engine::fleet::{Fleet, SubmitError};
+use fullbore_engine::fleet::{Fleet, Handed, SubmitError};
 use fullbore_engine::limits::Cause;
 use fullbore_engine::request::{Event, FinishReason, Flow, Request, Sink};
 
@@ -65,12 +65,12 @@ pub fn run(engine: &Fleet, planned: &[PlannedRequest], seed: u64, dial: &Dial) -
     let mut followers: HashMap<Option<u32>, Vec<usize>> = HashMap::new();
     planned.iter().enumerate().for_each(|(index, of)| followers.entry(of.follows).or_default().push(index));
     let vocab_size = engine.vocab_size();
-    let with_sink = |index: usize, sender| -> Submission {
-        (planned[index].request(vocab_size, seed), Box::new(Timestamps { index, sender }))
+    let with_sink = |index: usize, sender| -> Handed {
+        (Arc::new(planned[index].request(vocab_size, seed)), Box::new(Timestamps { index, sender }))
     };
     let (sender, receiver) = mpsc::channel();
     let first = followers.remove(&None).unwrap_or_default();
-    let first: Vec<Submission> = first.into_iter().map(|index| with_sink(index, sender.clone())).collect();
+    let first: Vec<Handed> = first.into_iter().map(|index| with_sink(index, sender.clone())).collect();
     drop(sender);
     let (before, charged) = (dial.read(), engine.stats().limits.total);
     let start = Instant::now();
@@ -216,8 +216,6 @@ impl Trace {
         (self.times.len() > 1).then(|| span.as_secs_f64() * 1e3 / (self.times.len() - 1) as f64)
     }
 }
-
-type Submission = (Request, Box<dyn Sink>);
 
 /// An event of a request, and when it came.
 struct Told {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
+use crate::arrival::Arrival;
 use crate::backend::{Backend, DeviceError};
 use crate::batch::{Batch, PackedBatch, SequenceId};
 use crate::config::EngineConfig;
@@ -252,16 +253,18 @@ impl Engine {
 
     /// Queues a request. That it fits is the caller's to have checked with [`EngineConfig::fits`].
     pub fn add(&mut self, request: impl Into<Arc<Request>>, sink: Box<dyn Sink>) -> SequenceId {
+        let (request, hasher) = (request.into(), self.hasher());
+        let chain = hasher.map(|hasher| hasher.of_prompt(&request)).unwrap_or_default();
+        self.take_in(Arrival::new(request, chain, hasher.as_ref()), sink)
+    }
+
+    /// The same of what was made ready on another thread, with the names of this engine's [`Engine::hasher`].
+    pub fn take_in(&mut self, arrival: Arrival, sink: Box<dyn Sink>) -> SequenceId {
         self.turn_to(Phase::Schedule);
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        let request = request.into();
-        let mut chain = self.cache.chain(&request.prompt, request.cache_salt);
-        chain.set_salt(request.salt_name.clone());
-        if !request.generated.is_empty() {
-            self.cache.extend(&mut chain, &[request.prompt.as_slice(), &request.generated].concat());
-        }
-        self.scheduler.add(Sequence::new(id, request.clone(), chain));
+        let request = arrival.request.clone();
+        self.scheduler.add(Sequence::new(id, arrival));
         let client = Client {
             matcher: request.grammar.as_ref().map(|grammar| matcher(grammar, &request.generated)),
             request,

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use crate::arrival::Arrival;
 use crate::batch::{SequenceId, SlotId};
 use crate::memory::swap::SwappedTable;
 use crate::memory::{BlockChain, BlockTable};
@@ -44,9 +45,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// `chain` holds the keys of the blocks that prompt and generated tokens fill.
-    pub fn new(id: SequenceId, request: Arc<Request>, chain: BlockChain) -> Sequence {
-        let tokens = [request.prompt.as_slice(), &request.generated].concat();
+    pub fn new(id: SequenceId, Arrival { request, tokens, chain }: Arrival) -> Sequence {
         // Whoever generated tokens elsewhere was charged there for all but the last.
         let num_charged_tokens = if request.generated.is_empty() { 0 } else { tokens.len() as u32 - 1 };
         Sequence {

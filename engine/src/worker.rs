@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::arrival::Arrival;
 use crate::backend::DeviceInfo;
 use crate::config::EngineConfig;
 use crate::cost::CostModel;
@@ -36,7 +37,7 @@ pub struct EngineHandle {
 pub type Handed = (Arc<Request>, Box<dyn Sink>);
 
 enum Message {
-    Submit(Arc<Request>, Box<dyn Sink>),
+    Submit(Arrival, Box<dyn Sink>),
     Export(Export),
     Import(Import),
     Stop,
@@ -108,9 +109,9 @@ impl EngineHandle {
 
     /// Hands a request in, which fits; its events go to `sink` from the engine thread. Gives both back where that has
     /// ended.
-    pub fn submit(&self, request: Arc<Request>, sink: Box<dyn Sink>) -> Result<(), Handed> {
-        self.inbox.send(Message::Submit(request, sink)).map_err(|SendError(message)| match message {
-            Message::Submit(request, sink) => (request, sink),
+    pub fn submit(&self, arrival: Arrival, sink: Box<dyn Sink>) -> Result<(), Handed> {
+        self.inbox.send(Message::Submit(arrival, sink)).map_err(|SendError(message)| match message {
+            Message::Submit(arrival, sink) => (arrival.request, sink),
             Message::Export(_) | Message::Import(_) | Message::Stop => unreachable!("a request was sent"),
         })
     }
@@ -287,8 +288,8 @@ impl Worker {
         self.engine.fail_all(&reason);
         // Requests that were handed in before `stopped` was set.
         while let Ok(message) = self.inbox.try_recv() {
-            if let Message::Submit(request, sink) = message {
-                self.engine.add(request, sink);
+            if let Message::Submit(arrival, sink) = message {
+                self.engine.take_in(arrival, sink);
             }
         }
         self.engine.fail_all(&reason);
@@ -341,7 +342,7 @@ impl Worker {
 
     fn take(&mut self, message: Message) -> bool {
         match message {
-            Message::Submit(request, sink) => drop(self.engine.add(request, sink)),
+            Message::Submit(arrival, sink) => drop(self.engine.take_in(arrival, sink)),
             Message::Export(export) => self.engine.export(export),
             Message::Import(import) => self.engine.import(import),
             Message::Stop => return false,

@@ -5,13 +5,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use fullbore::api::texts::{self, TextEndpoint};
-use fullbore::api::{self, Answer, Delta, Endpoint, Event as Frame, Generation, Handed, Job, Jobs, ServedModel};
+use fullbore::api::{self, Answer, Delta, Endpoint, Event as Frame, Generation, Job, Jobs, ServedModel};
 use fullbore::http::access::Client;
 use fullbore::http::error::ApiError;
 use fullbore::start::Plan;
 use fullbore_engine::backend::sim::{SimBackend, SimOptions};
 use fullbore_engine::bundle::Bundle;
 use fullbore_engine::config::EngineConfig;
+use fullbore_engine::fleet::Handed;
 use fullbore_engine::request::{Event, FinishReason, Flow, Pooling, Sink, TokenId, TokenLogprobs, Usage};
 use fullbore_engine::text::ChatTemplate;
 use serde_json::{Value, json};

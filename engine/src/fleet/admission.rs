@@ -6,7 +6,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::{Fleet, lock};
+use super::{Fleet, Handed, Shared, lock};
+use crate::arrival::Arrival;
 use crate::backlog::{Amount, Backlog, Limit, Overflow, Refusal};
 use crate::config::UnfitRequest;
 use crate::forecast::TooLate;
@@ -90,7 +91,7 @@ impl Fleet {
 
     /// Hands requests of one tenant in, each into a place that was taken for it, all or none; their events go to their
     /// sinks from engine threads.
-    pub fn submit(&self, mut places: Vec<Place>, requests: Vec<(Request, Box<dyn Sink>)>) -> Result<(), SubmitError> {
+    pub fn submit(&self, mut places: Vec<Place>, requests: Vec<Handed>) -> Result<(), SubmitError> {
         assert_eq!(places.len(), requests.len(), "a place for each request");
         for (request, _) in &requests {
             self.0.config.fits(request, self.vocab_size())?;
@@ -100,13 +101,14 @@ impl Fleet {
         }
         self.hold_tokens(&mut places, |index| requests[index].0.prompt.len() as u64)?;
         for (place, (request, sink)) in places.into_iter().zip(requests) {
-            self.send(Arc::new(request), Box::new(Placed { sink, place: Some(place) }))?;
+            self.send(request, Box::new(Placed { sink, place: Some(place) }))?;
         }
         Ok(())
     }
 
     /// Hands one request in.
-    pub fn submit_one(&self, request: Request, sink: Box<dyn Sink>) -> Result<(), SubmitError> {
+    pub fn submit_one(&self, request: impl Into<Arc<Request>>, sink: Box<dyn Sink>) -> Result<(), SubmitError> {
+        let request = request.into();
         self.0.config.fits(&request, self.vocab_size())?;
         let places = self.reserve(request.tenant, request.share, 1)?;
         self.submit(places, vec![(request, sink)])
@@ -147,12 +149,14 @@ impl Fleet {
     }
 
     fn send(&self, request: Arc<Request>, sink: Box<dyn Sink>) -> Result<(), SubmitError> {
-        if let Some(dispatch) = &self.0.dispatch {
-            dispatch.submit(request, sink);
+        let Shared { engines, hasher, dispatch, .. } = &*self.0;
+        let chain = hasher.map(|hasher| hasher.of_prompt(&request)).unwrap_or_default();
+        if let Some(dispatch) = dispatch {
+            dispatch.submit(request, chain, sink);
             return Ok(());
         }
         let stopped = |_| SubmitError::Stopped { reason: self.stopped().unwrap_or_else(|| ENDED.to_owned()) };
-        self.engines()[0].submit(request, sink).map_err(stopped)
+        engines[0].submit(Arrival::new(request, chain, hasher.as_ref()), sink).map_err(stopped)
     }
 }
 

@@ -13,6 +13,7 @@ use super::imbalance::{Idle, Imbalance};
 use super::routed::{Now, Routed};
 use super::router::{Placement, Router, Traits};
 use super::{ReplicaId, lock};
+use crate::arrival::Arrival;
 use crate::cost::{CostModel, Prices};
 use crate::memory::{BlockChain, BlockHasher};
 use crate::queue::Ledger;
@@ -90,13 +91,7 @@ impl Dispatch {
         Dispatch { engines, hasher, ledger: Arc::default(), board }
     }
 
-    pub fn submit(self: &Arc<Self>, request: Arc<Request>, sink: Box<dyn Sink>) {
-        let mut chain = BlockChain::default();
-        if let Some(hasher) = &self.hasher {
-            chain = hasher.chain(request.cache_salt);
-            chain.set_salt(request.salt_name.clone());
-            hasher.extend(&mut chain, &request.prompt);
-        }
+    pub fn submit(self: &Arc<Self>, request: Arc<Request>, chain: BlockChain, sink: Box<dyn Sink>) {
         self.place(&Arc::new(Routed::new(self.clone(), request, chain, sink)));
     }
 
@@ -151,7 +146,8 @@ impl Dispatch {
         }
         (now.placement, now.is_waiting) = (Some(placement), true);
         let (request, sink) = routed.next_attempt(now);
-        let handed = engine.submit(request, sink);
+        let arrival = Arrival::new(request, routed.chain().clone(), self.hasher.as_ref());
+        let handed = engine.submit(arrival, sink);
         if handed.is_err() {
             routed.recall(now);
         }

@@ -15,6 +15,7 @@ use crate::config::EngineConfig;
 use crate::engine::{Engine, EngineStats};
 use crate::forecast::Load;
 use crate::limits::verdict::Verdict;
+use crate::memory::BlockHasher;
 use crate::worker::EngineHandle;
 
 pub mod admission;
@@ -25,6 +26,7 @@ pub(crate) mod member;
 mod routed;
 pub mod router;
 
+pub use crate::worker::Handed;
 pub use admission::{Place, SubmitError};
 use dispatch::Dispatch;
 pub use imbalance::Idle;
@@ -50,6 +52,8 @@ struct Shared {
     /// By replica.
     engines: Vec<EngineHandle>,
     config: EngineConfig,
+    /// What names blocks in all of them; `None` where prefixes are not kept.
+    hasher: Option<BlockHasher>,
     /// Held for a few additions at a time, and never together with another lock of the fleet's but a request's own.
     backlog: Arc<Mutex<Backlog>>,
     /// Where there are several.
@@ -83,7 +87,7 @@ impl Fleet {
         workers.into_iter().zip(members).for_each(|((worker, first), member)| worker.start(member, first));
         let backlog = Backlog::new(config.max_queued_requests, u64::from(config.max_queued_tokens));
         let backlog = Arc::new(Mutex::new(backlog));
-        Fleet(Arc::new(Shared { engines, config, backlog, dispatch }))
+        Fleet(Arc::new(Shared { engines, config, hasher: hashers[0], backlog, dispatch }))
     }
 
     /// By replica; at least one.

@@ -62,6 +62,11 @@ impl Routed {
         Routed { dispatch, request, chain, attempt, stays, has_begun, now: Mutex::new(now) }
     }
 
+    /// The keys of the blocks that its prompt fills.
+    pub fn chain(&self) -> &BlockChain {
+        &self.chain
+    }
+
     pub fn tenant(&self) -> u64 {
         self.request.tenant
     }

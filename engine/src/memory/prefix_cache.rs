@@ -15,7 +15,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 use crate::memory::block_pool::BlockId;
 use crate::memory::kv_events::{KvEvent, KvEventSender, KvFeed, StoredBlock};
 use crate::memory::miss::Evicted;
-use crate::request::TokenId;
+use crate::request::{Request, TokenId};
 
 /// All tokens up to the end of a block, as a hash; a type of its own so that it is not taken for a token or a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +71,14 @@ impl BlockHasher {
     /// An empty chain. Requests of unlike salt share nothing.
     pub fn chain(&self, salt: u64) -> BlockChain {
         BlockChain { root: self.hash(0, &[], salt), ..BlockChain::default() }
+    }
+
+    /// The keys of the blocks that a request's prompt fills.
+    pub fn of_prompt(&self, request: &Request) -> BlockChain {
+        let mut chain = self.chain(request.cache_salt);
+        chain.salt = request.salt_name.clone();
+        self.extend(&mut chain, &request.prompt);
+        chain
     }
 
     /// Adds the blocks that `tokens` fill and the chain does not have yet. O(new blocks).

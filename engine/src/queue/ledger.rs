@@ -100,6 +100,7 @@ impl Account {
 mod tests {
     use super::super::Queue;
     use super::*;
+    use crate::arrival::Arrival;
     use crate::batch::SequenceId;
     use crate::memory::BlockChain;
     use crate::request::{Request, Share, TokenId};
@@ -107,7 +108,7 @@ mod tests {
 
     fn sequence(id: u64, tenant: u64) -> Sequence {
         let request = Request { prompt: vec![TokenId(0)], tenant, ..Request::default() };
-        Sequence::new(SequenceId(id), Arc::new(request), BlockChain::default())
+        Sequence::new(SequenceId(id), Arrival::new(Arc::new(request), BlockChain::default(), None))
     }
 
     #[test]
@@ -143,7 +144,7 @@ mod tests {
         let push = |queue: &mut Queue, id: u64, tenant: u64| {
             let share = Share { max_num_seqs: 2, ..Share::default() };
             let request = Request { prompt: vec![TokenId(0)], tenant, share, ..Request::default() };
-            queue.push(Sequence::new(SequenceId(id), Arc::new(request), BlockChain::default()));
+            queue.push(Sequence::new(SequenceId(id), Arrival::new(Arc::new(request), BlockChain::default(), None)));
         };
         for id in 0..3 {
             push(&mut here, id, 1);

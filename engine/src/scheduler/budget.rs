@@ -131,6 +131,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::arrival::Arrival;
     use crate::batch::{SequenceId, SlotId};
     use crate::config::LatencyTarget;
     use crate::cost::Prices;
@@ -139,7 +140,7 @@ mod tests {
 
     fn sequence(num_tokens: usize) -> Sequence {
         let request = Request { prompt: vec![TokenId(0); num_tokens], max_tokens: 4, ..Request::default() };
-        Sequence::new(SequenceId(0), Arc::new(request), BlockChain::default())
+        Sequence::new(SequenceId(0), Arrival::new(Arc::new(request), BlockChain::default(), None))
     }
 
     /// Whatever was planned and given back: with the same sequences in it, a step has room for the same.

@@ -3,6 +3,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use std::sync::Arc;
+
 use fullbore_engine::request::{Request, SamplingParams, TokenId};
 use serde_json::{Value, json};
 
@@ -61,7 +63,15 @@ pub fn jobs(model: &ServedModel, id: &str, client: &Client, fields: &Fields) -> 
             ..Request::default()
         };
         let stops = Vec::new();
-        Ok(Job { request, nth: 0, stops, echo: None, prompt_logprobs: None, reply: None, is_told_at_once: false })
+        Ok(Job {
+            request: Arc::new(request),
+            nth: 0,
+            stops,
+            echo: None,
+            prompt_logprobs: None,
+            reply: None,
+            is_told_at_once: false,
+        })
     };
     let jobs = inputs.into_iter().map(job).collect::<Result<_, ApiError>>()?;
     Ok(Jobs { jobs, places, in_turn: true, form: None })

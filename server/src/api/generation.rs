@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use fullbore_engine::fleet::{Fleet, Place};
+use fullbore_engine::fleet::{Fleet, Handed, Place};
 use fullbore_engine::grammar::Grammar;
 use fullbore_engine::request::{Event, FinishReason, Request, Sink, TokenId, TokenLogprobs};
 use fullbore_engine::text::Detokenizer;
@@ -35,7 +35,7 @@ use text::Text;
 
 /// One choice to be made.
 pub struct Job {
-    pub request: Request,
+    pub request: Arc<Request>,
     /// Which of its prompt's choices it is.
     pub nth: u32,
     pub stops: Vec<String>,
@@ -66,9 +66,6 @@ pub struct Jobs {
     /// What all their texts follow, once it is compiled.
     pub form: Option<Form>,
 }
-
-/// What an engine is handed: a request, and where its events go.
-pub type Handed = (Request, Box<dyn Sink>);
 
 pub struct Generation {
     /// As its answer has it.
@@ -109,7 +106,7 @@ struct Choice {
 }
 
 struct Start {
-    prompt: Vec<TokenId>,
+    request: Arc<Request>,
     /// For the offsets of the prompt's own tokens.
     detokenizer: Detokenizer,
     echo: Option<Echo>,
@@ -119,9 +116,14 @@ struct Start {
 }
 
 impl Jobs {
+    /// Of all choices together.
+    pub fn num_prompt_tokens(&self) -> usize {
+        self.jobs.iter().map(|job| job.request.prompt.len()).sum()
+    }
+
     /// Has all texts follow `grammar`.
     pub fn follow(&mut self, grammar: &Grammar) {
-        self.jobs.iter_mut().for_each(|job| job.request.grammar = Some(grammar.clone()));
+        self.jobs.iter_mut().for_each(|job| Arc::make_mut(&mut job.request).grammar = Some(grammar.clone()));
     }
 }
 
@@ -190,7 +192,7 @@ impl Generation {
 
     /// The prompt of the first choice, until that has begun.
     pub fn prompt(&self) -> &[TokenId] {
-        self.choices.first().and_then(|choice| choice.start.as_ref()).map_or(&[], |start| &start.prompt)
+        self.choices.first().and_then(|choice| choice.start.as_ref()).map_or(&[], |start| &start.request.prompt)
     }
 
     /// Until now.
@@ -269,7 +271,7 @@ impl Choice {
             num_unsaid: 0,
             is_told_at_once: job.is_told_at_once,
             start: Some(Box::new(Start {
-                prompt: job.request.prompt.clone(),
+                request: job.request.clone(),
                 detokenizer: Detokenizer::new(model.tokenizer.clone()).with_special(true),
                 echo: job.echo.clone(),
                 prompt_logprobs: job.prompt_logprobs,
@@ -337,7 +339,7 @@ impl Choice {
         }
         if let Some(num_top) = start.echo.as_ref().and_then(|echo| echo.logprobs) {
             let mut logprobs = start.logprobs.iter().map(|logprobs| with_top(logprobs, num_top));
-            for (index, &id) in start.prompt.iter().enumerate() {
+            for (index, &id) in start.request.prompt.iter().enumerate() {
                 let logprobs = if index == 0 { None } else { logprobs.next() };
                 self.pending.entries.push(Entry { id, offset: self.num_echoed, is_said: false, logprobs });
                 self.num_echoed += start.detokenizer.push(id).chars().count();
@@ -347,7 +349,7 @@ impl Choice {
             self.num_echoed = echo.text.chars().count();
             self.pending.text = echo.text;
         }
-        self.pending.prompt = start.prompt;
+        self.pending.request = Some(start.request);
     }
 
     fn take_token(&mut self, id: TokenId, logprobs: Option<TokenLogprobs>) -> Option<Delta> {

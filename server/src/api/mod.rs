@@ -60,7 +60,7 @@ pub mod worker;
 pub use answer::{Answer, Event, collect, collect_choices};
 pub use constraint::{Constraint, Form};
 pub(crate) use fields::unsupported;
-pub use generation::{Delta, Generation, Handed, Job, Jobs, Usage};
+pub use generation::{Delta, Generation, Job, Jobs, Usage};
 pub(crate) use sampling::MAX_STOPS;
 pub use tenancy::parse_share;
 

@@ -235,7 +235,7 @@ impl OpenAiAnswer {
         });
         if self.return_token_ids {
             choice.token_ids = Some(&delta.token_ids);
-            choice.prompt_token_ids = (is_completion && !delta.prompt.is_empty()).then_some(delta.prompt.as_slice());
+            choice.prompt_token_ids = (is_completion && !delta.prompt().is_empty()).then_some(delta.prompt());
         }
         let has_prompt = is_completion && !delta.prompt_logprobs.is_empty();
         choice.prompt_logprobs = has_prompt.then(|| logprobs::prompt(tokenizer, &delta.prompt_logprobs));
@@ -286,7 +286,7 @@ impl Answer for OpenAiAnswer {
         let whole = choices.iter().map(|choice| self.choice(model, choice, Form::Whole)).collect();
         let mut object = Object { usage: Some(self.usage(usage)), ..self.object(Form::Whole, whole) };
         if let Some(first) = choices.first().filter(|_| self.endpoint == Endpoint::Chat) {
-            object.prompt_token_ids = self.return_token_ids.then_some(first.prompt.as_slice());
+            object.prompt_token_ids = self.return_token_ids.then_some(first.prompt());
             let has_prompt = !first.prompt_logprobs.is_empty();
             object.prompt_logprobs = has_prompt.then(|| logprobs::prompt(&model.tokenizer, &first.prompt_logprobs));
         }

@@ -200,7 +200,7 @@ impl Sampling {
             let Prompt { echo, prompt_logprobs, reply, .. } = prompt;
             let (echo, reply) = (echo.clone(), reply.clone());
             let (stops, prompt_logprobs) = (self.stops.clone(), *prompt_logprobs);
-            Job { request, nth, stops, echo, prompt_logprobs, reply, is_told_at_once: false }
+            Job { request: Arc::new(request), nth, stops, echo, prompt_logprobs, reply, is_told_at_once: false }
         };
         Ok(pairs.map(job).collect())
     }

@@ -50,7 +50,7 @@ impl Reply {
     }
 
     pub fn more(&mut self, delta: Delta, usage: Usage) -> GenerateResponse {
-        let prompt_info = self.first_info(&delta.prompt, &delta.prompt_logprobs);
+        let prompt_info = self.first_info(delta.prompt(), &delta.prompt_logprobs);
         let choice = &mut self.choices[delta.index];
         choice.num_tokens += delta.token_ids.len() as u32;
         choice.last = delta.token_ids.last().copied().or(choice.last);

@@ -173,7 +173,8 @@ impl App {
         }
         let tracer = self.tracer.as_ref().zip(headers);
         let trace = tracer.and_then(|(tracer, headers)| tracer.trace(&headers, &model.name));
-        Generation::submit(model, jobs, arrived, client.meter.clone(), trace)
+        let (model, meter, num_tokens) = (model.clone(), client.meter.clone(), jobs.num_prompt_tokens());
+        self.work.hand_in(num_tokens, move || Generation::submit(&model, jobs, arrived, meter, trace)).await
     }
 
     /// The refusal of whoever would get no place, whichever model is asked.

@@ -1,6 +1,8 @@
 //! What comes of a generation, piece by piece. Invariant: pieces appended are the whole.
 
-use fullbore_engine::request::{TokenId, TokenLogprobs};
+use std::sync::Arc;
+
+use fullbore_engine::request::{Request, TokenId, TokenLogprobs};
 
 use super::super::reply::{CallPiece, Pieces};
 
@@ -16,7 +18,7 @@ pub struct Delta {
     pub token_ids: Vec<TokenId>,
     pub entries: Vec<Entry>,
     /// Only in a choice's first.
-    pub prompt: Vec<TokenId>,
+    pub request: Option<Arc<Request>>,
     /// Where they were asked for, only in its first: of every token of the prompt but the first.
     pub prompt_logprobs: Vec<TokenLogprobs>,
     /// The embedding of its prompt, where that was asked for.
@@ -57,12 +59,17 @@ impl Delta {
         self.take(Pieces { reasoning: next.reasoning, content: next.text, calls: next.calls });
         self.token_ids.extend(next.token_ids);
         self.entries.extend(next.entries);
-        self.prompt.extend(next.prompt);
+        self.request = self.request.take().or(next.request);
         self.prompt_logprobs.extend(next.prompt_logprobs);
         self.pooled.extend(next.pooled);
         self.finish_reason = next.finish_reason;
         self.stop = next.stop;
         self.stop_id = next.stop_id;
+    }
+
+    /// That of its choice, in the first piece.
+    pub fn prompt(&self) -> &[TokenId] {
+        self.request.as_ref().map_or(&[], |request| &request.prompt)
     }
 
     pub(super) fn take(&mut self, pieces: Pieces) {

@@ -7,11 +7,10 @@ use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use fullbore_engine::fleet::{Fleet, Place, SubmitError};
+use fullbore_engine::fleet::{Fleet, Handed, Place, SubmitError};
 use fullbore_engine::request::Request;
 use tokio::time::{Sleep, sleep};
 
-use super::Handed;
 use crate::http::error::ApiError;
 
 #[derive(Default)]
