@@ -191,6 +191,10 @@ run verify-cuda-others $side verify --only "$others" &
 timed peer-versions $side python3 "$benches/gpu_peer.py" versions &
 on vulkan
 follow golden-vulkan $side &
+run verify-vulkan-mat_mul $side verify --only mat_mul "${few[@]}" &
+run verify-vulkan-attention $side verify --only attention &
+run verify-vulkan-mat_mul-matrix-units $side verify --only mat_mul "${units[@]}" "${few[@]}" &
+run verify-vulkan-others $side verify --only "$others" &
 wait
 # Limits of what is asked, and of what ran side by side, sum to no more than there is.
 on cuda

@@ -24,8 +24,13 @@ METRICS = ["duration_s", "output_tokens_per_s", "steady_tokens_per_s"]
 CUT_OFF = "124"
 # Two most likely tokens that are nearer have not been decided.
 UNDECIDED = 0.05
-# What gpu.sh has verify compute by CUDA, a run each.
-VERIFIED = ["attention", "attention-matrix-units", "mat_mul", "mat_mul-matrix-units", "others"]
+# What gpu.sh has verify compute, a run each.
+VERIFIED = {
+    "cuda": ["attention", "attention-matrix-units", "mat_mul", "mat_mul-matrix-units", "others"],
+    "vulkan": ["attention", "mat_mul", "others"],
+    # A GPU may have none.
+    "vulkan on matrix units": ["mat_mul-matrix-units"],
+}
 
 
 class NotThere(Exception):
@@ -220,8 +225,12 @@ def agree(results):
     return num_apart
 
 
-def ops_apart(results):
-    return sum(results.num_failures(f"verify-cuda-{name}") for name in VERIFIED)
+def ops_apart(what):
+    def measure(results):
+        api = what.split()[0]
+        return sum(results.num_failures(f"verify-{api}-{name}") for name in VERIFIED[what])
+
+    return measure
 
 
 def same_in_company(name):
@@ -273,7 +282,9 @@ DEMANDS = [
     ),
     ("Vulkan prefill of 2048 in f32: share of the measured peak", prefill("8b-prefill", "flops_per_s"), ">=", 0.4),
     ("Vulkan: host ms to record and submit a step of 32 layers", host_ms, "<=", 1.5),
-    ("CUDA: checks of ops that differ from the cpu", ops_apart, "<=", 0),
+    ("CUDA: checks of ops that differ from the cpu", ops_apart("cuda"), "<=", 0),
+    ("Vulkan: checks of ops that differ from the cpu", ops_apart("vulkan"), "<=", 0),
+    ("Vulkan on matrix units: checks of products that differ", ops_apart("vulkan on matrix units"), "<=", 0),
     ("CUDA against the golden: failures", follows("golden-cuda"), "<=", 0),
     ("CUDA on tensor cores against the golden: failures", follows("golden-cuda-matrix-units", "matrix-units"), "<=", 0),
     ("Vulkan against the golden: failures", follows("golden-vulkan"), "<=", 0),

@@ -1,7 +1,7 @@
 //! `benches/gpu.sh` beside a binary that says what a GPU might have measured: whether every demand gets its verdict.
 //! Needs bash and Python.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -194,8 +194,10 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
         ("Vulkan against the golden: failures", 1.0, "fail"),
         ("Vulkan batch 1 at context 512: share of the copy bandwidth", 0.53606, "fail"),
         ("Vulkan batch 32: tokens a second over those of batch 1", 24.0, "pass"),
+        ("Vulkan on matrix units: checks of products that differ", 0.0, "pass"),
         ("Vulkan prefill of 2048 in f32: share of the measured peak", 7.91679, "pass"),
         ("Vulkan prefill of 2048 on matrix units: share of their measured peak", 0.79168, "pass"),
+        ("Vulkan: checks of ops that differ from the cpu", 0.0, "pass"),
         // The worst of all widths.
         ("Vulkan: host ms to record and submit a step of 32 layers", 1.6, "fail"),
         ("Vulkan: the same alone as among 31", 0.0, "fail"),
@@ -210,12 +212,12 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
     assert!(files <= 8, "{files} files have to travel back");
     // What has a line fits the ten minutes, however long each run takes.
     let side_by_side =
-        |name: &str| name.starts_with("golden-") || name.starts_with("verify-cuda-") || name == "peer-versions";
+        |name: &str| name.starts_with("golden-") || name.starts_with("verify-") || name == "peer-versions";
     let runs = runs(&out);
     let asked = runs.iter().take_while(|(name, ..)| name != "8b-decode-1-f32-cuda");
     let (side, rest): (Vec<_>, Vec<_>) = asked.partition(|(name, ..)| side_by_side(name));
     // One beside the other: none waits for another's end.
-    assert_eq!(side.len(), 9, "{side:?}");
+    assert_eq!(side.len(), 13, "{side:?}");
     let longest = side.iter().map(|(.., limit)| limit).max().expect("kernels are tried");
     let one_by_one: u32 = rest.iter().map(|(.., limit)| limit).sum();
     assert!(longest + one_by_one <= 10 * 60 - 30, "{longest} and {one_by_one}");
@@ -232,22 +234,23 @@ fn calls(out: &Path) -> Vec<Vec<String>> {
 
 /// The binary in these tests takes any words; the real one is asked here whether it would.
 #[test]
-fn what_the_script_asks_for_is_there_and_cuda_is_asked_for_every_op() {
+fn what_the_script_asks_for_is_there_and_each_device_is_asked_for_every_op() {
     let calls = calls(&run("gpu-script-words", &[]));
     let known: BTreeSet<&str> = every_case().iter().map(|case| case.op).collect();
-    let (mut num_runs, mut tried) = (0, BTreeSet::new());
+    let (mut num_runs, mut tried) = (0, BTreeMap::<String, BTreeSet<String>>::new());
     for words in &calls {
         let args = Args::try_parse_from(["fullbore"].into_iter().chain(words.iter().map(String::as_str)));
         let args = args.unwrap_or_else(|error| panic!("{words:?}: {error}"));
         num_runs += 1;
         let Command::Verify(VerifyArgs { device, only, golden, .. }) = args.command else { continue };
         assert!(only.iter().all(|op| known.contains(op.as_str())), "{words:?}: there is {known:?}");
-        if device.name.starts_with("cuda") && golden.golden.is_none() {
-            tried.extend(only);
+        if golden.golden.is_none() {
+            tried.entry(device.name).or_default().extend(only);
         }
     }
     assert!(num_runs > 40, "{calls:?}");
-    assert!(tried.iter().map(String::as_str).eq(known), "{tried:?}");
+    assert_eq!(tried.len(), 2, "{tried:?}");
+    assert!(tried.values().all(|tried| tried.iter().map(String::as_str).eq(known.iter().copied())), "{tried:?}");
 }
 
 #[test]
