@@ -11,12 +11,12 @@ DEVICE u32 head_words(u32 head_dim) {
 #endif
 }
 
-// Round to nearest, ties to even; a NaN is 0x7e00.
+// Round to nearest, ties to even; any NaN is 0x7e00, for the sign of one that was made is a device's own.
 DEVICE u32 half_bits(f32 value) {
     u32 bits = __float_as_uint(value);
     u32 sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
     // Infinity, a NaN, or 65536 and above.
-    if (magnitude >= 0x47800000u) return sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u);
+    if (magnitude >= 0x47800000u) return magnitude > 0x7f800000u ? 0x7e00u : sign | 0x7c00u;
     if (magnitude >= 0x38800000u) return sign | (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
     // Subnormal: units of 2^-24. Below 2^-25 nothing is left.
     u32 exponent = magnitude >> 23;

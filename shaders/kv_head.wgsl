@@ -1,13 +1,14 @@
 // The elements of K and V as a cache stores them, by the steps of the cpu's kv_head.rs.
 
-// Round to nearest, ties to even, in integers: drivers may round `pack2x16float` as they like.
+// Round to nearest, ties to even, in integers: drivers may round `pack2x16float` as they like. Any NaN is 0x7e00, for
+// the sign of one that was made is a device's own.
 fn half_bits(value: f32) -> u32 {
     let bits = bitcast<u32>(value);
     let sign = (bits >> 16u) & 0x8000u;
     let magnitude = bits & 0x7fffffffu;
     if magnitude >= 0x47800000u {
         // Infinity, a NaN, or 65536 and above.
-        return sign | select(0x7c00u, 0x7e00u, magnitude > 0x7f800000u);
+        return select(sign | 0x7c00u, 0x7e00u, magnitude > 0x7f800000u);
     }
     if magnitude >= 0x38800000u {
         let rounded = magnitude + 0xfffu + ((magnitude >> 13u) & 1u);

@@ -16,6 +16,7 @@ use fullbore_engine::memory::capacity;
 use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, WeightFormat};
+use fullbore_engine::verify::attention::{stores, stores_nans};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right, kernels_of_model, tried};
 use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
@@ -71,6 +72,27 @@ fn a_start_drops_to_plainer_kernels_and_is_refused_where_they_are_wrong_too() {
     let sentence = tier_at_start(&[wrong, WRONG_NORM]).expect_err("wrong on both tiers").to_string();
     for part in ["computes wrongly", "rms_norm", "--device cpu", "--no-verify", &device_ids()[0]] {
         assert!(sentence.contains(part), "{sentence}");
+    }
+}
+
+/// What a device makes of an infinity times nothing is a NaN of either sign.
+#[test]
+fn a_start_does_not_ask_for_the_sign_of_a_nan() {
+    const FROM: &str = "let bits = bitcast<u32>(value);";
+    const SIGNS: [&str; 2] = [
+        "let own = bitcast<u32>(value); let bits = select(own, 0x7fffffffu, (own & 0x7fffffffu) > 0x7f800000u);",
+        "let own = bitcast<u32>(value); let bits = select(own, 0xffc00000u, (own & 0x7fffffffu) > 0x7f800000u);",
+    ];
+    let config = Bundle::simulated().config;
+    for to in SIGNS {
+        let faults = [Fault { tier: Tier::Base, kernel: "rope_kv", from: FROM, to }];
+        for kv_type in KvType::ALL {
+            let head_dims = [config.head_dim, 64].into_iter().filter(|head_dim| kv_type.takes(*head_dim));
+            let cases: Vec<Case> =
+                head_dims.flat_map(|head_dim| [stores(kv_type, head_dim), stores_nans(kv_type, head_dim)]).collect();
+            let backend = open(Some(Tier::Base), &faults).expect("a listed device opens");
+            tried(&cases, backend).expect("a twin").unwrap_or_else(|what| panic!("{to}: {what}"));
+        }
     }
 }
 

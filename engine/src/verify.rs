@@ -190,11 +190,17 @@ pub fn every_case() -> Vec<Case> {
         cases.extend(heads.map(|heads| attention::attention(kv_type, heads)));
         cases.push(attention::split_or_whole(kv_type));
     }
-    for (kv_type, head_dim) in
-        [(KvType::F16, 20), (KvType::Q8_0, 64), (KvType::Q8_0, 96), (KvType::Q4_0, 64), (KvType::Q4_0, 96)]
-    {
+    for (kv_type, head_dim) in [
+        (KvType::F16, 20),
+        (KvType::F16, 64),
+        (KvType::Q8_0, 64),
+        (KvType::Q8_0, 96),
+        (KvType::Q4_0, 64),
+        (KvType::Q4_0, 96),
+    ] {
         cases.push(attention::stores(kv_type, head_dim));
     }
+    cases.extend(KvType::ALL.map(|kv_type| attention::stores_nans(kv_type, 64)));
     cases.extend([37, 1000, 9001].map(sample::sample));
     cases
 }

@@ -223,32 +223,76 @@ pub fn rope_kv(kv_type: KvType, Turn { style, head_dim, rotary_dim, has_norms }:
 
 /// What lies in a cache, bit for bit, after values of every magnitude and kind with nothing to turn.
 pub fn stores(kv_type: KvType, head_dim: u32) -> Case {
-    Case::new("rope_kv", kv_type.name(), format!("head {head_dim}, the cache"), move |device| {
+    let name = format!("head {head_dim}, the cache");
+    Case::new("rope_kv", kv_type.name(), name, move |device| {
         let random = &mut Random::new(9);
-        let cache = device.kv_cache(kv_type, 3, 8, 2, head_dim)?;
-        // The last token first, into a block of others.
-        let slots: Vec<u32> = (0..20).map(|token| (token * 7 + 3) % 24).collect();
-        let cols = 2 * head_dim;
-        let (k, v) = (magnitudes(cols, 0, random), magnitudes(cols, 11, random));
-        let slots = device.u32(20, 1, &slots)?;
-        let size = 24 * 2 * cache.head_words();
-        let store = stored(device, &k, &v, slots, cache)?;
-        let words = device.run(&[store], &[Tensor::u32(cache.k, 1, size), Tensor::u32(cache.v, 1, size)])?;
-        Ok(Output::exact(words))
+        let (k, v) = (magnitudes(head_dim, 0, random), magnitudes(head_dim, 11, random));
+        in_cache(device, kv_type, head_dim, &k, &v)
     })
 }
 
-/// 20 rows of values, each group with a power of its own, and what is special from `first` on.
-fn magnitudes(cols: u32, first: usize, random: &mut Random) -> Vec<f32> {
-    let mut values = random.floats(20 * cols as usize);
+/// The same of NaNs of both signs. Not asked at a start: a driver may take it that there are none.
+pub fn stores_nans(kv_type: KvType, head_dim: u32) -> Case {
+    let name = format!("head {head_dim}, NaNs in the cache");
+    Case::new("rope_kv", kv_type.name(), name, move |device| {
+        let mut values = Random::new(9).floats((NUM_STORED * 2 * head_dim) as usize);
+        let nans = [0x7fc0_0000, 0xffc0_0000, 0x7fff_ffff, 0xffff_ffff].map(f32::from_bits);
+        values.chunks_exact_mut(head_dim as usize).zip(nans.into_iter().cycle()).for_each(|(head, nan)| head[5] = nan);
+        in_cache(device, kv_type, head_dim, &values, &values)
+    })
+}
+
+/// Tokens, of two heads each.
+const NUM_STORED: u32 = 20;
+
+fn in_cache(
+    device: &mut Device,
+    kv_type: KvType,
+    head_dim: u32,
+    k: &[f32],
+    v: &[f32],
+) -> Result<Vec<Output>, DeviceError> {
+    let cache = device.kv_cache(kv_type, 3, 8, 2, head_dim)?;
+    // The last token first, into a block of others.
+    let slots: Vec<u32> = (0..NUM_STORED).map(|token| (token * 7 + 3) % 24).collect();
+    let slots = device.u32(NUM_STORED, 1, &slots)?;
+    let size = 24 * 2 * cache.head_words();
+    let store = stored(device, k, v, slots, cache)?;
+    let words = device.run(&[store], &[Tensor::u32(cache.k, 1, size), Tensor::u32(cache.v, 1, size)])?;
+    Ok(Output::exact(words))
+}
+
+/// Values of two heads a token, each group with a power of its own, and what is special from `first` on. Not where a
+/// head turns, though it turns by nothing: there an infinity would make a NaN, and a zero's sign be a device's own.
+fn magnitudes(head_dim: u32, first: usize, random: &mut Random) -> Vec<f32> {
+    let turns = |index: usize| index % (head_dim as usize) < 2;
+    let mut values = random.floats((NUM_STORED * 2 * head_dim) as usize);
     for (group, values) in values.chunks_mut(32).enumerate() {
         let power = ((first + group) % 50) as i32 * 2 - 60;
         values.iter_mut().for_each(|value| *value *= 2f32.powi(power));
     }
-    values[first] = 0.0;
-    values[64 + first..64 + first + 32].fill(-0.0);
-    values[128 + first] = f32::INFINITY;
-    values[200 + first] = -3e38;
-    values[300 + first] = f32::MIN_POSITIVE / 8.0;
+    (64 + first..64 + first + 32).for_each(|index| values[index] = if turns(index) { 0.0 } else { -0.0 });
+    let special = [(0, 0.0), (128, f32::INFINITY), (200, -3e38), (300, f32::MIN_POSITIVE / 8.0)];
+    for (at, value) in special.map(|(at, value)| (at + first, value)) {
+        values[if turns(at) { at + 2 } else { at }] = value;
+    }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::twin;
+
+    /// Of a NaN that it has made itself no device says the sign.
+    #[test]
+    fn nothing_that_a_start_compares_bit_for_bit_makes_a_nan() {
+        for head_dim in [16, 20, 32, 64, 80, 96, 100, 128, 192, 256] {
+            let outputs = stores(KvType::F16, head_dim).run(&mut twin().expect("threads")).expect("memory");
+            let halves = outputs[0].words.iter().flat_map(|word| [*word as u16, (word >> 16) as u16]);
+            let halves: Vec<f16> = halves.map(f16::from_bits).collect();
+            assert!(halves.iter().all(|half| !half.is_nan()), "head {head_dim}");
+            assert!(halves.contains(&f16::INFINITY) && halves.contains(&f16::NEG_INFINITY), "head {head_dim}");
+        }
+    }
 }

@@ -5,7 +5,8 @@
 //! halves up. Unlike there a code counts steps of the scale as it is stored, rounded to f16.
 //!
 //! Invariant: the same bits on every device, for which `kv_head.wgsl` takes the same steps: integers, one product at a
-//! time, and its truncation. A group that holds a NaN, an infinity, or more than a scale can say comes back as NaN.
+//! time, and its truncation. A NaN is one and the same, whichever it was. A group that holds one, an infinity, or more
+//! than a scale can say comes back as NaN.
 
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -27,6 +28,8 @@ pub(super) fn store(kv_type: KvType, x: &[f32], words: &mut [u32]) {
         KvType::F16 => {
             let halves: &mut [f16] = bytemuck::cast_slice_mut::<u8, u16>(codes).reinterpret_cast_mut();
             halves.convert_from_f32_slice(x);
+            // Its sign is a device's own where one was made.
+            halves.iter_mut().filter(|half| half.is_nan()).for_each(|half| *half = f16::from_bits(NAN));
         }
         KvType::Q8_0 => groups.zip(codes.chunks_exact_mut(GROUP)).for_each(|((x, scale), codes)| {
             let (highest, extreme) = extreme(x);
@@ -215,6 +218,15 @@ mod tests {
                 assert!(out[..GROUP].iter().all(|x| x.is_nan()), "{kv_type:?} of {broken}: {out:?}");
                 assert!(out[GROUP..].iter().all(|x| x.is_finite()), "{kv_type:?}: the other group has no part in it");
             }
+        }
+    }
+
+    #[test]
+    fn every_nan_is_stored_as_the_same_one() {
+        for bits in [0x7fc0_0000, 0xffc0_0000, 0x7fff_ffff, 0xffff_ffff, 0x7f80_0001, 0xff80_2000] {
+            let mut words = [0];
+            store(KvType::F16, &[f32::from_bits(bits), f32::NEG_INFINITY], &mut words);
+            assert_eq!(words, [0xfc00_7e00], "{bits:#x}");
         }
     }
 
