@@ -12,6 +12,7 @@ use fullbore_engine::op::*;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 use fullbore_engine::verify::attention::Planned;
+use fullbore_engine::verify::mat_mul::LONG_K;
 use fullbore_engine::verify::start::MAT_MUL_ROWS;
 use fullbore_shaders::{
     Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MatrixUnits, Tier, compose, reflect, validate,
@@ -313,39 +314,39 @@ fn mat_mul(x: &[f32], weight: &[f32], bias: &[f32], inner: usize) -> Vec<(f64, f
 #[test]
 fn mat_mul_is_right_and_no_row_depends_on_how_many_there_are() {
     const N: u32 = 80;
-    // Two spans on the tiers that have any.
+    // Two spans on the tiers that have any, and a tile of every variant, and what is left beside it.
     const K: u32 = 1280;
-    // A tile of every variant, and what is left beside it.
     const MAX_M: u32 = 70;
     // How a weight is decoded does not depend on the variant; software Vulkan takes seconds to compile all of a format.
     const OF_EACH_KIND: [WeightFormat; 4] =
         [WeightFormat::F16, WeightFormat::Q4_0, WeightFormat::Q5K, WeightFormat::IQ4XS];
     for mut rig in rigs() {
-        for format in OF_EACH_KIND {
+        let long = (WeightFormat::Q4_0, LONG_K, 3);
+        for (format, k, max_m) in OF_EACH_KIND.map(|format| (format, K, MAX_M)).into_iter().chain([long]) {
             let mut random = Random::new(7);
-            let name = format!("{} {}", rig.name, format.name());
-            let bytes = random_weight(&mut random, format, N, K);
-            let x = random.floats((MAX_M * K) as usize);
-            let weight = rig.weight(format, N, K, &bytes);
-            let x_tensor = rig.floats(&x, K);
+            let name = format!("{} {} K {k}", rig.name, format.name());
+            let bytes = random_weight(&mut random, format, N, k);
+            let x = random.floats((max_m * k) as usize);
+            let weight = rig.weight(format, N, k, &bytes);
+            let x_tensor = rig.floats(&x, k);
             // The product of the first M rows lies from row 0 + 1 + ... + (M - 1) on; then each row's alone.
-            let prefixes = MAX_M * (MAX_M + 1) / 2;
-            let out = rig.zeros(prefixes + MAX_M, N);
+            let prefixes = max_m * (max_m + 1) / 2;
+            let out = rig.zeros(prefixes + max_m, N);
             let product = |first: u32, rows: u32, at: u32| {
                 Op::MatMul(MatMul {
-                    x: Tensor { offset: first * K, rows, ..x_tensor },
+                    x: Tensor { offset: first * k, rows, ..x_tensor },
                     weight,
                     bias: None,
                     first_col: 0,
                     out: Tensor { offset: at * N, rows, ..out },
                 })
             };
-            let of_prefix = (1..=MAX_M).map(|rows| product(0, rows, rows * (rows - 1) / 2));
-            let of_row = (0..MAX_M).map(|row| product(row, 1, prefixes + row));
+            let of_prefix = (1..=max_m).map(|rows| product(0, rows, rows * (rows - 1) / 2));
+            let of_row = (0..max_m).map(|row| product(row, 1, prefixes + row));
             let got = rig.run(&of_prefix.chain(of_row).collect::<Vec<_>>(), out);
-            let all = &got[(MAX_M * (MAX_M - 1) / 2 * N) as usize..][..(MAX_M * N) as usize];
-            assert_close(&name, all, &mat_mul(&x, &dequantized(format, K, &bytes), &[], K as usize), 2e-6);
-            for rows in 1..=MAX_M {
+            let all = &got[(max_m * (max_m - 1) / 2 * N) as usize..][..(max_m * N) as usize];
+            assert_close(&name, all, &mat_mul(&x, &dequantized(format, k, &bytes), &[], k as usize), 2e-6);
+            for rows in 1..=max_m {
                 let some = &got[(rows * (rows - 1) / 2 * N) as usize..][..(rows * N) as usize];
                 assert!(bits(some) == bits(&all[..some.len()]), "{name}: {rows} rows differ from the same among all");
             }

@@ -97,6 +97,21 @@ fn a_start_does_not_ask_for_the_sign_of_a_nan() {
 }
 
 #[test]
+fn a_start_sees_what_is_wrong_with_a_long_k_alone() {
+    let (kernel, from) = ("mat_mul", "stage(row, first * 32u, end_unit * 32u, local);");
+    let to = "if first < span * params.span_units + 64u { stage(row, first * 32u, end_unit * 32u, local); }";
+    let mut cases = cases_of_model(&Bundle::simulated().config, &[WeightFormat::Q4_0], KvType::F16);
+    cases.retain(|case| case.op == "mat_mul" && case.shape.starts_with("M 1 "));
+    let mut what = |faults: &[Fault]| {
+        let backend = open(Some(Tier::Base), faults).expect("a listed device opens");
+        tried(&cases, backend).expect("a twin").err()
+    };
+    assert_eq!(what(&[]), None);
+    let wrong = what(&[Fault { tier: Tier::Base, kernel, from, to }]).expect("most of a span is missing");
+    assert!(wrong.contains("K 8448"), "{wrong}");
+}
+
+#[test]
 fn scalars_in_another_order_are_seen() {
     let from = "x: u32,\n    weight: u32,";
     let swapped = Fault { from, to: "weight: u32,\n    x: u32,", ..WRONG_NORM };

@@ -160,7 +160,7 @@ pub fn every_case() -> Vec<Case> {
         }
     }
     for format in WeightFormat::ALL {
-        for (m, n, k) in [(1, 64, 256), (37, 161, 768), (67, 130, 256)] {
+        for (m, n, k) in [(1, 64, 256), (1, 40, mat_mul::LONG_K), (37, 161, 768), (67, 130, 256)] {
             cases.push(mat_mul::mat_mul(format, m, n, k));
         }
     }

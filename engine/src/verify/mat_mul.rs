@@ -7,6 +7,9 @@ use crate::op::{AddNorm, MatMul, Op};
 use crate::tensor::WeightFormat;
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
+/// Of spans that are longer than what a kernel for one row stages at once, the last of them short.
+pub const LONG_K: u32 = 8448;
+
 /// With a bias where M is odd.
 pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
     let shape = format!("M {m} N {n} K {k}{}", if m % 2 == 1 { ", bias" } else { "" });
@@ -26,7 +29,12 @@ pub fn mat_mul(format: WeightFormat, m: u32, n: u32, k: u32) -> Case {
 /// a norm too, which adds up their sums.
 pub fn by_kernel(format: WeightFormat, kernel: &MatMulKernel) -> Case {
     let (shares, tolerance) = (kernel.least_cols > 1, kernel.tolerance);
-    let (m, n, k) = (kernel.rows + 1, 70, if shares { 2304 } else { 512 });
+    let k = match kernel.rows {
+        1 | 2 => LONG_K,
+        _ if shares => 2304,
+        _ => 512,
+    };
+    let (m, n) = (kernel.rows + 1, 70);
     let (variant, table) = (format!("{}, {}", format.name(), kernel.name), MatMulLine::only(&kernel.name));
     Case::new("mat_mul", &variant, format!("M {m} N {n} K {k}"), move |device| {
         let random = &mut Random::new(3);

@@ -6,7 +6,7 @@
 
 use super::attention::{Heads, Turn, attention, rope_kv, stores};
 use super::device::Device;
-use super::mat_mul::mat_mul;
+use super::mat_mul::{LONG_K, mat_mul};
 use super::rows::{add_norm, embed, gated_act, rms_norm, update_table};
 use super::sample::sample;
 use super::{Case, Check, twin};
@@ -55,6 +55,7 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
         cases.push(embed(format));
         // Two spans of K, and columns that fill no tile.
         cases.extend(MAT_MUL_ROWS.map(|m| mat_mul(format, m, 161, 1280)));
+        cases.push(mat_mul(format, 1, 40, LONG_K));
     }
     cases
 }
