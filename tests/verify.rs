@@ -17,6 +17,7 @@ use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, WeightFormat};
 use fullbore_engine::verify::attention::{stores, stores_nans};
+use fullbore_engine::verify::mat_mul::mat_mul;
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
 use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right, kernels_of_model, tried};
 use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
@@ -109,6 +110,31 @@ fn a_start_sees_what_is_wrong_with_a_long_k_alone() {
     assert_eq!(what(&[]), None);
     let wrong = what(&[Fault { tier: Tier::Base, kernel, from, to }]).expect("most of a span is missing");
     assert!(wrong.contains("K 8448"), "{wrong}");
+}
+
+/// Or random weights would prove little of those that are trained.
+#[test]
+fn a_block_under_another_scale_is_seen_and_so_are_weights_in_f16() {
+    let of_others =
+        ("unit_scales(at_0, in_block);", "unit_scales(block_at(column_0 ^ 1u, unit, params.num_units), in_block);");
+    let in_f16 = (
+        "return mat2x4(fma(vec4<f32>(a), scale, min), fma(vec4<f32>(b), scale, min));",
+        "let w = mat2x4(fma(vec4<f32>(a), scale, min), fma(vec4<f32>(b), scale, min));
+        return mat2x4(
+            vec4(unpack2x16float(pack2x16float(w[0].xy)), unpack2x16float(pack2x16float(w[0].zw))),
+            vec4(unpack2x16float(pack2x16float(w[1].xy)), unpack2x16float(pack2x16float(w[1].zw))),
+        );",
+    );
+    for format in [WeightFormat::Q4_0, WeightFormat::Q6K] {
+        let case = mat_mul(format, 1, 64, 256);
+        let twins = case.run(&mut engine_verify::twin().expect("threads")).expect("memory");
+        for (from, to) in [of_others, in_f16] {
+            let backend = open(Some(Tier::Base), &[Fault { tier: Tier::Base, kernel: "mat_mul", from, to }]);
+            let mut device = device::Device::new(backend.expect("a listed device opens")).expect("a few bytes");
+            let check = case.check(&case.run(&mut device), &twins).remove(0);
+            assert!(check.failure.is_some(), "{}: {to} passes", format.name());
+        }
+    }
 }
 
 #[test]

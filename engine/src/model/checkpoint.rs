@@ -233,7 +233,7 @@ fn hugging_face_name(name: &str, family: Family) -> Option<String> {
     Some(format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-/// Finite values of any format: random codes under fixed scales, about as large as a trained model's weights. They do
+/// Finite values of any format: random codes under random scales, about as large as a trained model's weights. They do
 /// not depend on how many rows are read at once, nor on how many threads fill them.
 struct RandomRows {
     /// Of the words before the next row.
@@ -280,8 +280,15 @@ fn fill(block: &mut [u8], format: WeightFormat, state: &mut u64) {
         rest.copy_from_slice(&next()[..rest.len()]);
     }
     for &(at, half) in half_scales(format) {
-        block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+        let drawn = u16::from_le_bytes([block[at], block[at + 1]]);
+        block[at..at + 2].copy_from_slice(&(half | drawn & below(half)).to_le_bytes());
     }
+}
+
+/// The bits of an f16 below its highest, which are zero in `half`: with them a scale is nobody else's, and less than
+/// twice `half`. A subnormal's highest bit is of its fraction.
+fn below(half: u16) -> u16 {
+    if half & 0x7c00 == 0 { half - 1 } else { 0x3ff }
 }
 
 /// What floats keep of random bits, a word of them, and their exponents: of 2^-5 and below.
@@ -294,7 +301,7 @@ fn floats(format: WeightFormat) -> (u64, u64) {
     }
 }
 
-/// Where a block's f16 scales lie, and the bits of one that suits the format's codes.
+/// Where a block's f16 scales lie, and the bits of the least that suits the format's codes.
 fn half_scales(format: WeightFormat) -> &'static [(usize, u16)] {
     // 2^-7, 2^-8, 2^-11 and 2^-13 as f16, and minus 2^-4.
     const D4: u16 = 0x2000;
@@ -326,6 +333,8 @@ fn mix(mut z: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
     use crate::tensor::WeightFormat;
 
@@ -355,6 +364,15 @@ mod tests {
                 dequantize_row(format, row, &mut values);
                 let (least, most) = values.iter().fold((0.0f32, 0.0f32), |(a, b), &x| (a.min(x), b.max(x)));
                 assert!(least < 0.0 && (1e-3..1.0).contains(&(most - least)), "{format:?}: {least} to {most}");
+            }
+            for &(at, half) in half_scales(format) {
+                let blocks = all.chunks(format.block_bytes() as usize);
+                let scales: Vec<f32> =
+                    blocks.map(|block| f16::from_le_bytes([block[at], block[at + 1]]).to_f32()).collect();
+                let least = f16::from_bits(half).to_f32();
+                assert!(scales.iter().all(|scale| (1.0..2.0).contains(&(scale / least))), "{format:?}: {scales:?}");
+                let distinct: std::collections::HashSet<u32> = scales.iter().map(|scale| scale.to_bits()).collect();
+                assert!(distinct.len() * 4 > scales.len() * 3, "{format:?}: the same scale again and again");
             }
             let words: std::collections::HashSet<&[u8]> = rows.iter().flat_map(|row| row.chunks_exact(16)).collect();
             assert_eq!(words.len(), rows.len() * (rows[0].len() / 16), "{format:?}: the same comes again");
