@@ -241,18 +241,20 @@ fn main(
 #endif
             let shrink_{{R}}_{{H}} = exp(highest_{{R}}_{{H}} - higher_{{R}}_{{H}});
             highest_{{R}}_{{H}} = higher_{{R}}_{{H}};
-            total_{{R}}_{{H}} *= shrink_{{R}}_{{H}};
+            // Of this tile. A sum with a product in it is an fma, lest one variant be given one and another be not.
+            var of_tile_{{R}}_{{H}} = 0.0;
 #for W LANE_PARTS
             value_{{R}}_{{H}}_{{W}} *= shrink_{{R}}_{{H}};
 #endfor
 #for T TOKENS
             let weight_{{T}}_{{R}}_{{H}} =
                 select(0.0, exp(score_{{T}}_{{R}}_{{H}} - higher_{{R}}_{{H}}), visible_{{T}}_{{R}});
-            total_{{R}}_{{H}} += weight_{{T}}_{{R}}_{{H}};
+            of_tile_{{R}}_{{H}} += weight_{{T}}_{{R}}_{{H}};
 #if !ONE_SUBGROUP
             weights[lane * {{PAIRS}}u + {{R}}u * {{HEADS}}u + {{H}}u] = weight_{{T}}_{{R}}_{{H}};
 #endif
 #endfor
+            total_{{R}}_{{H}} = fma(total_{{R}}_{{H}}, shrink_{{R}}_{{H}}, of_tile_{{R}}_{{H}});
 #endfor
 #endfor
 #if !ONE_SUBGROUP

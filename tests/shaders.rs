@@ -15,11 +15,12 @@ use fullbore_engine::verify::attention::Planned;
 use fullbore_engine::verify::mat_mul::LONG_K;
 use fullbore_engine::verify::start::MAT_MUL_ROWS;
 use fullbore_shaders::{
-    Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MatrixUnits, Tier, compose, reflect, validate,
+    Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MatMulVariant, MatrixUnits, Tier, compose, reflect,
+    validate,
 };
 use half::f16;
 use naga::valid::{FunctionInfo, ModuleInfo};
-use naga::{AddressSpace, Statement, TypeInner};
+use naga::{AddressSpace, BinaryOperator, Expression, Handle, Statement, TypeInner};
 
 use crate::device::planned;
 use crate::random::Random;
@@ -37,6 +38,8 @@ fn every_variant_validates() {
             let reflection = reflect(&text, kernel.extras(tier)).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
             let (module, info) = validate(&text, kernel.extras(tier)).expect("it was just reflected");
             assert!(!writes_shared_components(&module, &info), "{tier:?} {kernel:?}: a vector in workgroup memory");
+            let is_open = has_one_order(kernel) && leaves_contraction_open(&module, &info);
+            assert!(!is_open, "{tier:?} {kernel:?}: a driver may contract a sum of one variant and not of another");
             assert!(reflection.workgroup_bytes <= MAX_GROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
             assert!(
                 reflection.workgroup_size.iter().product::<u32>() <= MAX_GROUP_LANES,
@@ -166,6 +169,87 @@ fn devices_are_chosen_by_name_and_refused_by_name() {
         }
         other => panic!("a petabyte was {other:?}"),
     }
+}
+
+/// Whether a float is added to a product, or to a variable that was given one: a driver may make that one step, with
+/// other bits, in one variant of a kernel and not in another.
+fn leaves_contraction_open(module: &naga::Module, info: &ModuleInfo) -> bool {
+    let functions = module.functions.iter().map(|(handle, function)| (function, &info[handle]));
+    let points = module.entry_points.iter().enumerate();
+    let points = points.map(|(index, point)| (&point.function, info.get_entry_point(index)));
+    functions.chain(points).any(|(function, info)| {
+        let is_float = |handle: &Handle<Expression>| {
+            let inner = info[*handle].ty.inner_with(&module.types);
+            inner.scalar_kind() == Some(naga::ScalarKind::Float)
+        };
+        let is_product = |handle: &Handle<Expression>| {
+            let multiplies =
+                matches!(function.expressions[*handle], Expression::Binary { op: BinaryOperator::Multiply, .. });
+            multiplies && is_float(handle)
+        };
+        let mut given = Vec::new();
+        stores(&function.body, &mut |pointer, value| {
+            if is_product(&value) {
+                given.push(pointer);
+            }
+        });
+        let holds_product = |handle: &Handle<Expression>| match function.expressions[*handle] {
+            Expression::Load { pointer } => {
+                given.iter().any(|other| function.expressions[*other] == function.expressions[pointer])
+            }
+            _ => is_product(handle),
+        };
+        function.expressions.iter().any(|(handle, expression)| match expression {
+            Expression::Binary { op: BinaryOperator::Add | BinaryOperator::Subtract, left, right } => {
+                is_float(&handle) && (holds_product(left) || holds_product(right))
+            }
+            _ => false,
+        })
+    })
+}
+
+fn stores(block: &naga::Block, seen: &mut impl FnMut(Handle<Expression>, Handle<Expression>)) {
+    for statement in block.iter() {
+        match statement {
+            Statement::Store { pointer, value } => seen(*pointer, *value),
+            Statement::Block(block) => stores(block, seen),
+            Statement::If { accept, reject, .. } => {
+                [accept, reject].map(|block| stores(block, seen)).into_iter().collect()
+            }
+            Statement::Switch { cases, .. } => cases.iter().for_each(|case| stores(&case.body, seen)),
+            Statement::Loop { body, continuing, .. } => {
+                [body, continuing].map(|block| stores(block, seen)).into_iter().collect()
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Those of which several variants must give the same bits.
+fn has_one_order(kernel: Kernel) -> bool {
+    match kernel {
+        Kernel::MatMul(_, variant) => !matches!(variant, MatMulVariant::Integer { .. } | MatMulVariant::Matrix { .. }),
+        Kernel::MatMulSum | Kernel::Attention(_) => true,
+        _ => false,
+    }
+}
+
+#[test]
+fn a_sum_that_may_be_contracted_is_seen() {
+    let seen = |statement: &str| {
+        let text = format!(
+            "var<workgroup> out: array<f32, 8>;
+            fn put(a: f32, b: f32) -> f32 {{ var x = a; var y = vec2(b); {statement} return x + y.x; }}
+            @compute @workgroup_size(8) fn main(@builtin(local_invocation_index) i: u32) {{
+                out[i] = put(f32(i), 2.0);
+            }}"
+        );
+        let (module, info) = validate(&text, Extras::default()).unwrap_or_else(|error| panic!("{error}"));
+        leaves_contraction_open(&module, &info)
+    };
+    assert!(seen("x = a * b + x;") && seen("x -= a * b;") && seen("if a > b { x *= b; } x += a;"));
+    assert!(seen("y *= b; y += vec2(a);"));
+    assert!(!seen("x = fma(a, b, x); let i = 2 * i32(a) + 1;") && !seen("y = fma(y, y, y);"));
 }
 
 /// A backend under test.
