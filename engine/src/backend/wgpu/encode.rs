@@ -8,6 +8,7 @@ use bytemuck::Pod;
 use fullbore_shaders::{ELEMENT_LANES, MUL_ADD_ELEMENTS, TILE, Tier};
 use half::f16;
 
+use super::MAX_WORKGROUPS;
 use super::mat_mul_tables::MatMulTables;
 use super::params::*;
 use super::pipelines::{AttentionVariant, Kernel};
@@ -315,7 +316,10 @@ impl Encoder<'_> {
             None => (Kernel::MulAdd, MUL_ADD_ELEMENTS, 1),
         };
         let work = u64::from(num_elements) * u64::from(op.rounds) * u64::from(size);
-        self.push_work(kernel, &[op.x.buffer], &params, num_elements.div_ceil(of_group), work);
+        let workgroups = num_elements.div_ceil(of_group);
+        // Workgroups beyond a row of a dispatch are rounded up, and one of matrices has no guard.
+        assert!(units.is_none() || workgroups <= MAX_WORKGROUPS, "{num_elements} elements of matrices at once");
+        self.push_work(kernel, &[op.x.buffer], &params, workgroups, work);
     }
 
     /// Slices of rows first, then rows.
