@@ -157,7 +157,7 @@ fn describe(id: &str, adapter: &wgpu::Adapter, tier: Tier, limits: &Limits) -> D
 }
 
 /// The first that an adapter with these features lacks of what a tier needs, in words. The subgroup tier's kernels take
-/// subgroups of any width; a workgroup of the lavapipe tier's is one subgroup of 8.
+/// subgroups of any width from 4 on; a workgroup of the lavapipe tier's is one subgroup of 8.
 fn missing_feature(tier: Tier, features: Features, info: &wgpu::AdapterInfo) -> Option<String> {
     if tier == Tier::Base {
         return None;
@@ -168,8 +168,12 @@ fn missing_feature(tier: Tier, features: Features, info: &wgpu::AdapterInfo) -> 
         }
     }
     let (least, most) = (info.subgroup_min_size, info.subgroup_max_size);
-    (tier == Tier::Lavapipe && (least, most) != (8, 8))
-        .then(|| format!("subgroups of 8 lanes: it has {least} to {most}"))
+    let (needed, fits) = match tier {
+        Tier::Lavapipe => ("subgroups of 8 lanes", (least, most) == (8, 8)),
+        // A sum of four lanes or more has a place in workgroup memory.
+        _ => ("subgroups of 4 lanes or more", least >= 4),
+    };
+    (!fits).then(|| format!("{needed}: it has {least} to {most}"))
 }
 
 fn natural_tier(features: Features, info: &wgpu::AdapterInfo) -> Tier {
@@ -374,6 +378,11 @@ mod tests {
                 assert_eq!(natural_tier(Features::SUBGROUP, &gpu), Tier::Base, "no immediates");
                 assert_eq!(natural_tier(Features::IMMEDIATES, &gpu), Tier::Base, "no subgroups");
             }
+            assert_eq!(
+                natural_tier(features, &adapter(wgpu::DeviceType::DiscreteGpu, 1, most)),
+                Tier::Base,
+                "1 to {most}"
+            );
             let software = natural_tier(features, &adapter(wgpu::DeviceType::Cpu, least, most));
             assert_eq!(software == Tier::Lavapipe, (least, most) == (8, 8), "{least} to {most}");
             assert!(software != Tier::Base, "{least} to {most}");
