@@ -49,6 +49,16 @@ fn tier_at_start(faults: &[Fault]) -> Result<String, StartCheckError<OpenError>>
     first_right(&cases, &kernels, backend, &mut plainer).map(|backend| backend.info().tier.clone())
 }
 
+/// A limit of wgpu's, or what one of its writers has no word for.
+#[test]
+fn a_kernel_that_wgpu_refuses_is_a_reason_for_plainer_ones() {
+    let (from, to) = ("@workgroup_size(32)", "@workgroup_size(4096)");
+    let backend = open(Some(Tier::Base), &[Fault { tier: Tier::Base, kernel: "rope_kv", from, to }]);
+    let cases = [stores(KvType::F16, 64)];
+    let what = tried(&cases, backend.expect("a listed device opens")).expect("a twin").err().expect("it is too large");
+    assert!(what.contains("rope_kv") && what.contains("4096"), "{what}");
+}
+
 /// Or a first start compiles the rest of them one by one.
 #[test]
 fn a_start_makes_all_kernels_at_once() {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use fullbore_shaders::{Access, Arithmetic, Constants, Extras, MatMulVariant, MatrixUnits, Tier, compose, reflect};
 use rayon::prelude::*;
-use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ShaderStages};
+use wgpu::{BindGroupLayout, BindGroupLayoutEntry, BindingType, BufferBindingType, ErrorFilter, ShaderStages};
 
 use super::arithmetic::of_format;
 use super::device::Device;
@@ -286,6 +286,8 @@ impl Pipelines {
         let extras = kernel.extras(tier);
         let reflection = reflect(&text, extras).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
         let device = &self.device.device;
+        // What a driver says of a kernel that it cannot build, and what wgpu does.
+        let scopes = [ErrorFilter::Validation, ErrorFilter::Internal].map(|filter| device.push_error_scope(filter));
         let entries: Vec<_> = reflection.storage.iter().enumerate().map(storage_entry).collect();
         let storage =
             device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
@@ -294,8 +296,6 @@ impl Pipelines {
             bind_group_layouts: &[Some(&storage), self.uniform.as_ref()][..1 + usize::from(self.uniform.is_some())],
             immediate_size: if extras.immediates { reflection.params_bytes } else { 0 },
         });
-        // What a driver says of a kernel that it cannot build.
-        let scope = device.push_error_scope(wgpu::ErrorFilter::Internal);
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&layout),
@@ -307,7 +307,10 @@ impl Pipelines {
             },
             cache: self.cache.as_ref().map(PipelineCache::for_one_more),
         });
-        if let Some(error) = pollster::block_on(scope.pop()) {
+        // The last first, and all of them.
+        let errors = scopes.into_iter().rev().map(|scope| pollster::block_on(scope.pop())).collect::<Vec<_>>();
+        if let Some(error) = errors.into_iter().flatten().next() {
+            self.device.check()?;
             return Err(self.device.unbuilt(name, &error.to_string()));
         }
         let num_buffers = reflection.storage.len();
