@@ -17,9 +17,11 @@ use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, WeightFormat};
 use fullbore_engine::verify::attention::{stores, stores_nans};
-use fullbore_engine::verify::mat_mul::mat_mul;
+use fullbore_engine::verify::mat_mul::{in_company, mat_mul};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
-use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right, kernels_of_model, tried};
+use fullbore_engine::verify::start::{
+    StartCheckError, apart_in_company, cases_in_company, cases_of_model, first_right, kernels_of_model, tried,
+};
 use fullbore_engine::verify::{self as engine_verify, Case, Check, Output, device, every_case};
 
 use crate::ops::device_ids;
@@ -68,7 +70,9 @@ fn a_start_makes_all_kernels_at_once() {
     backend.make_kernels(&kernels_of_model(&config, &FORMATS, KvType::Q8_0)).expect("the driver builds them");
     assert!(backend.settle().num_pipelines > 10);
     let backend = tried(&cases_of_model(&config, &FORMATS, KvType::Q8_0), backend).expect("a twin");
-    assert_eq!(backend.expect("it is right").settle().num_pipelines, 0);
+    let company = cases_in_company(&config, &FORMATS, KvType::Q8_0);
+    let (mut backend, apart) = apart_in_company(&company, backend.expect("it is right")).expect("the device is there");
+    assert_eq!((apart, backend.settle().num_pipelines), (None, 0));
 }
 
 #[test]
@@ -113,7 +117,7 @@ fn a_start_sees_what_is_wrong_with_a_long_k_alone() {
     let to = "if first < span * params.span_units + 64u { stage(row, first * 32u, end_unit * 32u, local); }";
     let mut cases = cases_of_model(&Bundle::simulated().config, &[WeightFormat::Q4_0], KvType::F16);
     cases.retain(|case| case.op == "mat_mul" && case.shape.starts_with("M 1 "));
-    let mut what = |faults: &[Fault]| {
+    let what = |faults: &[Fault]| {
         let backend = open(Some(Tier::Base), faults).expect("a listed device opens");
         tried(&cases, backend).expect("a twin").err()
     };
@@ -145,6 +149,22 @@ fn a_block_under_another_scale_is_seen_and_so_are_weights_in_f16() {
             assert!(check.failure.is_some(), "{}: {to} passes", format.name());
         }
     }
+}
+
+/// As a driver may that takes sums for what they are in mathematics.
+#[test]
+fn another_order_of_additions_in_one_kernel_is_near_enough_and_told() {
+    let (from, to) = ("for (var split = 0u; split < 8u; split++) {", "for (var split = 7u; split < 8u; split--) {");
+    let fault = Fault { tier: Tier::Base, kernel: "mat_mul", from, to };
+    let (near, same) = (mat_mul(WeightFormat::Q4_0, 1, 161, 1280), in_company(WeightFormat::Q4_0, &[1, 18]));
+    let apart = |faults: &[Fault]| {
+        let backend = open(Some(Tier::Base), faults).expect("a listed device opens");
+        let backend = tried(std::slice::from_ref(&near), backend).expect("a twin").expect("it is near");
+        apart_in_company(std::slice::from_ref(&same), backend).expect("the device is there").1
+    };
+    assert_eq!(apart(&[]), None);
+    let told = apart(&[fault]).expect("other bits");
+    assert!(told.starts_with("mat_mul q4_0 N 161 K 1280, alone and in company: "), "{told}");
 }
 
 #[test]

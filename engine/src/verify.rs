@@ -107,6 +107,14 @@ impl Output {
         Output::f32(words, 0.0)
     }
 
+    /// How many words are not the same in pairs of as many: none where both were computed in one order.
+    fn differing<'a>(pairs: impl Iterator<Item = (&'a [u32], &'a [u32])>) -> Vec<Output> {
+        let of_pair =
+            |(one, other): (&[u32], &[u32])| one.iter().zip(other).filter(|(one, other)| one != other).count();
+        let words = vec![pairs.map(of_pair).sum::<usize>() as u32];
+        vec![Output { name: "elements that differ", words, tolerance: 0.0 }]
+    }
+
     /// The largest difference over the twin's largest magnitude, and why `self` does not pass for the twin.
     fn compare(&self, twin: &Output) -> (f32, Option<String>) {
         if self.words.len() != twin.words.len() {
@@ -138,6 +146,11 @@ impl Output {
         let wrong = || format!("element {index} is {}, not {}", value(self, index), value(twin, index));
         (error, (error > self.tolerance).then(wrong))
     }
+}
+
+/// Whether a row has the same bits whatever its neighbours, by that arithmetic.
+pub fn holds_in_company(arithmetic: &str) -> bool {
+    !matches!(arithmetic, "integer-dot" | "matrix-units")
 }
 
 /// The reference: everything by its plain twin on the cpu.
@@ -188,7 +201,8 @@ pub fn every_case() -> Vec<Case> {
         }
         let heads = Heads::of(kv_type).into_iter();
         cases.extend(heads.map(|heads| attention::attention(kv_type, heads)));
-        cases.push(attention::split_or_whole(kv_type));
+        let heads = Heads { num_positions: 700, ..Heads::new(64, 2, 3, 16) };
+        cases.push(attention::in_company(kv_type, heads));
     }
     for (kv_type, head_dim) in [
         (KvType::F16, 20),

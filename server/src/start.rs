@@ -17,7 +17,9 @@ use fullbore_engine::memory::capacity::{BudgetTooSmall, MemoryTable, human_bytes
 use fullbore_engine::memory::kv_events::KvEventSender;
 use fullbore_engine::model::{Footprint, Model, ModelConfig, UnfitKvType, Weights};
 use fullbore_engine::tuning::TunedMatMul;
-use fullbore_engine::verify::start::{StartCheckError, cases_of_model, first_right, kernels_of_model};
+use fullbore_engine::verify::start::{
+    StartCheckError, apart_in_company, cases_in_company, cases_of_model, first_right, kernels_of_model,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::api::ServedModel;
@@ -297,7 +299,11 @@ fn verified(backend: Box<dyn Backend>, bundle: &Bundle, args: &ModelArgs) -> Res
     let cases = cases_of_model(&bundle.config, &formats, args.kv_type);
     let kernels = kernels_of_model(&bundle.config, &formats, args.kv_type);
     let backend = first_right(&cases, &kernels, backend, &mut |info| devices::plainer(info, &args.device))?;
-    let tier = &backend.info().tier;
+    let (backend, apart) = apart_in_company(&cases_in_company(&bundle.config, &formats, args.kv_type), backend)?;
+    let DeviceInfo { id: device, driver, tier, .. } = backend.info();
+    if let Some(what) = apart {
+        tracing::warn!(device, driver, what, "the driver adds in orders of its own: answers may depend on others");
+    }
     tracing::info!(tier, num_cases = cases.len(), took_ms = begun.elapsed().as_secs_f64() * 1e3, "kernels tried");
     Ok(backend)
 }

@@ -12,7 +12,7 @@ use fullbore_engine::backend::{Backend, DeviceError, DeviceInfo};
 use fullbore_engine::tensor::WeightFormat;
 use fullbore_engine::verify::golden::{Golden, Share};
 use fullbore_engine::verify::mat_mul::many_workgroups;
-use fullbore_engine::verify::{self, Case, Check, every_case, every_mat_mul_kernel};
+use fullbore_engine::verify::{self, Case, Check, every_case, every_mat_mul_kernel, holds_in_company};
 
 use crate::args::{EngineArgs, ModelArgs, VerifyArgs};
 use crate::devices::{self, DeviceChoiceError};
@@ -103,11 +103,6 @@ fn follow(args: &VerifyArgs, path: &Path) -> Result<(), VerifyError> {
         VerifyError::NotFollowed { model, device: info.id.clone(), golden }
     };
     followed.failures.is_empty().then_some(()).ok_or_else(failed)
-}
-
-/// Whether a row has the same bits whatever its neighbours, by that arithmetic.
-fn holds_in_company(arithmetic: &str) -> bool {
-    !matches!(arithmetic, "integer-dot" | "matrix-units")
 }
 
 /// Those cases that `keep` keeps, as a table into `out`.

@@ -5,7 +5,7 @@ use half::f16;
 
 use super::device::Device;
 use super::random::Random;
-use super::{Case, Output};
+use super::{Case, Output, holds_in_company};
 use crate::backend::DeviceError;
 use crate::batch::attention::{AttentionLimits, AttentionPlan, QueryRows};
 use crate::op::{ATTENTION_CUT, ATTENTION_ITEM_WORDS, ATTENTION_MERGE_WORDS, Attention, Op, RopeKv, RopeStyle};
@@ -93,18 +93,23 @@ pub fn attention(kv_type: KvType, heads: Heads) -> Case {
     let name = format!("head {head_dim}, {num_kv_heads} x {group}");
     let shape = format!("{name}, block {block_size}, window {window}, cap {soft_cap}, {num_positions} positions");
     Case::new("attention", kv_type.name(), shape, move |device| {
-        let words = attend(device, kv_type, heads, MAX_SPLITS)?;
+        let words = attend(device, kv_type, heads, MAX_SPLITS, false)?;
         Ok(Output::f32(words, device.backend().attention_tolerance()))
     })
 }
 
-/// The same step with and without splitting: how many elements are not the same to the bit.
-pub fn split_or_whole(kv_type: KvType) -> Case {
-    let heads = Heads { num_positions: 700, ..Heads::new(64, 2, 3, 16) };
-    Case::new("attention", kv_type.name(), "700 positions, split or whole".to_owned(), move |device| {
-        let (split, whole) = (attend(device, kv_type, heads, MAX_SPLITS)?, attend(device, kv_type, heads, 0)?);
-        let differ = split.iter().zip(&whole).filter(|(one, other)| one != other).count() as u32;
-        Ok(vec![Output { name: "elements that differ", words: vec![differ], tolerance: 0.0 }])
+/// The same step with and without splitting, and, where the arithmetic promises it, each row by itself: how many
+/// elements are not the same to the bit.
+pub fn in_company(kv_type: KvType, heads: Heads) -> Case {
+    let Heads { head_dim, num_kv_heads, group, num_positions, .. } = heads;
+    let shape = format!("head {head_dim}, {num_kv_heads} x {group}, {num_positions} positions, alone and in company");
+    Case::new("attention", kv_type.name(), shape, move |device| {
+        let planned = attend(device, kv_type, heads, MAX_SPLITS, false)?;
+        let mut others = vec![attend(device, kv_type, heads, 0, false)?];
+        if holds_in_company(&device.backend().info().arithmetic) {
+            others.push(attend(device, kv_type, heads, 0, true)?);
+        }
+        Ok(Output::differing(others.iter().map(|other| (&other[..], &planned[..]))))
     })
 }
 
@@ -112,8 +117,14 @@ pub fn split_or_whole(kv_type: KvType) -> Case {
 const MAX_SPLITS: u32 = 8;
 
 /// The items of a mixed step over sequences that have grown in a shuffled cache; with `num_partials` of 0 none is
-/// split.
-fn attend(device: &mut Device, kv_type: KvType, heads: Heads, num_partials: u32) -> Result<Vec<u32>, DeviceError> {
+/// split, and where rows are `apart` each is an item.
+fn attend(
+    device: &mut Device,
+    kv_type: KvType,
+    heads: Heads,
+    num_partials: u32,
+    apart: bool,
+) -> Result<Vec<u32>, DeviceError> {
     let Heads { head_dim, num_kv_heads, group, block_size, window, num_positions, soft_cap } = heads;
     let random = &mut Random::new(6);
     let table_cols = num_positions.div_ceil(block_size);
@@ -136,7 +147,16 @@ fn attend(device: &mut Device, kv_type: KvType, heads: Heads, num_partials: u32)
     // A decode at the end, a chunk across a tile or a cut, the begin of a prompt, and its last token in another.
     let chunk = if num_positions > ATTENTION_CUT + 4 { ATTENTION_CUT - 4 } else { 28 };
     let rows = [(0, 1, 2, num_positions - 1), (1, 8, 0, chunk), (9, 3, 1, 0), (12, 1, 1, num_positions - 2)];
-    let rows = rows.map(|(first_row, num_rows, slot, position)| QueryRows { first_row, num_rows, slot, position });
+    let rows = rows.into_iter().flat_map(|(first_row, num_rows, slot, position)| {
+        let of_item = if apart { 1 } else { num_rows };
+        (0..num_rows / of_item).map(move |row| QueryRows {
+            first_row: first_row + row,
+            num_rows: of_item,
+            slot,
+            position: position + row,
+        })
+    });
+    let rows: Vec<QueryRows> = rows.collect();
     let num_heads = num_kv_heads * group;
     let tensor = |words: &[u32], cols: u32| device.u32(words.len() as u32 / cols, cols, words);
     let Planned { items, num_single_rows, merges, partials } =

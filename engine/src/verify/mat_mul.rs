@@ -4,7 +4,7 @@ use super::device::MAT_MUL_TOLERANCE;
 use super::random::Random;
 use super::{Case, Output};
 use crate::op::{AddNorm, MatMul, Op};
-use crate::tensor::WeightFormat;
+use crate::tensor::{Tensor, WeightFormat};
 use crate::tuning::{MatMulKernel, MatMulLine, MatMulShape};
 
 /// Of spans that are longer than what a kernel for one row stages at once, the last of them short.
@@ -81,9 +81,25 @@ pub fn same_bits(format: WeightFormat) -> Case {
         }
         device.backend().set_mat_mul_table(shape, &before).expect("the table that was there");
         let written = written.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let differ =
-            |words: &Vec<u32>| words.iter().zip(&written[0]).filter(|(one, other)| one != other).count() as u32;
-        Ok(vec![Output { name: "elements that differ", words: vec![written.iter().map(differ).sum()], tolerance: 0.0 }])
+        Ok(Output::differing(written.iter().map(|words| (&words[..], &written[0][..]))))
+    })
+    .of_formats(&[format])
+}
+
+/// How many elements of products of so many rows, by whatever kernels the device's table has for them, are not the same
+/// to the bit as in that of the most, which is the last.
+pub fn in_company(format: WeightFormat, rows: &'static [u32]) -> Case {
+    let (n, k, most) = (161, 1280, *rows.last().expect("several numbers of rows"));
+    Case::new("mat_mul", format.name(), format!("N {n} K {k}, alone and in company"), move |device| {
+        let (weight, x) = (device.weight(format, n, k, 4)?, device.random(most, k, &mut Random::new(3))?);
+        let outs = rows.iter().map(|&m| device.unwritten(m, n)).collect::<Result<Vec<_>, _>>()?;
+        let product = |&out: &Tensor| MatMul { x: x.first_rows(out.rows), weight, bias: None, first_col: 0, out };
+        let words = device.run(&outs.iter().map(product).map(Op::MatMul).collect::<Vec<_>>(), &outs)?;
+        let mut rest = &words[..];
+        let written: Vec<&[u32]> =
+            rows.iter().map(|&m| rest.split_off(..(m * n) as usize).expect("all rows")).collect();
+        let whole = written[written.len() - 1];
+        Ok(Output::differing(written.iter().map(|words| (*words, &whole[..words.len()]))))
     })
     .of_formats(&[format])
 }

@@ -4,12 +4,12 @@
 //! Invariant: what passes here has computed every case as the twin does. No backend is known by name: who asks says
 //! what is plainer than what.
 
-use super::attention::{Heads, Turn, attention, rope_kv, stores};
+use super::attention::{self, Heads, Turn, attention, rope_kv, stores};
 use super::device::Device;
-use super::mat_mul::{LONG_K, mat_mul};
+use super::mat_mul::{self, LONG_K, mat_mul};
 use super::rows::{add_norm, embed, gated_act, rms_norm, update_table};
 use super::sample::sample;
-use super::{Case, Check, twin};
+use super::{Case, Check, holds_in_company, twin};
 use crate::backend::{Backend, DeviceError, DeviceInfo, ModelKernels};
 use crate::model::ModelConfig;
 use crate::model::config::Family;
@@ -37,10 +37,6 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
     let (head_dim, rotary_dim) = (config.head_dim, config.rope.rotary_dim);
     let has_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
     let has_post = config.family == Family::Gemma3;
-    let group = config.num_heads / config.num_kv_heads;
-    let window = if config.windows.iter().any(Option::is_some) { 20 } else { 0 };
-    // Long enough for a row to be split.
-    let heads = Heads { window, num_positions: 300, ..Heads::new(head_dim, 1, group, 16) };
     let mut cases = vec![
         update_table(),
         rms_norm(2, config.dim.min(1024)),
@@ -48,7 +44,7 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
         gated_act(config.activation, 2, 100),
         add_norm(2, 3, 100, has_post),
         stores(kv_type, head_dim),
-        attention(kv_type, heads),
+        attention(kv_type, heads_of(config)),
         sample(500),
     ];
     for &format in formats {
@@ -58,6 +54,20 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
         cases.push(mat_mul(format, 1, 40, LONG_K));
     }
     cases
+}
+
+/// By the same kernels, rows alone and in company: elements that differ, which are none where a driver leaves the order
+/// of additions as it is written.
+pub fn cases_in_company(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
+    let products = formats.iter().map(|&format| mat_mul::in_company(format, &MAT_MUL_ROWS));
+    [attention::in_company(kv_type, heads_of(config))].into_iter().chain(products).collect()
+}
+
+/// With sequences that are long enough for a row to be split.
+fn heads_of(config: &ModelConfig) -> Heads {
+    let window = if config.windows.iter().any(Option::is_some) { 20 } else { 0 };
+    let group = config.num_heads / config.num_kv_heads;
+    Heads { window, num_positions: 300, ..Heads::new(config.head_dim, 1, group, 16) }
 }
 
 /// What those cases need, to be made at once.
@@ -106,9 +116,32 @@ pub fn tried(cases: &[Case], backend: Box<dyn Backend>) -> Result<Result<Box<dyn
         if let Some(Check { op, variant, shape, failure: Some(failure), .. }) =
             checks.into_iter().find(|check| check.failure.is_some())
         {
-            let name = [op, &variant, &shape].into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
-            return Ok(Err(format!("{name}: {failure}")));
+            return Ok(Err(format!("{}: {failure}", in_words([op, &variant, &shape]))));
         }
     }
     Ok(Ok(device.into_backend()))
+}
+
+fn in_words(words: [&str; 3]) -> String {
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// The backend again, and what it computes otherwise in company than alone, the first of `cases`, in words. None where
+/// its arithmetic promises nothing of the kind.
+pub fn apart_in_company(
+    cases: &[Case],
+    backend: Box<dyn Backend>,
+) -> Result<(Box<dyn Backend>, Option<String>), DeviceError> {
+    if !holds_in_company(&backend.info().arithmetic) {
+        return Ok((backend, None));
+    }
+    let mut device = Device::new(backend)?;
+    for case in cases {
+        let differ: u32 = case.run(&mut device)?.iter().flat_map(|output| &output.words).sum();
+        if differ > 0 {
+            let what = in_words([case.op, &case.variant, &case.shape]);
+            return Ok((device.into_backend(), Some(format!("{what}: {differ} elements differ"))));
+        }
+    }
+    Ok((device.into_backend(), None))
 }
