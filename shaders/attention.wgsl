@@ -221,8 +221,10 @@ fn main(
             workgroupBarrier();
             for (var pair = lane; pair < {{PAIRS}}u; pair += {{TILE_LANES}}u) {
                 var largest = LOWEST;
-                for (var t = 0u; t < 32u; t++) {
-                    largest = max(largest, weights[t * {{PAIRS}}u + pair]);
+                for (var t = 0u; t < 32u; t += 8u) {
+#for I 8
+                    largest = max(largest, weights[(t + {{I}}u) * {{PAIRS}}u + pair]);
+#endfor
                 }
                 of_pair[pair] = largest;
             }
@@ -275,8 +277,10 @@ fn main(
         workgroupBarrier();
         for (var pair = lane; pair < {{PAIRS}}u; pair += {{TILE_LANES}}u) {
             var sum = 0.0;
-            for (var t = 0u; t < 32u; t++) {
-                sum += weights[t * {{PAIRS}}u + pair];
+            for (var t = 0u; t < 32u; t += 8u) {
+#for I 8
+                sum += weights[(t + {{I}}u) * {{PAIRS}}u + pair];
+#endfor
             }
             of_pair[pair] = sum;
         }

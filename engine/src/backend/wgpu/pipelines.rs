@@ -71,10 +71,40 @@ impl AttentionVariant {
         AttentionVariant { kv_type, head_dim, heads, rows }
     }
 
-    fn constants(self, lanes: u32) -> Constants {
+    /// Positions whose values are loaded together, and steps of a key's elements: of one row as many as make 16 words a
+    /// lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes. Items of several
+    /// rows have more lanes, and less room in registers. Software Vulkan waits for no load.
+    fn steps(self, tier: Tier) -> (u32, u32) {
+        if tier == Tier::Lavapipe {
+            return (1, 1);
+        }
+        let max_words = if self.rows == 1 { 16 } else { 8 };
+        let AttentionVariant { kv_type, head_dim, .. } = self;
+        let lane_parts = (head_dim / part(kv_type)).div_ceil(tier.attention_lanes());
+        // Words of a position's values, codes with a scale's; steps in a loop over a key, and words of one.
+        let (of_value, num_steps, of_key) = match kv_type {
+            KvType::F16 => (lane_parts, head_dim.div_ceil(8), 4),
+            KvType::Q8_0 => (2 * lane_parts, 4, 2),
+            KvType::Q4_0 => (2 * lane_parts, 4, 1),
+        };
+        let fitting = |words: u32, num: u32| {
+            let fits = |steps: &u32| num.is_multiple_of(*steps) && words * steps <= max_words;
+            [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+        };
+        (fitting(of_value, ATTENTION_TILE), fitting(of_key, num_steps))
+    }
+
+    fn constants(self, tier: Tier) -> Constants {
         let AttentionVariant { kv_type, head_dim, heads, rows } = self;
-        let part = part(kv_type);
+        let (part, lanes) = (part(kv_type), tier.attention_lanes());
+        let (value_steps, key_steps) = self.steps(tier);
         vec![
+            ("VALUE_STEPS", value_steps),
+            ("KEY_STEPS", key_steps),
+            // Cuts of a row that are loaded together.
+            ("MERGE_STEPS", if tier == Tier::Lavapipe { 1 } else { 2 }),
+            // Whether a position that a row does not see may be loaded for it.
+            ("HIDES", u32::from(rows > 1 || value_steps > 1)),
             ("TOKENS", ATTENTION_TILE / lanes),
             ("CUT", ATTENTION_CUT),
             ("HEADS", heads),
@@ -173,7 +203,7 @@ impl Kernel {
             }
             Kernel::Attention(variant) => {
                 constants.extend(cache_constants(variant.kv_type, variant.head_dim));
-                constants.extend(variant.constants(tier.attention_lanes()));
+                constants.extend(variant.constants(tier));
                 "attention"
             }
             Kernel::GatedAct => "gated_act",
