@@ -24,6 +24,11 @@ pub struct Partials {
 /// So many rows at least stay in one dispatch.
 const MIN_CUT_ROWS: u32 = 64;
 
+/// Before a norm, which adds up sums as it reads them, workgroups share K whatever a table says, if there are so few
+/// rows at most, whose sums are small beside the weights, and fewer workgroups than keep a large device busy.
+const MAX_SHARED_ROWS: u32 = 4;
+const MIN_WORKGROUPS: u32 = 512;
+
 /// Some rows of a product.
 struct Part {
     variant: MatMulVariant,
@@ -65,7 +70,10 @@ impl Encoder<'_> {
         if norm.y != product.out || !is_all {
             return false;
         }
-        let part = self.part(product, 0);
+        let mut part = self.part(product, 0);
+        let num_workgroups = product.weight.rows.div_ceil(part.variant.columns());
+        let shares = product.x.rows <= MAX_SHARED_ROWS && num_workgroups < MIN_WORKGROUPS;
+        part.spreads |= shares && part.variant.can_spread();
         match self.partials_of(product, &part) {
             Some(partials) if part.end_row == product.x.rows => {
                 self.product(product, &part, Some(partials));

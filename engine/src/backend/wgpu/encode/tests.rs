@@ -8,8 +8,8 @@ use crate::batch::PackedBatch;
 use crate::batch::attention::{AttentionPlan, QueryRows};
 use crate::config::EngineConfig;
 use crate::model::{Checkpoint, Inputs, Model, ModelConfig};
-use crate::op::{AddNorm, SampleRow};
-use crate::tensor::WeightFormat;
+use crate::op::{AddNorm, MatMul, SampleRow};
+use crate::tensor::{WeightFormat, WeightId};
 use crate::tuning::{MatMulLine, MatMulShape};
 
 /// What the whole of a layer may take.
@@ -110,4 +110,37 @@ fn workgroups_that_share_k_cost_no_dispatch_where_a_norm_follows() {
     assert_eq!(count(down, 8), 9, "the norm adds up");
     assert_eq!(count(qkv, 8), 10, "no norm follows");
     assert_eq!(count(down, 512), 9, "no room for so many rows: nothing is shared");
+}
+
+#[test]
+fn few_rows_of_few_columns_share_k_before_a_norm_by_themselves() {
+    let norm_follows = |tier: Tier, m: u32, n: u32, k: u32| {
+        let tensor = |buffer, rows, cols| Tensor::f32(BufferId(buffer), rows, cols);
+        let (x, y, out) = (tensor(2, m, k), tensor(3, m, n), tensor(4, m, n));
+        let weight = Weight { id: WeightId(0), rows: n, cols: k, format: WeightFormat::Q4_0 };
+        let product = MatMul { x, weight, bias: None, first_col: 0, out: y };
+        let (residual, weight) = (tensor(5, m, n), tensor(6, 1, n));
+        let norm = AddNorm { x: residual, y, post_weight: None, rows: None, weight, eps: 1e-5, out };
+        let mut dispatches = Vec::new();
+        Encoder {
+            tier,
+            mat_muls: &MatMulTables::new(tier, Arithmetic::F32),
+            weights: &[vec![Shard { buffer: BufferId(0), first_row: 0, num_rows: n }]],
+            recording: &Recording::new(BufferId(0)),
+            max_work: u64::MAX,
+            partials: (tier != Tier::Lavapipe).then_some(Partials { buffer: BufferId(1), num_elements: 1 << 21 }),
+            out: &mut dispatches,
+        }
+        .ops(&[Op::MatMul(product), Op::AddNorm(norm)]);
+        dispatches.iter().map(|dispatch| dispatch.workgroups).collect::<Vec<u32>>()
+    };
+    for tier in [Tier::Base, Tier::Subgroup] {
+        // Four spans, and three.
+        assert_eq!(norm_follows(tier, 1, 4096, 14336), [4 * 128, 1]);
+        assert_eq!(norm_follows(tier, 4, 4096, 2304), [3 * 128, 4]);
+        assert_eq!(norm_follows(tier, 5, 4096, 4096), [128, 5], "more rows, and more sums");
+        assert_eq!(norm_follows(tier, 1, 16384, 4096), [512, 1], "columns enough");
+        assert_eq!(norm_follows(tier, 1, 4096, 1024), [128, 1], "one span");
+    }
+    assert_eq!(norm_follows(Tier::Lavapipe, 1, 4096, 4096), [128, 1], "software Vulkan has no spans");
 }
