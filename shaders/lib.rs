@@ -101,6 +101,8 @@ impl Tier {
 /// Invocations of a workgroup at most, and bytes of its memory: WebGPU's guarantee, which every tier keeps to.
 pub const MAX_GROUP_LANES: u32 = 256;
 pub const MAX_GROUP_BYTES: u32 = 16 << 10;
+/// Bytes for matrix units, whose devices have more.
+pub const MAX_MATRIX_GROUP_BYTES: u32 = 28 << 10;
 
 /// Columns of a packed weight that lie together.
 pub const TILE: u32 = 32;

@@ -30,19 +30,19 @@ pub struct MatrixUnits {
 }
 
 impl MatrixUnits {
-    /// Of a workgroup: four, or as many as it has room for.
-    const fn subgroups(self) -> u32 {
+    /// Of a workgroup: `most`, or as many as it has room for.
+    const fn subgroups(self, most: u32) -> u32 {
         let room = MAX_GROUP_LANES / self.subgroup_lanes;
-        if room < 4 { room } else { 4 }
+        if room < most { room } else { most }
     }
 
     /// Elements of a workgroup of `mul_add_matrix.wgsl`: four matrices a subgroup.
     pub const fn mul_add_elements(self) -> u32 {
-        self.subgroups() * 4 * self.size * self.size
+        self.subgroups(4) * 4 * self.size * self.size
     }
 
     pub fn mul_add_constants(self) -> Constants {
-        let subgroups = self.subgroups();
+        let subgroups = self.subgroups(4);
         vec![("SIZE", self.size), ("SUBGROUPS", subgroups), ("GROUP_LANES", subgroups * self.subgroup_lanes)]
     }
 }
@@ -74,7 +74,7 @@ pub enum MatMulVariant {
     F16Tile,
     /// `mat_mul_integer.wgsl`: as `Split`, by dot products of bytes.
     Integer { rows: u32, columns: u32 },
-    /// `mat_mul_matrix.wgsl`: of two or four subgroups, 16 rows or 64.
+    /// `mat_mul_matrix.wgsl`: 16 rows or 64 by two or four subgroups, or 128 by two to eight.
     Matrix { units: MatrixUnits, rows: u32 },
 }
 
@@ -258,7 +258,7 @@ impl Tier {
             Arithmetic::MatrixUnits(units) => {
                 let few = GPU_CHOICES.into_iter().filter(|choice| choice.max_rows < LEAST_MATRIX_ROWS);
                 let matrix = |rows| MatMulVariant::Matrix { units, rows };
-                few.chain([all(16, matrix(16)), whole(matrix(64))]).collect()
+                few.chain([all(16, matrix(16)), all(64, matrix(64)), whole(matrix(128))]).collect()
             }
         }
     }
@@ -272,7 +272,7 @@ impl Tier {
             Arithmetic::IntegerDot => INTEGER_VARIANTS.to_vec(),
             Arithmetic::MatrixUnits(units) => {
                 let few = GPU_VARIANTS.into_iter().filter(|variant| variant.rows() < LEAST_MATRIX_ROWS);
-                few.chain([16, 64].map(|rows| MatMulVariant::Matrix { units, rows })).collect()
+                few.chain([16, 64, 128].map(|rows| MatMulVariant::Matrix { units, rows })).collect()
             }
         }
     }
@@ -327,10 +327,10 @@ impl MatMulVariant {
             MatMulVariant::F16Tile => 128,
             MatMulVariant::Subgroup { .. } => TILE,
             MatMulVariant::Matrix { rows, .. } => {
-                if rows == 16 {
-                    128
-                } else {
+                if rows == 64 {
                     64
+                } else {
+                    128
                 }
             }
         }
@@ -390,7 +390,7 @@ impl MatMulVariant {
             }
             MatMulVariant::Matrix { units, rows } => {
                 // Few rows have all subgroups side by side.
-                let (size, subgroups) = (units.size, units.subgroups());
+                let (size, subgroups) = (units.size, units.subgroups(if rows == 128 { 8 } else { 4 }));
                 let subgroups_n = if rows == 16 { subgroups } else { 2 };
                 vec![
                     ("MATRIX", 1),

@@ -1,7 +1,8 @@
 // `out = x @ weight^T + bias` on matrix units: a workgroup of SUBGROUPS subgroups computes ROWS rows of COLUMNS
 // columns, a subgroup TILES_M x TILES_N matrices of SIZE x SIZE.
 //
-// Both operands go through workgroup memory as f16, a unit of 32 of K at a time; sums are f32. In which order a matrix
+// Both operands go through workgroup memory as f16, a unit of 32 of K at a time; sums are f32. With 128 rows and 128
+// columns a lane stages as much as with 64 and 64, for twice as many matrices. In which order a matrix
 // unit adds is its own affair, so that the bits of a row are not those of other kernels.
 #include "mat_mul_io.wgsl"
 

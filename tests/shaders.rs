@@ -15,8 +15,8 @@ use fullbore_engine::verify::attention::Planned;
 use fullbore_engine::verify::mat_mul::LONG_K;
 use fullbore_engine::verify::start::MAT_MUL_ROWS;
 use fullbore_shaders::{
-    Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MatMulVariant, MatrixUnits, Tier, compose, reflect,
-    validate,
+    Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MAX_MATRIX_GROUP_BYTES, MatMulVariant, MatrixUnits,
+    Tier, compose, reflect, validate,
 };
 use half::f16;
 use naga::valid::{FunctionInfo, ModuleInfo};
@@ -40,7 +40,8 @@ fn every_variant_validates() {
             assert!(!writes_shared_components(&module, &info), "{tier:?} {kernel:?}: a vector in workgroup memory");
             let is_open = has_one_order(kernel) && leaves_contraction_open(&module, &info);
             assert!(!is_open, "{tier:?} {kernel:?}: a driver may contract a sum of one variant and not of another");
-            assert!(reflection.workgroup_bytes <= MAX_GROUP_BYTES, "{tier:?} {kernel:?}: {reflection:?}");
+            let max_bytes = if kernel.extras(tier).matrix_units { MAX_MATRIX_GROUP_BYTES } else { MAX_GROUP_BYTES };
+            assert!(reflection.workgroup_bytes <= max_bytes, "{tier:?} {kernel:?}: {reflection:?}");
             assert!(
                 reflection.workgroup_size.iter().product::<u32>() <= MAX_GROUP_LANES,
                 "{tier:?} {kernel:?}: {reflection:?}"

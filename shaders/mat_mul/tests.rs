@@ -81,7 +81,7 @@ fn the_matrices_of_all_subgroups_are_those_of_the_workgroup_at_every_width() {
     let widths = [4, 8, 16, 32, 64, 128];
     for (size, subgroup_lanes, rows) in [8, 16]
         .into_iter()
-        .flat_map(|size| widths.into_iter().flat_map(move |lanes| [16, 64].map(|rows| (size, lanes, rows))))
+        .flat_map(|size| widths.into_iter().flat_map(move |lanes| [16, 64, 128].map(|rows| (size, lanes, rows))))
     {
         let variant = MatMulVariant::Matrix { units: MatrixUnits { size, subgroup_lanes }, rows };
         let constants = variant.constants();

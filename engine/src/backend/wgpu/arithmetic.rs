@@ -2,9 +2,9 @@
 //!
 //! Invariant: nothing but f32 is ever chosen unasked. The token for what wgpu calls experimental is taken here alone.
 
-use fullbore_shaders::{Arithmetic, MatrixUnits, Tier};
+use fullbore_shaders::{Arithmetic, MAX_MATRIX_GROUP_BYTES, MatrixUnits, Tier};
 use wgpu::wgt::{CooperativeMatrixProperties, CooperativeScalarType};
-use wgpu::{ExperimentalFeatures, Features};
+use wgpu::{ExperimentalFeatures, Features, Limits};
 
 use crate::backend::packing::Layout;
 use crate::tensor::WeightFormat;
@@ -38,15 +38,17 @@ pub(super) struct Abilities {
     pub features: Features,
     pub matrices: Vec<CooperativeMatrixProperties>,
     pub subgroup_lanes: (u32, u32),
+    pub group_bytes: u32,
 }
 
 impl Abilities {
-    pub fn of(adapter: &wgpu::Adapter, features: Features) -> Abilities {
+    pub fn of(adapter: &wgpu::Adapter, features: Features, limits: &Limits) -> Abilities {
         let info = adapter.get_info();
         Abilities {
             features,
             matrices: adapter.cooperative_matrix_properties(),
             subgroup_lanes: (info.subgroup_min_size, info.subgroup_max_size),
+            group_bytes: limits.max_compute_workgroup_storage_size,
         }
     }
 
@@ -77,6 +79,10 @@ impl Abilities {
         let (least, most) = self.subgroup_lanes;
         if least != most || !(4..=128).contains(&most) || !most.is_power_of_two() {
             return Err(format!("subgroups of one width from 4 to 128 lanes: the device has {least} to {most}"));
+        }
+        let (needed, available) = (MAX_MATRIX_GROUP_BYTES, self.group_bytes);
+        if available < needed {
+            return Err(format!("{needed} bytes of workgroup memory: the device has {available}"));
         }
         let is_offered = |size: &u32| {
             let fits = |offer: &CooperativeMatrixProperties| {
@@ -134,7 +140,8 @@ mod tests {
         use CooperativeScalarType::{F16, F32, I32};
         let features = Features::SHADER_F16 | Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let grant = |matrices: &[CooperativeMatrixProperties], features, subgroup_lanes, tier| {
-            let abilities = Abilities { features, matrices: matrices.to_vec(), subgroup_lanes };
+            let (matrices, group_bytes) = (matrices.to_vec(), 32 << 10);
+            let abilities = Abilities { features, matrices, subgroup_lanes, group_bytes };
             abilities.grant(ArithmeticChoice::MatrixUnits, tier)
         };
         let both = [offer(8, F16, F32), offer(16, F16, F32)];
@@ -154,11 +161,15 @@ mod tests {
         refused(&both, features, (32, 64), Tier::Subgroup, "32 to 64");
         refused(&both, features, (32, 32), Tier::Base, "base tier");
         refused(&both, Features::EXPERIMENTAL_COOPERATIVE_MATRIX, (32, 32), Tier::Subgroup, "f16");
+        let little = Abilities { features, matrices: both.to_vec(), subgroup_lanes: (32, 32), group_bytes: 16 << 10 };
+        let problem = little.grant(ArithmeticChoice::MatrixUnits, Tier::Subgroup).expect_err("not granted");
+        assert!(problem.contains("has 16384"), "{problem}");
     }
 
     #[test]
     fn what_the_device_lacks_is_named() {
-        let none = Abilities { features: Features::empty(), matrices: Vec::new(), subgroup_lanes: (0, 0) };
+        let none =
+            Abilities { features: Features::empty(), matrices: Vec::new(), subgroup_lanes: (0, 0), group_bytes: 0 };
         assert_eq!(none.grant(ArithmeticChoice::F32, Tier::Base), Ok(Arithmetic::F32));
         assert_eq!(none.grant(ArithmeticChoice::IntegerDot, Tier::Base), Ok(Arithmetic::IntegerDot));
         let halves = none.grant(ArithmeticChoice::F16, Tier::Base).expect_err("no halves");

@@ -256,7 +256,7 @@ impl Device {
         if let Some((what, needed, available)) = lacking(tier, &limits) {
             return Err(OpenError::BelowMinimum { device: info.id, tier: tier.name(), what, needed, available });
         }
-        let arithmetic = match Abilities::of(&adapter, features).grant(options.arithmetic, tier) {
+        let arithmetic = match Abilities::of(&adapter, features, &limits).grant(options.arithmetic, tier) {
             Ok(arithmetic) => {
                 info.arithmetic = options.arithmetic.name().to_owned();
                 arithmetic
