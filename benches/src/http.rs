@@ -330,9 +330,11 @@ async fn watch_all(
     watched.spawn(look(address, watch.clone()));
     tokio::select! {
         _ = over => Ok(()),
-        Some(ended) = watched.join_next() => Err(ended.expect("nobody is cancelled, or panics").err().unwrap_or_else(|| {
-            ClientError::Refused("a decoder ended before the long prompts had their answers".to_owned())
-        })),
+        Some(ended) = watched.join_next() => {
+            let ended = ended.expect("nobody is cancelled, or panics");
+            let early = || ClientError::Refused("a decoder ended before the long prompts had their answers".to_owned());
+            Err(ended.err().unwrap_or_else(early))
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! A request as an engine takes it in.
 //!
 //! Invariant: what takes as long as a request has tokens is made here, by whoever hands it in, so that the engine's
-//! thread makes nothing of the kind between two steps.
+//! thread makes nothing of the kind between two steps, but for one that a fleet moves to another engine.
 
 use std::sync::Arc;
 

@@ -9,8 +9,8 @@
 //!   learned from steps that were measured.
 //! - **Compute**: [`model`] turns a batch into [`op`]s in a [`recording`], and a [`backend`] runs it. Nothing there
 //!   knows a request.
-//! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long. What of a request takes as
-//!   long as its prompt is made by whoever hands it in: an [`arrival`].
+//! - What comes in waits in a [`backlog`], which is bounded, and a [`forecast`] says how long. What of a request takes
+//!   as long as its prompt is made by whoever hands it in: an [`arrival`].
 //! - What a text must follow is a [`grammar`], compiled before its request comes in: a stranger's is tried in a
 //!   process of its own first.
 //! - They meet in [`engine`], which is driven from outside; [`worker`] is the one thread that drives it, and makes a
