@@ -258,7 +258,9 @@ impl Tier {
             Arithmetic::MatrixUnits(units) => {
                 let few = GPU_CHOICES.into_iter().filter(|choice| choice.max_rows < LEAST_MATRIX_ROWS);
                 let matrix = |rows| MatMulVariant::Matrix { units, rows };
-                few.chain([all(16, matrix(16)), all(64, matrix(64)), whole(matrix(128))]).collect()
+                // Up to 512 rows of few columns small tiles make workgroups enough for a large GPU.
+                let middle = MatMulChoice { max_rows: 512, ..whole(matrix(64)) };
+                few.chain([all(16, matrix(16)), middle, whole(matrix(128))]).collect()
             }
         }
     }

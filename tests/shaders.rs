@@ -13,7 +13,7 @@ use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvTensor, KvType, Tensor, Weight, WeightFormat};
 use fullbore_engine::verify::attention::Planned;
 use fullbore_engine::verify::mat_mul::LONG_K;
-use fullbore_engine::verify::start::MAT_MUL_ROWS;
+use fullbore_engine::verify::start::{MAT_MUL_ROWS, PROMPT_ROWS};
 use fullbore_shaders::{
     Arithmetic, Extras, FILES, MAX_GROUP_BYTES, MAX_GROUP_LANES, MAX_MATRIX_GROUP_BYTES, MatMulVariant, MatrixUnits,
     Tier, compose, reflect, validate,
@@ -120,7 +120,7 @@ fn a_start_tries_every_matmul_kernel_of_a_tiers_own_table() {
         for arithmetic in [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot, Arithmetic::MatrixUnits(units)] {
             let choices = tier.mat_mul_choices(arithmetic);
             let mut tried = Vec::new();
-            for mut left in MAT_MUL_ROWS {
+            for mut left in MAT_MUL_ROWS.into_iter().chain([PROMPT_ROWS]) {
                 while left > 0 {
                     let choice = choices.iter().find(|choice| choice.max_rows >= left).expect("the last has no bound");
                     tried.push(choice.variant);

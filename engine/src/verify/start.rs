@@ -31,6 +31,8 @@ pub enum StartCheckError<E: std::error::Error + 'static> {
 
 /// Rows that between them reach every matmul kernel of every tier's own table.
 pub const MAT_MUL_ROWS: [u32; 11] = [1, 2, 3, 4, 5, 7, 8, 12, 18, 34, 66];
+/// And those of a long prompt's kernel, where there is another, on a small shape.
+pub const PROMPT_ROWS: u32 = 514;
 
 /// What a model makes of a device: every variant that its formats, its heads and its cache call for.
 pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
@@ -52,6 +54,7 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
         // Two spans of K, and columns that fill no tile.
         cases.extend(MAT_MUL_ROWS.map(|m| mat_mul(format, m, 161, 1280)));
         cases.push(mat_mul(format, 1, 40, LONG_K));
+        cases.push(mat_mul(format, PROMPT_ROWS, 40, 256));
     }
     cases
 }

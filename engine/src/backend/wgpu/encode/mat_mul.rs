@@ -95,7 +95,8 @@ impl Encoder<'_> {
         let rows = choice.variant.rows();
         let taken = match choice.takes(left) {
             all if all <= max_rows => all,
-            _ => (max_rows / rows * rows).max(rows),
+            // One tile at the least, of which there may be fewer rows left.
+            _ => (max_rows / rows * rows).max(rows).min(left),
         };
         Part { variant: choice.variant, spreads: choice.spreads, first_row, end_row: first_row + taken }
     }

@@ -1,6 +1,6 @@
 //! How many dispatches a layer takes in steps of every kind: each costs a device time of its own, whatever it computes.
 
-use fullbore_shaders::Arithmetic;
+use fullbore_shaders::{Arithmetic, MatrixUnits};
 
 use super::*;
 use crate::backend::sim::{SimBackend, SimOptions};
@@ -112,26 +112,36 @@ fn workgroups_that_share_k_cost_no_dispatch_where_a_norm_follows() {
     assert_eq!(count(down, 512), 9, "no room for so many rows: nothing is shared");
 }
 
+/// A product of (m, k) by (n, k), and where it goes.
+fn product(m: u32, n: u32, k: u32) -> MatMul {
+    let weight = Weight { id: WeightId(0), rows: n, cols: k, format: WeightFormat::Q4_0 };
+    let [x, out] = [(2, k), (3, n)].map(|(buffer, cols)| Tensor::f32(BufferId(buffer), m, cols));
+    MatMul { x, weight, bias: None, first_col: 0, out }
+}
+
+fn dispatches(tier: Tier, arithmetic: Arithmetic, max_work: u64, n: u32, ops: &[Op]) -> Vec<Dispatch> {
+    let mut dispatches = Vec::new();
+    Encoder {
+        tier,
+        mat_muls: &MatMulTables::new(tier, arithmetic),
+        weights: &[vec![Shard { buffer: BufferId(0), first_row: 0, num_rows: n }]],
+        recording: &Recording::new(BufferId(0)),
+        max_work,
+        partials: (tier != Tier::Lavapipe).then_some(Partials { buffer: BufferId(1), num_elements: 1 << 21 }),
+        out: &mut dispatches,
+    }
+    .ops(ops);
+    dispatches
+}
+
 #[test]
 fn few_rows_of_few_columns_share_k_before_a_norm_by_themselves() {
     let norm_follows = |tier: Tier, m: u32, n: u32, k: u32| {
-        let tensor = |buffer, rows, cols| Tensor::f32(BufferId(buffer), rows, cols);
-        let (x, y, out) = (tensor(2, m, k), tensor(3, m, n), tensor(4, m, n));
-        let weight = Weight { id: WeightId(0), rows: n, cols: k, format: WeightFormat::Q4_0 };
-        let product = MatMul { x, weight, bias: None, first_col: 0, out: y };
-        let (residual, weight) = (tensor(5, m, n), tensor(6, 1, n));
-        let norm = AddNorm { x: residual, y, post_weight: None, rows: None, weight, eps: 1e-5, out };
-        let mut dispatches = Vec::new();
-        Encoder {
-            tier,
-            mat_muls: &MatMulTables::new(tier, Arithmetic::F32),
-            weights: &[vec![Shard { buffer: BufferId(0), first_row: 0, num_rows: n }]],
-            recording: &Recording::new(BufferId(0)),
-            max_work: u64::MAX,
-            partials: (tier != Tier::Lavapipe).then_some(Partials { buffer: BufferId(1), num_elements: 1 << 21 }),
-            out: &mut dispatches,
-        }
-        .ops(&[Op::MatMul(product), Op::AddNorm(norm)]);
+        let product = product(m, n, k);
+        let tensor = |buffer, rows| Tensor::f32(BufferId(buffer), rows, n);
+        let (residual, weight, out) = (tensor(5, m), tensor(6, 1), tensor(4, m));
+        let norm = AddNorm { x: residual, y: product.out, post_weight: None, rows: None, weight, eps: 1e-5, out };
+        let dispatches = dispatches(tier, Arithmetic::F32, u64::MAX, n, &[Op::MatMul(product), Op::AddNorm(norm)]);
         dispatches.iter().map(|dispatch| dispatch.workgroups).collect::<Vec<u32>>()
     };
     for tier in [Tier::Base, Tier::Subgroup] {
@@ -143,4 +153,29 @@ fn few_rows_of_few_columns_share_k_before_a_norm_by_themselves() {
         assert_eq!(norm_follows(tier, 1, 4096, 1024), [128, 1], "one span");
     }
     assert_eq!(norm_follows(Tier::Lavapipe, 1, 4096, 4096), [128, 1], "software Vulkan has no spans");
+}
+
+/// A row too many would be written behind its tensor.
+#[test]
+fn a_product_in_several_dispatches_has_each_row_once() {
+    let units = MatrixUnits { size: 16, subgroup_lanes: 32 };
+    let word = |of: fn(&MatMulParams) -> u32, dispatch: &Dispatch| {
+        let size = size_of::<MatMulParams>() / 4;
+        of(bytemuck::from_bytes(bytemuck::cast_slice(&dispatch.params[..size])))
+    };
+    for tier in Tier::ALL {
+        for arithmetic in [Arithmetic::F32, Arithmetic::F16, Arithmetic::IntegerDot, Arithmetic::MatrixUnits(units)] {
+            for (m, max_work) in (1..=300).chain([513, 640, 700]).flat_map(|m| [(m, 1), (m, 100 << 15), (m, u64::MAX)])
+            {
+                let (n, k) = (256, 128);
+                let dispatches = dispatches(tier, arithmetic, max_work, n, &[Op::MatMul(product(m, n, k))]);
+                let mut next = 0;
+                for dispatch in &dispatches {
+                    assert_eq!(word(|params| params.first_row, dispatch), next, "{tier:?} {arithmetic:?} {m}");
+                    next = word(|params| params.num_rows, dispatch);
+                }
+                assert_eq!(next, m, "{tier:?} {arithmetic:?}, work {max_work}");
+            }
+        }
+    }
 }
