@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a machine with a GPU measures in one call, without a network and within ten minutes, and whether it is what is
+# What a machine with a GPU measures in one call, without a network and within nine minutes, and whether it is what is
 # asked of it, of CUDA and of Vulkan: whether kernels are right, a model of 8B's size with random weights at several
 # widths, beside the device's own bandwidth and matrix rate and beside a peer. What has a line in the verdict comes first,
-# because what would go past the ten minutes is left out; then what else there is: single ops, the prices of steps, and
+# because what would go past the nine minutes is left out; then what else there is: single ops, the prices of steps, and
 # what tuning finds.
 #
 #   benches/gpu.sh [--small] BINARY OUT [DEVICE [MODEL]]
@@ -53,7 +53,7 @@ keep() {
 }
 trap 'keep; rm -rf "$kept"' EXIT
 trap 'exit 143' TERM INT
-deadline=$((SECONDS + 10 * 60 - 30))
+deadline=$((SECONDS + 9 * 60))
 echo "run,status,seconds,limit" > "$kept/runs.csv"
 echo "run,tier,arithmetic,prompt_tokens,output_tokens,seconds,output_tokens_per_s,steady_tokens_per_s" > "$kept/throughput.csv"
 
@@ -178,7 +178,7 @@ others=add_norm,embed,gated_act,mul_add,rms_norm,rope_kv,sample,update_table
 
 # What is not timed goes side by side: most of it is the driver's own compiler, a core each. No run asks for free memory,
 # and each has all of the time: none waits for another.
-side=90
+side=80
 on cuda
 follow golden-cuda $side &
 follow golden-cuda-matrix-units $side "${units[@]}" &
@@ -208,13 +208,13 @@ run ops-8b-peaks 20 bench ops --shapes 8b --m 1,512 --only "mat_mul ffn_gate_up"
 offline 8b-decode-1 25 "${big[@]}" "${one[@]}"
 offline 8b-decode-32 25 "${big[@]}" "${many[@]}" "${units[@]}"
 offline 8b-prefill-matrix-units 25 "${big[@]}" "${prompts[@]}" "${units[@]}"
-offline 8b-prefill 30 "${big[@]}" "${prompts[@]}"
+offline 8b-prefill 25 "${big[@]}" "${prompts[@]}"
 run submit 10 bench submit
 on cuda
 offline 8b-q8_0-decode-32-cuda 30 "${q8_0[@]}" "${many[@]}" "${units[@]}"
 offline 8b-q8_0-decode-256-cuda 45 "${q8_0[@]}" "${most[@]}" "${units[@]}"
 offline 8b-bf16-32-cuda 35 "${bf16[@]}" "${many[@]}" "${units[@]}"
-timed peer-transformers 90 python3 "$benches/gpu_peer.py" throughput
+timed peer-transformers 80 python3 "$benches/gpu_peer.py" throughput
 peer=$beside/llama-batched-bench
 if [ -x "$peer" ] && [ -n "${file:-}" ]; then
   offline model-32-cuda 15 "${model[@]}" "${plain[@]}" --max-model-len 1024 --max-num-seqs 32 "${many[@]}" "${units[@]}"
