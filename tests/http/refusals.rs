@@ -171,7 +171,9 @@ fn unknown_models_and_long_prompts_have_their_codes() {
     // What is only counted may be longer, up to a bound too.
     let count = |num_words| server.post("/tokenize", &json!({"prompt": "word ".repeat(num_words)}));
     assert_eq!(count(400).ok()["count"], 2801);
-    assert_eq!(count(1000).error(400)["code"], "context_length_exceeded");
+    let error = count(1000).error(400);
+    assert_eq!(error["code"], "context_length_exceeded");
+    assert!(error["message"].as_str().expect("text").starts_with("4096 tokens of one text"), "{error}");
     let error = server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2000})).error(400);
     assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("max_tokens")));
 }

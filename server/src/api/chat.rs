@@ -95,7 +95,7 @@ impl Chat {
         };
         let rendered = template.encode_at_most(&model.tokenizer, &input, max_tokens);
         rendered.map_err(|error| match error {
-            TextError::TooLong { least_tokens } => ApiError::too_long(self.param, least_tokens, model.max_model_len()),
+            TextError::TooLong { least_tokens } => model.too_long(self.param, least_tokens, max_tokens),
             // No fault of these messages.
             TextError::TemplateTime { .. } => ApiError::not_yet(&error.to_string()),
             error => ApiError::invalid(self.param, error.to_string()),

@@ -109,8 +109,15 @@ impl ServedModel {
     /// Refuses text in field `param` that has so many tokens or more, where that is over `max_tokens`.
     fn check_tokens(&self, param: &str, least_tokens: usize, max_tokens: usize) -> Result<(), ApiError> {
         match least_tokens > max_tokens {
-            true => Err(ApiError::too_long(param, least_tokens, self.max_model_len())),
+            true => Err(self.too_long(param, least_tokens, max_tokens)),
             false => Ok(()),
+        }
+    }
+
+    fn too_long(&self, param: &str, least_tokens: usize, max_tokens: usize) -> ApiError {
+        match max_tokens > self.max_model_len() as usize {
+            true => ApiError::too_long_to_count(param, least_tokens, max_tokens),
+            false => ApiError::too_long(param, least_tokens, self.max_model_len()),
         }
     }
 

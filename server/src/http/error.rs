@@ -65,6 +65,14 @@ impl ApiError {
         ApiError::invalid(param, message).with_code("context_length_exceeded")
     }
 
+    /// The same where nothing is computed of it, and more than the context may come.
+    pub fn too_long_to_count(param: &str, least_tokens: usize, max_tokens: usize) -> ApiError {
+        let message = format!(
+            "{max_tokens} tokens of one text are counted at most; this one has {least_tokens} or more: send it in parts"
+        );
+        ApiError::invalid(param, message).with_code("context_length_exceeded")
+    }
+
     /// The body is not said to be JSON. A browser asks before it sends such a type to another site, so no web page can
     /// have a request answered that its user knows nothing of.
     pub fn media_type(found: Option<&str>) -> ApiError {
