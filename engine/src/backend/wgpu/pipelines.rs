@@ -71,14 +71,15 @@ impl AttentionVariant {
         AttentionVariant { kv_type, head_dim, heads, rows }
     }
 
-    /// Positions whose values are loaded together, and steps of a key's elements: of one row as many as make 16 words a
-    /// lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes. Items of several
-    /// rows have more lanes, and less room in registers. Software Vulkan waits for no load.
+    /// Positions whose values are loaded together, and steps of a key's elements: of one row as many as make 16 words of
+    /// keys a lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes; 4 of values,
+    /// for of 8 SwiftShader takes all memory to compile heads of 256. Items of several rows have more lanes, and less
+    /// room in registers. Lavapipe waits for no load.
     fn steps(self, tier: Tier) -> (u32, u32) {
         if tier == Tier::Lavapipe {
             return (1, 1);
         }
-        let max_words = if self.rows == 1 { 16 } else { 8 };
+        let (key_words, value_words) = if self.rows == 1 { (16, 4) } else { (8, 2) };
         let AttentionVariant { kv_type, head_dim, .. } = self;
         let lane_parts = (head_dim / part(kv_type)).div_ceil(tier.attention_lanes());
         // Words of a position's values, codes with a scale's; steps in a loop over a key, and words of one.
@@ -87,11 +88,11 @@ impl AttentionVariant {
             KvType::Q8_0 => (2 * lane_parts, 4, 2),
             KvType::Q4_0 => (2 * lane_parts, 4, 1),
         };
-        let fitting = |words: u32, num: u32| {
+        let fitting = |max_words: u32, words: u32, num: u32| {
             let fits = |steps: &u32| num.is_multiple_of(*steps) && words * steps <= max_words;
             [8, 4, 2].into_iter().find(fits).unwrap_or(1)
         };
-        (fitting(of_value, ATTENTION_TILE), fitting(of_key, num_steps))
+        (fitting(value_words, of_value, ATTENTION_TILE), fitting(key_words, of_key, num_steps))
     }
 
     fn constants(self, tier: Tier) -> Constants {
