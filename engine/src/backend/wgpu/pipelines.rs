@@ -71,10 +71,10 @@ impl AttentionVariant {
         AttentionVariant { kv_type, head_dim, heads, rows }
     }
 
-    /// Positions whose values are loaded together, and steps of a key's elements: of one row as many as make 16 words of
-    /// keys a lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes; 4 of values,
-    /// for of 8 SwiftShader takes all memory to compile heads of 256. Items of several rows have more lanes, and less
-    /// room in registers. Lavapipe waits for no load.
+    /// Positions whose values are loaded together, and steps of a key's elements: of one row as many as make 16 words
+    /// of keys a lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes; 4 of
+    /// values, for of 8 SwiftShader takes all memory to compile heads of 256. Items of several rows have more lanes,
+    /// and less room in registers. Lavapipe waits for no load.
     fn steps(self, tier: Tier) -> (u32, u32) {
         if tier == Tier::Lavapipe {
             return (1, 1);
