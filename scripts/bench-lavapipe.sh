@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fullbore beside llama.cpp's Vulkan backend on the same software Vulkan, for each Mesa version: many streams, one stream,
-# and a prompt of 128 tokens (benches/peers.md). Each of three runs takes about 20 minutes, nearly all of it the peer's;
-# with RUNS=1 the results say that they are not valid.
+# and a prompt of 128 tokens (benches/peers.md). Three runs take seven minutes on Mesa 25, nearly all of it the peer's; with
+# RUNS=1 the results say that they are not valid.
 #
 #   scripts/bench-lavapipe.sh [FOLDER]       RUNS=3
 set -euo pipefail
