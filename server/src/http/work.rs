@@ -103,8 +103,8 @@ impl RequestWork {
         outcome(done.await)?
     }
 
-    /// Hands in what was read, by `work`. It waits for no turn: it takes a hundredth of what reading took, and so comes
-    /// no more often at a time than texts are read.
+    /// Hands in what was read, by `work`. It waits for no turn: it takes less than reading took, and so there are no
+    /// more at a time than are read.
     pub async fn hand_in<T: Send + 'static>(
         &self,
         num_tokens: usize,
