@@ -31,7 +31,7 @@ pub enum Tier {
     /// Parameters as immediates, and subgroups of whatever width, for sums over a row and for matrix units.
     Subgroup,
     /// As `Subgroup`, for software Vulkan, where a load costs 15 multiply-adds and a barrier 70: one subgroup of 8 is a
-    /// workgroup, nothing goes through workgroup memory. `sample.wgsl` alone is as on other tiers: it searches there.
+    /// workgroup, nothing goes through workgroup memory. `sample.wgsl` alone has more lanes, and searches there.
     Lavapipe,
 }
 
@@ -86,6 +86,8 @@ impl Tier {
             ("IMMEDIATES", 1 - flag(Tier::Base)),
             ("ONE_SUBGROUP", flag(Tier::Lavapipe)),
             ("MANY_SUBGROUPS", flag(Tier::Subgroup)),
+            // Where a workgroup is several subgroups of 8 that stay together: how many times eight of them.
+            ("EIGHTS", 0),
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
             ("TILE_LANES", self.attention_lanes()),

@@ -209,10 +209,11 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = workgroup_index(group, groups);
+    // Read before anything branches: software Vulkan then knows that all lanes read the same.
+    let row = read_row(min(index, params.num_rows - 1u));
     if index >= params.num_rows {
         return;
     }
-    let row = read_row(index);
     if row.slot == NONE && row.given == NONE {
         return;
     }

@@ -157,6 +157,50 @@ var<workgroup> keys: array<u32, {{ROW_LANES}}>;
 var<workgroup> places: array<u32, {{ROW_LANES}}>;
 var<workgroup> sums: array<f32, {{ROW_LANES}}>;
 
+#if EIGHTS
+// Of 8 lanes.
+fn best_of_subgroup(key: u32, place: u32) -> vec2<u32> {
+    let best = subgroupMax(key);
+    return vec2(best, subgroupMin(select(NONE, place, key == best)));
+}
+
+// Twice by subgroups, of which a workgroup has EIGHTS times eight: software Vulkan compiles a tree of lanes for
+// seconds, a barrier and dozens of branches for each of its levels.
+fn best_of_lanes(key: u32, place: u32, lane: u32) -> vec2<u32> {
+    let own = best_of_subgroup(key, place);
+    workgroupBarrier();
+    if lane % 8u == 0u {
+        keys[lane / 8u] = own.x;
+        places[lane / 8u] = own.y;
+    }
+    workgroupBarrier();
+    var found = vec2(keys[lane % 8u], places[lane % 8u]);
+#for I EIGHTS
+#if I > 0
+    let key_{{I}} = keys[{{I}}u * 8u + lane % 8u];
+    let place_{{I}} = places[{{I}}u * 8u + lane % 8u];
+    if key_{{I}} > found.x || (key_{{I}} == found.x && place_{{I}} < found.y) {
+        found = vec2(key_{{I}}, place_{{I}});
+    }
+#endif
+#endfor
+    return best_of_subgroup(found.x, found.y);
+}
+
+fn sum_lanes(value: f32, lane: u32) -> f32 {
+    let own = subgroupAdd(value);
+    workgroupBarrier();
+    if lane % 8u == 0u {
+        sums[lane / 8u] = own;
+    }
+    workgroupBarrier();
+    var sum = 0.0;
+#for I EIGHTS
+    sum += sums[{{I}}u * 8u + lane % 8u];
+#endfor
+    return subgroupAdd(sum);
+}
+#else
 // The largest key of all lanes, and the lowest place that has it.
 fn best_of_lanes(key: u32, place: u32, lane: u32) -> vec2<u32> {
     workgroupBarrier();
@@ -189,4 +233,5 @@ fn sum_lanes(value: f32, lane: u32) -> f32 {
     }
     return sums[0];
 }
+#endif
 #endif

@@ -61,6 +61,15 @@ fn a_kernel_that_wgpu_refuses_is_a_reason_for_plainer_ones() {
     assert!(what.contains("rope_kv") && what.contains("4096"), "{what}");
 }
 
+/// A sum over subgroups is what a writer or a driver may not know, and every model has it.
+#[test]
+fn a_norm_that_wgpu_refuses_is_one_too() {
+    let own = open(None, &[]).expect("a device opens, whatever its kernels are").info().tier.clone();
+    assert_eq!(own, "lavapipe", "of whose workgroups this test knows the size");
+    let refused = Fault { tier: Tier::Lavapipe, from: "@workgroup_size(8)", to: "@workgroup_size(4096)", ..WRONG_NORM };
+    assert_eq!(tier_at_start(&[refused]).expect("its plainer kernels are right"), "base");
+}
+
 /// Or a first start compiles the rest of them one by one.
 #[test]
 fn a_start_makes_all_kernels_at_once() {

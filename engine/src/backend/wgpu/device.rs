@@ -307,6 +307,11 @@ impl Device {
         })
     }
 
+    /// Whether parameters are immediates, and no uniforms.
+    pub fn takes_immediates(&self) -> bool {
+        self.tier != Tier::Base
+    }
+
     /// An error if the device is gone.
     pub fn check(&self) -> Result<(), DeviceError> {
         self.loss.reason().map_or(Ok(()), |reason| Err(self.lost(&reason)))

@@ -28,6 +28,7 @@ mod buffers;
 mod denied;
 mod device;
 mod encode;
+mod first_dispatch;
 mod kill_switch;
 mod mat_mul_tables;
 mod pace;
@@ -120,7 +121,7 @@ impl WgpuBackend {
             partials: buffer.map(|buffer| Partials { buffer, num_elements }),
             weights: Vec::new(),
             mat_muls: MatMulTables::new(device.tier, device.arithmetic),
-            pipelines: Pipelines::new(&device, layout, cache).map_err(refused)?,
+            pipelines: Pipelines::new(&device, layout, cache),
             bind_groups: HashMap::new(),
             readbacks: std::array::from_fn(|_| Readback::new()),
             stamps: Stamps::new(&device).map_err(refused)?,
@@ -257,9 +258,13 @@ impl Backend for WgpuBackend {
             |format| self.mat_muls.own_of(format).iter().map(move |choice| Kernel::MatMul(format, choice.variant));
         let of_format = |&format: &WeightFormat| own(format).chain([Kernel::Embed(format)]);
         let of_formats = of.formats.iter().flat_map(of_format);
-        let kernels: Vec<Kernel> =
-            Kernel::of_cache(self.device.tier, kv_type, head_dim, group).chain(of_formats).collect();
-        self.pipelines.compile_all(kernels)
+        let of_cache = Kernel::of_cache(self.device.tier, kv_type, head_dim, group);
+        let kernels: Vec<Kernel> = Kernel::GENERAL.into_iter().chain(of_cache).chain(of_formats).collect();
+        self.pipelines.compile_all(kernels.iter().copied())?;
+        if first_dispatch::compiles(&self.device) {
+            first_dispatch::compile(&self.device, &self.pipelines, &self.options, kernels)?;
+        }
+        Ok(())
     }
 
     fn load_weight(&mut self, spec: &WeightSpec, source: &mut dyn RowSource) -> Result<Weight, LoadError> {
@@ -268,7 +273,7 @@ impl Backend for WgpuBackend {
         let choices = self.mat_muls.of(MatMulShape::of(weight));
         let sum = choices.iter().any(|choice| choice.spreads).then_some(Kernel::MatMulSum);
         let mat_muls = choices.iter().map(|choice| Kernel::MatMul(spec.format, choice.variant));
-        self.pipelines.compile_all(mat_muls.chain([Kernel::Embed(spec.format)]).chain(sum))?;
+        self.pipelines.compile_all(mat_muls.chain([Kernel::Embed(spec.format)]).chain(sum).chain(Kernel::GENERAL))?;
         self.weights.push(self.buffers.load(spec, source)?);
         Ok(weight)
     }

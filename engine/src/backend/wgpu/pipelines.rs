@@ -129,7 +129,7 @@ fn part(kv_type: KvType) -> u32 {
 
 impl Kernel {
     /// Those that no shape or format decides.
-    const GENERAL: [Kernel; 7] = [
+    pub const GENERAL: [Kernel; 7] = [
         Kernel::UpdateTable,
         Kernel::RmsNorm,
         Kernel::GatedAct,
@@ -215,7 +215,7 @@ impl Kernel {
                 // Old software Vulkan ends all loops of an invocation after 65,535 rounds together: a row is read a
                 // dozen times, so that it takes more lanes than one subgroup has.
                 if tier == Tier::Lavapipe {
-                    constants.extend([("ROW_LANES", 128), ("ONE_SUBGROUP", 0)]);
+                    constants.extend([("ROW_LANES", 128), ("ONE_SUBGROUP", 0), ("EIGHTS", 128 / 64)]);
                 }
                 "sample"
             }
@@ -245,6 +245,7 @@ pub(super) struct Pipeline {
     /// Of group 0.
     pub storage: BindGroupLayout,
     pub num_buffers: usize,
+    pub params_bytes: u32,
 }
 
 pub(super) struct Pipelines {
@@ -258,15 +259,9 @@ pub(super) struct Pipelines {
 }
 
 impl Pipelines {
-    pub fn new(
-        device: &Device,
-        uniform: Option<BindGroupLayout>,
-        cache: Option<PipelineCache>,
-    ) -> Result<Pipelines, DeviceError> {
+    pub fn new(device: &Device, uniform: Option<BindGroupLayout>, cache: Option<PipelineCache>) -> Pipelines {
         let (device, pipelines, times) = (device.clone(), HashMap::new(), (Duration::ZERO, 0));
-        let mut pipelines = Pipelines { device, pipelines, uniform, cache, times };
-        pipelines.compile_all(Kernel::GENERAL)?;
-        Ok(pipelines)
+        Pipelines { device, pipelines, uniform, cache, times }
     }
 
     /// Writes what was compiled to disk.
@@ -309,7 +304,7 @@ impl Pipelines {
         Ok(())
     }
 
-    fn build(&self, kernel: Kernel) -> Result<Pipeline, DeviceError> {
+    pub fn build(&self, kernel: Kernel) -> Result<Pipeline, DeviceError> {
         let tier = self.device.tier;
         let (name, constants) = kernel.source(tier);
         let text = compose(name, &constants).unwrap_or_else(|error| panic!("{kernel:?}: {error}"));
@@ -344,8 +339,8 @@ impl Pipelines {
             self.device.check()?;
             return Err(self.device.unbuilt(name, &error.to_string()));
         }
-        let num_buffers = reflection.storage.len();
-        Ok(Pipeline { pipeline, storage, num_buffers })
+        let (num_buffers, params_bytes) = (reflection.storage.len(), reflection.params_bytes);
+        Ok(Pipeline { pipeline, storage, num_buffers, params_bytes })
     }
 
     #[allow(unsafe_code)]
