@@ -17,7 +17,7 @@ use fullbore_engine::model::Weights;
 use fullbore_engine::recording::Recording;
 use fullbore_engine::tensor::{BufferId, KvType, WeightFormat};
 use fullbore_engine::verify::attention::{stores, stores_nans};
-use fullbore_engine::verify::mat_mul::{in_company, mat_mul};
+use fullbore_engine::verify::mat_mul::{before_norm, in_company, mat_mul};
 use fullbore_engine::verify::rows::{gated_act, rms_norm, update_table};
 use fullbore_engine::verify::start::{
     StartCheckError, apart_in_company, cases_in_company, cases_of_model, first_right, kernels_of_model, tried,
@@ -28,6 +28,10 @@ use crate::ops::device_ids;
 
 /// A norm that is not quite the one asked for.
 const WRONG_NORM: Fault = Fault { tier: Tier::Base, kernel: "rms_norm", from: "params.eps", to: "(params.eps + 0.01)" };
+
+/// A norm that adds up another's part of a product.
+const WRONG_PARTIALS: Fault =
+    Fault { kernel: "add_norm", from: "params.partial_stride", to: "(params.partial_stride + 1u)", ..WRONG_NORM };
 
 fn open(tier: Option<Tier>, faults: &[Fault]) -> Result<Box<dyn Backend>, OpenError> {
     let faults = faults.to_vec();
@@ -165,7 +169,7 @@ fn a_block_under_another_scale_is_seen_and_so_are_weights_in_f16() {
 fn another_order_of_additions_in_one_kernel_is_near_enough_and_told() {
     let (from, to) = ("for (var split = 0u; split < 8u; split++) {", "for (var split = 7u; split < 8u; split--) {");
     let fault = Fault { tier: Tier::Base, kernel: "mat_mul", from, to };
-    let (near, same) = (mat_mul(WeightFormat::Q4_0, 1, 161, 1280), in_company(WeightFormat::Q4_0, &[1, 18]));
+    let (near, same) = (mat_mul(WeightFormat::Q4_0, 1, 161, 1280), in_company(WeightFormat::Q4_0, &[1, 18], false));
     let apart = |faults: &[Fault]| {
         let backend = open(Some(Tier::Base), faults).expect("a listed device opens");
         let backend = tried(std::slice::from_ref(&near), backend).expect("a twin").expect("it is near");
@@ -174,6 +178,39 @@ fn another_order_of_additions_in_one_kernel_is_near_enough_and_told() {
     assert_eq!(apart(&[]), None);
     let told = apart(&[fault]).expect("other bits");
     assert!(told.starts_with("mat_mul q4_0 N 161 K 1280, alone and in company: "), "{told}");
+}
+
+/// Four rows share K among workgroups and leave their sums to the norm, five do not; what reads another's sum is seen.
+#[test]
+fn rows_that_share_k_before_a_norm_have_the_bits_of_those_that_do_not() {
+    let (rows, format): (&'static [u32], _) = (&[1, 4, 5, 65], WeightFormat::Q4_0);
+    for tier in [Tier::Base, Tier::Subgroup] {
+        for has_post in [false, true] {
+            let seen = |faults: &[Fault]| {
+                let near = [before_norm(format, rows, has_post)];
+                let backend = open(Some(tier), faults).expect("a listed device opens");
+                let wrong = tried(&near, backend).expect("a twin").err();
+                let backend = open(Some(tier), faults).expect("a listed device opens");
+                let apart = apart_in_company(&[in_company(format, rows, has_post)], backend);
+                (wrong, apart.expect("the device is there").1)
+            };
+            assert_eq!(seen(&[]), (None, None), "{} {has_post}", tier.name());
+            let (wrong, apart) = seen(&[Fault { tier, ..WRONG_PARTIALS }]);
+            let begin = "mat_mul q4_0 N 70 K 1280, before ";
+            assert!(wrong.as_ref().is_some_and(|wrong| wrong.starts_with(begin)), "{}: {wrong:?}", tier.name());
+            assert!(apart.is_some(), "{} {has_post}", tier.name());
+        }
+    }
+}
+
+/// And it is among what every start tries.
+#[test]
+fn a_start_sees_a_norm_that_adds_up_what_is_not_its_products() {
+    let mut cases = cases_of_model(&Bundle::simulated().config, &FORMATS[..1], KvType::F16);
+    cases.retain(|case| case.op == "add_norm" || case.shape.contains("norm"));
+    let backend = open(Some(Tier::Base), &[WRONG_PARTIALS]).expect("a listed device opens");
+    let wrong = tried(&cases, backend).expect("a twin").err();
+    assert!(wrong.as_ref().is_some_and(|wrong| wrong.contains("before a norm: added")), "{wrong:?}");
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use super::attention::{self, Heads, Turn, attention, rope_kv, stores};
 use super::device::Device;
-use super::mat_mul::{self, LONG_K, mat_mul};
+use super::mat_mul::{self, LONG_K, before_norm, mat_mul};
 use super::rows::{add_norm, embed, gated_act, rms_norm, update_table};
 use super::sample::sample;
 use super::{Case, Check, holds_in_company, twin};
@@ -38,7 +38,7 @@ pub const PROMPT_ROWS: u32 = 514;
 pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
     let (head_dim, rotary_dim) = (config.head_dim, config.rope.rotary_dim);
     let has_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
-    let has_post = config.family == Family::Gemma3;
+    let has_post = has_post(config);
     let mut cases = vec![
         update_table(),
         rms_norm(2, config.dim.min(1024)),
@@ -53,6 +53,7 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
         cases.push(embed(format));
         // Two spans of K, and columns that fill no tile.
         cases.extend(MAT_MUL_ROWS.map(|m| mat_mul(format, m, 161, 1280)));
+        cases.push(before_norm(format, &MAT_MUL_ROWS, has_post));
         cases.push(mat_mul(format, 1, 40, LONG_K));
         cases.push(mat_mul(format, PROMPT_ROWS, 40, 256));
     }
@@ -62,8 +63,13 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
 /// By the same kernels, rows alone and in company: elements that differ, which are none where a driver leaves the order
 /// of additions as it is written.
 pub fn cases_in_company(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
-    let products = formats.iter().map(|&format| mat_mul::in_company(format, &MAT_MUL_ROWS));
+    let products = formats.iter().map(|&format| mat_mul::in_company(format, &MAT_MUL_ROWS, has_post(config)));
     [attention::in_company(kv_type, heads_of(config))].into_iter().chain(products).collect()
+}
+
+/// Whether what a layer adds goes through a norm first.
+fn has_post(config: &ModelConfig) -> bool {
+    config.family == Family::Gemma3
 }
 
 /// With sequences that are long enough for a row to be split.
