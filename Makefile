@@ -40,7 +40,7 @@ fuzz: toolchain
 test-fresh:
 	@scripts/test-fresh.sh
 
-# Every op in every variant on every device of this machine, as tables; the drivers of the tests are among them.
+# Every op in every variant on every GPU of this machine, as tables, and after them on the drivers of the tests.
 verify: toolchain drivers
 	@scripts/verify.sh
 

@@ -12,7 +12,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$PWD/target/lavapipe
-[ -f "$out/env" ] && [ -x "$out/bin/spirv-val" ] && [ -f "$out/swiftshader/icd.json" ] && exit 0
+# Two drivers and SwiftShader.
+icds=("$out"/*/icd.json)
+[ -f "$out/env" ] && [ -x "$out/bin/spirv-val" ] && [ ${#icds[@]} = 3 ] && exit 0
 say() { echo "lavapipe: $*" >&2; }
 
 command -v apt-get >/dev/null || { say "apt-get is missing: these drivers come from Debian packages, so this needs Debian 12"; exit 1; }
@@ -35,34 +37,34 @@ options=(-qq -o Debug::NoLocking=1 -o Dir::State="$work/state" -o Dir::State::st
   -o APT::Install-Recommends=0 -o Acquire::Retries=3)
 
 say "reading package lists"
-apt-get "${options[@]}" update >&2
+apt-get "${options[@]}" update >&2 || { say "$mirror has no lists of bookworm and bookworm-backports, which the drivers are of"; exit 1; }
 # What the base system has in every case, or what only python3 pulls in; unpacking it would shadow the machine's own.
 base='^(libc6|libcrypt1|libgcc-s1|gcc-12-base|libstdc\+\+6|python3.*|libpython3.*|media-types|mailcap|perl.*|libperl.*|debconf|dpkg|tar|libssl.*|tzdata|readline-common|lib(krb5|gssapi|k5|com-err|keyutils|db5|sqlite|nsl|tirpc|readline|ncurses|pcre|selinux|acl|bz2|uuid).*)=$'
 fetch() { # fetch SUITE DIRECTORY: the driver of that suite and all it links to
   mkdir -p "$2"
   apt-get "${options[@]}" -t "$1" --print-uris install mesa-vulkan-drivers libvulkan1 \
     | sed -n "s/^'[^']*' \([^ _]*\)_\([^ _]*\)_.*/\1= \2/p" | sed 's/%3a/:/g' \
-    | while read -r name version; do [[ $name =~ $base ]] || echo "$name$version"; done > "$2.list"
-  (cd "$2" && xargs -a "$2.list" apt-get "${options[@]}" download >&2)
+    | while read -r name version; do [[ $name =~ $base ]] || echo "$name$version"; done > "$2.list" \
+    && (cd "$2" && xargs -a "$2.list" apt-get "${options[@]}" download >&2)
 }
 
 drivers=()
 for suite in bookworm bookworm-backports; do
   say "fetching the driver of $suite"
   debs=$work/debs/$suite
-  if ! fetch "$suite" "$debs"; then say "$suite cannot be had; going on without it"; continue; fi
+  fetch "$suite" "$debs" || { say "the driver of $suite cannot be had: tests need two versions of Mesa, so they cannot run"; exit 1; }
   for deb in "$debs"/*.deb; do dpkg-deb -x "$deb" "$work/root-$suite"; done
   driver=$(find "$work/root-$suite" -name libvulkan_lvp.so | head -n 1)
-  [ -n "$driver" ] || { say "mesa-vulkan-drivers of $suite holds no libvulkan_lvp.so"; continue; }
+  [ -n "$driver" ] || { say "mesa-vulkan-drivers of $suite holds no libvulkan_lvp.so"; exit 1; }
   version=$(dpkg-deb -f "$debs"/mesa-vulkan-drivers_*.deb Version | sed 's/-.*//')
-  mkdir -p "$out/$version"
+  [ ! -e "$out/$version" ] || { say "$suite has Mesa $version, as the suite before it: tests need two versions"; exit 1; }
+  mkdir "$out/$version"
   mv "$driver" "$out/$version/"
   printf '{"file_format_version": "1.0.0", "ICD": {"library_path": "%s", "api_version": "1.3.0"}}\n' "$out/$version/libvulkan_lvp.so" > "$out/$version/icd.json"
   # The later suite's libraries replace the earlier one's: they are newer, and both drivers run on them.
   find "$work/root-$suite" -name '*.so*' ! -name 'libvulkan_*' ! -path '*/vulkan/*' \( -type f -o -type l \) -exec cp -a -f {} "$out/lib/" \;
   drivers+=("$out/$version/icd.json")
 done
-[ ${#drivers[@]} -gt 0 ] || { say "no driver could be had: tests need one, so they cannot run"; exit 1; }
 
 say "fetching SwiftShader"
 library=./usr/lib/chromium/libvk_swiftshader.so

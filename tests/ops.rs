@@ -2,6 +2,7 @@
 //! against the references of `golden.rs`. Needs Vulkan drivers (`make test` fetches two versions of lavapipe): fails
 //! without one.
 
+use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,20 @@ fn found() -> Vec<DeviceInfo> {
 
 pub fn device_ids() -> Vec<String> {
     found().into_iter().map(|device| device.id).collect()
+}
+
+/// Each driver lies in a folder that is called as its version of Mesa is.
+#[test]
+fn tests_run_on_two_versions_of_software_vulkan() {
+    let files = std::env::var_os("VK_DRIVER_FILES").expect("no drivers: run `make test`, which fetches them");
+    let folders = std::env::split_paths(&files).filter_map(|file| Some(file.parent()?.file_name()?.to_owned()));
+    let versions: BTreeSet<String> = folders.map(|folder| folder.to_string_lossy().into_owned()).collect();
+    let drivers: Vec<String> = found().into_iter().map(|device| device.driver).collect();
+    assert_eq!((versions.len(), drivers.len()), (2, 2), "{versions:?}: {drivers:?}");
+    for version in versions {
+        let is_seen = drivers.iter().any(|driver| driver.contains(&format!("Mesa {version}")));
+        assert!(is_seen, "Mesa {version} shows no device: remove target/lavapipe, and run `make test`; {drivers:?}");
+    }
 }
 
 /// What a driver is opened as.
