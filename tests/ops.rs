@@ -92,7 +92,7 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
             masked(without_f16(options(Some(Tier::Base), true))),
             of_base,
         ),
-        of_arithmetic("f16", in_f16(options(Some(Tier::Base), true)), short),
+        of_arithmetic("f16", in_f16(options(Some(Tier::Subgroup), true)), short),
         of_arithmetic("integer dot products", in_bytes, short),
     ];
     // The tiers for GPUs differ by little, and software Vulkan that is not lavapipe is too slow for several.
@@ -113,7 +113,7 @@ impl Lane {
 /// Software Vulkan takes seconds to compile the matmul kernels of one format for GPUs. How a format is decoded is the
 /// same text on all tiers, so that a few stand for all here.
 fn is_for_wide(case: &Case) -> bool {
-    case.op != "mat_mul" || ["f16", "q4_0", "q5_k", "iq4_xs"].contains(&case.variant.as_str())
+    case.op != "mat_mul" || ["f16", "q4_0", "q5_k", "iq4_xs", "q4_0, q5_k"].contains(&case.variant.as_str())
 }
 
 #[test]

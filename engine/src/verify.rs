@@ -193,7 +193,7 @@ pub fn every_case() -> Vec<Case> {
         cases.push(mat_mul::mat_mul(format, m, n, k));
     }
     cases.extend([false, true].map(|has_post| mat_mul::before_norm(WeightFormat::Q4_0, &[1, 3], has_post)));
-    cases.push(mat_mul::into_columns(WeightFormat::Q4K, WeightFormat::Q6K));
+    cases.push(mat_mul::into_columns(WeightFormat::Q4_0, WeightFormat::Q5K));
     let turns = [(Interleaved, 64, 64), (Halves, 256, 256), (Halves, 16, 8), (Interleaved, 96, 10), (Halves, 32, 32)];
     for kv_type in KvType::ALL {
         for (style, head_dim, rotary_dim) in turns.into_iter().filter(|(_, head_dim, _)| kv_type.takes(*head_dim)) {

@@ -170,15 +170,15 @@ pub fn many_workgroups() -> Case {
     .of_formats(&[format])
 }
 
-/// Two products in one tensor, whose other columns stay as they are.
+/// Two products in one tensor, whose other columns stay as they are; of rows that fill a tile, and a few more.
 pub fn into_columns(left: WeightFormat, right: WeightFormat) -> Case {
     let variant = format!("{}, {}", left.name(), right.name());
     let formats = [left, right];
-    Case::new("mat_mul", &variant, "M 11 N 40 and 24 K 256, into columns".to_owned(), move |device| {
+    Case::new("mat_mul", &variant, "M 67 N 40 and 24 K 256, into columns".to_owned(), move |device| {
         let random = &mut Random::new(3);
         let (left, right) = (device.weight(left, 40, 256, 4)?, device.weight(right, 24, 256, 5)?);
-        let (x, bias) = (device.random(11, 256, random)?, device.random(1, 24, random)?);
-        let out = device.f32(11, 80, &[7.0; 11 * 80])?;
+        let (x, bias) = (device.random(67, 256, random)?, device.random(1, 24, random)?);
+        let out = device.f32(67, 80, &[7.0; 67 * 80])?;
         let ops = [(left, None, 3), (right, Some(bias), 43)];
         let ops = ops.map(|(weight, bias, first_col)| Op::MatMul(MatMul { x, weight, bias, first_col, out }));
         let tolerance = formats.map(|format| device.mat_mul_tolerance(format)).into_iter().fold(0.0, f32::max);
