@@ -4,7 +4,7 @@
 
 use fullbore_shaders::{Arithmetic, MAX_MATRIX_GROUP_BYTES, MatrixUnits, Tier};
 use wgpu::wgt::{CooperativeMatrixProperties, CooperativeScalarType};
-use wgpu::{ExperimentalFeatures, Features, Limits};
+use wgpu::{AdapterInfo, ExperimentalFeatures, Features, Limits};
 
 use crate::backend::packing::Layout;
 use crate::tensor::WeightFormat;
@@ -43,11 +43,10 @@ pub(super) struct Abilities {
 
 impl Abilities {
     pub fn of(adapter: &wgpu::Adapter, features: Features, limits: &Limits) -> Abilities {
-        let info = adapter.get_info();
         Abilities {
             features,
             matrices: adapter.cooperative_matrix_properties(),
-            subgroup_lanes: (info.subgroup_min_size, info.subgroup_max_size),
+            subgroup_lanes: subgroup_lanes(&adapter.get_info()),
             group_bytes: limits.max_compute_workgroup_storage_size,
         }
     }
@@ -96,6 +95,14 @@ impl Abilities {
         let size = [16, 8].into_iter().find(is_offered);
         let none = || "matrices of f16, 16 x 16 or 8 x 8, with sums in f32, which the device does not have".to_owned();
         Ok(MatrixUnits { size: size.ok_or_else(none)?, subgroup_lanes: most })
+    }
+}
+
+/// The fewest and the most. wgpu states 4 to 64 for everything that Metal gives; Apple's own GPUs have 32.
+fn subgroup_lanes(info: &AdapterInfo) -> (u32, u32) {
+    match info.backend {
+        wgpu::Backend::Metal if info.name.starts_with("Apple") => (32, 32),
+        _ => (info.subgroup_min_size, info.subgroup_max_size),
     }
 }
 
@@ -164,6 +171,18 @@ mod tests {
         let little = Abilities { features, matrices: both.to_vec(), subgroup_lanes: (32, 32), group_bytes: 16 << 10 };
         let problem = little.grant(ArithmeticChoice::MatrixUnits, Tier::Subgroup).expect_err("not granted");
         assert!(problem.contains("has 16384"), "{problem}");
+    }
+
+    #[test]
+    fn apples_gpus_have_one_width_of_subgroups_whatever_wgpu_states_for_metal() {
+        let lanes = |backend, name: &str| {
+            let (name, subgroup_min_size, subgroup_max_size) = (name.to_owned(), 4, 64);
+            let info = AdapterInfo::new(wgpu::DeviceType::IntegratedGpu, backend);
+            subgroup_lanes(&AdapterInfo { name, subgroup_min_size, subgroup_max_size, ..info })
+        };
+        assert_eq!(lanes(wgpu::Backend::Metal, "Apple M2"), (32, 32));
+        assert_eq!(lanes(wgpu::Backend::Metal, "AMD Radeon Pro 5500M"), (4, 64));
+        assert_eq!(lanes(wgpu::Backend::Vulkan, "Apple M2"), (4, 64), "another driver's choice");
     }
 
     #[test]
