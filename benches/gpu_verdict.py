@@ -288,6 +288,12 @@ DEMANDS = [
     ("CUDA against the golden: failures", follows("golden-cuda"), "<=", 0),
     ("CUDA on tensor cores against the golden: failures", follows("golden-cuda-matrix-units", "matrix-units"), "<=", 0),
     ("Vulkan against the golden: failures", follows("golden-vulkan"), "<=", 0),
+    (
+        "Vulkan on matrix units against the golden: failures",
+        follows("golden-vulkan-matrix-units", "matrix-units"),
+        "<=",
+        0,
+    ),
     ("CUDA and Vulkan: answers that part where both are decided", agree, "<=", 0),
     ("CUDA: the same alone as among 31", same_in_company("golden-cuda"), ">=", 1),
     ("Vulkan: the same alone as among 31", same_in_company("golden-vulkan"), ">=", 1),

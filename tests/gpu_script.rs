@@ -194,6 +194,7 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
         ("Vulkan against the golden: failures", 1.0, "fail"),
         ("Vulkan batch 1 at context 512: share of the copy bandwidth", 0.53606, "fail"),
         ("Vulkan batch 32: tokens a second over those of batch 1", 24.0, "pass"),
+        ("Vulkan on matrix units against the golden: failures", 1.0, "fail"),
         ("Vulkan on matrix units: checks of products that differ", 0.0, "pass"),
         ("Vulkan prefill of 2048 in f32: share of the measured peak", 7.91679, "pass"),
         ("Vulkan prefill of 2048 on matrix units: share of their measured peak", 0.79168, "pass"),
@@ -214,13 +215,14 @@ fn every_demand_on_a_gpu_gets_its_verdict_in_one_call() {
     let side_by_side =
         |name: &str| name.starts_with("golden-") || name.starts_with("verify-") || name == "peer-versions";
     let runs = runs(&out);
-    let asked = runs.iter().take_while(|(name, ..)| name != "8b-decode-1-f32-cuda");
+    let asked = runs.iter().take_while(|(name, ..)| name != "profile");
     let (side, rest): (Vec<_>, Vec<_>) = asked.partition(|(name, ..)| side_by_side(name));
     // One beside the other: none waits for another's end.
-    assert_eq!(side.len(), 13, "{side:?}");
+    assert_eq!(side.len(), 14, "{side:?}");
     let longest = side.iter().map(|(.., limit)| limit).max().expect("kernels are tried");
     let one_by_one: u32 = rest.iter().map(|(.., limit)| limit).sum();
-    assert!(longest + one_by_one <= 9 * 60, "{longest} and {one_by_one}");
+    // Less a quarter of a minute for what ends at its limit, and ten seconds for Python between runs.
+    assert!(longest + one_by_one <= 9 * 60 - 15 - 10, "{longest} and {one_by_one}");
     let has = |wanted: &str| rest.iter().any(|(name, ..)| name == wanted);
     assert!(has("peer-transformers") && has("peer-llama-cpp") && has("model-32-cuda"), "{rest:?}");
     assert!(runs.iter().all(|(_, status, _)| !status.starts_with("left out")), "{runs:?}");
