@@ -172,8 +172,9 @@ fn devices_are_chosen_by_name_and_refused_by_name() {
     }
 }
 
-/// Whether a float is added to a product, or to a variable that was given one: a driver may make that one step, with
-/// other bits, in one variant of a kernel and not in another.
+/// Whether a float is added to a product, to a variable that was given one, or to what a function returns or is handed:
+/// a driver may make that one step, with other bits, in one variant of a kernel and not in another. A product that is
+/// one of two choices (`select`) is not seen: no compiler is known to add before it chooses.
 fn leaves_contraction_open(module: &naga::Module, info: &ModuleInfo) -> bool {
     let functions = module.functions.iter().map(|(handle, function)| (function, &info[handle]));
     let points = module.entry_points.iter().enumerate();
@@ -183,22 +184,19 @@ fn leaves_contraction_open(module: &naga::Module, info: &ModuleInfo) -> bool {
             let inner = info[*handle].ty.inner_with(&module.types);
             inner.scalar_kind() == Some(naga::ScalarKind::Float)
         };
-        let is_product = |handle: &Handle<Expression>| {
-            let multiplies =
-                matches!(function.expressions[*handle], Expression::Binary { op: BinaryOperator::Multiply, .. });
-            multiplies && is_float(handle)
-        };
         let mut given = Vec::new();
-        stores(&function.body, &mut |pointer, value| {
-            if is_product(&value) {
-                given.push(pointer);
+        statements(&function.body, &mut |statement| {
+            if let Statement::Store { pointer, value } = statement
+                && is_product(module, function, *value)
+            {
+                given.push(*pointer);
             }
         });
         let holds_product = |handle: &Handle<Expression>| match function.expressions[*handle] {
             Expression::Load { pointer } => {
                 given.iter().any(|other| function.expressions[*other] == function.expressions[pointer])
             }
-            _ => is_product(handle),
+            _ => is_product(module, function, *handle),
         };
         function.expressions.iter().any(|(handle, expression)| match expression {
             Expression::Binary { op: BinaryOperator::Add | BinaryOperator::Subtract, left, right } => {
@@ -209,17 +207,54 @@ fn leaves_contraction_open(module: &naga::Module, info: &ModuleInfo) -> bool {
     })
 }
 
-fn stores(block: &naga::Block, seen: &mut impl FnMut(Handle<Expression>, Handle<Expression>)) {
+/// Whether a value is a product, some of its components are, or a function's that returns or was handed one.
+fn is_product(module: &naga::Module, function: &naga::Function, value: Handle<Expression>) -> bool {
+    let is_product_here = |value: &Handle<Expression>| is_product(module, function, *value);
+    match &function.expressions[value] {
+        Expression::Binary { op: BinaryOperator::Multiply, .. } => true,
+        Expression::Splat { value, .. } | Expression::Swizzle { vector: value, .. } => is_product_here(value),
+        Expression::AccessIndex { base, .. } | Expression::Access { base, .. } => is_product_here(base),
+        Expression::Compose { components, .. } => components.iter().any(is_product_here),
+        Expression::Unary { expr, .. } => is_product_here(expr),
+        Expression::CallResult(callee) => {
+            let (callee, mut returns) = (&module.functions[*callee], false);
+            statements(&callee.body, &mut |statement| {
+                if let Statement::Return { value: Some(value) } = statement {
+                    returns |= is_product(module, callee, *value);
+                }
+            });
+            returns
+        }
+        Expression::FunctionArgument(index) => {
+            let points = module.entry_points.iter().map(|point| &point.function);
+            module.functions.iter().map(|(_, caller)| caller).chain(points).any(|caller| {
+                let mut is_handed = false;
+                statements(&caller.body, &mut |statement| {
+                    if let Statement::Call { function: callee, arguments, .. } = statement
+                        && std::ptr::eq(&module.functions[*callee], function)
+                    {
+                        is_handed |= is_product(module, caller, arguments[*index as usize]);
+                    }
+                });
+                is_handed
+            })
+        }
+        _ => false,
+    }
+}
+
+/// Each statement, those within others too.
+fn statements(block: &naga::Block, seen: &mut impl FnMut(&Statement)) {
     for statement in block.iter() {
+        seen(statement);
         match statement {
-            Statement::Store { pointer, value } => seen(*pointer, *value),
-            Statement::Block(block) => stores(block, seen),
+            Statement::Block(block) => statements(block, seen),
             Statement::If { accept, reject, .. } => {
-                [accept, reject].map(|block| stores(block, seen)).into_iter().collect()
+                [accept, reject].into_iter().for_each(|block| statements(block, seen))
             }
-            Statement::Switch { cases, .. } => cases.iter().for_each(|case| stores(&case.body, seen)),
+            Statement::Switch { cases, .. } => cases.iter().for_each(|case| statements(&case.body, seen)),
             Statement::Loop { body, continuing, .. } => {
-                [body, continuing].map(|block| stores(block, seen)).into_iter().collect()
+                [body, continuing].into_iter().for_each(|block| statements(block, seen))
             }
             _ => {}
         }
@@ -240,6 +275,8 @@ fn a_sum_that_may_be_contracted_is_seen() {
     let seen = |statement: &str| {
         let text = format!(
             "var<workgroup> out: array<f32, 8>;
+            fn times(a: f32, b: f32) -> f32 {{ return a * b; }}
+            fn plus(a: f32, b: f32) -> f32 {{ return a + b; }}
             fn put(a: f32, b: f32) -> f32 {{ var x = a; var y = vec2(b); {statement} return x + y.x; }}
             @compute @workgroup_size(8) fn main(@builtin(local_invocation_index) i: u32) {{
                 out[i] = put(f32(i), 2.0);
@@ -249,7 +286,9 @@ fn a_sum_that_may_be_contracted_is_seen() {
         leaves_contraction_open(&module, &info)
     };
     assert!(seen("x = a * b + x;") && seen("x -= a * b;") && seen("if a > b { x *= b; } x += a;"));
-    assert!(seen("y *= b; y += vec2(a);"));
+    assert!(seen("y *= b; y += vec2(a);") && seen("y += (y.xyx * a).yx;") && seen("y += -vec2(a * b, b);"));
+    assert!(seen("x += times(a, b);") && seen("x = plus(a * b, x);"));
+    assert!(!seen("x = plus(times(a, 2.0) / b, x);") && !seen("x = plus(fma(a, b, x), b);"));
     assert!(!seen("x = fma(a, b, x); let i = 2 * i32(a) + 1;") && !seen("y = fma(y, y, y);"));
 }
 
