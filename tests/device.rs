@@ -16,7 +16,7 @@ pub struct Device(verify::device::Device);
 
 impl Device {
     pub fn new(backend: Box<dyn Backend>) -> Device {
-        Device(verify::device::Device::new(backend).expect("a few bytes"))
+        Device(verify::device::Device::new(backend))
     }
 
     /// What every other device is held against.

@@ -73,7 +73,7 @@ impl Case {
     }
 
     pub fn run(&self, device: &mut Device) -> Result<Vec<Output>, DeviceError> {
-        (self.work)(device)
+        device.within(|device| (self.work)(device))
     }
 
     /// Holds what a device made of this case against what the twin did.
@@ -155,7 +155,7 @@ pub fn holds_in_company(arithmetic: &str) -> bool {
 
 /// The reference: everything by its plain twin on the cpu.
 pub fn twin() -> Result<Device, DeviceError> {
-    Device::new(Box::new(CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() })?))
+    Ok(Device::new(Box::new(CpuBackend::new(CpuOptions { plain: true, ..CpuOptions::default() })?)))
 }
 
 /// Every op on inputs that reach its branches, in every variant.
@@ -247,7 +247,7 @@ pub fn verify(
         let twins = case.run(&mut twin)?;
         let opened = match device.take() {
             Some(device) => Ok(device),
-            None => open().and_then(Device::new),
+            None => open().map(Device::new),
         };
         let outputs = match opened {
             Ok(mut opened) => {

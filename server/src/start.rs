@@ -296,13 +296,23 @@ fn verified(backend: Box<dyn Backend>, bundle: &Bundle, args: &ModelArgs) -> Res
     }
     let begun = Instant::now();
     let formats = Weights::formats(&bundle.config, &bundle.checkpoint);
-    let cases = cases_of_model(&bundle.config, &formats, args.kv_type);
+    let cases = cases_of_model(backend.as_ref(), &bundle.config, &formats, args.kv_type);
     let kernels = kernels_of_model(&bundle.config, &formats, args.kv_type);
     let backend = first_right(&cases, &kernels, backend, &mut |info| devices::plainer(info, &args.device))?;
-    let (backend, apart) = apart_in_company(&cases_in_company(&bundle.config, &formats, args.kv_type), backend)?;
-    let DeviceInfo { id: device, driver, tier, .. } = backend.info();
-    if let Some(what) = apart {
-        tracing::warn!(device, driver, what, "the driver adds in orders of its own: answers may depend on others");
+    let (mut backend, apart) = apart_in_company(&cases_in_company(&bundle.config, &formats, args.kv_type), backend);
+    let DeviceInfo { id: device, driver, tier, .. } = backend.info().clone();
+    match apart {
+        Ok(None) => {}
+        Ok(Some(what)) => {
+            tracing::warn!(device, driver, what, "the driver adds in orders of its own: answers may depend on others");
+        }
+        // No more than a look, which no start ends by.
+        Err(error) => {
+            tracing::warn!(device, driver, %error, "whether answers depend on others is not known");
+            if matches!(error, DeviceError::Lost { .. }) {
+                backend.reopen()?;
+            }
+        }
     }
     tracing::info!(tier, num_cases = cases.len(), took_ms = begun.elapsed().as_secs_f64() * 1e3, "kernels tried");
     Ok(backend)

@@ -108,7 +108,7 @@ type Wrong = Vec<(WeightFormat, String)>;
 
 /// Holds every kernel against the plain cpu. The backend again, and what is not to be chosen.
 fn try_kernels(backend: Box<dyn Backend>, formats: &[WeightFormat]) -> Result<(Box<dyn Backend>, Wrong), TuneError> {
-    let (mut device, mut twin, mut wrong) = (Device::new(backend)?, twin()?, Wrong::new());
+    let (mut device, mut twin, mut wrong) = (Device::new(backend), twin()?, Wrong::new());
     for &format in formats {
         for kernel in device.backend().mat_mul_kernels(format) {
             let case = by_kernel(format, &kernel);

@@ -14,13 +14,15 @@ use crate::backend::{Backend, DeviceError, DeviceInfo, ModelKernels};
 use crate::model::ModelConfig;
 use crate::model::config::Family;
 use crate::tensor::{KvType, WeightFormat};
+use crate::tuning::{MatMulLine, MatMulShape};
 
 /// Why no backend was left.
 #[derive(Debug, thiserror::Error)]
 pub enum StartCheckError<E: std::error::Error + 'static> {
     #[error(
-        "device {device} computes wrongly with its plainest kernels: {what}; update its driver ({driver}), or choose \
-         another device (--device cpu); `fullbore verify --device {device}` says more, --no-verify starts all the same"
+        "device {device} computes wrongly with its plainest kernels, or cannot make them: {what}; update its driver \
+         ({driver}), or choose another device (--device cpu); `fullbore verify --device {device}` says more, \
+         --no-verify starts all the same"
     )]
     Wrong { device: String, driver: String, what: String },
     #[error(transparent)]
@@ -31,11 +33,16 @@ pub enum StartCheckError<E: std::error::Error + 'static> {
 
 /// Rows that between them reach every matmul kernel of every tier's own table.
 pub const MAT_MUL_ROWS: [u32; 11] = [1, 2, 3, 4, 5, 7, 8, 12, 18, 34, 66];
-/// And those of a long prompt's kernel, where there is another, on a small shape.
+/// And those of a long prompt, where a table has a kernel of their own, on a small shape.
 pub const PROMPT_ROWS: u32 = 514;
 
 /// What a model makes of a device: every variant that its formats, its heads and its cache call for.
-pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
+pub fn cases_of_model(
+    backend: &dyn Backend,
+    config: &ModelConfig,
+    formats: &[WeightFormat],
+    kv_type: KvType,
+) -> Vec<Case> {
     let (head_dim, rotary_dim) = (config.head_dim, config.rope.rotary_dim);
     let has_norms = matches!(config.family, Family::Qwen3 | Family::Gemma3);
     let has_post = has_post(config);
@@ -46,25 +53,35 @@ pub fn cases_of_model(config: &ModelConfig, formats: &[WeightFormat], kv_type: K
         gated_act(config.activation, 2, 100),
         add_norm(2, 3, 100, has_post),
         stores(kv_type, head_dim),
-        attention(kv_type, heads_of(config)),
         sample(500),
     ];
+    cases.extend(heads_of(config).into_iter().map(|heads| attention(kv_type, heads)));
     for &format in formats {
         cases.push(embed(format));
         // Two spans of K, and columns that fill no tile.
         cases.extend(MAT_MUL_ROWS.map(|m| mat_mul(format, m, 161, 1280)));
         cases.push(before_norm(format, &MAT_MUL_ROWS, has_post));
         cases.push(mat_mul(format, 1, 40, LONG_K));
-        cases.push(mat_mul(format, PROMPT_ROWS, 40, 256));
+        let (rows, cols) = (40, 256);
+        if has_prompt_kernel(&backend.mat_mul_table(MatMulShape { format, rows, cols })) {
+            cases.push(mat_mul(format, PROMPT_ROWS, rows, cols));
+        }
     }
     cases
+}
+
+/// Whether a long prompt has another kernel than the most of the other rows.
+fn has_prompt_kernel(table: &[MatMulLine]) -> bool {
+    let line = |rows| table.iter().position(|line| line.max_rows.is_none_or(|most| most >= rows));
+    line(PROMPT_ROWS) != line(MAT_MUL_ROWS[MAT_MUL_ROWS.len() - 1])
 }
 
 /// By the same kernels, rows alone and in company: elements that differ, which are none where a driver leaves the order
 /// of additions as it is written.
 pub fn cases_in_company(config: &ModelConfig, formats: &[WeightFormat], kv_type: KvType) -> Vec<Case> {
     let products = formats.iter().map(|&format| mat_mul::in_company(format, &MAT_MUL_ROWS, has_post(config)));
-    [attention::in_company(kv_type, heads_of(config))].into_iter().chain(products).collect()
+    let heads = heads_of(config).into_iter().map(|heads| attention::in_company(kv_type, heads));
+    heads.chain(products).collect()
 }
 
 /// Whether what a layer adds goes through a norm first.
@@ -72,11 +89,12 @@ fn has_post(config: &ModelConfig) -> bool {
     config.family == Family::Gemma3
 }
 
-/// With sequences that are long enough for a row to be split.
-fn heads_of(config: &ModelConfig) -> Heads {
-    let window = if config.windows.iter().any(Option::is_some) { 20 } else { 0 };
+/// With and without a window, as its layers are, and with sequences that are long enough for a row to be split.
+fn heads_of(config: &ModelConfig) -> Vec<Heads> {
     let group = config.num_heads / config.num_kv_heads;
-    Heads { window, num_positions: 300, ..Heads::new(config.head_dim, 1, group, 16) }
+    let of_layers = |window: &u32| config.windows.iter().any(|of_layer| of_layer.is_some() == (*window > 0));
+    let heads = |window| Heads { window, num_positions: 300, ..Heads::new(config.head_dim, 1, group, 16) };
+    [0, 20].into_iter().filter(of_layers).map(heads).collect()
 }
 
 /// What those cases need, to be made at once.
@@ -109,17 +127,21 @@ pub fn first_right<E: std::error::Error + 'static>(
         let Some(next) = plainer(&info) else { return Err(StartCheckError::Wrong { device, driver, what }) };
         backend = next.map_err(StartCheckError::Plainer)?;
         let plainer = &backend.info().tier;
-        tracing::warn!(device, driver, tier, what, plainer, "a kernel computes wrongly: going on with plainer ones");
+        tracing::warn!(
+            device,
+            driver,
+            tier,
+            what,
+            plainer,
+            "a kernel is wrong or cannot be made: going on with plainer ones"
+        );
     }
 }
 
 /// The backend again, or the first check that it does not pass, in words. The outer error is the twin's.
 pub fn tried(cases: &[Case], backend: Box<dyn Backend>) -> Result<Result<Box<dyn Backend>, String>, DeviceError> {
     let mut twin = twin()?;
-    let mut device = match Device::new(backend) {
-        Ok(device) => device,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
+    let mut device = Device::new(backend);
     for case in cases {
         let checks = case.check(&case.run(&mut device), &case.run(&mut twin)?);
         if let Some(Check { op, variant, shape, failure: Some(failure), .. }) =
@@ -140,17 +162,47 @@ fn in_words(words: [&str; 3]) -> String {
 pub fn apart_in_company(
     cases: &[Case],
     backend: Box<dyn Backend>,
-) -> Result<(Box<dyn Backend>, Option<String>), DeviceError> {
+) -> (Box<dyn Backend>, Result<Option<String>, DeviceError>) {
     if !holds_in_company(&backend.info().arithmetic) {
-        return Ok((backend, None));
+        return (backend, Ok(None));
     }
-    let mut device = Device::new(backend)?;
+    let mut device = Device::new(backend);
+    let apart = first_apart(cases, &mut device);
+    (device.into_backend(), apart)
+}
+
+fn first_apart(cases: &[Case], device: &mut Device) -> Result<Option<String>, DeviceError> {
     for case in cases {
-        let differ: u32 = case.run(&mut device)?.iter().flat_map(|output| &output.words).sum();
+        let differ: u32 = case.run(device)?.iter().flat_map(|output| &output.words).sum();
         if differ > 0 {
             let what = in_words([case.op, &case.variant, &case.shape]);
-            return Ok((device.into_backend(), Some(format!("{what}: {differ} elements differ"))));
+            return Ok(Some(format!("{what}: {differ} elements differ")));
         }
     }
-    Ok((device.into_backend(), None))
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::Bundle;
+
+    #[test]
+    fn layers_with_a_window_and_without_are_both_tried() {
+        let windows = |windows: &[Option<u32>]| {
+            let config = ModelConfig { windows: windows.to_vec(), ..Bundle::simulated().config };
+            heads_of(&config).iter().map(|heads| heads.window).collect::<Vec<_>>()
+        };
+        assert_eq!(windows(&[None, None]), [0]);
+        assert_eq!(windows(&[Some(512), None, Some(512)]), [0, 20]);
+        assert_eq!(windows(&[Some(512)]), [20]);
+    }
+
+    #[test]
+    fn rows_of_a_long_prompt_are_tried_where_they_have_a_kernel_of_their_own() {
+        let line = |max_rows| MatMulLine { max_rows, kernel: "a kernel".to_owned(), fills: true };
+        assert!(has_prompt_kernel(&[line(Some(16)), line(Some(512)), line(None)]));
+        assert!(!has_prompt_kernel(&[line(Some(16)), line(Some(64)), line(None)]));
+        assert!(!has_prompt_kernel(&[]), "a device without a choice");
+    }
 }
