@@ -79,19 +79,13 @@ fn lanes(device: &DeviceInfo) -> Vec<Lane> {
         ..lane(name, options, golden)
     };
     let (whole, short) = (Some(golden::Share::WHOLE), Some(golden::Share { num_cases: 1, max_tokens: 8 }));
-    // It differs from wide subgroups by little.
-    let of_base = short.filter(|_| device.id == device_ids()[0]);
     let lanes = [
         lane("checked, in small submissions", divided(options(None, true)), whole),
         lane("as it is served", options(None, false), None),
         lane("wide subgroups", options(Some(Tier::Subgroup), true), short),
         lane("no subgroups", options(Some(Tier::Base), true), None),
         lane("WebGPU's limits", masked(options(None, false)), whole),
-        lane(
-            "WebGPU's limits, f16 masked, no subgroups",
-            masked(without_f16(options(Some(Tier::Base), true))),
-            of_base,
-        ),
+        lane("WebGPU's limits, f16 masked, no subgroups", masked(without_f16(options(Some(Tier::Base), true))), short),
         of_arithmetic("f16", in_f16(options(Some(Tier::Subgroup), true)), short),
         of_arithmetic("integer dot products", in_bytes, short),
     ];
