@@ -34,32 +34,8 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;
 #include "sum_lanes.wgsl"
 
-#if SPANS
-// The product before this has left its last step to it: `mat_mul_sum.wgsl`.
-fn y_at(index: u32) -> f32 {
-    var sum = 0.0;
-    for (var part = 0u; part < params.num_partials; part++) {
-        sum += y[index + part * params.partial_stride];
-    }
-    return sum;
-}
-#else
-fn y_at(index: u32) -> f32 {
-    return y[index];
-}
-#endif
-
 fn norm_scale(squares: f32, place: Place) -> f32 {
     return 1.0 / sqrt(sum_lanes(squares, place) / f32(params.cols) + params.eps);
-}
-
-// x at `index` and `y`, which it is from now on if it is `there`; their square goes to `sum`.
-fn added(index: u32, y: f32, there: bool, sum: f32) -> f32 {
-    let value = select(0.0, x[index] + y, there);
-    if there {
-        x[index] = value;
-    }
-    return fma(value, value, sum);
 }
 
 @compute @workgroup_size({{ROW_LANES}})
@@ -81,29 +57,63 @@ fn main(
     let y_row = params.y + row * params.cols;
     let last = params.cols - 1u;
     var sum = 0.0;
+    // ROW_STEPS columns are loaded together, so that one wait serves them all; then they are added and stored in order.
     if params.has_post == 1u {
-        for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
-            let i = first + lane;
-            let value = select(0.0, y_at(y_row + min(i, last)), i < params.cols);
-            sum = fma(value, value, sum);
+        for (var first = 0u; first < params.cols; first += {{ROW_STEPS}}u * {{ROW_LANES}}u) {
+#include "add_norm_y.wgsl"
+#for S ROW_STEPS
+            let value_{{S}} = select(0.0, y_{{S}}, i_{{S}} < params.cols);
+            sum = fma(value_{{S}}, value_{{S}}, sum);
+#endfor
         }
         let scale = norm_scale(sum, place);
         sum = 0.0;
-        for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
-            let at = min(first + lane, last);
-            let post = post_weight[params.post_weight + at];
-            sum = added(x_row + at, y_at(y_row + at) * scale * post, first + lane < params.cols, sum);
+        for (var first = 0u; first < params.cols; first += {{ROW_STEPS}}u * {{ROW_LANES}}u) {
+#for S ROW_STEPS
+            let x_at_{{S}} = min(first + {{S}}u * {{ROW_LANES}}u + lane, last);
+            let x_{{S}} = x[x_row + x_at_{{S}}];
+            let post_{{S}} = post_weight[params.post_weight + x_at_{{S}}];
+#endfor
+#include "add_norm_y.wgsl"
+#for S ROW_STEPS
+            let value_{{S}} = select(0.0, x_{{S}} + y_{{S}} * scale * post_{{S}}, i_{{S}} < params.cols);
+            sum = fma(value_{{S}}, value_{{S}}, sum);
+            if i_{{S}} < params.cols {
+                x[x_row + at_{{S}}] = value_{{S}};
+            }
+#endfor
         }
     } else {
-        for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
-            let at = min(first + lane, last);
-            sum = added(x_row + at, y_at(y_row + at), first + lane < params.cols, sum);
+        for (var first = 0u; first < params.cols; first += {{ROW_STEPS}}u * {{ROW_LANES}}u) {
+#for S ROW_STEPS
+            let x_{{S}} = x[x_row + min(first + {{S}}u * {{ROW_LANES}}u + lane, last)];
+#endfor
+#include "add_norm_y.wgsl"
+#for S ROW_STEPS
+            let value_{{S}} = select(0.0, x_{{S}} + y_{{S}}, i_{{S}} < params.cols);
+            sum = fma(value_{{S}}, value_{{S}}, sum);
+            if i_{{S}} < params.cols {
+                x[x_row + at_{{S}}] = value_{{S}};
+            }
+#endfor
         }
     }
     let scale = norm_scale(sum, place);
     // A lane reads what it has written itself.
     let to = params.out + index * params.cols;
-    for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-        out[to + i] = x[x_row + i] * scale * weight[params.weight + i];
+    for (var i = lane; i < params.cols; i += {{ROW_STEPS}}u * {{ROW_LANES}}u) {
+#for S ROW_STEPS
+        let at_{{S}} = min(i + {{S}}u * {{ROW_LANES}}u, last);
+        let x_{{S}} = x[x_row + at_{{S}}];
+        let weight_{{S}} = weight[params.weight + at_{{S}}];
+#endfor
+#for S ROW_STEPS
+#if S > 0
+        if i + {{S}}u * {{ROW_LANES}}u < params.cols
+#endif
+        {
+            out[to + at_{{S}}] = x_{{S}} * scale * weight_{{S}};
+        }
+#endfor
     }
 }

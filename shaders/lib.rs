@@ -90,9 +90,11 @@ impl Tier {
             ("EIGHTS", 0),
             // Lanes that share a row in reductions.
             ("ROW_LANES", if self == Tier::Lavapipe { 8 } else { 256 }),
+            // Columns of a row that a lane of the norms loads together; software Vulkan waits for no load.
+            ("ROW_STEPS", if self == Tier::Lavapipe { 1 } else { 4 }),
             ("TILE_LANES", self.attention_lanes()),
-            // Whether products divide K among workgroups.
-            ("SPANS", 1 - flag(Tier::Lavapipe)),
+            // Sums of a product, where workgroups share K, that are added up by the norm behind it.
+            ("MAX_PARTIALS", if self == Tier::Lavapipe { 1 } else { mat_mul::MAX_SPANS }),
             // What a matmul multiplies in, and whether on matrix units.
             ("BITS", 32),
             ("MATRIX", 0),
@@ -116,8 +118,9 @@ pub const ELEMENT_LANES: u32 = 64;
 pub const MUL_ADD_ELEMENTS: u32 = 1024;
 
 /// The kernels' files, and what they include.
-pub const FILES: [(&str, &str); 31] = [
+pub const FILES: [(&str, &str); 32] = [
     ("add_norm.wgsl", include_str!("add_norm.wgsl")),
+    ("add_norm_y.wgsl", include_str!("add_norm_y.wgsl")),
     ("attention.wgsl", include_str!("attention.wgsl")),
     ("attention_cut.wgsl", include_str!("attention_cut.wgsl")),
     ("attention_merge.wgsl", include_str!("attention_merge.wgsl")),

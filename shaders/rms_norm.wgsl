@@ -31,15 +31,34 @@ fn main(
         return;
     }
     let start = params.x + row * params.cols;
+    let last = params.cols - 1u;
     var sum = 0.0;
-    for (var first = 0u; first < params.cols; first += {{ROW_LANES}}u) {
-        let i = first + lane;
-        let value = select(0.0, x[start + min(i, params.cols - 1u)], i < params.cols);
-        sum = fma(value, value, sum);
+    // ROW_STEPS columns are loaded together, so that one wait serves them all.
+    for (var first = 0u; first < params.cols; first += {{ROW_STEPS}}u * {{ROW_LANES}}u) {
+#for S ROW_STEPS
+        let i_{{S}} = first + {{S}}u * {{ROW_LANES}}u + lane;
+        let x_{{S}} = x[start + min(i_{{S}}, last)];
+#endfor
+#for S ROW_STEPS
+        let value_{{S}} = select(0.0, x_{{S}}, i_{{S}} < params.cols);
+        sum = fma(value_{{S}}, value_{{S}}, sum);
+#endfor
     }
     let scale = 1.0 / sqrt(sum_lanes(sum, place) / f32(params.cols) + params.eps);
     let to = params.out + row * params.cols;
-    for (var i = lane; i < params.cols; i += {{ROW_LANES}}u) {
-        out[to + i] = x[start + i] * scale * weight[params.weight + i];
+    for (var i = lane; i < params.cols; i += {{ROW_STEPS}}u * {{ROW_LANES}}u) {
+#for S ROW_STEPS
+        let at_{{S}} = min(i + {{S}}u * {{ROW_LANES}}u, last);
+        let x_{{S}} = x[start + at_{{S}}];
+        let weight_{{S}} = weight[params.weight + at_{{S}}];
+#endfor
+#for S ROW_STEPS
+#if S > 0
+        if i + {{S}}u * {{ROW_LANES}}u < params.cols
+#endif
+        {
+            out[to + at_{{S}}] = x_{{S}} * scale * weight_{{S}};
+        }
+#endfor
     }
 }

@@ -587,7 +587,8 @@ fn a_grid_may_be_longer_than_one_dimension() {
 
 #[test]
 fn add_norm_adds_and_norms_the_rows_that_are_asked() {
-    const COLS: usize = 300;
+    // More than the lanes of a workgroup take in one step.
+    const COLS: usize = 1300;
     for mut rig in rigs() {
         let mut random = Random::new(19);
         let mut values = |rows: usize| random.floats(rows * COLS);
@@ -597,13 +598,13 @@ fn add_norm_adds_and_norms_the_rows_that_are_asked() {
         let row = |values: &[f32], row: usize| values[row * COLS..][..COLS].iter().map(|&v| f64::from(v)).collect();
         for (has_post, rows) in [(false, None), (true, None), (false, Some([4, 1])), (true, Some([0, 3]))] {
             let picks: Vec<u32> = rows.map_or((0..5).collect(), |rows| rows.to_vec());
-            let (x_tensor, out) = (rig.floats(&x, 300), rig.zeros(picks.len() as u32, 300));
+            let (x_tensor, out) = (rig.floats(&x, COLS as u32), rig.zeros(picks.len() as u32, COLS as u32));
             let op = AddNorm {
                 x: x_tensor,
-                y: rig.floats(&y, 300),
-                post_weight: has_post.then(|| rig.floats(&post_weight, 300)),
+                y: rig.floats(&y, COLS as u32),
+                post_weight: has_post.then(|| rig.floats(&post_weight, COLS as u32)),
                 rows: rows.map(|rows| rig.words(&rows, 1)),
-                weight: rig.floats(&weight, 300),
+                weight: rig.floats(&weight, COLS as u32),
                 eps: 1e-5,
                 out,
             };
@@ -620,7 +621,7 @@ fn add_norm_adds_and_norms_the_rows_that_are_asked() {
             }
             assert_close(&rig.name, &normed, &expected, 1e-6);
             // What it leaves in x; rows that were not asked for are as they were.
-            let again = AddNorm { x: rig.floats(&x, 300), ..op };
+            let again = AddNorm { x: rig.floats(&x, COLS as u32), ..op };
             let left = rig.run(&[Op::AddNorm(again)], again.x);
             assert_close(&rig.name, &left, &sums, 1e-6);
         }
@@ -628,16 +629,47 @@ fn add_norm_adds_and_norms_the_rows_that_are_asked() {
 }
 
 #[test]
+/// Where a norm follows, workgroups may share K and leave their sums to it.
+#[test]
+fn a_product_and_the_norm_behind_it_give_the_same_bits_together_as_apart() {
+    // More columns than the lanes of a norm's workgroup take in one step, and four spans of K.
+    const N: u32 = 1100;
+    const K: u32 = 3136;
+    for mut rig in rigs() {
+        let mut random = Random::new(29);
+        let bytes = random_weight(&mut random, WeightFormat::Q4_0, N, K);
+        let weight = rig.weight(WeightFormat::Q4_0, N, K, &bytes);
+        for (m, has_post) in [(1, false), (3, true), (20, false)] {
+            let [x, before, norm, post] = [m * K, m * N, N, N].map(|num| random.floats(num as usize));
+            let (x, norm, post) = (rig.floats(&x, K), rig.floats(&norm, N), rig.floats(&post, N));
+            let (y, out) = (rig.zeros(m, N), rig.zeros(m, N));
+            let product = Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out: y });
+            let mut words = |ops: [&[Op]; 2]| {
+                let stream = rig.floats(&before, N);
+                let post_weight = has_post.then_some(post);
+                let add_norm = AddNorm { x: stream, y, post_weight, rows: None, weight: norm, eps: 1e-5, out };
+                let last = [ops[1], &[Op::AddNorm(add_norm)]].concat();
+                if !ops[0].is_empty() {
+                    rig.run(ops[0], y);
+                }
+                [bits(&rig.run(&last, out)), bits(&rig.run(&[], stream))].concat()
+            };
+            let together = words([&[], &[product]]);
+            assert!(together == words([&[product], &[]]), "{}: M {m}, a norm of y first {has_post}", rig.name);
+        }
+    }
+}
+
 fn rms_norm_and_rope_kv_do_what_they_say() {
     for mut rig in rigs() {
         let mut random = Random::new(9);
-        let (x, weight) = (random.floats(3 * 300), random.floats(300));
-        let out = rig.zeros(3, 300);
-        let op = RmsNorm { x: rig.floats(&x, 300), weight: rig.floats(&weight, 300), eps: 1e-5, out };
+        let (x, weight) = (random.floats(3 * 1300), random.floats(1300));
+        let out = rig.zeros(3, 1300);
+        let op = RmsNorm { x: rig.floats(&x, 1300), weight: rig.floats(&weight, 1300), eps: 1e-5, out };
         let got = rig.run(&[Op::RmsNorm(op)], out);
         let mut expected = Vec::new();
-        for x in x.chunks_exact(300) {
-            let mean = x.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / 300.0;
+        for x in x.chunks_exact(1300) {
+            let mean = x.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / 1300.0;
             let values = x.iter().zip(&weight).map(|(x, w)| f64::from(*x) * f64::from(*w) / (mean + 1e-5).sqrt());
             expected.extend(values.map(|value| (value, value.abs())));
         }

@@ -235,7 +235,14 @@ mod tests {
             |line: &str| line.split('"').step_by(2).map(|part| part.matches(',').count()).sum::<usize>() + 1;
         assert!(csv.lines().all(|line| num_fields(line) == 8), "{csv}");
         // One row a sequence, and 64 at most.
-        let few = ["mat_mul output", "attention f16", "attention q8_0", "attention q4_0", "sample"];
+        let few = [
+            "mat_mul output",
+            "mat_mul ffn_down + add_norm",
+            "attention f16",
+            "attention q8_0",
+            "attention q4_0",
+            "sample",
+        ];
         for (name, m) in few.into_iter().flat_map(|name| [(name, 1), (name, 2)]) {
             assert!(names.contains(&(name, m)) && !names.contains(&(name, 70)), "{name} at {m} among {names:?}");
         }
@@ -250,6 +257,9 @@ mod tests {
         assert_eq!(counted("mat_mul attn_output", 2), (64 * 64 / 32 * 18 + 2 * 64 * 4 * 2, 2 * 2 * 64 * 64));
         // Two rows of 64 are read, added to, written, and written again as they are normed.
         assert_eq!(counted("add_norm", 2), (4 * 2 * 64 * 4 + 64 * 4, 5 * 2 * 64));
+        // Both, of 96 columns each.
+        let both = (64 * 96 / 32 * 18 + 2 * (96 + 64) * 4 + 4 * 2 * 64 * 4 + 64 * 4, 2 * 2 * 64 * 96 + 5 * 2 * 64);
+        assert_eq!(counted("mat_mul ffn_down + add_norm", 2), both);
         // One KV head of 32 elements, K and V of 40 positions each; q and the output.
         let of_head = u64::from(KvType::Q4_0.head_words(32)) * 4;
         assert_eq!(counted("attention q4_0", 2), (2 * 40 * 2 * of_head + 2 * 2 * 64 * 4, 4 * 2 * 40 * 64));

@@ -309,7 +309,7 @@ impl Tuner<'_, '_> {
             let ops = self.bench.ops(rows);
             let repeats = match *repeats {
                 Some(repeats) => repeats,
-                None => *repeats.insert(self.rig.repeats(&ops)?),
+                None => *repeats.insert(self.rig.repeats(&ops, 1)?),
             };
             times.push(self.rig.run(&ops, repeats)?.device_ns / repeats as f64);
         }

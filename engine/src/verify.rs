@@ -162,7 +162,7 @@ pub fn twin() -> Result<Device, DeviceError> {
 pub fn every_case() -> Vec<Case> {
     let mut cases = vec![rows::update_table(), rows::mul_add(16, 1024, true)];
     cases.extend(WeightFormat::ALL.map(rows::embed));
-    for (rows, cols) in [(1, 64), (3, 100), (17, 576), (70, 640)] {
+    for (rows, cols) in [(1, 64), (3, 100), (3, 1300), (17, 576), (70, 640)] {
         cases.push(rows::rms_norm(rows, cols));
         cases.push(rows::mul_add(rows, cols, false));
         cases.push(rows::gated_act(Silu, rows, cols));

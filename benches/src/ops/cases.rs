@@ -1,7 +1,7 @@
 //! Which ops are measured: each with its tensors on the device, and what it must read, write and compute.
 
 use fullbore_engine::backend::{DeviceError, WeightSpec};
-use fullbore_engine::op::{MatMul, Op};
+use fullbore_engine::op::{AddNorm, MatMul, Op};
 use fullbore_engine::tensor::{Tensor, Weight};
 
 use super::rig::Rig;
@@ -10,18 +10,19 @@ use super::{OpsError, OpsOptions};
 mod cache;
 mod rows;
 
-/// An op at one M.
+/// An op at one M, or two that a backend may run as one.
 pub struct Case {
     pub name: String,
     pub shape: String,
     pub m: u32,
     pub bytes: u64,
     pub flops: u64,
-    /// Nanoseconds of one op, by recording.
+    /// Nanoseconds of one turn, by recording.
     pub samples: Vec<f64>,
-    /// Equal but for their weights.
+    /// In turns of `num_ops` that are equal but for their weights.
     ops: Vec<Op>,
-    /// Ops of a recording, once it is known.
+    num_ops: usize,
+    /// Turns of a recording, once it is known.
     repeats: Option<usize>,
 }
 
@@ -30,15 +31,15 @@ const MAX_SEQUENCES: u32 = 64;
 
 impl Case {
     fn new(name: String, shape: String, m: u32, bytes: u64, flops: u64, ops: Vec<Op>) -> Case {
-        Case { name, shape, m, bytes, flops, ops, samples: Vec::new(), repeats: None }
+        Case { name, shape, m, bytes, flops, ops, num_ops: 1, samples: Vec::new(), repeats: None }
     }
 
     pub fn run(&mut self, rig: &mut Rig) -> Result<(), OpsError> {
         let repeats = match self.repeats {
             Some(repeats) => repeats,
-            None => *self.repeats.insert(rig.repeats(&self.ops)?),
+            None => *self.repeats.insert(rig.repeats(&self.ops, self.num_ops)?),
         };
-        self.samples.push(rig.run(&self.ops, repeats)?.device_ns / repeats as f64);
+        self.samples.push(rig.run(&self.ops, repeats * self.num_ops)?.device_ns / repeats as f64);
         Ok(())
     }
 }
@@ -77,6 +78,18 @@ fn part(tensor: Tensor, rows: u32, cols: u32) -> Tensor {
     Tensor { rows, cols, ..tensor }
 }
 
+/// Bytes and flops of a product of (m, k) by a weight of (n, k), whose rows take so many bytes.
+fn product_counts(m: u32, n: u32, k: u32, row_bytes: u64) -> (u64, u64) {
+    let [m, n, k] = [m, n, k].map(u64::from);
+    (row_bytes * n + (m * k + m * n) * 4, 2 * m * n * k)
+}
+
+/// Of a residual add with its norm: what is added, multiplied or divided counts as flops; roots do not.
+fn add_norm_counts(m: u32, cols: u32) -> (u64, u64) {
+    let [m, cols] = [m, cols].map(u64::from);
+    (4 * m * cols * 4 + cols * 4, 5 * m * cols)
+}
+
 impl Loader<'_, '_> {
     /// Every M up to `max_rows` that a case is measured at.
     fn rows(&self, name: &str, max_rows: u32) -> Vec<u32> {
@@ -89,7 +102,10 @@ impl Loader<'_, '_> {
             let name = format!("mat_mul {part_name}");
             let max_rows = if part_name == "output" { MAX_SEQUENCES } else { u32::MAX };
             let rows = self.rows(&name, max_rows);
-            if rows.is_empty() {
+            let name_with_norm = format!("{name} + add_norm");
+            let mut rows_with_norm = self.rows(&name_with_norm, MAX_SEQUENCES);
+            rows_with_norm.retain(|_| n == self.options.shape.dim);
+            if rows.is_empty() && rows_with_norm.is_empty() {
                 continue;
             }
             let format = self.options.format;
@@ -105,15 +121,40 @@ impl Loader<'_, '_> {
                 self.embedding = weights.first().copied();
             }
             for m in rows {
-                let (x, out) = (part(self.x, m, k), part(self.out, m, n));
-                let ops = weights
-                    .iter()
-                    .map(|&weight| Op::MatMul(MatMul { x, weight, bias: None, first_col: 0, out }))
-                    .collect();
-                let (m_, n_, k_) = (u64::from(m), u64::from(n), u64::from(k));
-                let bytes = format.row_bytes(k) * n_ + (m_ * k_ + m_ * n_) * 4;
-                self.cases.push(Case::new(name.clone(), format!("{n} x {k}"), m, bytes, 2 * m_ * n_ * k_, ops));
+                let op = |weight| vec![Op::MatMul(self.product(m, weight))];
+                let ops = weights.iter().copied().flat_map(op).collect();
+                let (bytes, flops) = product_counts(m, n, k, format.row_bytes(k));
+                self.cases.push(Case::new(name.clone(), format!("{n} x {k}"), m, bytes, flops, ops));
             }
+            self.with_norm(&name_with_norm, &rows_with_norm, &weights)?;
+        }
+        Ok(())
+    }
+
+    fn product(&self, m: u32, weight: Weight) -> MatMul {
+        let (x, out) = (part(self.x, m, weight.cols), part(self.out, m, weight.rows));
+        MatMul { x, weight, bias: None, first_col: 0, out }
+    }
+
+    /// Products of a layer that a norm follows, with it: of few rows a device may share their K, and the norm adds up.
+    fn with_norm(&mut self, name: &str, rows: &[u32], weights: &[Weight]) -> Result<(), OpsError> {
+        let (Some(&most), Some(&Weight { rows: n, cols: k, format, .. })) = (rows.iter().max(), weights.first()) else {
+            return Ok(());
+        };
+        let (stream, normed) = (self.rig.zeros(most, n)?, self.rig.zeros(most, n)?);
+        let norm = self.rig.random(1, n)?;
+        for &m in rows {
+            let ops = |weight| {
+                let product = self.product(m, weight);
+                let (x, y, out) = (stream.first_rows(m), product.out, normed.first_rows(m));
+                let after = AddNorm { x, y, post_weight: None, rows: None, weight: norm, eps: 1e-5, out };
+                [Op::MatMul(product), Op::AddNorm(after)]
+            };
+            let ops = weights.iter().copied().flat_map(ops).collect();
+            let ((bytes, flops), of_norm) = (product_counts(m, n, k, format.row_bytes(k)), add_norm_counts(m, n));
+            let (bytes, flops) = (bytes + of_norm.0, flops + of_norm.1);
+            let case = Case::new(name.to_owned(), format!("{n} x {k}"), m, bytes, flops, ops);
+            self.cases.push(Case { num_ops: 2, ..case });
         }
         Ok(())
     }

@@ -94,7 +94,7 @@ fn flops_per_s(rig: &mut Rig, op: &dyn Fn(u32) -> Op, products: u32) -> Result<f
 }
 
 fn op_ns(rig: &mut Rig, op: Op) -> Result<f64, OpsError> {
-    let repeats = rig.repeats(&[op])?;
+    let repeats = rig.repeats(&[op], 1)?;
     usual(rig, |rig| Ok(rig.run(&[op], repeats)?.device_ns / repeats as f64))
 }
 

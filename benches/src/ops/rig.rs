@@ -119,10 +119,10 @@ impl Rig<'_> {
         self.submit()
     }
 
-    /// How many of `ops` make a recording, once they have been warmed up.
-    pub fn repeats(&mut self, ops: &[Op]) -> Result<usize, OpsError> {
-        self.run(ops, ops.len().min(2))?;
-        let one_ns = self.run(ops, 1)?.device_ns;
+    /// How many times `num` of `ops` make a recording, once they have been warmed up.
+    pub fn repeats(&mut self, ops: &[Op], num: usize) -> Result<usize, OpsError> {
+        self.run(ops, ops.len().min(2 * num))?;
+        let one_ns = self.run(ops, num)?.device_ns;
         Ok(((RECORDING_NS / one_ns) as usize).clamp(1, MAX_REPEATS))
     }
 

@@ -6,7 +6,7 @@ use fullbore_engine::op::{
     slice_cols,
 };
 
-use super::{Case, Loader, part};
+use super::{Case, Loader, add_norm_counts, part};
 use crate::ops::OpsError;
 
 impl Loader<'_, '_> {
@@ -27,7 +27,7 @@ impl Loader<'_, '_> {
         for m in rows {
             let (x, y, out) = (stream.first_rows(m), branch.first_rows(m), part(self.out, m, dim));
             let op = Op::AddNorm(AddNorm { x, y, post_weight: None, rows: None, weight, eps: 1e-5, out });
-            let (bytes, flops) = (4 * x.size_bytes() + weight.size_bytes(), 5 * u64::from(x.num_elements()));
+            let (bytes, flops) = add_norm_counts(m, dim);
             self.push("add_norm", dim.to_string(), m, bytes, flops, op);
         }
         for m in self.rows("gated_act", u32::MAX) {
