@@ -429,8 +429,10 @@ fn split_constants(rows: u32, columns: u32) -> Constants {
         ("ROUNDS", rounds),
         ("STAGE_K", stage_k),
         ("MEMORY", (rows * stage_k / 4).max(256 * rows / group_rows)),
-        // Quarters of a unit in one go: with one row, so that more loads are in flight.
-        ("PARTS", if rows == 1 { 4 } else { 1 }),
+        // Of a lane.
+        ("STAGE_FOURS", rows * stage_k / 4 / MAX_GROUP_LANES),
+        // Quarters of a unit that the text spells out.
+        ("PARTS", if rows <= 4 { 4 } else { 1 }),
     ]
 }
 

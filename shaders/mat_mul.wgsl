@@ -6,25 +6,31 @@
 // span within a split, one fma a value, then over the splits, then over the spans, here or where workgroups take a
 // span each. That order is the same for every ROWS and in `mat_mul_tile.wgsl`, so the bits of a row do not depend on
 // how many rows there are.
+//
+// What a round waits for is loaded before any of it is used: a weight's words, and the activations of a stage.
 #include "mat_mul_io.wgsl"
 
 // (ROWS, 256 * ROUNDS) activations in fours along K; at the end of a span partial sums of four rows, by (four, split,
 // lane).
 var<workgroup> memory: array<vec4<f32>, {{MEMORY}}>;
 
-// Stages K from `first` to `end`; of rows beyond the last the last one. A lane writes whole fours: to write a component
-// may write its neighbours too.
-fn stage(row: u32, first: u32, end: u32, local: u32) {
-    for (var i = local; i < {{ROWS}}u * {{STAGE_K}}u / 4u; i += 256u) {
-        let k = first + i * 4u % {{STAGE_K}}u;
-        if k < end {
-            let x_row = params.x + min(row + i * 4u / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
+// Stages K from `first` on, and what lies behind a span with it; of rows beyond the last the last one. A lane writes
+// whole fours: to write a component may write its neighbours too.
+fn stage(row: u32, first: u32, local: u32) {
+#for I STAGE_FOURS
+    let four_{{I}} = local + {{I}}u * 256u;
+    let k_{{I}} = first + four_{{I}} * 4u % {{STAGE_K}}u;
+    let x_row_{{I}} = params.x + min(row + four_{{I}} * 4u / {{STAGE_K}}u, params.num_rows - 1u) * params.inner;
 #for J 4
-            let value_{{J}} = select(0.0, x[x_row + min(k + {{J}}u, params.inner - 1u)], k + {{J}}u < params.inner);
+    let x_{{I}}_{{J}} = x[x_row_{{I}} + min(k_{{I}} + {{J}}u, params.inner - 1u)];
 #endfor
-            memory[i] = vec4(value_0, value_1, value_2, value_3);
-        }
-    }
+#endfor
+#for I STAGE_FOURS
+#for J 4
+    let value_{{I}}_{{J}} = select(0.0, x_{{I}}_{{J}}, k_{{I}} + {{J}}u < params.inner);
+#endfor
+    memory[four_{{I}}] = vec4(value_{{I}}_0, value_{{I}}_1, value_{{I}}_2, value_{{I}}_3);
+#endfor
 }
 
 @compute @workgroup_size(256)
@@ -55,7 +61,7 @@ fn main(
 #endfor
         for (var first = span * params.span_units; first < end_unit; first += {{ROUNDS}}u * 8u) {
             workgroupBarrier();
-            stage(row, first * 32u, end_unit * 32u, local);
+            stage(row, first * 32u, local);
             workgroupBarrier();
             for (var round = 0u; round < {{ROUNDS}}u; round++) {
                 let unit = first + round * 8u + own_split;
@@ -65,7 +71,13 @@ fn main(
                 let in_block = unit % {{UNITS}}u;
 #for C COLUMNS
                 let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
-                let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+                let scale_words_{{C}} = scale_words(at_{{C}}, in_block);
+#for P 4
+                let codes_{{P}}_{{C}} = codes_at(at_{{C}}, in_block, {{P}}u);
+#endfor
+#endfor
+#for C COLUMNS
+                let scales_{{C}} = scales_of(scale_words_{{C}}, in_block);
 #endfor
                 for (var first_part = 0u; first_part < 4u; first_part += {{PARTS}}u) {
 #for P PARTS
@@ -73,7 +85,12 @@ fn main(
                         let part = first_part + {{P}}u;
                         let at_x = round * 64u + own_split * 8u + part * 2u;
 #for C COLUMNS
-                        let w_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+#if PARTS == 4
+                        let w_{{C}} = weights_of(codes_{{P}}_{{C}}, part, scales_{{C}});
+#else
+                        let codes_{{C}} = codes_of(part, codes_0_{{C}}, codes_1_{{C}}, codes_2_{{C}}, codes_3_{{C}});
+                        let w_{{C}} = weights_of(codes_{{C}}, part, scales_{{C}});
+#endif
 #endfor
 #for G GROUPS
 #for Q PAIRS

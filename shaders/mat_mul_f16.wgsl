@@ -14,13 +14,18 @@ var<workgroup> partials: array<vec4<f32>, 256>;
 // Stages K from `first` on; of rows beyond the last the last one.
 fn stage(row: u32, first: u32, local: u32) {
     let k = first + local;
-    for (var four = 0u; four < {{GROUPS}}u; four++) {
+#for G GROUPS
 #for R 4
-        let x_row_{{R}} = params.x + min(row + four * 4u + {{R}}u, params.num_rows - 1u) * params.inner;
-        let value_{{R}} = rounded(select(0.0, x[x_row_{{R}} + min(k, params.inner - 1u)], k < params.inner));
+    let x_row_{{G}}_{{R}} = params.x + min(row + {{G}}u * 4u + {{R}}u, params.num_rows - 1u) * params.inner;
+    let x_{{G}}_{{R}} = x[x_row_{{G}}_{{R}} + min(k, params.inner - 1u)];
 #endfor
-        memory[four * 256u + local] = vec4(value_0, value_1, value_2, value_3);
-    }
+#endfor
+#for G GROUPS
+#for R 4
+    let value_{{G}}_{{R}} = rounded(select(0.0, x_{{G}}_{{R}}, k < params.inner));
+#endfor
+    memory[{{G}}u * 256u + local] = vec4(value_{{G}}_0, value_{{G}}_1, value_{{G}}_2, value_{{G}}_3);
+#endfor
 }
 
 @compute @workgroup_size(256)
@@ -53,7 +58,13 @@ fn main(
                 let in_block = unit % {{UNITS}}u;
 #for C COLUMNS
                 let at_{{C}} = block_at(column_{{C}}, unit, params.num_units);
-                let scales_{{C}} = unit_scales(at_{{C}}, in_block);
+                let scale_words_{{C}} = scale_words(at_{{C}}, in_block);
+#for P 4
+                let codes_{{P}}_{{C}} = codes_at(at_{{C}}, in_block, {{P}}u);
+#endfor
+#endfor
+#for C COLUMNS
+                let scales_{{C}} = scales_of(scale_words_{{C}}, in_block);
 #for G GROUPS
                 var of_unit_{{G}}_{{C}} = vec4(0.0h);
 #endfor
@@ -61,7 +72,8 @@ fn main(
                 for (var part = 0u; part < 4u; part++) {
                     let at_x = own_split * 32u + part * 8u;
 #for C COLUMNS
-                    let decoded_{{C}} = eight_weights(at_{{C}}, in_block, part, scales_{{C}});
+                    let codes_{{C}} = codes_of(part, codes_0_{{C}}, codes_1_{{C}}, codes_2_{{C}}, codes_3_{{C}});
+                    let decoded_{{C}} = weights_of(codes_{{C}}, part, scales_{{C}});
 #for H 2
                     let w_{{C}}_{{H}} = vec4<f16>(decoded_{{C}}[{{H}}]);
 #endfor

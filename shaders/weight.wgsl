@@ -19,16 +19,29 @@ fn block_at(column: u32, unit: u32, num_units: u32) -> u32 {
     return block * {{BLOCK_WORDS}}u * 32u + column % 32u;
 }
 
+// What a unit's scales are decoded from, which can be loaded ahead.
+fn scale_words(at: u32, unit: u32) -> vec2<u32> {
 #if FLOAT
-fn unit_scales(at: u32, unit: u32) -> vec4<f32> {
+    return vec2(0u);
+#else
+#if SUPER
+    return vec2(word(at, 0u), word(at, 1u + unit / 2u));
+#else
+    return vec2(word(at, 0u), 0u);
+#endif
+#endif
+}
+
+#if FLOAT
+fn scales_of(words: vec2<u32>, unit: u32) -> vec4<f32> {
     return vec4(1.0, 0.0, 1.0, 0.0);
 }
 #else
 // (scale, min) of the first 16 values of a unit, then of the last 16.
-fn unit_scales(at: u32, unit: u32) -> vec4<f32> {
-    let block = unpack2x16float(word(at, 0u));
+fn scales_of(words: vec2<u32>, unit: u32) -> vec4<f32> {
+    let block = unpack2x16float(words.x);
 #if SUPER
-    let small = word(at, 1u + unit / 2u) >> (unit % 2u * 16u);
+    let small = words.y >> (unit % 2u * 16u);
 #if MIN_GROUP == 32
     let pair = vec2(block.x * f32(small & 255u), -block.y * f32((small >> 8u) & 255u));
     return pair.xyxy;
@@ -53,6 +66,10 @@ fn unit_scales(at: u32, unit: u32) -> vec4<f32> {
 }
 #endif
 
+fn unit_scales(at: u32, unit: u32) -> vec4<f32> {
+    return scales_of(scale_words(at, unit), unit);
+}
+
 #if FLOAT == 2
 fn floats(bits: u32) -> vec2<f32> {
     return unpack2x16float(bits);
@@ -74,8 +91,18 @@ fn looked_up(code: vec4<u32>) -> vec4<f32> {
 }
 #endif
 
-// Values `8 * part ..` of a unit; `scales` is its `unit_scales`.
-fn eight_weights(at: u32, unit: u32, part: u32, scales: vec4<f32>) -> mat2x4<f32> {
+// What eight values are decoded from, which can be loaded ahead: two words with their bits, or the values themselves.
+#if FLOAT == 1
+alias Codes = mat2x4<f32>;
+#endif
+#if FLOAT > 1
+alias Codes = vec4<u32>;
+#endif
+#if !FLOAT
+alias Codes = vec2<u32>;
+#endif
+
+fn codes_at(at: u32, unit: u32, part: u32) -> Codes {
 #if FLOAT == 1
     let i = part * 8u;
     let a = vec4(word(at, i), word(at, i + 1u), word(at, i + 2u), word(at, i + 3u));
@@ -83,34 +110,77 @@ fn eight_weights(at: u32, unit: u32, part: u32, scales: vec4<f32>) -> mat2x4<f32
     return mat2x4(bitcast<vec4<f32>>(a), bitcast<vec4<f32>>(b));
 #endif
 #if FLOAT > 1
-    let a = vec4(floats(word(at, part * 4u)), floats(word(at, part * 4u + 1u)));
-    let b = vec4(floats(word(at, part * 4u + 2u)), floats(word(at, part * 4u + 3u)));
+    let i = part * 4u;
+    return vec4(word(at, i), word(at, i + 1u), word(at, i + 2u), word(at, i + 3u));
+#endif
+#if !FLOAT
+#if LOW_BITS == 8
+    let i = {{LOW_AT}}u + unit * 8u + part * 2u;
+    return vec2(word(at, i), word(at, i + 1u));
+#else
+#if LOW_BITS == 4
+    let low = word(at, {{LOW_AT}}u + unit * 4u + part);
+#else
+    let low = word(at, {{LOW_AT}}u + unit * 2u + part / 2u);
+#endif
+#if HIGH_BITS == 0
+    return vec2(low, 0u);
+#endif
+#if HIGH_BITS == 1
+    return vec2(low, word(at, {{HIGH_AT}}u + unit));
+#endif
+#if HIGH_BITS == 2
+    return vec2(low, word(at, {{HIGH_AT}}u + unit * 2u + part / 2u));
+#endif
+#endif
+#endif
+}
+
+fn either(first: Codes, second: Codes, is_second: bool) -> Codes {
+#if FLOAT == 1
+    return Codes(select(first[0], second[0], is_second), select(first[1], second[1], is_second));
+#else
+    return select(first, second, is_second);
+#endif
+}
+
+// Those of one part of a unit, where all four are loaded.
+fn codes_of(part: u32, codes_0: Codes, codes_1: Codes, codes_2: Codes, codes_3: Codes) -> Codes {
+    let second = part % 2u == 1u;
+    return either(either(codes_0, codes_1, second), either(codes_2, codes_3, second), part >= 2u);
+}
+
+// Values `8 * part ..` of a unit; `scales` is its `scales_of`.
+fn weights_of(codes: Codes, part: u32, scales: vec4<f32>) -> mat2x4<f32> {
+#if FLOAT == 1
+    return codes;
+#endif
+#if FLOAT > 1
+    let a = vec4(floats(codes.x), floats(codes.y));
+    let b = vec4(floats(codes.z), floats(codes.w));
     return mat2x4(a, b);
 #endif
 #if !FLOAT
 #if LOW_BITS == 8
-    let first = word(at, {{LOW_AT}}u + unit * 8u + part * 2u);
-    let second = word(at, {{LOW_AT}}u + unit * 8u + part * 2u + 1u);
-    var a = (vec4(first) >> vec4(0u, 8u, 16u, 24u)) & vec4(255u);
-    var b = (vec4(second) >> vec4(0u, 8u, 16u, 24u)) & vec4(255u);
+    var a = (vec4(codes.x) >> vec4(0u, 8u, 16u, 24u)) & vec4(255u);
+    var b = (vec4(codes.y) >> vec4(0u, 8u, 16u, 24u)) & vec4(255u);
 #endif
 #if LOW_BITS == 4
-    let low = word(at, {{LOW_AT}}u + unit * 4u + part);
-    var a = (vec4(low) >> vec4(0u, 4u, 8u, 12u)) & vec4(15u);
-    var b = (vec4(low) >> vec4(16u, 20u, 24u, 28u)) & vec4(15u);
+    var a = (vec4(codes.x) >> vec4(0u, 4u, 8u, 12u)) & vec4(15u);
+    var b = (vec4(codes.x) >> vec4(16u, 20u, 24u, 28u)) & vec4(15u);
 #endif
 #if LOW_BITS == 2
-    let low = word(at, {{LOW_AT}}u + unit * 2u + part / 2u) >> (part % 2u * 16u);
+    let low = codes.x >> (part % 2u * 16u);
     var a = (vec4(low) >> vec4(0u, 2u, 4u, 6u)) & vec4(3u);
     var b = (vec4(low) >> vec4(8u, 10u, 12u, 14u)) & vec4(3u);
 #endif
 #if HIGH_BITS == 1
-    let high = word(at, {{HIGH_AT}}u + unit) >> (part * 8u);
+    let high = codes.y >> (part * 8u);
     a |= ((vec4(high) >> vec4(0u, 1u, 2u, 3u)) & vec4(1u)) << vec4({{LOW_BITS}}u);
     b |= ((vec4(high) >> vec4(4u, 5u, 6u, 7u)) & vec4(1u)) << vec4({{LOW_BITS}}u);
 #endif
 #if HIGH_BITS == 2
-    let high = word(at, {{HIGH_AT}}u + unit * 2u + part / 2u) >> (part % 2u * 16u);
+    let high = codes.y >> (part % 2u * 16u);
     a |= ((vec4(high) >> vec4(0u, 2u, 4u, 6u)) & vec4(3u)) << vec4({{LOW_BITS}}u);
     b |= ((vec4(high) >> vec4(8u, 10u, 12u, 14u)) & vec4(3u)) << vec4({{LOW_BITS}}u);
 #endif
@@ -123,4 +193,9 @@ fn eight_weights(at: u32, unit: u32, part: u32, scales: vec4<f32>) -> mat2x4<f32
     return mat2x4(fma(vec4<f32>(a), scale, min), fma(vec4<f32>(b), scale, min));
 #endif
 #endif
+}
+
+// The same; `scales` is the unit's `unit_scales`.
+fn eight_weights(at: u32, unit: u32, part: u32, scales: vec4<f32>) -> mat2x4<f32> {
+    return weights_of(codes_at(at, unit, part), part, scales);
 }
