@@ -4,7 +4,7 @@
 //! Invariant: all variants of a tier that compute in f32 add in the same order, and so do all in f16, so that any table
 //! gives the same bits.
 
-use crate::{Constants, MAX_GROUP_LANES, TILE, Tier};
+use crate::{Constants, MAX_GROUP_BYTES, MAX_GROUP_LANES, TILE, Tier};
 
 /// What matmuls compute with. All but `F32` may change tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -362,10 +362,16 @@ impl MatMulVariant {
     pub fn constants(self) -> Constants {
         let mut constants = match self {
             MatMulVariant::Split { rows, columns } => split_constants(rows, columns),
+                    // Fours of K that are staged at once: a whole unit where workgroup memory has room.
+                    ("FOURS", fours),
+                    ("X_FOURS", (rows * fours).div_ceil(MAX_GROUP_LANES)),
+                    ("W_EIGHTS", columns * fours / 2 / MAX_GROUP_LANES),
             MatMulVariant::Tile { .. } | MatMulVariant::F16Tile => {
                 // 256 invocations of four rows each.
                 let (rows, columns) = (self.rows(), self.columns());
-                let stride = 256 * 4 / rows;
+                let stride = MAX_GROUP_LANES * 4 / rows;
+                let unit_bytes = (rows + columns) * 32 * if self.is_f16() { 2 } else { 4 };
+                let fours = if unit_bytes <= MAX_GROUP_BYTES { 8 } else { 4 };
                 vec![
                     ("ROWS", rows),
                     ("COLUMNS", columns),
