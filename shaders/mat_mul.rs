@@ -74,7 +74,7 @@ pub enum MatMulVariant {
     F16Tile,
     /// `mat_mul_integer.wgsl`: as `Split`, by dot products of bytes.
     Integer { rows: u32, columns: u32 },
-    /// `mat_mul_matrix.wgsl`: 16 rows or 64 by two or four subgroups, or 128 by two to eight.
+    /// `mat_mul_matrix.wgsl`: 16, 32 or 64 rows by two or four subgroups, or 128 by two to eight.
     Matrix { units: MatrixUnits, rows: u32 },
 }
 
@@ -260,7 +260,7 @@ impl Tier {
                 let matrix = |rows| MatMulVariant::Matrix { units, rows };
                 // Up to 512 rows of few columns small tiles make workgroups enough for a large GPU.
                 let middle = MatMulChoice { max_rows: 512, ..whole(matrix(64)) };
-                few.chain([all(16, matrix(16)), middle, whole(matrix(128))]).collect()
+                few.chain([all(16, matrix(16)), all(32, matrix(32)), middle, whole(matrix(128))]).collect()
             }
         }
     }
@@ -274,7 +274,7 @@ impl Tier {
             Arithmetic::IntegerDot => INTEGER_VARIANTS.to_vec(),
             Arithmetic::MatrixUnits(units) => {
                 let few = GPU_VARIANTS.into_iter().filter(|variant| variant.rows() < LEAST_MATRIX_ROWS);
-                few.chain([16, 64, 128].map(|rows| MatMulVariant::Matrix { units, rows })).collect()
+                few.chain([16, 32, 64, 128].map(|rows| MatMulVariant::Matrix { units, rows })).collect()
             }
         }
     }
@@ -328,25 +328,14 @@ impl MatMulVariant {
             MatMulVariant::Tile { columns, .. } => columns,
             MatMulVariant::F16Tile => 128,
             MatMulVariant::Subgroup { .. } => TILE,
-            MatMulVariant::Matrix { rows, .. } => {
-                if rows == 64 {
-                    64
-                } else {
-                    128
-                }
-            }
+            MatMulVariant::Matrix { rows: 32 | 64, .. } => 64,
+            MatMulVariant::Matrix { .. } => 128,
         }
     }
 
     /// Whether its workgroups can have a span of K each.
     pub const fn can_spread(self) -> bool {
-        matches!(
-            self,
-            MatMulVariant::Split { .. }
-                | MatMulVariant::Tile { .. }
-                | MatMulVariant::F16Split { .. }
-                | MatMulVariant::F16Tile
-        )
+        !matches!(self, MatMulVariant::Subgroup { .. } | MatMulVariant::Integer { .. })
     }
 
     /// Whether it needs arithmetic on halves.
@@ -362,10 +351,6 @@ impl MatMulVariant {
     pub fn constants(self) -> Constants {
         let mut constants = match self {
             MatMulVariant::Split { rows, columns } => split_constants(rows, columns),
-                    // Fours of K that are staged at once: a whole unit where workgroup memory has room.
-                    ("FOURS", fours),
-                    ("X_FOURS", (rows * fours).div_ceil(MAX_GROUP_LANES)),
-                    ("W_EIGHTS", columns * fours / 2 / MAX_GROUP_LANES),
             MatMulVariant::Tile { .. } | MatMulVariant::F16Tile => {
                 // 256 invocations of four rows each.
                 let (rows, columns) = (self.rows(), self.columns());
@@ -377,6 +362,10 @@ impl MatMulVariant {
                     ("COLUMNS", columns),
                     ("INVOCATION_COLUMNS", columns / stride),
                     ("COLUMN_STRIDE", stride),
+                    // Fours of K that are staged at once: a whole unit where workgroup memory has room.
+                    ("FOURS", fours),
+                    ("X_FOURS", (rows * fours).div_ceil(MAX_GROUP_LANES)),
+                    ("W_EIGHTS", columns * fours / 2 / MAX_GROUP_LANES),
                 ]
             }
             MatMulVariant::Subgroup { rows } => vec![("ROWS", rows)],
@@ -412,6 +401,9 @@ impl MatMulVariant {
                     ("TILES_M", rows / (subgroups / subgroups_n) / size),
                     ("TILES_N", self.columns() / subgroups_n / size),
                     ("STEPS", 32 / size),
+                    // What a lane stages of a unit: activations, and eighths of a block of weights.
+                    ("X_LOADS", rows * 32 / (subgroups * units.subgroup_lanes)),
+                    ("W_LOADS", self.columns() * 4 / (subgroups * units.subgroup_lanes)),
                 ]
             }
         };

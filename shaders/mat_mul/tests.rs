@@ -52,11 +52,14 @@ fn cliffs(choices: &[MatMulChoice]) -> Vec<u32> {
     (2..=129).filter(is_cliff).collect()
 }
 
-/// No rule is kept there, but none that is broken is unknown: halves are computed by four rows, bytes by a workgroup's.
+/// No rule is kept there, but none that is broken is unknown: halves are computed by four rows, bytes and
+/// matrices by a workgroup's.
 #[test]
 fn by_count_the_cliffs_of_other_arithmetic_are_those_that_are_written_down() {
     assert_eq!(cliffs(&F16_CHOICES), [5, 9, 17]);
     assert_eq!(cliffs(&INTEGER_CHOICES), [5, 9]);
+    let units = Arithmetic::MatrixUnits(MatrixUnits { size: 16, subgroup_lanes: 32 });
+    assert_eq!(cliffs(&Tier::Subgroup.mat_mul_choices(units)), [9, 17, 33, 97]);
 }
 
 #[test]
@@ -81,7 +84,7 @@ fn the_matrices_of_all_subgroups_are_those_of_the_workgroup_at_every_width() {
     let widths = [4, 8, 16, 32, 64, 128];
     for (size, subgroup_lanes, rows) in [8, 16]
         .into_iter()
-        .flat_map(|size| widths.into_iter().flat_map(move |lanes| [16, 64, 128].map(|rows| (size, lanes, rows))))
+        .flat_map(|size| widths.into_iter().flat_map(move |lanes| [16, 32, 64, 128].map(|rows| (size, lanes, rows))))
     {
         let variant = MatMulVariant::Matrix { units: MatrixUnits { size, subgroup_lanes }, rows };
         let constants = variant.constants();
