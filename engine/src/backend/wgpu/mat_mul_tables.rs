@@ -35,6 +35,11 @@ impl MatMulTables {
         self.set.get(&shape).map_or_else(|| self.own_of(shape.format), Vec::as_slice)
     }
 
+    /// Whether no table was set for it.
+    pub fn is_own(&self, shape: MatMulShape) -> bool {
+        !self.set.contains_key(&shape)
+    }
+
     /// The tier's own.
     pub fn own_of(&self, format: WeightFormat) -> &[MatMulChoice] {
         &self.own[usize::from(Layout::of(format).is_float())]

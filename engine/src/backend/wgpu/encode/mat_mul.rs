@@ -24,10 +24,9 @@ pub struct Partials {
 /// So many rows at least stay in one dispatch.
 const MIN_CUT_ROWS: u32 = 64;
 
-/// Before a norm, which adds up sums as it reads them, workgroups share K whatever a table says, if there are so few
-/// rows at most, whose sums are small beside the weights, and fewer workgroups than keep a large device busy.
-const MAX_SHARED_ROWS: u32 = 4;
-const MIN_WORKGROUPS: u32 = 512;
+/// Before a norm, which adds up sums as it reads them, workgroups share K where up to so many rows make at most so many
+/// of them, which would leave a large device half empty: the fewer rows, the less sums weigh beside the weights.
+const SHARING: [(u32, u32); 2] = [(4, 511), (64, 128)];
 
 /// Some rows of a product.
 struct Part {
@@ -64,7 +63,8 @@ impl Encoder<'_> {
         self.add_norm_of(op, Summands { buffer: op.y.buffer, offset: op.y.offset, num: 1, stride: 0 });
     }
 
-    /// Both at once, where workgroups share the product and the norm can add up their sums. Whether it has.
+    /// Both at once, where workgroups share the product and the norm can add up their sums. Whether it has. A table
+    /// that was set for the weight knows best whether they are to.
     pub(super) fn mat_mul_add_norm(&mut self, product: &MatMul, norm: &AddNorm) -> bool {
         let is_all = product.out.cols == product.weight.rows && product.bias.is_none();
         if norm.y != product.out || !is_all {
@@ -72,8 +72,10 @@ impl Encoder<'_> {
         }
         let mut part = self.part(product, 0);
         let num_workgroups = product.weight.rows.div_ceil(part.variant.columns());
-        let shares = product.x.rows <= MAX_SHARED_ROWS && num_workgroups < MIN_WORKGROUPS;
-        part.spreads |= shares && part.variant.can_spread();
+        let is_few = |&(max_rows, max): &(u32, u32)| product.x.rows <= max_rows && num_workgroups <= max;
+        if self.mat_muls.is_own(MatMulShape::of(product.weight)) {
+            part.spreads |= part.variant.can_spread() && SHARING.iter().any(is_few);
+        }
         match self.partials_of(product, &part) {
             Some(partials) if part.end_row == product.x.rows => {
                 self.product(product, &part, Some(partials));

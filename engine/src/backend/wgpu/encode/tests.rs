@@ -119,11 +119,11 @@ fn product(m: u32, n: u32, k: u32) -> MatMul {
     MatMul { x, weight, bias: None, first_col: 0, out }
 }
 
-fn dispatches(tier: Tier, arithmetic: Arithmetic, max_work: u64, n: u32, ops: &[Op]) -> Vec<Dispatch> {
+fn dispatches(tier: Tier, mat_muls: &MatMulTables, max_work: u64, n: u32, ops: &[Op]) -> Vec<Dispatch> {
     let mut dispatches = Vec::new();
     Encoder {
         tier,
-        mat_muls: &MatMulTables::new(tier, arithmetic),
+        mat_muls,
         weights: &[vec![Shard { buffer: BufferId(0), first_row: 0, num_rows: n }]],
         recording: &Recording::new(BufferId(0)),
         max_work,
@@ -136,23 +136,35 @@ fn dispatches(tier: Tier, arithmetic: Arithmetic, max_work: u64, n: u32, ops: &[
 
 #[test]
 fn few_rows_of_few_columns_share_k_before_a_norm_by_themselves() {
-    let norm_follows = |tier: Tier, m: u32, n: u32, k: u32| {
+    let norm_follows = |tables: &MatMulTables, tier: Tier, m: u32, n: u32, k: u32| {
         let product = product(m, n, k);
         let tensor = |buffer, rows| Tensor::f32(BufferId(buffer), rows, n);
         let (residual, weight, out) = (tensor(5, m), tensor(6, 1), tensor(4, m));
         let norm = AddNorm { x: residual, y: product.out, post_weight: None, rows: None, weight, eps: 1e-5, out };
-        let dispatches = dispatches(tier, Arithmetic::F32, u64::MAX, n, &[Op::MatMul(product), Op::AddNorm(norm)]);
+        let dispatches = dispatches(tier, tables, u64::MAX, n, &[Op::MatMul(product), Op::AddNorm(norm)]);
         dispatches.iter().map(|dispatch| dispatch.workgroups).collect::<Vec<u32>>()
     };
+    let by_own_table = |tier, m, n, k| norm_follows(&MatMulTables::new(tier, Arithmetic::F32), tier, m, n, k);
     for tier in [Tier::Base, Tier::Subgroup] {
         // Four spans, and three.
-        assert_eq!(norm_follows(tier, 1, 4096, 14336), [4 * 128, 1]);
-        assert_eq!(norm_follows(tier, 4, 4096, 2304), [3 * 128, 4]);
-        assert_eq!(norm_follows(tier, 5, 4096, 4096), [128, 5], "more rows, and more sums");
-        assert_eq!(norm_follows(tier, 1, 16384, 4096), [512, 1], "columns enough");
-        assert_eq!(norm_follows(tier, 1, 4096, 1024), [128, 1], "one span");
+        assert_eq!(by_own_table(tier, 1, 4096, 14336), [4 * 128, 1]);
+        assert_eq!(by_own_table(tier, 4, 4096, 2304), [3 * 128, 4]);
+        assert_eq!(by_own_table(tier, 1, 16384, 4096), [512, 1], "columns enough");
+        assert_eq!(by_own_table(tier, 1, 4096, 1024), [128, 1], "one span");
+        assert_eq!(by_own_table(tier, 8, 4096, 4096), [4 * 128, 8]);
+        assert_eq!(by_own_table(tier, 8, 8192, 4096), [256, 8], "columns enough for eight rows");
+        assert_eq!(by_own_table(tier, 32, 4096, 4096), [4 * 64, 32]);
+        assert_eq!(by_own_table(tier, 64, 8192, 4096), [4 * 128, 64]);
+        assert_eq!(by_own_table(tier, 128, 4096, 4096), [2 * 32, 128], "more rows, and more sums");
     }
-    assert_eq!(norm_follows(Tier::Lavapipe, 1, 4096, 4096), [128, 1], "software Vulkan has no spans");
+    assert_eq!(by_own_table(Tier::Lavapipe, 1, 4096, 4096), [128, 1], "software Vulkan has no spans");
+    let units = Arithmetic::MatrixUnits(MatrixUnits { size: 16, subgroup_lanes: 32 });
+    let tables = MatMulTables::new(Tier::Subgroup, units);
+    assert_eq!(norm_follows(&tables, Tier::Subgroup, 32, 4096, 4096), [4 * 64, 32], "on matrix units");
+    let mut tuned = MatMulTables::new(Tier::Subgroup, Arithmetic::F32);
+    let shape = MatMulShape { format: WeightFormat::Q4_0, rows: 4096, cols: 4096 };
+    tuned.set(shape, &MatMulLine::only("split 4x32")).expect("a kernel of this tier");
+    assert_eq!(norm_follows(&tuned, Tier::Subgroup, 4, 4096, 4096), [128, 4], "a table that was set has its way");
 }
 
 /// A row too many would be written behind its tensor.
@@ -168,7 +180,8 @@ fn a_product_in_several_dispatches_has_each_row_once() {
             for (m, max_work) in (1..=300).chain([513, 640, 700]).flat_map(|m| [(m, 1), (m, 100 << 15), (m, u64::MAX)])
             {
                 let (n, k) = (256, 128);
-                let dispatches = dispatches(tier, arithmetic, max_work, n, &[Op::MatMul(product(m, n, k))]);
+                let tables = MatMulTables::new(tier, arithmetic);
+                let dispatches = dispatches(tier, &tables, max_work, n, &[Op::MatMul(product(m, n, k))]);
                 let mut next = 0;
                 for dispatch in &dispatches {
                     assert_eq!(word(|params| params.first_row, dispatch), next, "{tier:?} {arithmetic:?} {m}");
