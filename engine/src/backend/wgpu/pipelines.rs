@@ -72,15 +72,19 @@ impl AttentionVariant {
     }
 
     /// Positions whose values are loaded together, and steps of a key's elements: of one row as many as make 16 words
-    /// of keys a lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes; 4 of
-    /// values, for of 8 SwiftShader takes all memory to compile heads of 256. Items of several rows have more lanes,
-    /// and less room in registers. Lavapipe waits for no load.
+    /// of keys a lane, for a miss takes as long as hundreds of instructions, and a few sequences have few lanes; 16 of
+    /// values too, but of wide heads 4, for of 8 SwiftShader takes all memory to compile those of 256. Items of several
+    /// rows have more lanes, and less room in registers. Lavapipe waits for no load.
     fn steps(self, tier: Tier) -> (u32, u32) {
         if tier == Tier::Lavapipe {
             return (1, 1);
         }
-        let (key_words, value_words) = if self.rows == 1 { (16, 4) } else { (8, 2) };
-        let AttentionVariant { kv_type, head_dim, .. } = self;
+        let AttentionVariant { kv_type, head_dim, rows, .. } = self;
+        let (key_words, value_words) = match (rows, head_dim) {
+            (1, ..=128) => (16, 16),
+            (1, _) => (16, 4),
+            _ => (8, 2),
+        };
         let lane_parts = (head_dim / part(kv_type)).div_ceil(tier.attention_lanes());
         // Words of a position's values, codes with a scale's; steps in a loop over a key, and words of one.
         let (of_value, num_steps, of_key) = match kv_type {
