@@ -165,7 +165,8 @@ fn best_of_subgroup(key: u32, place: u32) -> vec2<u32> {
 }
 
 // Twice by subgroups, of which a workgroup has EIGHTS times eight: software Vulkan compiles a tree of lanes for
-// seconds, a barrier and dozens of branches for each of its levels.
+// seconds, a barrier and dozens of branches for each of its levels. There the lanes of a subgroup are together again
+// after a loop, as they need not be elsewhere.
 fn best_of_lanes(key: u32, place: u32, lane: u32) -> vec2<u32> {
     let own = best_of_subgroup(key, place);
     workgroupBarrier();

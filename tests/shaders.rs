@@ -446,7 +446,7 @@ fn mat_mul_is_right_and_no_row_depends_on_how_many_there_are() {
         [WeightFormat::F16, WeightFormat::Q4_0, WeightFormat::Q5K, WeightFormat::IQ4XS];
     for mut rig in rigs() {
         // A last span of one unit, and one span of three.
-        let others = [(WeightFormat::Q4_0, LONG_K, 3), (WeightFormat::Q4_0, 1056, 40), (WeightFormat::Q4_0, 96, 40)];
+        let others = [(WeightFormat::Q4_0, LONG_K, 3), (WeightFormat::Q4_0, 1056, MAX_M), (WeightFormat::Q4_0, 96, 40)];
         for (format, k, max_m) in OF_EACH_KIND.map(|format| (format, K, MAX_M)).into_iter().chain(others) {
             let mut random = Random::new(7);
             let name = format!("{} {} K {k}", rig.name, format.name());

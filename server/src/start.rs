@@ -306,7 +306,7 @@ fn verified(backend: Box<dyn Backend>, bundle: &Bundle, args: &ModelArgs) -> Res
         Ok(Some(what)) => {
             tracing::warn!(device, driver, what, "the driver adds in orders of its own: answers may depend on others");
         }
-        // No more than a look, which no start ends by.
+        // No more than a look: no start ends by it, unless the device is gone.
         Err(error) => {
             tracing::warn!(device, driver, %error, "whether answers depend on others is not known");
             if matches!(error, DeviceError::Lost { .. }) {

@@ -2,7 +2,8 @@
 //! after another. Here kernels are dispatched over no workgroups before they are needed, on devices of their own beside
 //! one another, for what one has made lies in the driver's own cache on disk, where every device finds it.
 //!
-//! Invariant: nothing is computed. Where the driver keeps no cache, a kernel is compiled when it is needed, as ever.
+//! Invariant: nothing is computed. Where the driver keeps no cache, what another device has compiled was for nothing, and
+//! is compiled again when it is needed.
 
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
@@ -59,7 +60,10 @@ pub(super) fn compile(
         for _ in 1..num_devices {
             scope.spawn(|| help(device, options, &largest));
         }
-        std::iter::from_fn(&largest).try_for_each(own)
+        let compiled = std::iter::from_fn(&largest).try_for_each(own);
+        // Nobody waits for what is not to be used.
+        left.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        compiled
     })
 }
 
@@ -76,8 +80,8 @@ fn size(kernel: &Kernel) -> u32 {
 fn help(helped: &Device, options: &WgpuOptions, next: &impl Fn() -> Option<Kernel>) {
     // What was not granted is not asked for again.
     let arithmetic = if helped.arithmetic == Arithmetic::F32 { ArithmeticChoice::F32 } else { options.arithmetic };
-    let (kill_switch, tier) = (KillSwitch::default(), Some(helped.tier));
-    let options = WgpuOptions { arithmetic, kill_switch, tier, cache_folder: None, ..options.clone() };
+    let (selector, tier, kill_switch) = (helped.info.id.clone(), Some(helped.tier), KillSwitch::default());
+    let options = WgpuOptions { selector, tier, arithmetic, kill_switch, cache_folder: None, ..options.clone() };
     let Ok(device) = Device::open(&options) else { return };
     let pipelines = Pipelines::new(&device, None, None);
     while let Some(kernel) = next() {

@@ -1,7 +1,7 @@
 //! Products, and the norm that may end one: which kernel takes which rows, and whether K goes to one workgroup or to
 //! several, whose sums another dispatch adds up, or the norm itself.
 //!
-//! Invariant: whatever is chosen, the same additions in the same order.
+//! Invariant: whatever is chosen, the same additions in the same order, but by matrix units.
 
 use fullbore_shaders::{MatMulVariant, num_spans, span_units};
 
@@ -71,7 +71,8 @@ impl Encoder<'_> {
             return false;
         }
         let mut part = self.part(product, 0);
-        let num_workgroups = product.weight.rows.div_ceil(part.variant.columns());
+        let (rows, columns) = (part.variant.rows(), part.variant.columns());
+        let num_workgroups = product.weight.rows.div_ceil(columns) * product.x.rows.div_ceil(rows);
         let is_few = |&(max_rows, max): &(u32, u32)| product.x.rows <= max_rows && num_workgroups <= max;
         if self.mat_muls.is_own(MatMulShape::of(product.weight)) {
             part.spreads |= part.variant.can_spread() && SHARING.iter().any(is_few);
