@@ -2,8 +2,8 @@
 //! after another. Here kernels are dispatched over no workgroups before they are needed, on devices of their own beside
 //! one another, for what one has made lies in the driver's own cache on disk, where every device finds it.
 //!
-//! Invariant: nothing is computed. Where the driver keeps no cache, what another device has compiled was for nothing, and
-//! is compiled again when it is needed.
+//! Invariant: nothing is computed. Where the driver keeps no cache, what another device has compiled was for nothing,
+//! and is compiled again when it is needed.
 
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
