@@ -74,9 +74,9 @@ impl Encoder<'_> {
         let (rows, columns) = (part.variant.rows(), part.variant.columns());
         let num_workgroups = product.weight.rows.div_ceil(columns) * product.x.rows.div_ceil(rows);
         let is_few = |&(max_rows, max): &(u32, u32)| product.x.rows <= max_rows && num_workgroups <= max;
-        if self.mat_muls.is_own(MatMulShape::of(product.weight)) {
-            part.spreads |= part.variant.can_spread() && SHARING.iter().any(is_few);
-        }
+        part.spreads |= part.variant.can_spread()
+            && SHARING.iter().any(is_few)
+            && self.mat_muls.is_own(MatMulShape::of(product.weight));
         match self.partials_of(product, &part) {
             Some(partials) if part.end_row == product.x.rows => {
                 self.product(product, &part, Some(partials));
